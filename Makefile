@@ -1,0 +1,95 @@
+# Each target works by itself from a clean clone; it needs Python 3.11 to 3.13, a C++17 compiler and make.
+#   make demo     train and serve a small byte-level GPT
+#   make test     the default test suite, on the installed package
+#   make bench    time flash8 on this machine
+#   make gpu-check  on a Hopper GPU: build, GPU tests, compute-sanitizer, hardware facts, benchmarks
+#   make lint     ruff, mypy, clang-format
+#   make format   rewrite what lint can mend by itself
+#   make clean    remove the environment and everything built
+# PYTHON names the interpreter for the environment; PYTEST_ARGS is handed to pytest.
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+unexport PYTHONPATH
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+# Stamps are named by the content they stand for, so an edit, a new file and a deleted file all count.
+digest = $(shell find $(1) -type f ! -path '*/__pycache__/*' ! -name '*.so' -print0 \
+	| LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16)
+BASE := $(VENV)/.base-$(call digest,constraints.txt)
+TOOLS := $(VENV)/.tools-$(call digest,constraints.txt)
+COMPILER := $(VENV)/.compiler-$(call digest,compiler.txt)
+PACKAGE := $(VENV)/.package-$(call digest,pyproject.toml CMakeLists.txt README.md LICENSE hopper python)
+
+CXX_SOURCES := $(shell find hopper cutlass_kernels python/native tests bench -type f \
+	\( -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \) 2>/dev/null)
+
+.PHONY: demo test bench gpu-check lint format clean install
+
+demo: $(PACKAGE)
+	$(BIN)/python examples/byte_gpt/demo.py
+
+# One torch thread per worker: the tensors of the tests are too small for more to pay.
+test: $(TOOLS) $(PACKAGE) $(COMPILER)
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 $(PYTEST_ARGS)
+
+bench: $(PACKAGE)
+	@set -e; for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+# For a machine with a GPU and no network: the system's Python, nothing installed outside build/gpu.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py
+
+lint: $(TOOLS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(TOOLS)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf $(VENV) build out .mypy_cache .pytest_cache .ruff_cache
+
+install: $(PACKAGE)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "flash8 needs Python 3.11, 3.12 or 3.13; set PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# What the package and the demo need; tests and linters need everything that constraints.txt pins.
+$(BASE): $(BIN)/python
+	@rm -f $(VENV)/.base-*
+	@echo "Installing torch and what the build and the demo need (once)"
+	$(PIP) install --constraint constraints.txt torch matplotlib tqdm cmake ninja pybind11 scikit_build_core
+	@touch $@
+
+$(TOOLS): $(BASE)
+	@rm -f $(VENV)/.tools-*
+	@echo "Installing the tools that constraints.txt pins (once)"
+	$(PIP) install --requirement constraints.txt
+	@touch $@
+
+# The kernels of the tests are compiled by what pip brings, and run on the simulated device.
+$(COMPILER): $(BASE)
+	@rm -f $(VENV)/.compiler-*
+	@echo "Installing the CUDA compiler that compiler.txt pins (once)"
+	$(PIP) install --no-deps --requirement compiler.txt
+	@touch $@
+
+# The package is installed as a user would have it, never in editable mode: what is tested is what ships.
+$(PACKAGE): $(BASE)
+	@rm -f $(VENV)/.package-*
+	@echo "Building and installing flash8"
+	@$(PIP) install --quiet --no-deps --no-build-isolation .
+	@touch $@
