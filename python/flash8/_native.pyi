@@ -1,0 +1,192 @@
+import builtins
+from collections.abc import Callable, Iterable, Sequence
+from enum import IntEnum
+from typing import TypedDict
+
+from typing_extensions import Buffer
+
+__version__: str
+ABI_VERSION: int
+
+class StructLayout(TypedDict):
+    size: int
+    align: int
+    fields: dict[str, tuple[int, int]]
+
+class DriverNotFoundError(RuntimeError): ...
+
+class DriverError(RuntimeError):
+    entry: str
+    code: int
+    name: str
+
+class DeviceInfo:
+    @property
+    def ordinal(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def compute_capability(self) -> tuple[int, int]: ...
+    @property
+    def multiprocessors(self) -> int: ...
+    @property
+    def max_shared_bytes(self) -> int: ...
+
+class DriverProbe:
+    @property
+    def available(self) -> bool: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def devices(self) -> list[DeviceInfo]: ...
+
+def layout() -> dict[str, StructLayout]: ...
+def probe_driver() -> DriverProbe: ...
+
+class Driver:
+    def __init__(self, path: str) -> None: ...
+    @staticmethod
+    def process() -> Driver: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+    def devices(self) -> list[DeviceInfo]: ...
+    def synchronize(self, device: int = 0) -> None: ...
+
+class DeviceMemory:
+    def __init__(self, driver: Driver, bytes: int, device: int = 0) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def write(self, data: Buffer, offset: int = 0) -> None: ...
+    def read(self, bytes: int | None = None, offset: int = 0) -> builtins.bytes: ...
+
+class Stream:
+    def __init__(self, driver: Driver, device: int = 0) -> None: ...
+    @property
+    def handle(self) -> int: ...
+    def synchronize(self) -> None: ...
+
+class ElementType(IntEnum):
+    UINT8 = 0
+    FLOAT16 = 6
+    FLOAT32 = 7
+    BFLOAT16 = 9
+
+class Swizzle(IntEnum):
+    NONE = 0
+    B32 = 1
+    B64 = 2
+    B128 = 3
+
+def encode_tensor_map(
+    driver: Driver,
+    *,
+    element_type: ElementType,
+    address: int,
+    dims: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+    swizzle: Swizzle = ...,
+) -> bytes: ...
+
+class KernelInfo:
+    @property
+    def abi_version(self) -> int: ...
+    @property
+    def params_bytes(self) -> int: ...
+    @property
+    def kind(self) -> int: ...
+    @property
+    def entry(self) -> str: ...
+    @property
+    def block_m(self) -> int: ...
+    @property
+    def block_n(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def head_dim_v(self) -> int: ...
+    @property
+    def stages(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def cluster(self) -> tuple[int, int, int]: ...
+    @property
+    def shared_bytes(self) -> int: ...
+
+class Kernel:
+    @property
+    def name(self) -> str: ...
+    @property
+    def info(self) -> KernelInfo | None: ...
+    def registers(self, device: int = 0) -> int: ...
+    def local_bytes(self, device: int = 0) -> int: ...
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        parameters: Iterable[Buffer],
+        *,
+        block: tuple[int, int, int] | None = None,
+        cluster: tuple[int, int, int] | None = None,
+        shared_bytes: int | None = None,
+        stream: int = 0,
+        device: int = 0,
+        overlap_previous: bool = False,
+    ) -> None: ...
+
+class Library:
+    def __init__(self, driver: Driver, image: bytes) -> None: ...
+    def info(self, device: int = 0) -> KernelInfo: ...
+    def kernel(self, name: str | None = None, device: int = 0) -> Kernel: ...
+
+class Registry:
+    def __init__(self, driver: Driver, resolver: Callable[[str, str], builtins.bytes]) -> None: ...
+    def get(self, key: str, device: int = 0) -> Kernel: ...
+
+class SequenceParams:
+    cu_seqlens_q: int
+    cu_seqlens_k: int
+    seqused_q: int
+    seqused_k: int
+    leftpad_k: int
+    kv_batch_idx: int
+    total_q: int
+    total_k: int
+    batch: int
+    batch_k: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+class ScoreParams:
+    sinks: int
+    softmax_scale: float
+    softcap: float
+    window_left: int
+    window_right: int
+
+class ForwardParams:
+    q: tuple[int, int, int, int]
+    k: tuple[int, int, int, int]
+    v: tuple[int, int, int, int]
+    o: tuple[int, int, int, int]
+    lse: tuple[int, int, int]
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    @property
+    def sequences(self) -> SequenceParams: ...
+    @property
+    def scores(self) -> ScoreParams: ...
+
+def launch_forward(
+    kernel: Kernel, device: int, stream: int, call: ForwardParams, sm_margin: int = 0
+) -> None: ...

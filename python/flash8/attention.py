@@ -1,0 +1,225 @@
+"""The public attention functions: FlashAttention-3's names, argument order and defaults.
+
+Each one normalises its arguments into `Options`, has them checked, and calls one torch op, so
+autograd, torch.compile and the choice of a backend live in one place (`flash8.ops`). What FA3
+does not have is keyword-only.
+
+The maths is that of Dao et al., "FlashAttention" (arXiv 2205.14135) and Shah et al.,
+"FlashAttention-3" (arXiv 2407.08608). For query i and key j of a sequence with sq queries and
+sk keys (the used lengths):
+
+    S = softmax_scale * (q_i . k_j [+ qv_i . v_j])      with descales for float8 inputs
+    S = softcap * tanh(S / softcap)                     if softcap > 0
+    S = S - alibi_slope * |i + sk - sq - j|             if alibi_slopes is given
+    S = -inf                                            where the mask hides j from i
+    LSE = log(sum_j exp(S) [+ exp(s_aux)])
+    O = sum_j dropout(exp(S - LSE)) v_j
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from flash8 import checks, ops, scaled_tensor
+from flash8.arguments import require_bool
+from flash8.dropout import draw_seed
+from flash8.options import Options
+from flash8.scaled_tensor import Input
+
+Output = Tensor | tuple[Tensor, Tensor]
+Window = tuple[int, int]
+
+
+def flash_attn_func(
+    q: Input,
+    k: Input,
+    v: Input,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    out: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    v_mean: Tensor | None = None,
+) -> Output:
+    """Attention over dense batches. Differentiable in q, k, v, qv, s_aux and through LSE.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim), bf16, fp16 or float8_e4m3fn; on CPU tensors fp32
+            and fp64 too.
+        k: (batch, seqlen_k, heads_kv, head_dim); heads_kv divides heads (GQA, MQA). Of q's dtype,
+            or float8_e4m3fn.
+        v: (batch, seqlen_k, heads_kv, head_dim_v), of k's dtype. q, k and v may be ScaledTensors
+            of `flash8.fp8.quantize`, which bring their descales and means.
+        softmax_scale: factor of the scores, default head_dim ** -0.5, and
+            (head_dim + head_dim_v) ** -0.5 with qv.
+        causal: query i sees keys j <= i + seqlen_k - seqlen_q (bottom-right aligned).
+        qv: (batch, seqlen_q, heads, head_dim_v), added to the scores as qv . v.
+        q_descale, k_descale, v_descale: fp32, only for float8: x ~ descale * x_fp8 (+ mean). A
+            scalar, (batch, heads_kv), for q also (batch, heads), or one per 128 tokens,
+            (batch, heads, ceil(seqlen / 128)); `flash8.descales` has the shapes of other layouts.
+        window_size: (left, right), inclusive: query i sees keys from i + seqlen_k - seqlen_q - left
+            to i + seqlen_k - seqlen_q + right; -1 is unbounded.
+        attention_chunk: if positive, queries see only keys of their own chunk of this many keys.
+        softcap: if positive, scores are capped by softcap * tanh(S / softcap).
+        num_splits: KV splits whose partial results are combined; 0 chooses.
+        pack_gqa, sm_margin: scheduling hints for the GPU, without effect on the result.
+        deterministic: bitwise repeatable gradients (always so on CPU tensors).
+        return_attn_probs: FA3's name for: return LSE too.
+        s_aux: (heads,) learnable attention sinks: one more logit per head, without a value.
+        alibi_slopes: fp32 (heads,) or (batch, heads). Not differentiable.
+        dropout_p: probability to drop an attention weight, in [0, 1).
+        dropout_seed: int or int64 tensor that fixes the mask (see `flash8.dropout_mask`);
+            None draws one from torch's default generator.
+        out: where to write O, no gradients then.
+        k_mean, v_mean: fp32 (heads_kv, d) or (batch, heads_kv, d), only with float8 k and v: what
+            was taken from k and v before they were quantized. O and LSE are those of the whole.
+
+    Returns:
+        O, (batch, seqlen_q, heads, head_dim_v), in q's dtype, bf16 for float8; with
+        return_attn_probs (O, LSE), LSE (batch, heads, seqlen_q) fp32 (fp64 for fp64 inputs),
+        natural logarithm. A query that sees no key gets O = 0 and LSE = -inf (s_aux if given).
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is supported.
+    """
+    options = Options(
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        k_mean=k_mean,
+        v_mean=v_mean,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        num_splits=num_splits,
+        pack_gqa=pack_gqa,
+        deterministic=deterministic,
+        sm_margin=sm_margin,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+    )
+    return _attend(q, k, v, qv, s_aux, out, options, window_size, dropout_seed, return_attn_probs)
+
+
+def flash_attn_varlen_func(
+    q: Input,
+    k: Input,
+    v: Input,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+    *,
+    page_table: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    out: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    v_mean: Tensor | None = None,
+) -> Output:
+    """Attention over sequences of different lengths, packed one behind the other.
+
+    Args as in `flash_attn_func`, and:
+        q: (total_q, heads, head_dim); with cu_seqlens_q=None (batch, seqlen_q, heads, head_dim).
+        k, v: (total_k, heads_kv, head_dim[_v]); with cu_seqlens_k=None
+            (batch, seqlen_k, heads_kv, head_dim[_v]), or with page_table
+            (pages, page_size, heads_kv, head_dim[_v]).
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,): sequence b has rows
+            cu_seqlens[b] to cu_seqlens[b + 1]; starts with 0, never decreases.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence.
+        seqused_q, seqused_k: int32 (batch,): only so many rows of each sequence are used. The rows
+            behind them are not read, get O = 0 and LSE = -inf, and zero gradients.
+        page_table: int32 (batch, max_pages): the pages of each sequence, in order; needs seqused_k.
+
+    Returns:
+        O in q's layout with head_dim_v last; with return_attn_probs (O, LSE), LSE (heads, total_q)
+        for packed q, (batch, heads, seqlen_q) otherwise.
+    """
+    options = Options(
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        k_mean=k_mean,
+        v_mean=v_mean,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        page_table=page_table,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        num_splits=num_splits,
+        pack_gqa=pack_gqa,
+        deterministic=deterministic,
+        sm_margin=sm_margin,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+    )
+    return _attend(q, k, v, qv, s_aux, out, options, window_size, dropout_seed, return_attn_probs)
+
+
+def _attend(
+    q: Input,
+    k: Input,
+    v: Input,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    out: Tensor | None,
+    options: Options,
+    window_size: Any,
+    dropout_seed: Any,
+    return_lse: bool,
+) -> Output:
+    """Checks the call, completes its options and runs it."""
+    require_bool("return_attn_probs", return_lse)
+    query, key, value, options = scaled_tensor.unwrap(q, k, v, options)
+    window_left, window_right = checks.window(window_size)
+    options = options._replace(window_left=window_left, window_right=window_right)
+    geometry, options = checks.attention(query, key, value, qv, s_aux, out, options)
+    seed = None
+    if dropout_seed is not None:
+        seed = checks.dropout_seed_tensor(dropout_seed, query.device)
+    if options.dropout_p > 0.0:
+        options = options._replace(dropout_seed=draw_seed(query.device) if seed is None else seed)
+    options = ops.resolve_num_splits(query, geometry, options)
+    o, lse, _, _ = ops.run_forward(query, key, value, qv, s_aux, out, options)
+    return (o, lse) if return_lse else o

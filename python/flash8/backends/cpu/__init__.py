@@ -1,0 +1,25 @@
+"""The tiled PyTorch backend: forward and backward of everything, with memory linear in seqlen.
+
+It is the backend of CPU tensors and the readable form of what the Hopper kernels compute: the
+same loop over tiles, the same online softmax, the same roundings of P and dS.
+
+A call is resolved into units (`sequences`), each of which has dense q, k and v of one length;
+`forward` and `backward` walk over their tiles.
+"""
+
+from flash8.backends.cpu.backward import backward
+from flash8.backends.cpu.cache import append_kv
+from flash8.backends.cpu.combine import combine, combine_backward
+from flash8.backends.cpu.forward import forward
+from flash8.backends.cpu.fp8_backward import fp8_backward
+from flash8.backends.cpu.sequences import check_indices
+
+__all__ = [
+    "append_kv",
+    "backward",
+    "check_indices",
+    "combine",
+    "combine_backward",
+    "forward",
+    "fp8_backward",
+]

@@ -1,0 +1,180 @@
+"""The backward: P is recomputed tile by tile from LSE, then five products make the gradients.
+
+With D = rowsum(dO * O) - dLSE and P = exp(S - LSE) (Dao et al., arXiv 2205.14135, Algorithm 4):
+
+    dV = P^T dO        dP = dO V^T        dS = P * (dP - D)        dQ = dS K        dK = dS^T Q
+
+and with qv: dV += dS^T Qv, dQv = dS V. The sink's probability has no value, so
+ds_aux = -sum over rows of exp(s_aux - LSE) * D.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flash8.backends.cpu.mask import Tile
+from flash8.backends.cpu.operands import Operands, heads_first, load, tokens_first
+from flash8.backends.cpu.scores import Scores
+from flash8.backends.cpu.sequences import Unit, units
+from flash8.options import Options
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Per-row inputs of one unit's backward, heads first."""
+
+    dout: Tensor  # (B, heads_kv, G, seqlen_q, head_dim_v)
+    lse: Tensor  # (B, heads_kv, G, seqlen_q), +inf where a row has seen nothing
+    d: Tensor  # (B, heads_kv, G, seqlen_q): rowsum(dO * O) - dLSE
+    dlse: Tensor | None  # (B, heads_kv, G, seqlen_q)
+
+    def block(self, rows: slice) -> "_Rows":
+        dlse = None if self.dlse is None else self.dlse[..., rows]
+        return _Rows(self.dout[:, :, :, rows], self.lse[..., rows], self.d[..., rows], dlse)
+
+
+@dataclass(frozen=True)
+class _Accumulators:
+    """Gradients of one unit in the dtype of accumulation, laid out like its operands."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dqv: Tensor | None
+
+
+def backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dqv: Tensor,
+    ds_aux: Tensor,
+) -> None:
+    """Fills dq, dk, dv (every row of them), and dqv, ds_aux where the forward had qv, s_aux."""
+    for gradient in (dq, dk, dv, dqv, ds_aux):
+        gradient.zero_()
+    if dout is None:
+        dout = torch.zeros_like(out)
+    sink_gradient = None if s_aux is None else s_aux.new_zeros(s_aux.shape, dtype=lse.dtype)
+    for unit in units(q, k, options):
+        if unit.queries.seqlen == 0:
+            continue
+        operands = load(unit, q, k, v, qv, s_aux, options)
+        rows = _load_rows(unit, operands, dout, dlse, out, lse)
+        sums = _backward_unit(operands, rows, options)
+        unit.queries.tokens(dq).copy_(tokens_first(sums.dq).mul_(operands.scale))
+        if sums.dqv is not None:
+            unit.queries.tokens(dqv).copy_(tokens_first(sums.dqv).mul_(operands.scale))
+        unit.keys.accumulate(dk, sums.dk.transpose(1, 2))
+        unit.keys.accumulate(dv, sums.dv.transpose(1, 2))
+        if sink_gradient is not None and operands.sink is not None:
+            sink_gradient += _sink_gradient(operands.sink, rows)
+    if sink_gradient is not None:
+        ds_aux.copy_(sink_gradient)
+
+
+def _load_rows(
+    unit: Unit, operands: Operands, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
+) -> _Rows:
+    dtype, heads_kv = operands.q.dtype, operands.k.shape[1]
+    grouped = (heads_kv, operands.group)
+    dout_rows = heads_first(unit.queries.tokens(dout), heads_kv, dtype)
+    out_rows = heads_first(unit.queries.tokens(out), heads_kv, dtype)
+    d = (dout_rows * out_rows).sum(dim=-1)
+    if dlse is not None:
+        dlse = unit.queries.rows(dlse).unflatten(1, grouped)
+        d -= dlse
+    lse_rows = unit.queries.rows(lse).unflatten(1, grouped)
+    lse_rows = lse_rows.masked_fill(lse_rows == float("-inf"), float("inf"))
+    return _Rows(dout_rows, lse_rows, d, dlse)
+
+
+def _backward_unit(operands: Operands, rows: _Rows, options: Options) -> _Accumulators:
+    scores = Scores(operands, options)
+    sums = _Accumulators(
+        torch.zeros_like(operands.q),
+        torch.zeros_like(operands.k),
+        torch.zeros_like(operands.v),
+        None if operands.qv is None else torch.zeros_like(operands.qv),
+    )
+    block_m, block_n = operands.blocks()
+    for m_begin in range(0, operands.seqlen_q, block_m):
+        m_end = min(m_begin + block_m, operands.seqlen_q)
+        block = rows.block(slice(m_begin, m_end))
+        begin, end = scores.mask.visible_range(m_begin, m_end)
+        for n_begin in range(begin - begin % block_n, end, block_n):
+            tile = Tile(m_begin, m_end, n_begin, min(n_begin + block_n, operands.seqlen_k))
+            whole = n_begin <= begin and end <= tile.n_end
+            _backward_tile(operands, scores, block, sums, tile, options.dropout_p, whole)
+    return sums
+
+
+def _backward_tile(
+    operands: Operands,
+    scores: Scores,
+    rows: _Rows,
+    sums: _Accumulators,
+    tile: Tile,
+    dropout_p: float,
+    whole: bool,
+) -> None:
+    """Adds one tile's share to all gradients. `whole`: its queries see no other keys."""
+    queries, keys = slice(tile.m_begin, tile.m_end), slice(tile.n_begin, tile.n_end)
+    q_tile = operands.q[:, :, :, queries].flatten(2, 3)
+    qv_tile = None if operands.qv is None else operands.qv[:, :, :, queries].flatten(2, 3)
+    dout_tile = rows.dout.flatten(2, 3)
+    k_tile, v_tile = operands.k[:, :, keys], operands.v[:, :, keys]
+
+    s = scores.cap(scores.tile(q_tile, qv_tile, tile))
+    capped = s.clone() if scores.softcap > 0.0 else None
+    p = scores.bias_and_mask(s, tile).sub_(rows.lse[..., None]).exp_()
+    dp = operands.split_rows(dout_tile @ v_tile.transpose(-1, -2))
+    p_dropped = p
+    keep = scores.keep(tile)
+    if keep is not None:
+        survival = keep.to(p.dtype).div_(1.0 - dropout_p)
+        p_dropped, dp = p * survival, dp.mul_(survival)
+    sums.dv[:, :, keys] += _product_operand(p_dropped, operands).transpose(-1, -2) @ dout_tile
+    d = _row_sums(p, dp, rows) if whole else rows.d
+    ds = scores.cap_gradient(dp.sub_(d[..., None]).mul_(p), capped)
+    ds_tile = _product_operand(ds, operands)  # (B, heads_kv, G * M, N)
+    # q and qv carry the softmax scale already; dq and dqv get it at the end.
+    sums.dk[:, :, keys] += ds_tile.transpose(-1, -2) @ q_tile
+    sums.dq[:, :, :, queries] += operands.split_rows(ds_tile @ k_tile)
+    if qv_tile is not None and sums.dqv is not None:
+        sums.dv[:, :, keys] += ds_tile.transpose(-1, -2) @ qv_tile
+        sums.dqv[:, :, :, queries] += operands.split_rows(ds_tile @ v_tile)
+
+
+def _row_sums(p: Tensor, dp: Tensor, rows: _Rows) -> Tensor:
+    """D from rows that are whole in this tile: rowsum(P * dP) - dLSE.
+
+    It is rowsum(dO * O) without the rounding of O, and makes dS exactly 0 where one key is visible.
+    """
+    d = (p * dp).sum(dim=-1)
+    return d if rows.dlse is None else d.sub_(rows.dlse)
+
+
+def _product_operand(x: Tensor, operands: Operands) -> Tensor:
+    """(B, heads_kv, G, M, N) as the stacked operand of a product, rounded as the kernel's is."""
+    stacked = x.flatten(2, 3)
+    if operands.dtype in (torch.float16, torch.bfloat16):
+        return stacked.to(operands.dtype).to(stacked.dtype)
+    return stacked
+
+
+def _sink_gradient(sink: Tensor, rows: _Rows) -> Tensor:
+    """-sum of exp(s_aux - LSE) * D over the rows of a unit, (heads,)."""
+    probability = (sink - rows.lse).exp_()
+    return -(probability * rows.d).sum(dim=(0, 3)).flatten()

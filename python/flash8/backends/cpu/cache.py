@@ -1,0 +1,45 @@
+"""Writing new keys and values into a KV cache, dense or paged."""
+
+from torch import Tensor
+
+from flash8.backends.cpu.sequences import cache_slots, checked_cu_seqlens
+from flash8.float8 import E4M3, saturating_cast
+from flash8.options import Options
+
+
+def append_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_seqlens: Tensor,
+    cu_seqlens_k_new: Tensor | None,
+    page_table: Tensor | None,
+    kv_batch_idx: Tensor | None,
+) -> None:
+    """Writes sequence b's new rows at positions cache_seqlens[b] and up.
+
+    k, v: (batch, seqlen_new, heads_kv, d) or with cu_seqlens_k_new (total_new, heads_kv, d).
+    Everything is checked before the first row is written.
+    """
+    options = Options(page_table=page_table, kv_batch_idx=kv_batch_idx)
+    batch = cache_seqlens.shape[0]
+    if cu_seqlens_k_new is None:
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        seqlen_new = k.shape[0] // batch if batch else 0
+        offsets = [b * seqlen_new for b in range(batch + 1)]
+    else:
+        offsets = checked_cu_seqlens("cu_seqlens_k_new", cu_seqlens_k_new, k.shape[0])
+    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    slots = list(cache_slots(k_cache, lengths, cache_seqlens.tolist(), options))
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        page_size = cache.shape[1]
+        for start, length, rows in zip(offsets, lengths, slots, strict=False):
+            values = _cast(new[start : start + length], cache)
+            cache[rows // page_size, rows % page_size] = values
+
+
+def _cast(new: Tensor, cache: Tensor) -> Tensor:
+    if cache.dtype == E4M3 and new.dtype != E4M3:
+        return saturating_cast(new.float())
+    return new.to(cache.dtype)

@@ -1,0 +1,157 @@
+"""The forward: for each block of queries a walk over KV blocks from right to left."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flash8.backends.cpu import study
+from flash8.backends.cpu.accumulator import accumulator_for
+from flash8.backends.cpu.combine import combine_into
+from flash8.backends.cpu.descales import RunningDescale
+from flash8.backends.cpu.mask import Tile
+from flash8.backends.cpu.operands import Operands, load, tokens_first
+from flash8.backends.cpu.scores import Scores
+from flash8.backends.cpu.sequences import Unit, units
+from flash8.backends.cpu.softmax import softmax_for
+from flash8.checks import FP8
+from flash8.options import Options
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Where one unit's O and LSE go: (B, seqlen_q, heads, head_dim_v), (B, heads, seqlen_q)."""
+
+    out: Tensor
+    lse: Tensor
+
+    def store(self, m_begin: int, o: Tensor, lse: Tensor) -> None:
+        """Stores a block of rows: o (B, heads_kv, G, M, head_dim_v), lse (B, heads_kv, G, M)."""
+        rows = slice(m_begin, m_begin + o.shape[3])
+        self.out[:, rows] = tokens_first(o).to(self.out.dtype)
+        self.lse[:, :, rows] = lse.flatten(1, 2)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    out_partial: Tensor,
+    lse_partial: Tensor,
+) -> None:
+    """Fills out and lse (every row of them), and the partials where num_splits > 1."""
+    if options.num_splits == 1:
+        _forward_split(q, k, v, qv, s_aux, options, out, lse, split=0)
+        return
+    for split in range(options.num_splits):
+        # The partials keep heads before rows; their O is addressed like O itself.
+        partial = out_partial[split].transpose(-2, -3)
+        _forward_split(q, k, v, qv, s_aux, options, partial, lse_partial[split], split)
+    combine_into(out, lse, out_partial.transpose(-2, -3), lse_partial.transpose(-1, -2))
+
+
+def _forward_split(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    split: int,
+) -> None:
+    """Attention over one of num_splits parts of the keys. The sink belongs to the first part."""
+    out.zero_()
+    lse.fill_(float("-inf"))
+    for unit in units(q, k, options):
+        if unit.queries.seqlen == 0:
+            continue
+        sink = s_aux if split == 0 else None
+        operands = load(unit, q, k, v, qv, sink, options)
+        outputs = _Outputs(unit.queries.tokens(out), unit.queries.rows(lse))
+        _forward_unit(unit, operands, options, outputs, split)
+
+
+def _forward_unit(
+    unit: Unit, operands: Operands, options: Options, outputs: _Outputs, split: int
+) -> None:
+    scores = Scores(operands, options)
+    block_m, block_n = operands.blocks()
+    grid = operands.descales.grid or (block_n, 0)
+    for m_begin in range(0, operands.seqlen_q, block_m):
+        m_end = min(m_begin + block_m, operands.seqlen_q)
+        n_blocks = _blocks_of_split(scores, m_begin, m_end, grid, options.num_splits, split)
+        o, lse = _forward_block(operands, scores, (m_begin, m_end), n_blocks, options.dropout_p)
+        outputs.store(m_begin, o, lse)
+
+
+def _blocks_of_split(
+    scores: Scores, m_begin: int, m_end: int, grid: tuple[int, int], num_splits: int, split: int
+) -> list[Tile]:
+    """The visible KV blocks of one split, from right to left.
+
+    grid: the size of a block, and how far behind a block's start the first key stands.
+    """
+    block_n, phase = grid
+    begin, end = scores.mask.visible_range(m_begin, m_end)
+    if begin == end:
+        return []
+    first, last = (begin + phase) // block_n, -(-(end + phase) // block_n)
+    per_split = -(-max(0, last - first) // num_splits)
+    first += split * per_split
+    last = min(last, first + per_split)
+    seqlen_k = scores.mask.seqlen_k
+    return [
+        Tile(
+            m_begin,
+            m_end,
+            max(0, n * block_n - phase),
+            min((n + 1) * block_n - phase, seqlen_k),
+        )
+        for n in reversed(range(first, last))
+    ]
+
+
+def _forward_block(
+    operands: Operands,
+    scores: Scores,
+    rows: tuple[int, int],
+    n_blocks: list[Tile],
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """O (B, heads_kv, G, M, head_dim_v) and LSE (B, heads_kv, G, M) of a block of queries."""
+    queries = slice(*rows)
+    q_rows = operands.q[:, :, :, queries]
+    q_tile = q_rows.flatten(2, 3)  # (B, heads_kv, G * M, head_dim)
+    qv_tile = None if operands.qv is None else operands.qv[:, :, :, queries].flatten(2, 3)
+    shape, studied = tuple(q_rows.shape[:-1]), study.current()
+    softmax = softmax_for(operands.dtype, shape, q_rows, studied)
+    sums = accumulator_for(operands.dtype == FP8, shape, operands.v, studied)
+    v_descale = RunningDescale(operands.descales.v)
+    for tile in n_blocks:
+        s = scores.bias_and_mask(scores.cap(scores.tile(q_tile, qv_tile, tile)), tile)
+        p, alpha = softmax.step(s)
+        keep = scores.keep(tile)
+        if keep is not None:
+            p = p.mul_(keep)
+        alpha = v_descale.enter(tile, alpha)
+        sums.add(alpha, p, operands.v[:, :, tile.n_begin : tile.n_end])
+    shift = operands.lse_shift(queries)
+    normalise, lse = softmax.finish(_shifted(operands.sink, shift))
+    factor = v_descale.leave(normalise / (1.0 - dropout_p))
+    o = sums.finish().mul_(factor[..., None])
+    if operands.v_mean is not None:
+        o += (softmax.row_sum() * normalise)[..., None] * operands.v_mean
+    o = torch.where(lse[..., None] == float("-inf"), 0.0, o)
+    return o, lse if shift is None else lse + shift
+
+
+def _shifted(sink: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    """The sink against scores of smoothed keys: s_aux - softmax_scale * q . k_mean, per row."""
+    return sink if sink is None or shift is None else sink - shift

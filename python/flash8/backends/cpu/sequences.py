@@ -1,0 +1,265 @@
+"""From cumulative lengths, used lengths, left padding and page tables to units of dense attention.
+
+This is where the data of index tensors is read, and so where it is checked.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flash8.options import Options
+
+#: Heads of a dense batch that are worked on together: enough to fill two cores, few enough that
+#: the score tiles of all of them stay in cache.
+_HEADS_TOGETHER = 32
+
+#: Options that give the entries of a batch lengths or places of their own.
+_PER_SEQUENCE = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "leftpad_k",
+    "page_table",
+    "kv_batch_idx",
+)
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """Where a unit's queries stand: rows [start, start + seqlen) of these batch entries."""
+
+    batch: slice
+    start: int
+    seqlen: int
+    packed: bool
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The (B, seqlen_q, heads, ...) view of a tensor in q's layout."""
+        rows = slice(self.start, self.start + self.seqlen)
+        return x[rows].unsqueeze(0) if self.packed else x[self.batch, rows]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The (B, heads, seqlen_q, ...) view of a tensor in LSE's layout."""
+        rows = slice(self.start, self.start + self.seqlen)
+        return x[:, rows].unsqueeze(0) if self.packed else x[self.batch, :, rows]
+
+
+@dataclass(frozen=True)
+class KeyRows:
+    """Where a unit's keys stand: rows [start, start + seqlen) of a batch slice or of pages."""
+
+    batch: slice
+    start: int
+    seqlen: int
+    packed: bool
+    pages: Tensor | None = None
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """(B, seqlen_k, heads_kv, ...): a view of k or v, or a copy gathered from pages."""
+        rows = slice(self.start, self.start + self.seqlen)
+        if self.pages is not None:
+            return x[self.pages].flatten(0, 1)[rows].unsqueeze(0)
+        return x[rows].unsqueeze(0) if self.packed else x[self.batch, rows]
+
+    def accumulate(self, x: Tensor, gradient: Tensor) -> None:
+        """x += gradient, (B, seqlen_k, heads_kv, ...), where x is a contiguous dk or dv."""
+        if self.pages is None:
+            self.tokens(x).add_(gradient)
+            return
+        slots = page_slots(self.pages, x.shape[1])[self.start : self.start + self.seqlen]
+        x.flatten(0, 1).index_add_(0, slots, gradient[0].to(x.dtype))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Dense attention of `queries` over `keys` for the batch entries `batch`."""
+
+    batch: slice
+    queries: QueryRows
+    keys: KeyRows
+
+
+def page_slots(pages: Tensor, page_size: int) -> Tensor:
+    """The flat row in a (pages * page_size, ...) cache of every position of one sequence."""
+    offsets = pages.new_tensor(range(page_size))
+    return (pages[:, None] * page_size + offsets).flatten()
+
+
+def units(q: Tensor, k: Tensor, options: Options) -> Iterator[Unit]:
+    """Splits a call into units. Raises ValueError on index data that does not fit q and k."""
+    if _is_plain_batch(options):
+        yield from _batch_units(q, k)
+        return
+    batch = q.shape[0] if options.cu_seqlens_q is None else options.cu_seqlens_q.shape[0] - 1
+    queries = _query_rows(q, batch, options)
+    keys = _key_rows(k, batch, options)
+    for b in range(batch):
+        yield Unit(slice(b, b + 1), queries(b), keys(b))
+
+
+def check_indices(q: Tensor, k: Tensor, options: Options) -> None:
+    """Raises what `units` would raise, without anything else happening."""
+    for _ in units(q, k, options):
+        pass
+
+
+def _is_plain_batch(options: Options) -> bool:
+    return all(getattr(options, name) is None for name in _PER_SEQUENCE)
+
+
+def _batch_units(q: Tensor, k: Tensor) -> Iterator[Unit]:
+    batch, seqlen_q, heads = q.shape[:3]
+    together = max(1, _HEADS_TOGETHER // heads)
+    for begin in range(0, batch, together):
+        rows = slice(begin, min(begin + together, batch))
+        yield Unit(
+            rows,
+            QueryRows(rows, 0, seqlen_q, packed=False),
+            KeyRows(rows, 0, k.shape[1], packed=False),
+        )
+
+
+def _query_rows(q: Tensor, batch: int, options: Options) -> Callable[[int], QueryRows]:
+    packed = options.cu_seqlens_q is not None
+    starts, capacities = _extents("q", options.cu_seqlens_q, q, batch)
+    lengths = _used("seqused_q", options.seqused_q, capacities)
+    _check_max_seqlen("max_seqlen_q", options.max_seqlen_q, lengths)
+
+    def rows(b: int) -> QueryRows:
+        return QueryRows(slice(b, b + 1), starts[b], lengths[b], packed)
+
+    return rows
+
+
+def _key_rows(k: Tensor, batch: int, options: Options) -> Callable[[int], KeyRows]:
+    packed = options.cu_seqlens_k is not None
+    cache_rows = _cache_rows(k, batch, options)
+    starts, capacities = _key_extents(k, batch, options)
+    ends = _used("seqused_k (cache_seqlens and appended rows)", options.seqused_k, capacities)
+    _check_max_seqlen("max_seqlen_k", options.max_seqlen_k, ends)
+    padding = _used("leftpad_k (cache_leftpad)", options.leftpad_k, ends, default=0)
+    pages = None if options.page_table is None else _Pages(k, options.page_table)
+
+    def rows(b: int) -> KeyRows:
+        row = cache_rows[b]
+        used_pages = None if pages is None else pages.of(row, ends[b])
+        start, seqlen = starts[b] + padding[b], ends[b] - padding[b]
+        return KeyRows(slice(row, row + 1), start, seqlen, packed, used_pages)
+
+    return rows
+
+
+def _key_extents(k: Tensor, batch: int, options: Options) -> tuple[list[int], list[int]]:
+    if options.page_table is not None:
+        capacity = options.page_table.shape[1] * k.shape[1]
+        return [0] * batch, [capacity] * batch
+    return _extents("k", options.cu_seqlens_k, k, batch)
+
+
+def _extents(
+    side: str, cu_seqlens: Tensor | None, x: Tensor, batch: int
+) -> tuple[list[int], list[int]]:
+    """First row and number of rows of every sequence of a packed or dense tensor."""
+    if cu_seqlens is None:
+        return [0] * batch, [x.shape[1]] * batch
+    offsets = checked_cu_seqlens(f"cu_seqlens_{side}", cu_seqlens, x.shape[0])
+    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    return offsets[:-1], lengths
+
+
+def checked_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
+    """cu_seqlens as a list that starts with 0, never decreases and ends within `total` rows."""
+    offsets: list[int] = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise ValueError(f"{name} must start with 0, got {offsets[0]}")
+    for b, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if end < start:
+            raise ValueError(
+                f"{name} must never decrease, got {start} at index {b} and {end} at index {b + 1}"
+            )
+    if offsets[-1] > total:
+        raise ValueError(
+            f"{name} must end within the {total} rows of its packed tensor, got {offsets[-1]}"
+        )
+    return offsets
+
+
+def _used(
+    name: str, used: Tensor | None, capacities: list[int], default: int | None = None
+) -> list[int]:
+    """The checked values of a (batch,) tensor of lengths; without it `default` or the capacity."""
+    if used is None:
+        return capacities if default is None else [default] * len(capacities)
+    values: list[int] = used.tolist()
+    for b, (value, capacity) in enumerate(zip(values, capacities, strict=True)):
+        if not 0 <= value <= capacity:
+            raise ValueError(f"{name} must be from 0 to {capacity} at index {b}, got {value}")
+    return values
+
+
+def _check_max_seqlen(name: str, max_seqlen: int | None, lengths: list[int]) -> None:
+    longest = max(lengths, default=0)
+    if max_seqlen is not None and longest > max_seqlen:
+        raise ValueError(
+            f"{name} must be at least the longest sequence {longest}, got {max_seqlen}"
+        )
+
+
+def _cache_rows(k: Tensor, batch: int, options: Options) -> list[int]:
+    """The row of the cache (or of its page table) of every batch entry."""
+    if options.kv_batch_idx is None:
+        return list(range(batch))
+    available = k.shape[0] if options.page_table is None else options.page_table.shape[0]
+    rows: list[int] = options.kv_batch_idx.tolist()
+    for b, row in enumerate(rows):
+        if not 0 <= row < available:
+            raise ValueError(
+                "kv_batch_idx (cache_batch_idx) must be from 0 to "
+                f"{available - 1} at index {b}, got {row}"
+            )
+    return rows
+
+
+class _Pages:
+    """The page table, read and checked as far as a sequence uses it."""
+
+    def __init__(self, cache: Tensor, page_table: Tensor) -> None:
+        self._num_pages, self._page_size = cache.shape[:2]
+        self._table = page_table
+
+    def of(self, row: int, seqlen: int) -> Tensor:
+        """int64 indices of the pages that hold the first `seqlen` positions."""
+        used = self._table[row, : -(-seqlen // self._page_size)].long()
+        wrong = (used < 0) | (used >= self._num_pages)
+        if bool(wrong.any()):
+            position = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"page_table must hold page indices from 0 to {self._num_pages - 1}, "
+                f"got {int(used[position])} at [{row}, {position}]"
+            )
+        return used
+
+
+def cache_slots(
+    cache: Tensor, lengths: list[int], starts: list[int], options: Options
+) -> Iterator[Tensor]:
+    """For every batch entry the flat cache rows of positions [start, start + length)."""
+    batch = len(lengths)
+    rows = _cache_rows(cache, batch, options)
+    pages = None if options.page_table is None else _Pages(cache, options.page_table)
+    capacity = _key_extents(cache, batch, options)[1]
+    for b, (row, start, length) in enumerate(zip(rows, starts, lengths, strict=True)):
+        end = start + length
+        if start < 0 or end > capacity[b]:
+            raise ValueError(
+                f"cache_seqlens must leave room for {length} new rows in a cache of "
+                f"{capacity[b]} at index {b}, got {start}"
+            )
+        positions = cache.new_tensor(range(start, end), dtype=torch.int64)
+        if pages is None:
+            yield positions + row * cache.shape[1]
+        else:
+            yield page_slots(pages.of(row, end), cache.shape[1])[start:end]

@@ -1,0 +1,167 @@
+"""The Hopper backend: chooses a kernel variant, describes the call, and launches.
+
+`refusal` says why a call is not for it; `forward` serves those that are. Tensors stay where they
+are: the kernel gets their addresses and strides.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash8 import _native
+from flash8.compiler import compile_unit
+from flash8.options import Options
+from flash8.variants import Element, ForwardVariant, Mask
+
+_DTYPES: dict[torch.dtype, Element] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+#: The head dimensions that tiles are made for; others are filled up with zeros by TMA.
+_HEAD_DIMS = (64, 96, 128, 192, 256)
+_INDEX_FIELDS = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "leftpad_k",
+    "kv_batch_idx",
+)
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: Options) -> str | None:
+    """Why no forward kernel serves this call, or None."""
+    if q.dtype not in _DTYPES or k.dtype != q.dtype:
+        return f"there is no kernel for {q.dtype} q and {k.dtype} k"
+    for name, x in (("head_dim", q), ("head_dim_v", v)):
+        if x.shape[-1] > _HEAD_DIMS[-1] or x.shape[-1] % 8 != 0:
+            return f"{name} is {x.shape[-1]}; kernels take multiples of 8 up to {_HEAD_DIMS[-1]}"
+    for name, given in (
+        ("qv", qv is not None),
+        ("page_table", options.page_table is not None),
+        ("alibi_slopes", options.alibi_slopes is not None),
+        ("dropout_p", options.dropout_p > 0.0),
+        ("attention_chunk", options.attention_chunk > 0),
+        ("num_splits", options.num_splits > 1),
+    ):
+        if given:
+            return f"{name} has no kernel yet"
+    if not all(_tma_can_read(x) for x in (q, k, v)):
+        return "q, k or v is not aligned to 16 bytes in address and strides"
+    return None
+
+
+def _tma_can_read(x: Tensor) -> bool:
+    size = x.element_size()
+    steps = [stride * size for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1]
+    inner_is_contiguous = x.shape[-1] == 1 or x.stride(-1) == 1
+    return inner_is_contiguous and x.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in steps[:-1])
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    out_partial: Tensor,
+    lse_partial: Tensor,
+) -> None:
+    """Fills out and lse on q's stream, without a synchronisation."""
+    if options.cu_seqlens_q is not None:
+        # The kernel writes the rows of every sequence; nobody owns those behind the last one.
+        out.zero_()
+        lse.fill_(float("-inf"))
+    device = q.device.index or 0
+    softcap = options.softcap > 0.0
+    key = _key(q.dtype, q.shape[-1], v.shape[-1], _mask(options), softcap)
+    kernel = _registry().get(key, device)
+    given = {name: getattr(options, name) for name in _INDEX_FIELDS}
+    indices = {name: x.contiguous() for name, x in given.items() if x is not None}
+    call = _describe(q, k, v, indices, options, out, lse)
+    if s_aux is not None:
+        sinks = s_aux.float().contiguous()
+        call.scores.sinks = sinks.data_ptr()
+    stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+    _native.launch_forward(kernel, device, stream, call, options.sm_margin)
+
+
+def _mask(options: Options) -> Mask:
+    if options.window_left >= 0 or options.window_right > 0:
+        return "local"
+    return "causal" if options.window_right == 0 else "none"
+
+
+def _tile_head_dim(head_dim: int) -> int:
+    return next(size for size in _HEAD_DIMS if head_dim <= size)
+
+
+def _describe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: dict[str, Tensor],
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+) -> _native.ForwardParams:
+    call = _native.ForwardParams()
+    call.q, call.k, call.v, call.o = (_tensor_ref(x) for x in (q, k, v, out))
+    call.lse = (lse.data_ptr(), 0 if lse.dim() == 2 else lse.stride(0), lse.stride(-2))
+    call.heads_q, call.heads_kv = q.shape[-2], k.shape[-2]
+    call.head_dim, call.head_dim_v = q.shape[-1], v.shape[-1]
+    sequences, scores = call.sequences, call.scores
+    for name, index in indices.items():
+        setattr(sequences, name, index.data_ptr())
+    if options.cu_seqlens_q is None:
+        sequences.batch, sequences.max_seqlen_q = q.shape[:2]
+    else:
+        sequences.batch = options.cu_seqlens_q.shape[0] - 1
+        sequences.max_seqlen_q, sequences.total_q = options.max_seqlen_q or 0, q.shape[0]
+    if options.cu_seqlens_k is None:
+        sequences.batch_k, sequences.max_seqlen_k = k.shape[:2]
+    else:
+        sequences.max_seqlen_k, sequences.total_k = options.max_seqlen_k or 0, k.shape[0]
+    scale = options.softmax_scale
+    scores.softmax_scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores.softcap = options.softcap
+    scores.window_left, scores.window_right = options.window_left, options.window_right
+    return call
+
+
+def _tensor_ref(x: Tensor) -> tuple[int, int, int, int]:
+    batch_stride = x.stride(0) if x.dim() == 4 else 0
+    return x.data_ptr(), batch_stride, x.stride(-3), x.stride(-2)
+
+
+@functools.cache
+def _key(dtype: torch.dtype, head_dim: int, head_dim_v: int, mask: Mask, softcap: bool) -> str:
+    """The registry's key of the variant for these choices, made once per process."""
+    variant = ForwardVariant(
+        dtype=_DTYPES[dtype],
+        head_dim=_tile_head_dim(head_dim),
+        head_dim_v=_tile_head_dim(head_dim_v),
+        mask=mask,
+        softcap=softcap,
+    )
+    _VARIANTS[variant.name] = variant
+    return variant.name
+
+
+def variant_of(key: str) -> ForwardVariant:
+    """The variant that was asked of the registry by this key."""
+    return _VARIANTS[key]
+
+
+_VARIANTS: dict[str, ForwardVariant] = {}
+
+
+@functools.cache
+def _registry() -> Any:
+    def image(key: str, kind: str) -> bytes:
+        compiled = compile_unit(variant_of(key).unit())
+        return (compiled.cubin if kind == "cubin" else compiled.ptx).read_bytes()
+
+    return _native.Registry(_native.Driver.process(), image)

@@ -1,0 +1,334 @@
+"""Every check of an attention call that needs no look at the data of a tensor.
+
+`attention` is called by each public function before any op: it turns bad input into a TypeError
+or ValueError and returns the normalised `Options`. What can only be seen in the data (cumulative
+lengths, page indices) is checked by the CPU backend when it reads them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash8 import descales
+from flash8.arguments import (
+    describe,
+    require_bool,
+    require_contiguous_last,
+    require_float,
+    require_int,
+    require_rank,
+    require_shape,
+    require_tensor,
+)
+from flash8.float8 import E4M3
+from flash8.options import Options
+
+FP8 = E4M3
+INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, FP8)
+MAX_HEAD_DIM = 512
+MAX_SPLITS = 256
+_INT32_MAX = 2**31 - 1
+#: What the caller calls an argument where that is not the name it has here.
+Names = Mapping[str, str]
+_OWN_NAMES: Names = MappingProxyType({})
+_MAX_SCALE = 1e30  # finite in fp32, and so are its products with small scores
+_MIN_SOFTCAP = 1e-30  # its inverse is finite in fp32
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a call, once q, k and v have been found to agree."""
+
+    batch: int
+    heads: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    q_packed: bool  # (total, heads, head_dim) with cu_seqlens_q
+    k_packed: bool
+    paged: bool
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    qv: Any,
+    s_aux: Any,
+    out: Any,
+    options: Options,
+    names: Names = _OWN_NAMES,
+) -> tuple[Geometry, Options]:
+    """Checks one attention call. `options` may hold raw user values; the result is normalised."""
+    geometry = qkv(q, k, v, options, names)
+    if qv is not None:
+        _check_qv(q, k, qv, geometry)
+    _check_index_tensors(q, geometry, options, names)
+    if s_aux is not None:
+        require_tensor("s_aux", s_aux, (torch.float32, torch.float64, q.dtype), q)
+        require_shape("s_aux", s_aux, (geometry.heads,), "(heads,)")
+    _check_alibi(q, geometry, options.alibi_slopes)
+    if out is not None:
+        _check_out(out, (q, k, v, qv, s_aux), geometry)
+    options = scalars(options)
+    descales.check(q, k, geometry, options)
+    return geometry, options
+
+
+def qkv(q: Any, k: Any, v: Any, options: Options, names: Names = _OWN_NAMES) -> Geometry:
+    """Checks dtype, device and shape of q, k and v against each other."""
+    k_name, v_name = names.get("k", "k"), names.get("v", "v")
+    require_tensor("q", q, INPUT_DTYPES)
+    if q.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"q must be on a cpu or cuda device, got {q.device}")
+    require_tensor(k_name, k, q.dtype if q.dtype == FP8 else (q.dtype, FP8), q)
+    require_tensor(v_name, v, k.dtype, q)
+    q_packed = options.cu_seqlens_q is not None
+    k_packed = options.cu_seqlens_k is not None
+    paged = options.page_table is not None
+    if paged and k_packed:
+        raise ValueError(
+            "page_table and cu_seqlens_k cannot be combined: a paged cache takes its lengths from "
+            "seqused_k (cache_seqlens); pass cu_seqlens_k=None"
+        )
+    if paged and options.seqused_k is None:
+        used = names.get("seqused_k", "seqused_k")
+        raise ValueError(f"page_table needs {used}: the used length of every sequence, got None")
+    if q_packed:
+        require_rank("q", q, 3, "(total_q, heads, head_dim) when cu_seqlens_q is given")
+    else:
+        require_rank("q", q, 4, "(batch, seqlen_q, heads, head_dim)")
+    for name, x in ((k_name, k), (v_name, v)):
+        if k_packed:
+            require_rank(name, x, 3, "(total_k, heads_kv, head_dim) when cu_seqlens_k is given")
+        elif paged:
+            require_rank(name, x, 4, "(pages, page_size, heads_kv, head_dim) with page_table")
+        else:
+            require_rank(name, x, 4, "(batch, seqlen_k, heads_kv, head_dim)")
+    geometry = Geometry(
+        batch=_batch_size(q, k, options),
+        heads=q.shape[-2],
+        heads_kv=k.shape[-2],
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        q_packed=q_packed,
+        k_packed=k_packed,
+        paged=paged,
+    )
+    _check_sizes(q, k, v, geometry, options, names)
+    return geometry
+
+
+def _batch_size(q: Tensor, k: Tensor, options: Options) -> int:
+    cu_seqlens = options.cu_seqlens_q
+    if cu_seqlens is None:
+        return q.shape[0]
+    require_tensor("cu_seqlens_q", cu_seqlens, torch.int32, q)
+    require_rank("cu_seqlens_q", cu_seqlens, 1, "(batch + 1,)")
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens_q must have batch + 1 elements, at least 1, got 0")
+    return cu_seqlens.shape[0] - 1
+
+
+def _check_sizes(
+    q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, options: Options, names: Names
+) -> None:
+    k_name, v_name = names.get("k", "k"), names.get("v", "v")
+    head_dim, head_dim_v = geometry.head_dim, geometry.head_dim_v
+    for name, size in (("q (head_dim)", head_dim), (f"{v_name} (head_dim_v)", head_dim_v)):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"the last dimension of {name} must be from 1 to {MAX_HEAD_DIM}, got {size}"
+            )
+    if k.shape[-1] != head_dim:
+        raise ValueError(f"{k_name} must have q's head_dim {head_dim}, got shape {tuple(k.shape)}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            f"{v_name} must have {k_name}'s shape but for its last dimension, "
+            f"got {k_name} {tuple(k.shape)} and {v_name} {tuple(v.shape)}"
+        )
+    heads, heads_kv = geometry.heads, geometry.heads_kv
+    if heads < 1 or heads_kv < 1 or heads % heads_kv != 0:
+        raise ValueError(
+            f"the heads of q must be a positive multiple of the heads of {k_name}, "
+            f"got {heads} and {heads_kv}"
+        )
+    dense_k = not geometry.k_packed and not geometry.paged
+    if dense_k and options.kv_batch_idx is None and k.shape[0] != geometry.batch:
+        raise ValueError(
+            f"{k_name} must have the batch size {geometry.batch} of q, got {k.shape[0]}"
+        )
+    if geometry.paged and k.shape[1] < 1:
+        raise ValueError(
+            f"{k_name} must have a page_size of at least 1, got shape {tuple(k.shape)}"
+        )
+
+
+def _check_qv(q: Tensor, k: Tensor, qv: Any, geometry: Geometry) -> None:
+    if k.dtype == FP8:
+        raise ValueError(f"qv is not supported with {FP8} k; use torch.bfloat16 or torch.float16")
+    require_tensor("qv", qv, q.dtype, q)
+    shape = (*q.shape[:-1], geometry.head_dim_v)
+    require_shape("qv", qv, shape, "q's shape with head_dim_v last")
+
+
+def _check_index_tensors(q: Tensor, geometry: Geometry, options: Options, names: Names) -> None:
+    batch = geometry.batch
+    for side in ("q", "k"):
+        cu_seqlens = getattr(options, f"cu_seqlens_{side}")
+        max_seqlen = getattr(options, f"max_seqlen_{side}")
+        if cu_seqlens is not None:
+            name = f"cu_seqlens_{side}"
+            require_tensor(name, cu_seqlens, torch.int32, q)
+            require_shape(name, cu_seqlens, (batch + 1,), "(batch + 1,)")
+            if max_seqlen is None:
+                raise ValueError(f"max_seqlen_{side} must be given with {name}, got None")
+    for field in ("seqused_q", "seqused_k", "leftpad_k", "kv_batch_idx"):
+        tensor, name = getattr(options, field), names.get(field, field)
+        if tensor is not None:
+            require_tensor(name, tensor, torch.int32, q)
+            require_shape(name, tensor, (batch,), "(batch,)")
+    if options.kv_batch_idx is not None and geometry.k_packed:
+        raise ValueError(
+            "kv_batch_idx (cache_batch_idx) cannot be combined with cu_seqlens_k: "
+            "it selects rows of a dense or paged cache"
+        )
+    if options.page_table is not None:
+        require_tensor("page_table", options.page_table, torch.int32, q)
+        require_rank("page_table", options.page_table, 2, "(batch, max_pages)")
+        rows = options.page_table.shape[0]
+        if options.kv_batch_idx is None and rows != batch:
+            raise ValueError(f"page_table must have batch = {batch} rows, got {rows}")
+
+
+def _check_alibi(q: Tensor, geometry: Geometry, alibi_slopes: Any) -> None:
+    if alibi_slopes is None:
+        return
+    require_tensor("alibi_slopes", alibi_slopes, (torch.float32, torch.float64), q)
+    if alibi_slopes.dim() == 1:
+        require_shape("alibi_slopes", alibi_slopes, (geometry.heads,), "(heads,)")
+    else:
+        shape = (geometry.batch, geometry.heads)
+        require_shape("alibi_slopes", alibi_slopes, shape, "(heads,) or (batch, heads)")
+    if alibi_slopes.requires_grad:
+        raise ValueError("alibi_slopes is not differentiable, got requires_grad=True; detach it")
+
+
+def output_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of O: that of q, bfloat16 for FP8."""
+    return torch.bfloat16 if q.dtype == FP8 else q.dtype
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of LSE: float32, float64 for float64 inputs."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _check_out(out: Any, inputs: tuple[Tensor | None, ...], geometry: Geometry) -> None:
+    q = inputs[0]
+    assert q is not None
+    allowed = (torch.bfloat16, torch.float16) if q.dtype == FP8 else (q.dtype,)
+    require_tensor("out", out, allowed, q)
+    shape = (*q.shape[:-1], geometry.head_dim_v)
+    require_shape("out", out, shape, "q's shape with head_dim_v last")
+    require_writable("out", out)
+    given = [x for x in inputs if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*given, out)):
+        raise ValueError(
+            "out= cannot be combined with tensors that require grad; "
+            "leave out=None, or call under torch.no_grad()"
+        )
+    if not torch.compiler.is_compiling() and any(_share_storage(out, x) for x in given):
+        raise ValueError("out must not share memory with q, k, v, qv or s_aux")
+
+
+def require_writable(name: str, tensor: Tensor) -> None:
+    """Contiguous in its last dimension, and no element stands at two indices."""
+    require_contiguous_last(name, tensor)
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    if any(size > 1 and stride == 0 for size, stride in pairs):
+        raise ValueError(
+            f"{name} must not be an expanded tensor (it is written), got strides {tensor.stride()}"
+        )
+
+
+def _share_storage(a: Tensor, b: Tensor) -> bool:
+    if a.numel() == 0 or b.numel() == 0 or a.device.type == "meta":
+        return False
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def check_dropout_p(dropout_p: Any) -> float:
+    value = require_float("dropout_p", dropout_p)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"dropout_p must be at least 0 and less than 1, got {value}")
+    return value
+
+
+def dropout_seed_tensor(seed: Any, device: torch.device) -> Tensor:
+    """An int64 (1,) tensor on `device` from an int or a one-element int64 tensor."""
+    if isinstance(seed, Tensor):
+        require_tensor("dropout_seed", seed, torch.int64)
+        if seed.numel() != 1:
+            raise ValueError(f"dropout_seed must have one element, got {describe(seed)}")
+        return seed.reshape(1).to(device)
+    require_int("dropout_seed", seed, minimum=-(2**63), maximum=2**63 - 1)
+    return torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def softmax_scale(value: Any) -> float | None:
+    if value is None:
+        return None
+    number = require_float("softmax_scale", value)
+    if not 0.0 < number <= _MAX_SCALE:
+        raise ValueError(
+            f"softmax_scale must be greater than 0 and at most {_MAX_SCALE}, got {number}"
+        )
+    return number
+
+
+def window(window_size: Any) -> tuple[int, int]:
+    """(left, right) as ints: each at least 0, or -1 for unbounded."""
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"window_size must be a pair (left, right), got {describe(window_size)}"
+        ) from None
+    return (
+        require_int("window_size[0]", left, minimum=-1, maximum=_INT32_MAX),
+        require_int("window_size[1]", right, minimum=-1, maximum=_INT32_MAX),
+    )
+
+
+def scalars(options: Options) -> Options:
+    """The scalar options checked and normalised; causal becomes a right bound of 0 as well."""
+    softcap = require_float("softcap", options.softcap)
+    if softcap < 0.0 or 0.0 < softcap < _MIN_SOFTCAP:
+        raise ValueError(f"softcap must be 0 (off) or at least {_MIN_SOFTCAP}, got {softcap}")
+    causal = require_bool("causal", options.causal)
+    pack_gqa = options.pack_gqa
+    return options._replace(
+        max_seqlen_q=_max_seqlen("max_seqlen_q", options.max_seqlen_q),
+        max_seqlen_k=_max_seqlen("max_seqlen_k", options.max_seqlen_k),
+        dropout_p=check_dropout_p(options.dropout_p),
+        softmax_scale=softmax_scale(options.softmax_scale),
+        causal=causal,
+        window_right=0 if causal else options.window_right,
+        attention_chunk=require_int(
+            "attention_chunk", options.attention_chunk, minimum=0, maximum=_INT32_MAX
+        ),
+        softcap=softcap,
+        num_splits=require_int("num_splits", options.num_splits, minimum=0, maximum=MAX_SPLITS),
+        pack_gqa=None if pack_gqa is None else require_bool("pack_gqa", pack_gqa),
+        deterministic=require_bool("deterministic", options.deterministic),
+        sm_margin=require_int("sm_margin", options.sm_margin, minimum=0, maximum=_INT32_MAX),
+    )
+
+
+def _max_seqlen(name: str, value: Any) -> int | None:
+    return None if value is None else require_int(name, value, minimum=0, maximum=_INT32_MAX)

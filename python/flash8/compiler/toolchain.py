@@ -1,0 +1,87 @@
+"""Finds nvcc, ptxas and the headers they need: the ones that pip installed, or the system's."""
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from flash8.compiler.errors import CompilerNotFoundError
+
+INSTALL_HINT = (
+    "install it with `pip install --no-deps nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 "
+    "nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85 "
+    "nvidia-cutlass==4.2.0.0`, or put a CUDA 12.4 or newer nvcc on PATH"
+)
+DEFAULT_CUDA = Path("/usr/local/cuda")
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """A CUDA compiler. `include_dirs` are searched after the kernels' own headers."""
+
+    nvcc: Path
+    ptxas: Path
+    include_dirs: tuple[Path, ...]
+    version: str
+    origin: str
+
+
+def kernel_root() -> Path:
+    """The folder of the device code: hopper/ of the checkout, or its copy in the wheel."""
+    package = Path(__file__).resolve().parent.parent
+    for root in (package / "hopper", package.parent.parent / "hopper"):
+        if (root / "params.h").is_file():
+            return root
+    raise CompilerNotFoundError(f"the device code is missing from {package}; install flash8 again")
+
+
+def find_toolchain() -> Toolchain:
+    """The compiler to use: FLASH8_NVCC, else pip's, CUDA_HOME's, PATH's, or /usr/local/cuda's.
+
+    Raises CompilerNotFoundError, which says how to install one.
+    """
+    named = os.environ.get("FLASH8_NVCC")
+    if named:
+        return _at(Path(named), "FLASH8_NVCC")
+    site = Path(sysconfig.get_path("purelib"))
+    candidates = [(site / "nvidia" / "cu13" / "bin" / "nvcc", "pip")]
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        candidates.append((Path(home) / "bin" / "nvcc", "CUDA_HOME"))
+    on_path = shutil.which("nvcc")
+    if on_path:
+        candidates.append((Path(on_path).resolve(), "PATH"))
+    candidates.append((DEFAULT_CUDA / "bin" / "nvcc", str(DEFAULT_CUDA)))
+    for nvcc, origin in candidates:
+        # A wrapper script called nvcc may lie on PATH by itself; its installation is further down.
+        if nvcc.is_file() and nvcc.with_name("ptxas").is_file():
+            return _at(nvcc, origin)
+    raise CompilerNotFoundError(f"no CUDA compiler was found; {INSTALL_HINT}")
+
+
+def _at(nvcc: Path, origin: str) -> Toolchain:
+    ptxas = nvcc.with_name("ptxas")
+    for tool in (nvcc, ptxas):
+        if not os.access(tool, os.X_OK):
+            raise CompilerNotFoundError(f"{tool} (from {origin}) is not an executable file")
+    return Toolchain(nvcc, ptxas, _include_dirs(), _version(nvcc), origin)
+
+
+def _include_dirs() -> tuple[Path, ...]:
+    """CUTLASS. The CUDA headers themselves, the C++ core libraries among them, nvcc knows."""
+    named = os.environ.get("FLASH8_CUTLASS")
+    site = Path(sysconfig.get_path("purelib"))
+    path = Path(named) if named else site / "cutlass_library" / "source" / "include"
+    return (path,) if path.is_dir() else ()
+
+
+@cache
+def _version(nvcc: Path) -> str:
+    """The release and build that nvcc names, such as "V13.0.88 cuda_13.0.r13.0/compiler..."."""
+    result = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise CompilerNotFoundError(f"{nvcc} --version failed: {result.stderr.strip()}")
+    return " ".join(result.stdout.splitlines()[-2:])

@@ -1,0 +1,137 @@
+"""Descales: their shapes, and the checks of the tensors that scale or shift float8 inputs.
+
+x ~ descale * x_fp8 [+ mean], everything fp32. A descale's rank says what it belongs to:
+
+    ()                                  the whole tensor
+    (batch, heads)                      a head of a sequence; heads_kv, or for q also its heads
+    (batch, heads, ceil(seqlen / 128))  128 tokens of a dense tensor
+    (1, heads, total // 128 + batch)    128 tokens of a packed tensor; sequence b's first block is
+                                        number cu_seqlens[b] // 128 + b (`block_offsets`)
+    (pages, heads, 1)                   a page of a paged cache
+
+Blocks of a packed tensor start with their sequence, so a tile never has two descales. Their
+number depends on shapes only and their place on cu_seqlens only: nothing needs the lengths on the
+host.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flash8.arguments import require_tensor
+from flash8.float8 import E4M3
+
+if TYPE_CHECKING:
+    from flash8.checks import Geometry
+    from flash8.options import Options
+
+#: Tokens that share a block descale: kBlockN of the kernels, and kBlockM of a warpgroup pair.
+BLOCK = 128
+#: Pages with fewer tokens have no page descales.
+MIN_PAGE_SIZE = 16
+
+
+def num_blocks(seqlen: int) -> int:
+    """Blocks of a dense sequence."""
+    return -(-seqlen // BLOCK)
+
+
+def num_packed_blocks(total: int, batch: int) -> int:
+    """Blocks that any `batch` sequences of `total` tokens together fit in."""
+    return total // BLOCK + batch
+
+
+def block_offsets(cu_seqlens: Tensor) -> Tensor:
+    """The first block of every sequence of a packed tensor, int64 (batch,)."""
+    starts = cu_seqlens[:-1].long()
+    return starts // BLOCK + torch.arange(starts.shape[0], device=starts.device)
+
+
+def check(q: Tensor, k: Tensor, geometry: "Geometry", options: "Options") -> None:
+    """Raises TypeError or ValueError on a descale or mean that does not fit the call."""
+    g = geometry
+    heads = (g.heads_kv,) if g.heads == g.heads_kv else (g.heads_kv, g.heads)
+    allowed: dict[str, list[tuple[int, ...]]] = {
+        "q_descale": [*((g.batch, h) for h in heads), _blocks(q, g.heads, g.batch, g.q_packed)],
+        "k_descale": [(g.batch, g.heads_kv), _key_blocks(k, g)],
+        "v_descale": [(g.batch, g.heads_kv), _key_blocks(k, g)],
+    }
+    for name, shapes in allowed.items():
+        descale = getattr(options, name)
+        if descale is None:
+            continue
+        scaled = q if name == "q_descale" else k
+        _require_float8(name, scaled)
+        require_tensor(name, descale, torch.float32, q)
+        shape = tuple(descale.shape)
+        if descale.dim() != 0 and shape not in shapes:
+            raise ValueError(_wrong_shape(name, shape, shapes, scaled))
+        if descale.dim() == 3 and name != "q_descale" and g.paged and k.shape[1] < MIN_PAGE_SIZE:
+            raise ValueError(
+                f"{name} per page needs a page_size of at least {MIN_PAGE_SIZE}, got {k.shape[1]}: "
+                "smaller pages cost a multiply per score"
+            )
+    _check_means(q, k, geometry, options)
+
+
+def _require_float8(name: str, scaled: Tensor) -> None:
+    if scaled.dtype != E4M3:
+        raise ValueError(
+            f"{name} needs {E4M3} inputs, got {scaled.dtype} {name[0]}; pass {name}=None"
+        )
+
+
+def _blocks(x: Tensor, heads: int, batch: int, packed: bool) -> tuple[int, int, int]:
+    if packed:
+        return 1, heads, num_packed_blocks(x.shape[0], batch)
+    return x.shape[0], heads, num_blocks(x.shape[1])
+
+
+def _key_blocks(k: Tensor, geometry: "Geometry") -> tuple[int, int, int]:
+    if geometry.paged:
+        return k.shape[0], geometry.heads_kv, 1
+    return _blocks(k, geometry.heads_kv, geometry.batch, geometry.k_packed)
+
+
+def _wrong_shape(
+    name: str, shape: tuple[int, ...], shapes: list[tuple[int, ...]], scaled: Tensor
+) -> str:
+    listed = " or ".join(str(allowed) for allowed in shapes)
+    message = (
+        f"{name} must be a scalar or have shape (batch, heads) or that of its blocks of {BLOCK} "
+        f"tokens (of its pages for a paged cache), here {listed}; got {shape}"
+    )
+    tokens = scaled.shape[-3]
+    if name != "q_descale" and tokens in shape and tokens > 1:
+        message += (
+            f". A descale per token of {name[0]} is not supported: it would cost a multiply per "
+            "score, where block descales cost nothing"
+        )
+    return message
+
+
+def _check_means(q: Tensor, k: Tensor, geometry: "Geometry", options: "Options") -> None:
+    widths = {"k_mean": geometry.head_dim, "v_mean": geometry.head_dim_v}
+    for name, width in widths.items():
+        mean: Any = getattr(options, name)
+        if mean is None:
+            continue
+        _require_float8(name, k)
+        require_tensor(name, mean, torch.float32, q)
+        shapes = [(geometry.heads_kv, width), (geometry.batch, geometry.heads_kv, width)]
+        if tuple(mean.shape) not in shapes:
+            raise ValueError(
+                f"{name} must have shape (heads_kv, head_dim) = {shapes[0]} or "
+                f"(batch, heads_kv, head_dim) = {shapes[1]}, got {tuple(mean.shape)}"
+            )
+    if options.k_mean is not None and options.softcap > 0.0:
+        raise ValueError(
+            f"k_mean (smoothing of K) cannot be combined with softcap = {options.softcap}: a shift "
+            "of a row's scores does not cancel once they are capped"
+        )
+    if options.v_mean is not None and options.dropout_p > 0.0:
+        raise ValueError(
+            f"v_mean cannot be combined with dropout_p = {options.dropout_p}: the weights that "
+            "dropout leaves do not sum to 1"
+        )

@@ -1,0 +1,141 @@
+"""`fp8_attention`: FP8 attention for training. Quantizes inside, differentiable.
+
+q', k'   = q M, k M            if the recipe rotates: plain, differentiable operations
+Q8, K8, V8 = quantize(q', k', v)     by the recipe, without gradient
+O, LSE   = attention(Q8, K8, V8)     one op, whose gradients pass straight through to q', k', v
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash8 import checks
+from flash8.arguments import require_bool
+from flash8.dropout import draw_seed
+from flash8.fp8 import ops
+from flash8.fp8.hadamard import Rotation, rotation_for
+from flash8.fp8.recipes import BACKWARDS, CurrentScaling, Recipe, check_call
+from flash8.options import Options
+from flash8.scaled_tensor import ScaledTensor
+
+_FP8_PRODUCTS = dict(zip(BACKWARDS, (0, 2, 3, 5), strict=True))
+_DEFAULT = CurrentScaling()
+
+
+def fp8_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    recipe: Recipe | None = None,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    s_aux: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention whose forward is FP8. Differentiable in q, k, v, s_aux and through LSE.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim) or (total_q, heads, head_dim) with cu_seqlens_q and
+            max_seqlen_q; bf16 or fp16, on CPU tensors fp32 and fp64 too.
+        k, v: likewise with heads_kv heads, and cu_seqlens_k, max_seqlen_k.
+        recipe: `CurrentScaling` (the default), `BlockScaling` or `DelayedScaling`: how the scales
+            are found, and how much of the backward is FP8.
+        The others are those of `flash8.flash_attn_func`.
+
+    Returns:
+        O in q's layout and dtype; with return_attn_probs (O, LSE), LSE fp32.
+
+    Gradients are those of the dequantized inputs, passed straight through the rounding. For the
+    backward it keeps the FP8 inputs, O and LSE.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is supported.
+    """
+    chosen: Recipe = _DEFAULT if recipe is None else recipe
+    require_bool("return_attn_probs", return_attn_probs)
+    _refuse_quantized(q=q, k=k, v=v)
+    left, right = checks.window(window_size)
+    options = Options(
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_left=left,
+        window_right=right,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+    )
+    _, options = checks.attention(q, k, v, None, s_aux, None, options)
+    check_call(chosen, options)
+    if options.dropout_p > 0.0:
+        seed = (
+            draw_seed(q.device)
+            if dropout_seed is None
+            else checks.dropout_seed_tensor(dropout_seed, q.device)
+        )
+        options = options._replace(dropout_seed=seed)
+    rotation = rotation_for(chosen.hadamard, q.shape[-1])
+    q, k = _rotated(q, rotation), _rotated(k, rotation)
+    q8 = chosen.quantize("q", q.detach(), cu_seqlens_q)
+    k8 = chosen.quantize("k", k.detach(), cu_seqlens_k)
+    v8 = chosen.quantize("v", v.detach(), cu_seqlens_k)
+    out, lse = ops.forward(
+        q,
+        k,
+        v,
+        s_aux,
+        q8.data,
+        k8.data,
+        v8.data,
+        _FP8_PRODUCTS[chosen.backward],
+        chosen.gradient_dtype,
+        chosen.gradient_descale(),
+        chosen.gradient_amax(),
+        *_with_scales(options, q8, k8, v8),
+    )
+    return (out, lse) if return_attn_probs else out
+
+
+def _with_scales(options: Options, q8: ScaledTensor, k8: ScaledTensor, v8: ScaledTensor) -> Options:
+    return options._replace(
+        q_descale=q8.descale,
+        k_descale=k8.descale,
+        v_descale=v8.descale,
+        k_mean=k8.mean,
+        v_mean=v8.mean,
+    )
+
+
+def _rotated(x: Tensor, rotation: Rotation | None) -> Tensor:
+    """x M in fp32 (fp64 for fp64): rounded once, when it is quantized."""
+    if rotation is None:
+        return x
+    return rotation.apply(x.to(torch.float64 if x.dtype == torch.float64 else torch.float32))
+
+
+def _refuse_quantized(**tensors: Any) -> None:
+    for name, x in tensors.items():
+        if isinstance(x, ScaledTensor) or getattr(x, "dtype", None) == checks.FP8:
+            raise TypeError(
+                f"{name} must be a 16-bit tensor (fp32 or fp64 on CPU): fp8_attention quantizes "
+                "inside; attention of quantized tensors is flash_attn_func's and "
+                "flash_attn_varlen_func's"
+            )

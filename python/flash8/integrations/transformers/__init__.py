@@ -1,0 +1,20 @@
+"""Hugging Face transformers (5.x) models on flash8.
+
+    from flash8.integrations import transformers as flash8_transformers
+
+    model = AutoModelForCausalLM.from_pretrained(
+        ..., attn_implementation=flash8_transformers.register()
+    )
+
+Two public registries are used, `AttentionInterface` and `AttentionMaskInterface`; nothing of
+transformers is patched. The name of the implementation avoids the word "flash": transformers takes
+every name that contains it for a FlashAttention package of its own and looks for that on the hub.
+
+How a call goes: the model asks for a mask, and `masks.describe` answers with None or a `layouts`
+object that says where sequences begin and end, never with a (seqlen x seqlen) tensor. Each layer
+hands that object to `attention.attend`, which calls the flash8 function that fits.
+"""
+
+from flash8.integrations.transformers.registration import ATTENTION_NAME, register
+
+__all__ = ["ATTENTION_NAME", "register"]

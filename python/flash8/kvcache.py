@@ -1,0 +1,245 @@
+"""Attention over a KV cache, with append and rotary embedding, and merging of split results."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash8 import checks, ops, scaled_tensor
+from flash8.append import NewKeys
+from flash8.arguments import (
+    require_bool,
+    require_contiguous_last,
+    require_int,
+    require_shape,
+    require_tensor,
+)
+from flash8.attention import Window
+from flash8.options import Options
+from flash8.scaled_tensor import Input
+from flash8.scheduler import num_splits_of
+
+#: What `checks` and this function call the same arguments.
+_CACHE_NAMES = {
+    "k": "k_cache",
+    "v": "v_cache",
+    "seqused_k": "cache_seqlens",
+    "leftpad_k": "cache_leftpad",
+    "kv_batch_idx": "cache_batch_idx",
+}
+
+
+def flash_attn_with_kvcache(
+    q: Input,
+    k_cache: Input,
+    v_cache: Input,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    qv: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    out: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    v_mean: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention of q over a KV cache, which takes up new keys and values first, in place.
+
+    Args as in `flash8.flash_attn_varlen_func`, and:
+        q: (batch, seqlen_q, heads, head_dim), or (total_q, heads, head_dim) with cu_seqlens_q and
+            max_seqlen_q.
+        k_cache, v_cache: (batch_cache, seqlen_cache, heads_kv, head_dim[_v]), or with page_table
+            (pages, page_size, heads_kv, head_dim[_v]), any page size. float8_e4m3fn caches serve
+            wider q too.
+        k, v: (batch, seqlen_new, heads_kv, head_dim[_v]) to append at cache_seqlens, or
+            (total_new, heads_kv, head_dim[_v]) with cu_seqlens_k_new. For an e4m3 cache either
+            e4m3, written as they are, or wider: then k is rotated, k_mean and v_mean are taken
+            off, and both are quantized once with the cache's k_descale and v_descale.
+        rotary_cos, rotary_sin: (seqlen_rotary, rotary_dim / 2), rotary_dim a multiple of 16; only
+            with k and v. k is rotated at rotary_seqlens + 0, 1, ...; so is q if the call is causal
+            or local, and otherwise all of q at rotary_seqlens.
+        cache_seqlens: int or int32 (batch,): used length of the cache before the append; None:
+            all of it.
+        cache_batch_idx: int32 (batch,): which row of the cache, or of the page table, each
+            sequence has.
+        cache_leftpad: int32 (batch,): the first used position of each row.
+        page_table: int32 (batch or batch_cache, max_pages).
+        rotary_seqlens: int32 (batch,): the rotary position of the first new token, default
+            cache_seqlens.
+        rotary_interleaved: pairs (0, 1), (2, 3), ... rather than (0, rotary_dim / 2), ...
+        scheduler_metadata: from `get_scheduler_metadata` for the same sizes.
+        num_splits: 0 chooses.
+        k_descale, v_descale: with page_table also (pages, heads_kv, 1), one per page, and without
+            (batch_cache, heads_kv, ceil(seqlen_cache / 128)). An append reads them and never
+            changes them: a page's descale must be set before its first token arrives.
+        k_mean, v_mean: fp32 (heads_kv, d) or (batch, heads_kv, d), with an e4m3 cache: what its
+            rows lack, fixed when the cache was first filled.
+
+    Returns:
+        O; with return_softmax_lse (O, LSE, O of the splits, LSE of the splits), the last two fp32
+        and empty unless num_splits > 1.
+
+    Without k and v the call is differentiable. With them the cache changes in place, so tensors
+    that require grad are refused.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is supported. The cache is
+            unchanged then.
+    """
+    require_bool("return_softmax_lse", return_softmax_lse)
+    require_bool("rotary_interleaved", rotary_interleaved)
+    if cu_seqlens_q is not None and max_seqlen_q is None:
+        raise ValueError("max_seqlen_q must be given with cu_seqlens_q, got None")
+    window_left, window_right = checks.window(window_size)
+    options = Options(
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        k_mean=k_mean,
+        v_mean=v_mean,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        leftpad_k=cache_leftpad,
+        page_table=page_table,
+        kv_batch_idx=cache_batch_idx,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_left=window_left,
+        window_right=window_right,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        num_splits=num_splits,
+        pack_gqa=pack_gqa,
+        sm_margin=sm_margin,
+        alibi_slopes=alibi_slopes,
+    )
+    rotated = getattr(k_cache, "rotation", None) is not None
+    query, keys, values, options = scaled_tensor.unwrap(q, k_cache, v_cache, options)
+    lengths = _lengths(query, keys, cache_seqlens, cu_seqlens_q)
+    options = options._replace(seqused_k=lengths)
+    geometry, options = checks.attention(query, keys, values, qv, s_aux, out, options, _CACHE_NAMES)
+    require_contiguous_last("k_cache", keys)
+    require_contiguous_last("v_cache", values)
+    if scheduler_metadata is not None:
+        page_size = keys.shape[1] if geometry.paged else 0
+        planned = num_splits_of(scheduler_metadata, geometry, options, page_size)
+        options = options._replace(num_splits=planned)
+    options = ops.resolve_num_splits(query, geometry, options)
+    rotary = (rotary_cos, rotary_sin)
+    if k is None and v is None:
+        _refuse_without_new_keys(cu_seqlens_k_new, rotary)
+    else:
+        new = NewKeys(k, v, cu_seqlens_k_new, keys, values, geometry, options)
+        new.refuse_gradients(query, qv, s_aux)
+        if rotated:
+            new.refuse_rotated_cache(rotary_cos)
+        ops.check_indices(query, keys, options)
+        if rotary_cos is not None or rotary_sin is not None:
+            query = new.rotate(query, options, *rotary, rotary_seqlens, rotary_interleaved)
+        options = new.lengthen(options)
+        ops.check_indices(query, keys, options)
+        new.append(geometry, options)
+    result = ops.run_forward(query, keys, values, qv, s_aux, out, options)
+    return (*result,) if return_softmax_lse else result.out
+
+
+def _lengths(q: Any, k_cache: Any, cache_seqlens: Any, cu_seqlens_q: Any) -> Tensor | None:
+    """cache_seqlens as an int32 (batch,) tensor; its shape is checked with all the others."""
+    if cache_seqlens is None:
+        return None
+    if isinstance(cache_seqlens, Tensor):
+        return require_tensor("cache_seqlens", cache_seqlens, torch.int32)
+    length = require_int("cache_seqlens", cache_seqlens, minimum=0, maximum=2**31 - 1)
+    require_tensor("q", q, checks.INPUT_DTYPES)
+    if cu_seqlens_q is not None:
+        require_tensor("cu_seqlens_q", cu_seqlens_q, torch.int32)
+        batch = cu_seqlens_q.shape[0] - 1
+    else:
+        batch = q.shape[0]
+    return torch.full((batch,), length, dtype=torch.int32, device=q.device)
+
+
+def _refuse_without_new_keys(cu_seqlens_k_new: Any, rotary: tuple[Any, Any]) -> None:
+    if cu_seqlens_k_new is not None:
+        raise ValueError("cu_seqlens_k_new needs k and v to append, got k=None and v=None")
+    if any(x is not None for x in rotary):
+        raise ValueError(
+            "rotary_cos and rotary_sin need k and v to append, got k=None and v=None; "
+            "rotate q beforehand"
+        )
+
+
+def flash_attn_combine(
+    out_partial: Tensor,
+    lse_partial: Tensor,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Merges partial attention results over disjoint sets of keys. Differentiable.
+
+    Args:
+        out_partial: fp32 (splits, batch, seqlen, heads, head_dim_v), or without batch.
+        lse_partial: fp32 (splits, batch, seqlen, heads), or without batch. -inf where a split has
+            seen no key.
+        out: where to write O, no gradients then.
+        out_dtype: dtype of O: fp32 (default), fp16 or bf16.
+
+    Returns:
+        (O, LSE): O (batch, seqlen, heads, head_dim_v), LSE (batch, seqlen, heads), natural
+        logarithm.
+    """
+    floats = (torch.float32, torch.float64)
+    require_tensor("out_partial", out_partial, floats)
+    require_tensor("lse_partial", lse_partial, out_partial.dtype, out_partial)
+    if out_partial.dim() not in (4, 5):
+        raise ValueError(
+            "out_partial must have shape (splits, batch, seqlen, heads, head_dim_v) or "
+            f"(splits, total, heads, head_dim_v), got {tuple(out_partial.shape)}"
+        )
+    require_shape("lse_partial", lse_partial, tuple(out_partial.shape[:-1]), "(splits, ..., heads)")
+    if not 1 <= out_partial.shape[0] <= checks.MAX_SPLITS:
+        raise ValueError(
+            f"out_partial must have from 1 to {checks.MAX_SPLITS} splits, "
+            f"got {out_partial.shape[0]}"
+        )
+    dtypes = (out_partial.dtype, torch.float32, torch.float16, torch.bfloat16)
+    if out_dtype is not None and out_dtype not in dtypes:
+        raise TypeError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
+    if out is not None:
+        require_tensor("out", out, dtypes if out_dtype is None else out_dtype, out_partial)
+        require_shape("out", out, tuple(out_partial.shape[1:]), "out_partial's without splits")
+        checks.require_writable("out", out)
+        if torch.is_grad_enabled() and any(
+            x.requires_grad for x in (out, out_partial, lse_partial)
+        ):
+            raise ValueError("out= cannot be combined with tensors that require grad")
+        out_dtype = out.dtype
+    merged, lse = torch.ops.flash8.combine(out_partial, lse_partial, out_dtype)
+    if out is None:
+        return merged, lse
+    out.copy_(merged)
+    return out, lse

@@ -1,0 +1,302 @@
+"""The torch ops: schema, fake, autograd and the backends behind each dispatch key.
+
+Every public function ends in one of these ops, so `torch.compile`, `torch.export` and autograd
+see an opaque node with exact shapes. The tail of each attention op's schema is `options.SCHEMA`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash8 import checks
+from flash8.backends import backend_for, choose_num_splits, forward_backend
+from flash8.checks import Geometry
+from flash8.options import SCHEMA, Options
+
+
+class ForwardResult(NamedTuple):
+    """What a forward returns. The partials are empty unless num_splits > 1."""
+
+    out: Tensor  # q's layout, head_dim_v last
+    lse: Tensor  # (batch, heads, seqlen_q) or (heads, total_q)
+    out_partial: Tensor  # (num_splits, batch, heads, seqlen_q, head_dim_v) or packed likewise
+    lse_partial: Tensor  # (num_splits, *lse.shape)
+
+
+class Gradients(NamedTuple):
+    """What a backward returns. dqv and ds_aux are empty if the forward had none."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dqv: Tensor
+    ds_aux: Tensor
+
+
+_library = torch.library.Library("flash8", "DEF")
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? qv, Tensor? s_aux"
+_library.define(f"forward({_INPUTS}, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"forward_out({_INPUTS}, Tensor(a!) out, {SCHEMA}) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    f"backward(Tensor? dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, "
+    "Tensor? cu_seqlens_k_new, Tensor? page_table, Tensor? kv_batch_idx) -> ()"
+)
+_library.define(
+    "combine(Tensor out_partial, Tensor lse_partial, ScalarType? out_dtype) -> (Tensor, Tensor)"
+)
+_library.define(
+    "combine_backward(Tensor? dout, Tensor? dlse, Tensor out_partial, Tensor lse_partial) "
+    "-> (Tensor, Tensor)"
+)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, s_aux: Tensor | None, *options: Any
+) -> ForwardResult:
+    opts = Options(*options)
+    result = _empty_forward(q, k, v, opts)
+    forward_backend(q, k, v, qv, opts).forward(q, k, v, qv, s_aux, opts, *result)
+    return result
+
+
+def _forward_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    out: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    opts = Options(*options)
+    lse, out_partial, lse_partial = _empty_lse_and_partials(q, k, v, opts)
+    backend = forward_backend(q, k, v, qv, opts)
+    backend.forward(q, k, v, qv, s_aux, opts, out, lse, out_partial, lse_partial)
+    return lse, out_partial, lse_partial
+
+
+def _backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+) -> Gradients:
+    gradients = _empty_gradients(q, k, v, qv, s_aux)
+    backend_for(q).backward(dout, dlse, q, k, v, qv, s_aux, out, lse, Options(*options), *gradients)
+    return gradients
+
+
+def _append_kv(k_cache: Tensor, v_cache: Tensor, *rest: Any) -> None:
+    backend_for(k_cache).append_kv(k_cache, v_cache, *rest)
+
+
+def _combine(
+    out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    merged: tuple[Tensor, Tensor] = backend_for(out_partial).combine(
+        out_partial, lse_partial, out_dtype
+    )
+    return merged
+
+
+def _combine_backward(
+    dout: Tensor | None, dlse: Tensor | None, out_partial: Tensor, lse_partial: Tensor
+) -> tuple[Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor] = backend_for(out_partial).combine_backward(
+        dout, dlse, out_partial, lse_partial
+    )
+    return gradients
+
+
+def _empty_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> ForwardResult:
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=checks.output_dtype(q))
+    return ForwardResult(out, *_empty_lse_and_partials(q, k, v, options))
+
+
+def _empty_lse_and_partials(
+    q: Tensor, k: Tensor, v: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = checks.lse_dtype(q)
+    *batch, rows, heads, _ = q.shape
+    shape = (*batch, heads, rows)
+    lse = q.new_empty(shape, dtype=dtype)
+    if options.num_splits == 1:
+        return lse, q.new_empty((0,), dtype=dtype), q.new_empty((0,), dtype=dtype)
+    splits = (options.num_splits, *shape)
+    out_partial = q.new_empty((*splits, v.shape[-1]), dtype=dtype)
+    return lse, out_partial, q.new_empty(splits, dtype=dtype)
+
+
+def _empty_gradients(
+    q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, s_aux: Tensor | None
+) -> Gradients:
+    def like(x: Tensor | None) -> Tensor:
+        return q.new_empty((0,)) if x is None else x.new_empty(x.shape)
+
+    return Gradients(like(q), like(k), like(v), like(qv), like(s_aux))
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, s_aux: Tensor | None, *options: Any
+) -> ForwardResult:
+    return _empty_forward(q, k, v, Options(*options))
+
+
+def _forward_out_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    out: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_lse_and_partials(q, k, v, Options(*options))
+
+
+def _backward_fake(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    *rest: Any,
+) -> Gradients:
+    return _empty_gradients(q, k, v, qv, s_aux)
+
+
+def _append_kv_fake(*args: Any) -> None:
+    return None
+
+
+def _combine_fake(
+    out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    out = out_partial.new_empty(out_partial.shape[1:], dtype=out_dtype or out_partial.dtype)
+    return out, lse_partial.new_empty(lse_partial.shape[1:])
+
+
+def _combine_backward_fake(
+    dout: Tensor | None, dlse: Tensor | None, out_partial: Tensor, lse_partial: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(out_partial), torch.empty_like(lse_partial)
+
+
+def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: ForwardResult) -> None:
+    q, k, v, qv, s_aux, *options = inputs
+    out, lse, out_partial, lse_partial = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(out_partial, lse_partial)
+    tensors = [x for x in options if isinstance(x, Tensor)]
+    ctx.save_for_backward(q, k, v, qv, s_aux, out, lse, *tensors)
+    ctx.options = [None if isinstance(x, Tensor) else x for x in options]
+    ctx.tensor_fields = [i for i, x in enumerate(options) if isinstance(x, Tensor)]
+
+
+def _forward_autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> Any:
+    no_option_gradients = (None,) * len(Options._fields)
+    if dout is None and dlse is None:
+        return (*(None,) * 5, *no_option_gradients)
+    q, k, v, qv, s_aux, out, lse, *tensors = ctx.saved_tensors
+    if k.dtype == checks.FP8:
+        raise ValueError(
+            f"attention on raw {checks.FP8} inputs has no backward: call flash8.fp8_attention on "
+            "16-bit tensors, which quantizes inside and is differentiable"
+        )
+    options = list(ctx.options)
+    for field, tensor in zip(ctx.tensor_fields, tensors, strict=True):
+        options[field] = tensor
+    dq, dk, dv, dqv, ds_aux = torch.ops.flash8.backward(
+        dout, dlse, q, k, v, qv, s_aux, out, lse, *options
+    )
+    optional = (None if qv is None else dqv, None if s_aux is None else ds_aux)
+    return (dq, dk, dv, *optional, *no_option_gradients)
+
+
+def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    out_partial, lse_partial, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(out_partial, lse_partial)
+
+
+def _combine_autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+    if dout is None and dlse is None:
+        return None, None, None
+    return (*torch.ops.flash8.combine_backward(dout, dlse, *ctx.saved_tensors), None)
+
+
+def _no_second_order(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("flash8 attention has first-order gradients only; got a double backward")
+
+
+def _nothing_to_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    return None
+
+
+def _register() -> None:
+    implementations: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        "forward": (_forward, _forward_fake),
+        "forward_out": (_forward_out, _forward_out_fake),
+        "backward": (_backward, _backward_fake),
+        "append_kv": (_append_kv, _append_kv_fake),
+        "combine": (_combine, _combine_fake),
+        "combine_backward": (_combine_backward, _combine_backward_fake),
+    }
+    for name, (implementation, fake) in implementations.items():
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, implementation, key)
+        torch.library.register_fake(f"flash8::{name}", fake, lib=_library)
+    for name, formula, setup in (
+        ("forward", _forward_autograd, _forward_setup),
+        ("backward", _no_second_order, _nothing_to_save),
+        ("combine", _combine_autograd, _combine_setup),
+        ("combine_backward", _no_second_order, _nothing_to_save),
+    ):
+        torch.library.register_autograd(
+            f"flash8::{name}", formula, setup_context=setup, lib=_library
+        )
+
+
+_register()
+
+
+def resolve_num_splits(q: Tensor, geometry: Geometry, options: Options) -> Options:
+    """Replaces num_splits = 0 by the backend's choice, so that shapes are known before the op."""
+    if options.num_splits > 0:
+        return options
+    return options._replace(num_splits=choose_num_splits(q.device, geometry, options))
+
+
+def check_indices(q: Tensor, k: Tensor, options: Options) -> None:
+    """Checks the data of index tensors (on the CPU) ahead of an in-place change."""
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        backend_for(q).check_indices(q, k, options)
+
+
+def run_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    out: Tensor | None,
+    options: Options,
+) -> ForwardResult:
+    """The forward op, or its in-place twin where `out` is given."""
+    if out is None:
+        return ForwardResult(*torch.ops.flash8.forward(q, k, v, qv, s_aux, *options))
+    return ForwardResult(out, *torch.ops.flash8.forward_out(q, k, v, qv, s_aux, out, *options))

@@ -1,0 +1,63 @@
+"""The one list of everything that shapes an attention call besides its differentiable tensors.
+
+The order of the fields here is the order of the arguments of `flash8::forward`,
+`flash8::forward_out` and `flash8::backward` after the tensors; `SCHEMA` is derived from it, so
+schema, fake, autograd and backends can never disagree.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Options(NamedTuple):
+    """Non-differentiable arguments of one attention call. Shapes as in `flash8.attention`."""
+
+    q_descale: Tensor | None = None  # fp32, shapes as in `flash8.descales`
+    k_descale: Tensor | None = None
+    v_descale: Tensor | None = None
+    k_mean: Tensor | None = None  # fp32 (heads_kv, d) or (batch, heads_kv, d)
+    v_mean: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None  # int32 (batch + 1,)
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+    seqused_q: Tensor | None = None  # int32 (batch,)
+    seqused_k: Tensor | None = None
+    leftpad_k: Tensor | None = None  # int32 (batch,)
+    page_table: Tensor | None = None  # int32 (batch or cache batch, max_pages)
+    kv_batch_idx: Tensor | None = None  # int32 (batch,)
+    alibi_slopes: Tensor | None = None  # fp32 (heads,) or (batch, heads)
+    dropout_seed: Tensor | None = None  # int64 (1,)
+    dropout_p: float = 0.0
+    softmax_scale: float | None = None  # None: (head_dim [+ head_dim_v with qv]) ** -0.5
+    causal: bool = False
+    window_left: int = -1  # -1: unbounded
+    window_right: int = -1
+    attention_chunk: int = 0  # 0: off
+    softcap: float = 0.0  # 0: off
+    num_splits: int = 1  # already resolved: at least 1
+    pack_gqa: bool | None = None
+    deterministic: bool = False
+    sm_margin: int = 0
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the mask is a band or chunks rather than none or causal."""
+        return self.window_left >= 0 or self.window_right >= 0 or self.attention_chunk > 0
+
+
+_SCHEMA_TYPES: dict[object, str] = {
+    Tensor | None: "Tensor?",
+    int | None: "SymInt?",
+    float | None: "float?",
+    bool | None: "bool?",
+    int: "SymInt",
+    float: "float",
+    bool: "bool",
+}
+
+#: "Tensor? q_descale, ..., SymInt sm_margin": the tail of every attention op's schema.
+SCHEMA = ", ".join(
+    f"{_SCHEMA_TYPES[annotation]} {name}" for name, annotation in Options.__annotations__.items()
+)

@@ -1,0 +1,67 @@
+"""Rotary position embedding as FlashAttention's KV-cache call applies it (Su et al., 2104.09864).
+
+Plain torch operations: they trace, and run on any device.
+"""
+
+import torch
+from torch import Tensor
+
+from flash8.float8 import E4M3, saturating_cast
+
+
+def token_positions(
+    tokens: Tensor, offsets: Tensor, cu_seqlens: Tensor | None, *, advance: bool = True
+) -> Tensor:
+    """The rotary position of every token of x, (batch, seqlen) or (total,) with cu_seqlens.
+
+    tokens: (batch, seqlen, heads, d) or (total, heads, d). offsets: int (batch,), the position of
+    each sequence's first token. advance=False leaves all tokens of a sequence at that position.
+    """
+    if cu_seqlens is None:
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        steps = steps if advance else torch.zeros_like(steps)
+        return offsets.long()[:, None] + steps
+    token = torch.arange(tokens.shape[0], device=tokens.device)
+    sequence = token_sequences(tokens, offsets.shape[0], cu_seqlens)
+    start = offsets.long()[sequence]
+    return start + (token - cu_seqlens.long()[sequence] if advance else 0)
+
+
+def token_sequences(tokens: Tensor, batch: int, cu_seqlens: Tensor | None) -> Tensor:
+    """int64 (batch, seqlen) or (total,) with cu_seqlens: the sequence of every token.
+
+    Rows behind the last sequence count to it.
+    """
+    if cu_seqlens is None:
+        return torch.arange(batch, device=tokens.device)[:, None].expand(tokens.shape[:2])
+    token = torch.arange(tokens.shape[0], device=tokens.device)
+    sequence = torch.bucketize(token, cu_seqlens[1:].long(), right=True)
+    return sequence.clamp(max=max(batch - 1, 0))
+
+
+def apply_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved: bool
+) -> Tensor:
+    """Rotates the first 2 * cos.shape[1] elements of each head of x.
+
+    x: (..., heads, d); positions: (...); cos, sin: (seqlen_rotary, rotary_dim / 2). interleaved
+    pairs elements (0, 1), (2, 3), ...; otherwise (0, rotary_dim / 2), (1, rotary_dim / 2 + 1), ...
+    Computed in fp32 (fp64 for fp64 x) and rounded once to x's dtype.
+    """
+    return rotate(x, cos[positions], sin[positions], interleaved=interleaved)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """`apply_rotary` with one row of cos and sin per token already: (..., rotary_dim / 2)."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rotary_dim = 2 * cos.shape[-1]
+    rotated, rest = x[..., :rotary_dim].to(compute), x[..., rotary_dim:]
+    c, s = cos.to(compute).unsqueeze(-2), sin.to(compute).unsqueeze(-2)
+    first, second = (
+        (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, dim=-1)
+    )
+    turned = (first * c - second * s, first * s + second * c)
+    rotated = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    if x.dtype == E4M3:
+        return saturating_cast(torch.cat((rotated, rest.to(compute)), -1))
+    return torch.cat((rotated.to(x.dtype), rest), dim=-1)

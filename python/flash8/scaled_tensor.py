@@ -1,0 +1,86 @@
+"""A float8 tensor together with everything that gives its values back."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flash8.options import Options
+
+if TYPE_CHECKING:
+    from flash8.fp8.hadamard import Rotation
+
+
+@dataclass(frozen=True)
+class ScaledTensor:
+    """x = rotation^-1(descale * data + mean): what `flash8.fp8.quantize` returns.
+
+    The attention functions take it in place of q, k and v, with descale and mean: K's mean comes
+    back in LSE, V's in O, and q and k must share a rotation, which then cancels.
+    """
+
+    data: Tensor  # float8, x's shape
+    descale: Tensor  # fp32, a shape of `flash8.descales`
+    granularity: str  # "tensor", "head", "block" or "page"
+    mean: Tensor | None = None  # fp32 (heads, d) or (batch, heads, d), rotated as data is
+    rotation: "Rotation | None" = None
+    cu_seqlens: Tensor | None = None  # of packed data, int32 (batch + 1,)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+
+Input = Tensor | ScaledTensor
+
+
+def unwrap(q: Any, k: Any, v: Any, options: Options) -> tuple[Any, Any, Any, Options]:
+    """Takes ScaledTensors apart into data and options; other values pass as they are."""
+    given = {"q": q, "k": k, "v": v}
+    scaled = {name: x for name, x in given.items() if isinstance(x, ScaledTensor)}
+    if not scaled:
+        return q, k, v, options
+    _check_rotations(given, scaled)
+    for name, x in scaled.items():
+        if getattr(options, f"{name}_descale") is not None:
+            raise ValueError(
+                f"{name}_descale must be None where {name} is a ScaledTensor: it brings its own"
+            )
+        changes: dict[str, Any] = {f"{name}_descale": x.descale}
+        options = options._replace(**changes)
+        if x.mean is not None:
+            options = _with_mean(name, x.mean, options)
+    data = [x.data if isinstance(x, ScaledTensor) else x for x in (q, k, v)]
+    return data[0], data[1], data[2], options
+
+
+def _with_mean(name: str, mean: Tensor, options: Options) -> Options:
+    if name == "q":
+        raise ValueError("q must not have had a mean taken from it, got a ScaledTensor with one")
+    if getattr(options, f"{name}_mean") is not None:
+        raise ValueError(f"{name}_mean must be None where {name} is a ScaledTensor with a mean")
+    changes: dict[str, Any] = {f"{name}_mean": mean}
+    return options._replace(**changes)
+
+
+def _check_rotations(given: dict[str, Any], scaled: dict[str, ScaledTensor]) -> None:
+    if "v" in scaled and scaled["v"].rotation is not None:
+        raise ValueError(
+            "v must not be rotated, O would come out rotated: quantize it with hadamard=None; "
+            f"got {scaled['v'].rotation}"
+        )
+    rotations = {name: getattr(given[name], "rotation", None) for name in ("q", "k")}
+    if rotations["q"] != rotations["k"]:
+        raise ValueError(
+            "q and k must be rotated alike (the same hadamard and seed), "
+            f"got {rotations['q']} and {rotations['k']}"
+        )

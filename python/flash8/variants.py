@@ -1,0 +1,111 @@
+"""Kernel variants: the choices that are made when a kernel is compiled.
+
+What costs nothing at run time is no choice: packed sequences, used lengths, the ratio of query to
+KV heads, sinks and LSE are parameters of every kernel.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from flash8.compiler import Unit, kernel_root
+
+Element = Literal["fp16", "bf16", "e4m3"]
+Mask = Literal["none", "causal", "local"]
+KVSource = Literal["dense", "paged"]
+Scales = Literal["none", "head", "block"]
+
+_CHOICES = {"dtype": Element, "mask": Mask, "kv": KVSource, "scales": Scales}
+MAX_HEAD_DIM = 512
+
+
+@dataclass(frozen=True)
+class ForwardVariant:
+    """One compilation of hopper/forward/kernel.cu.
+
+    Attributes:
+        dtype: Element type of q, k and v.
+        head_dim: Head dimension of q and k that the tiles are made for.
+        head_dim_v: Head dimension of v and of the output.
+        mask: "local" serves windows and chunks, with or without causal.
+        softcap: Whether scores go through softcap * tanh(x / softcap).
+        kv: "paged" reads K and V through a page table.
+        split: Whether KV is split and fp32 partials are written.
+        pack_gqa: Whether the query heads of one KV head share a tile.
+        scales: Granularity of the descales of e4m3: one per (batch, head), or one per block.
+
+    Raises:
+        ValueError: A choice is unknown, or the choices exclude each other.
+    """
+
+    dtype: Element
+    head_dim: int
+    head_dim_v: int
+    mask: Mask = "none"
+    softcap: bool = False
+    kv: KVSource = "dense"
+    split: bool = False
+    pack_gqa: bool = False
+    scales: Scales = "none"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in get_args(choices):
+                raise ValueError(f"{name} is {value!r}; supported are {get_args(choices)}")
+        for name in ("head_dim", "head_dim_v"):
+            value = getattr(self, name)
+            if not (0 < value <= MAX_HEAD_DIM and value % 8 == 0):
+                raise ValueError(
+                    f"{name} is {value}; supported are the multiples of 8 up to {MAX_HEAD_DIM}"
+                )
+        if (self.dtype == "e4m3") != (self.scales != "none"):
+            raise ValueError(
+                f"scales is {self.scales!r} with dtype {self.dtype!r}; e4m3 needs 'head' or "
+                f"'block', the 16-bit types 'none'"
+            )
+
+    @property
+    def name(self) -> str:
+        """A name that no other variant has, fit for a file: forward_bf16_d128_causal."""
+        same = self.head_dim == self.head_dim_v
+        parts = [self.dtype, f"d{self.head_dim}" + ("" if same else f"v{self.head_dim_v}")]
+        parts += [self.mask] if self.mask != "none" else []
+        parts += ["softcap"] if self.softcap else []
+        parts += ["paged"] if self.kv == "paged" else []
+        parts += ["split"] if self.split else []
+        parts += ["packgqa"] if self.pack_gqa else []
+        parts += [f"{self.scales}scales"] if self.scales != "none" else []
+        return "_".join(["forward", *parts])
+
+    @property
+    def defines(self) -> tuple[tuple[str, str], ...]:
+        """The -D options: FLASH8_HEAD_DIM=128; a choice of words becomes its position in them."""
+        options = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in _CHOICES:
+                value = get_args(_CHOICES[field.name]).index(value)
+            options.append((f"FLASH8_{field.name.upper()}", str(int(value))))
+        return tuple(options)
+
+    def unit(self) -> Unit:
+        """What the compiler is asked for."""
+        return Unit(kernel_root() / "forward" / "kernel.cu", self.defines, self.name)
+
+
+# The variants that release wheels carry, one row each.
+SHIPPED: tuple[ForwardVariant, ...] = (
+    ForwardVariant("bf16", 64, 64),
+    ForwardVariant("bf16", 64, 64, mask="causal"),
+    ForwardVariant("bf16", 64, 64, mask="local"),
+    ForwardVariant("fp16", 64, 64, softcap=True),
+    ForwardVariant("bf16", 96, 96),
+    ForwardVariant("bf16", 128, 128),
+    ForwardVariant("bf16", 128, 128, mask="causal"),
+    ForwardVariant("fp16", 128, 128, mask="causal"),
+    ForwardVariant("bf16", 128, 128, mask="local"),
+    ForwardVariant("bf16", 192, 128, mask="causal"),
+    ForwardVariant("fp16", 192, 192, mask="local"),
+    ForwardVariant("bf16", 256, 256, mask="causal"),
+    ForwardVariant("bf16", 256, 256, mask="local", softcap=True),
+)
