@@ -1,0 +1,51 @@
+// Every named barrier of flash8's kernels. Barrier 0 belongs to __syncthreads.
+
+#pragma once
+
+#include "ptx.cuh"
+
+namespace flash8 {
+
+enum class NamedBarrier : int {
+    // Consumer warpgroup i may issue its products: WarpgroupTurn + i.
+    kWarpgroupTurn = 1,  // and 2, 3
+    // All consumer warpgroups have cleared their share of V's tail rows.
+    kTailCleared = 4,
+};
+
+// Ping-pong: the warpgroups take turns to issue their products, so that one's softmax overlaps the
+// other's products. Barrier kWarpgroupTurn + i completes when warpgroup i syncs (128 threads) and its
+// predecessor has arrived (128 threads).
+template <int kWarpgroups>
+struct WarpgroupTurns {
+    static constexpr int kThreads = 2 * 128;
+
+    // Before the first turn: the last warpgroup gives the first its turn.
+    __device__ static void start(int warpgroup) {
+        if (warpgroup == kWarpgroups - 1) {
+            ptx::named_barrier_arrive(id(0), kThreads);
+        }
+    }
+
+    __device__ __forceinline__ static void wait(int warpgroup) {
+        ptx::named_barrier_sync(id(warpgroup), kThreads);
+    }
+
+    __device__ __forceinline__ static void pass_on(int warpgroup) {
+        ptx::named_barrier_arrive(id(warpgroup == kWarpgroups - 1 ? 0 : warpgroup + 1), kThreads);
+    }
+
+    // After the last turn: the first warpgroup takes the arrival that is left over.
+    __device__ static void finish(int warpgroup) {
+        if (warpgroup == 0) {
+            ptx::named_barrier_sync(id(0), kThreads);
+        }
+    }
+
+  private:
+    __device__ __forceinline__ static int id(int warpgroup) {
+        return static_cast<int>(NamedBarrier::kWarpgroupTurn) + warpgroup;
+    }
+};
+
+}  // namespace flash8

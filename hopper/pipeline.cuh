@@ -1,0 +1,76 @@
+// A ring of shared-memory stages between one producer thread and the consumer warps.
+//
+//   producer                         consumer warp
+//   acquire: wait empty[stage]       wait:    wait full[stage]
+//            expect bytes on full    ... wgmma reads the stage ...
+//            TMA ... counts bytes    release: lane 0 arrives at empty[stage]
+//
+// full completes when the expected bytes have landed; empty completes when every consumer warp has
+// released the stage. Both sides walk the same sequence of stages and flip the parity at each wrap.
+
+#pragma once
+
+#include "ptx.cuh"
+
+#include <cstdint>
+
+namespace flash8 {
+
+// Where one side of a pipeline stands.
+template <int kStages>
+struct PipelineState {
+    int stage = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        stage += 1;
+        if (stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+template <int kStages>
+struct Pipeline {
+    using State = PipelineState<kStages>;
+
+    uint64_t full[kStages];
+    uint64_t empty[kStages];
+
+    __device__ void init(int consumer_warps) {
+        for (int stage = 0; stage < kStages; ++stage) {
+            ptx::mbarrier_init(&full[stage], 1);
+            ptx::mbarrier_init(&empty[stage], consumer_warps);
+        }
+    }
+
+    // A fresh barrier counts as having completed the phase before its first, so the first round of
+    // acquires passes: the producer waits with the opposite parity.
+    __device__ __forceinline__ uint64_t* acquire(State const& state, int bytes) {
+        ptx::mbarrier_wait(&empty[state.stage], state.parity ^ 1);
+        ptx::mbarrier_expect_tx(&full[state.stage], bytes);
+        return &full[state.stage];
+    }
+
+    __device__ __forceinline__ void wait(State const& state) {
+        ptx::mbarrier_wait(&full[state.stage], state.parity);
+    }
+
+    // By all lanes of a warp whose reads of the stage are complete.
+    __device__ __forceinline__ void release(State const& state) {
+        if (threadIdx.x % 32 == 0) {
+            ptx::mbarrier_arrive(&empty[state.stage]);
+        }
+    }
+
+    // The producer's last act: wait until everything it sent has been consumed.
+    __device__ void drain(State state) {
+        for (int stage = 0; stage < kStages; ++stage) {
+            ptx::mbarrier_wait(&empty[state.stage], state.parity ^ 1);
+            state.advance();
+        }
+    }
+};
+
+}  // namespace flash8

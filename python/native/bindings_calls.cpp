@@ -1,0 +1,119 @@
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "launch_forward.h"
+
+namespace py = pybind11;
+
+namespace flash8 {
+
+namespace {
+
+// Python names device memory by its address.
+template <class Struct, class Pointee>
+auto address_getter(Pointee* Struct::* member) {
+    return [member](const Struct& self) { return reinterpret_cast<std::uintptr_t>(self.*member); };
+}
+
+template <class Struct, class Pointee>
+auto address_setter(Pointee* Struct::* member) {
+    return [member](Struct& self, std::uintptr_t address) {
+        self.*member = reinterpret_cast<Pointee*>(address);
+    };
+}
+
+template <class Struct, class Pointee>
+void def_address(py::class_<Struct>& type, const char* name, Pointee* Struct::* member) {
+    type.def_property(name, address_getter(member), address_setter(member));
+}
+
+// Python gives a tensor as (address, batch stride, row stride, head stride), strides in elements.
+using TensorTuple = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
+using RowTuple = std::tuple<std::uintptr_t, std::int64_t, std::int64_t>;
+
+template <class Struct>
+void def_tensor(py::class_<Struct>& type, const char* name, TensorRef Struct::* member) {
+    type.def_property(
+        name,
+        [member](const Struct& self) {
+            const TensorRef& ref = self.*member;
+            return TensorTuple(reinterpret_cast<std::uintptr_t>(ref.ptr), ref.batch_stride, ref.row_stride,
+                               ref.head_stride);
+        },
+        [member](Struct& self, const TensorTuple& given) {
+            const auto& [address, batch, row, head] = given;
+            self.*member = {reinterpret_cast<void*>(address), batch, row, head};
+        });
+}
+
+template <class Struct>
+void def_rows(py::class_<Struct>& type, const char* name, RowRef Struct::* member) {
+    type.def_property(
+        name,
+        [member](const Struct& self) {
+            const RowRef& ref = self.*member;
+            return RowTuple(reinterpret_cast<std::uintptr_t>(ref.ptr), ref.batch_stride, ref.head_stride);
+        },
+        [member](Struct& self, const RowTuple& given) {
+            const auto& [address, batch, head] = given;
+            self.*member = {reinterpret_cast<float*>(address), batch, head};
+        });
+}
+
+void bind_sequences(py::module_& module) {
+    using S = SequenceParams;
+    py::class_<S> type(module, "SequenceParams", "Where sequences lie; addresses of int32 device memory.");
+    def_address(type, "cu_seqlens_q", &S::cu_seqlens_q);
+    def_address(type, "cu_seqlens_k", &S::cu_seqlens_k);
+    def_address(type, "seqused_q", &S::seqused_q);
+    def_address(type, "seqused_k", &S::seqused_k);
+    def_address(type, "leftpad_k", &S::leftpad_k);
+    def_address(type, "kv_batch_idx", &S::kv_batch_idx);
+    type.def_readwrite("total_q", &S::total_q)
+        .def_readwrite("total_k", &S::total_k)
+        .def_readwrite("batch", &S::batch)
+        .def_readwrite("batch_k", &S::batch_k)
+        .def_readwrite("max_seqlen_q", &S::max_seqlen_q)
+        .def_readwrite("max_seqlen_k", &S::max_seqlen_k);
+}
+
+void bind_scores(py::module_& module) {
+    using S = ScoreParams;
+    py::class_<S> type(module, "ScoreParams", "From q.k to probabilities.");
+    def_address(type, "sinks", &S::sinks);
+    type.def_readwrite("softmax_scale", &S::softmax_scale)
+        .def_readwrite("softcap", &S::softcap)
+        .def_readwrite("window_left", &S::window_left)
+        .def_readwrite("window_right", &S::window_right);
+}
+
+void bind_forward(py::module_& module) {
+    using P = ForwardParams;
+    py::class_<P> type(module, "ForwardParams", "A forward call. What is not set is zero.");
+    type.def(py::init([] { return P{}; }));
+    def_tensor(type, "q", &P::q);
+    def_tensor(type, "k", &P::k);
+    def_tensor(type, "v", &P::v);
+    def_tensor(type, "o", &P::o);
+    def_rows(type, "lse", &P::lse);
+    type.def_property_readonly("sequences", [](P& self) { return &self.sequences; })
+        .def_property_readonly("scores", [](P& self) { return &self.scores; })
+        .def_readwrite("heads_q", &P::heads_q)
+        .def_readwrite("heads_kv", &P::heads_kv)
+        .def_readwrite("head_dim", &P::head_dim)
+        .def_readwrite("head_dim_v", &P::head_dim_v);
+    module.def("launch_forward", &launch_forward, py::arg("kernel"), py::arg("device"), py::arg("stream"),
+               py::arg("call"), py::arg("sm_margin") = 0, py::call_guard<py::gil_scoped_release>(),
+               "Enqueue the forward kernel on a stream. Fills in tensor maps, scheduler and grid. Raises "
+               "ValueError for sizes, strides or addresses that the kernel cannot take.");
+}
+
+}  // namespace
+
+void bind_calls(py::module_& module) {
+    bind_sequences(module);
+    bind_scores(module);
+    bind_forward(module);
+}
+
+}  // namespace flash8

@@ -1,0 +1,130 @@
+#include "launch_forward.h"
+
+#include <algorithm>
+
+#include "launch.h"
+#include "require.h"
+#include "tensor_map.h"
+
+namespace flash8 {
+
+namespace {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr std::int64_t kMaxTiles = 2147483647;
+constexpr std::int64_t kAnyStride = 16;
+constexpr std::int64_t kStoreBytes = 16;  // the epilogue stores O in units of this size
+
+void check_kernel(const Kernel& kernel) {
+    require(kernel.info().has_value(), "forward: ", kernel.name(), " exports no kernel_info");
+    require(kernel.info()->kind == KernelKind::kForward, "forward: ", kernel.name(),
+            " is not a forward kernel");
+}
+
+void check_heads(const ForwardParams& call, const KernelInfo& info) {
+    require(call.heads_kv >= 1, "forward: heads_kv is ", call.heads_kv, "; it must be positive");
+    require(call.heads_q >= 1 && call.heads_q % call.heads_kv == 0, "forward: heads_q is ", call.heads_q,
+            "; it must be a multiple of heads_kv, ", call.heads_kv);
+    require(call.head_dim >= 1 && call.head_dim <= info.kHeadDim, "forward: head_dim is ", call.head_dim,
+            "; this kernel supports 1 to ", info.kHeadDim);
+    require(call.head_dim_v >= 1 && call.head_dim_v <= info.kHeadDimV, "forward: head_dim_v is ",
+            call.head_dim_v, "; this kernel supports 1 to ", info.kHeadDimV);
+}
+
+void check_sequences(const SequenceParams& sequences) {
+    const auto check = [](const char* name, std::int64_t value) {
+        require(value >= 0 && value < (std::int64_t{1} << 31), "forward: ", name, " is ", value,
+                "; supported are 0 to 2^31 - 1");
+    };
+    check("batch", sequences.batch);
+    check("batch_k", sequences.batch_k);
+    check("max_seqlen_q", sequences.max_seqlen_q);
+    check("max_seqlen_k", sequences.max_seqlen_k);
+    check("total_q", sequences.total_q);
+    check("total_k", sequences.total_k);
+}
+
+void check_output(const ForwardParams& call, int element) {
+    const auto check = [&](const char* name, std::int64_t elements) {
+        require(elements * element % kStoreBytes == 0, "forward: ", name, " is ", elements,
+                " elements; it must be a multiple of ", kStoreBytes, " bytes");
+    };
+    const auto address = reinterpret_cast<std::uintptr_t>(call.o.ptr);
+    require(address != 0 && address % kStoreBytes == 0, "forward: o is at address ", address,
+            "; it must be a multiple of ", kStoreBytes, " and not null");
+    check("head_dim_v", call.head_dim_v);
+    check("the batch stride of o", call.o.batch_stride);
+    check("the row stride of o", call.o.row_stride);
+    check("the head stride of o", call.o.head_stride);
+}
+
+// The (head_dim, row, head, batch) tensor behind a TensorRef. A tensor without rows has no address to speak
+// of, and none of it is read: it stands for one row somewhere in O.
+TiledTensor tiled(const TensorRef& ref, std::int64_t head_dim, std::int64_t rows, std::int64_t heads,
+                  std::int64_t batch, ElementType type, const TensorRef& somewhere) {
+    const std::int64_t bytes = element_bytes(type);
+    const bool empty = rows == 0 || batch == 0;
+    const void* address = empty ? somewhere.ptr : ref.ptr;
+    TiledTensor tensor{type,
+                       reinterpret_cast<std::uintptr_t>(address),
+                       {head_dim, empty ? 1 : rows, heads, empty ? 1 : batch},
+                       {ref.row_stride * bytes, ref.head_stride * bytes, ref.batch_stride * bytes}};
+    for (std::size_t i = 0; i < tensor.strides.size(); ++i) {
+        // The stride of a dimension of one is never used, and torch may give it any value.
+        if (tensor.dims[i + 1] == 1 || empty) {
+            tensor.strides[i] = kAnyStride;
+        }
+    }
+    return tensor;
+}
+
+void encode_maps(const Driver& driver, const KernelInfo& info, ForwardParams& params) {
+    const SequenceParams& sequences = params.sequences;
+    const bool packed_q = sequences.cu_seqlens_q != nullptr;
+    const bool packed_k = sequences.cu_seqlens_k != nullptr;
+    const std::int64_t rows_q = packed_q ? sequences.total_q : sequences.max_seqlen_q;
+    const std::int64_t rows_k = packed_k ? sequences.total_k : sequences.max_seqlen_k;
+    const std::int64_t batch_q = packed_q ? 1 : sequences.batch;
+    const std::int64_t batch_k = packed_k ? 1 : sequences.batch_k;
+    const auto encode = [&](const TensorRef& ref, std::int64_t head_dim, std::int64_t rows,
+                            std::int64_t heads, std::int64_t batch, const TmaBox& box) {
+        return encode_tensor_map(driver, tiled(ref, head_dim, rows, heads, batch, box.element_type, params.o),
+                                 box);
+    };
+    params.tma_q = encode(params.q, params.head_dim, rows_q, params.heads_q, batch_q, info.tma[0]);
+    params.tma_k = encode(params.k, params.head_dim, rows_k, params.heads_kv, batch_k, info.tma[1]);
+    params.tma_v = encode(params.v, params.head_dim_v, rows_k, params.heads_kv, batch_k, info.tma[2]);
+}
+
+}  // namespace
+
+void launch_forward(Kernel& kernel, int device, std::uint64_t stream, const ForwardParams& call,
+                    int sm_margin) {
+    check_kernel(kernel);
+    const KernelInfo& info = *kernel.info();
+    check_heads(call, info);
+    check_sequences(call.sequences);
+    require(sm_margin >= 0, "forward: sm_margin is ", sm_margin, "; it must not be negative");
+    const std::int64_t m_blocks =
+        (std::int64_t{call.sequences.max_seqlen_q} + info.kBlockM - 1) / info.kBlockM;
+    const std::int64_t rows = m_blocks * call.heads_q;
+    if (rows == 0 || call.sequences.batch == 0) {
+        return;
+    }
+    require(rows <= kMaxTiles / call.sequences.batch,
+            "forward: there are more than 2^31 - 1 tiles of queries");
+    check_output(call, element_bytes(info.tma[0].element_type));
+
+    ForwardParams params = call;
+    encode_maps(kernel.driver(), info, params);
+    params.scores.softmax_scale_log2 = call.scores.softmax_scale * kLog2E;
+    const int multiprocessors = kernel.driver().primary(device).multiprocessors;
+    const std::int64_t ctas =
+        std::clamp<std::int64_t>(rows * call.sequences.batch, 1, std::max(1, multiprocessors - sm_margin));
+    params.scheduler.max_m_blocks = static_cast<std::int32_t>(m_blocks);
+    params.scheduler.max_splits = 1;
+    params.scheduler.num_ctas = static_cast<std::int32_t>(ctas);
+    launch(kernel, device, stream, shape_of(info, {ctas, 1, 1}), {{&params, sizeof(params)}});
+}
+
+}  // namespace flash8

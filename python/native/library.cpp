@@ -1,0 +1,107 @@
+#include "library.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+#include "context.h"
+
+namespace flash8 {
+
+namespace {
+
+// Without a request a CTA may have this much dynamic shared memory, and a cluster this many CTAs.
+constexpr int kDefaultSharedBytes = 48 * 1024;
+constexpr int kPortableClusterCtas = 8;
+
+void check_abi(const KernelInfo& info, std::size_t bytes) {
+    if (info.abi_version != kAbiVersion || info.info_bytes != sizeof(KernelInfo) ||
+        bytes != sizeof(KernelInfo)) {
+        throw std::runtime_error("kernel_info has ABI version " + std::to_string(info.abi_version) + " and " +
+                                 std::to_string(bytes) + " bytes; this flash8 reads version " +
+                                 std::to_string(kAbiVersion) + " with " + std::to_string(sizeof(KernelInfo)) +
+                                 " bytes: compile the kernel again");
+    }
+    if (std::memchr(info.entry, '\0', sizeof(info.entry)) == nullptr || info.entry[0] == '\0') {
+        throw std::runtime_error("kernel_info names no entry");
+    }
+}
+
+}  // namespace
+
+Library::Library(std::shared_ptr<const Driver> driver, const std::string& image)
+    : driver_(std::move(driver)) {
+    driver_->call(&cu::Entries::library_load_data, &handle_, image.data(), nullptr, nullptr, 0u, nullptr,
+                  nullptr, 0u);
+}
+
+Library::~Library() {
+    // The driver may be gone at the end of the process; there is nobody to tell.
+    driver_->entries().library_unload.function(handle_);
+}
+
+cu::Kernel Library::kernel(const std::string& name) const {
+    cu::Kernel kernel = nullptr;
+    driver_->call(&cu::Entries::library_get_kernel, &kernel, handle_, name.c_str());
+    return kernel;
+}
+
+KernelInfo Library::info(int device) const {
+    const ContextScope scope(*driver_, device);
+    cu::DevicePtr address = 0;
+    std::size_t bytes = 0;
+    driver_->call(&cu::Entries::library_get_global, &address, &bytes, handle_, "kernel_info");
+    KernelInfo info{};
+    driver_->call(&cu::Entries::memcpy_dtoh, &info, address, std::min(bytes, sizeof(info)));
+    check_abi(info, bytes);
+    return info;
+}
+
+Kernel::Kernel(std::shared_ptr<const Library> library, int device)
+    : library_(std::move(library)), info_(library_->info(device)) {
+    name_ = info_->entry;
+    handle_ = library_->kernel(name_);
+}
+
+Kernel::Kernel(std::shared_ptr<const Library> library, const std::string& name)
+    : library_(std::move(library)), name_(name), handle_(library_->kernel(name)) {}
+
+Kernel::OnDevice& Kernel::on_device(int device) {
+    const auto index = static_cast<std::size_t>(device);
+    if (devices_.size() <= index) {
+        devices_.resize(index + 1);
+    }
+    OnDevice& state = devices_[index];
+    if (state.function == nullptr) {
+        driver().call(&cu::Entries::kernel_get_function, &state.function, handle_);
+        state.max_shared_bytes = kDefaultSharedBytes;
+    }
+    return state;
+}
+
+cu::Function Kernel::function(int device, const Needs& needs) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    OnDevice& state = on_device(device);
+    if (needs.shared_bytes > state.max_shared_bytes) {
+        driver().call(&cu::Entries::func_set_attribute, state.function, cu::kMaxDynamicSharedSizeBytes,
+                      needs.shared_bytes);
+        state.max_shared_bytes = needs.shared_bytes;
+    }
+    if (needs.cluster_ctas > kPortableClusterCtas && !state.wide_cluster) {
+        driver().call(&cu::Entries::func_set_attribute, state.function, cu::kNonPortableClusterSizeAllowed,
+                      1);
+        state.wide_cluster = true;
+    }
+    return state.function;
+}
+
+int Kernel::attribute(int device, cu::FunctionAttribute attribute) {
+    const ContextScope scope(driver(), device);
+    const cu::Function loaded = function(device, {});
+    int value = 0;
+    driver().call(&cu::Entries::func_get_attribute, &value, attribute, loaded);
+    return value;
+}
+
+}  // namespace flash8
