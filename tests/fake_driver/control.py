@@ -1,0 +1,61 @@
+"""Builds the driver that does nothing, and controls it from a test."""
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent.parent
+
+
+def build(folder: Path) -> Path:
+    """The shared library of the fake driver, built into `folder`."""
+    library = folder / "libcuda_fake.so"
+    includes = [f"-I{REPOSITORY / 'hopper'}", f"-I{REPOSITORY / 'python' / 'native'}"]
+    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    source = HERE / "fake_driver.cpp"
+    subprocess.run(["g++", *options, *includes, str(source), "-o", str(library)], check=True)
+    return library
+
+
+class FakeDriver:
+    """The control side of a loaded fake driver: counts, launches, planted failures."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._library = ctypes.CDLL(str(path))
+        self._library.fake_launch.restype = ctypes.c_char_p
+        self._alive_before = 0
+
+    def reset(self, devices: int = 1) -> None:
+        self._library.fake_reset(devices)
+        self._alive_before = self._library.fake_alive()
+
+    def record(self, on: bool) -> None:
+        self._library.fake_record(int(on))
+
+    def fail(self, entry: str, code: int) -> None:
+        self._library.fake_fail(entry.encode(), code)
+
+    def count(self, entry: str) -> int:
+        return self._library.fake_count(entry.encode())
+
+    @property
+    def alive(self) -> int:
+        """Libraries and allocations that came since the reset and are still there."""
+        return self._library.fake_alive() - self._alive_before
+
+    @property
+    def context_depth(self) -> int:
+        return self._library.fake_context_depth()
+
+    def parameter(self, launch: int) -> bytes:
+        """The first parameter of a launch, for a kernel that has a kernel_info."""
+        buffer = ctypes.create_string_buffer(4096)
+        size = self._library.fake_parameter(launch, buffer)
+        return buffer.raw[:size]
+
+    @property
+    def launches(self) -> list[str]:
+        library = self._library
+        return [library.fake_launch(i).decode() for i in range(library.fake_launches())]

@@ -1,0 +1,43 @@
+"""The "cubins" of the fake driver: a KernelInfo, packed by the layout the extension reports."""
+
+import struct
+
+from flash8 import _native
+
+LAYOUT = _native.layout()
+
+
+def tma_boxes(*boxes: tuple[int, tuple[int, ...], int, int]) -> tuple[int, ...]:
+    """The tma field: (rank, box, element type, swizzle) for each map, and empty ones behind."""
+    words = [
+        (rank, *box, *(5 - len(box)) * (1,), kind, swizzle) for rank, box, kind, swizzle in boxes
+    ]
+    return tuple(word for map in words for word in map) + (0,) * 8 * (8 - len(words))
+
+
+def fake_cubin(**values: int | str | tuple[int, ...]) -> bytes:
+    """A KernelInfo with these fields, sensible others, and the right ABI version unless given."""
+    fields: dict[str, int | str | tuple[int, ...]] = {
+        "abi_version": _native.ABI_VERSION,
+        "info_bytes": LAYOUT["KernelInfo"]["size"],
+        "params_bytes": LAYOUT["ForwardParams"]["size"],
+        "kind": 1,
+        "entry": "forward",
+        "threads": 384,
+        "cluster": (1, 1, 1),
+        "shared_bytes": 200_000,
+        "kBlockM": 128,
+        "kBlockN": 128,
+        "kHeadDim": 128,
+        "kHeadDimV": 128,
+        "kStages": 2,
+    }
+    image = bytearray(LAYOUT["KernelInfo"]["size"])
+    for name, value in (fields | values).items():
+        offset, size = LAYOUT["KernelInfo"]["fields"][name]
+        if isinstance(value, str):
+            image[offset : offset + size] = value.encode().ljust(size, b"\0")
+        else:
+            parts = value if isinstance(value, tuple) else (value,)
+            struct.pack_into(f"<{len(parts)}i", image, offset, *parts)
+    return bytes(image)

@@ -1,0 +1,72 @@
+"""A context in which CPU tensors take the Hopper backend, on the simulated device."""
+
+import ctypes
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flash8 import _native, backends
+from flash8.backends import hopper
+from flash8.compiler import CompilerNotFoundError, compile_unit, find_toolchain
+from flash8.variants import ForwardVariant
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "simulator"))
+
+import sim
+
+
+class SimulatedDevice:
+    """libcuda_sim.so as a driver of the native layer, and the kernels it has loaded."""
+
+    def __init__(self) -> None:
+        library = sim.build()
+        self.driver = _native.Driver(str(library))
+        self._control = ctypes.CDLL(str(library))
+        self._control.flash8_sim_last_error.restype = ctypes.c_char_p
+        self._control.flash8_sim_report.restype = ctypes.c_char_p
+        self._registry = _native.Registry(self.driver, self._image)
+
+    def configure(self, **settings: Any) -> None:
+        """The simulator's settings (tests/simulator/sim.py has them), `seed` above all."""
+        text = json.dumps({**sim.DEFAULTS, **settings}).encode()
+        if self._control.flash8_sim_configure(text) != 0:
+            raise ValueError(self._control.flash8_sim_last_error().decode())
+
+    def report(self) -> dict[str, Any]:
+        """Findings and counters of the last launch."""
+        return dict(json.loads(self._control.flash8_sim_report().decode()))
+
+    def last_error(self) -> str:
+        return str(self._control.flash8_sim_last_error().decode())
+
+    def ptx(self, variant: ForwardVariant) -> bytes:
+        return compile_unit(variant.unit()).ptx.read_bytes() + b"\0"
+
+    def _image(self, key: str, kind: str) -> bytes:
+        return self.ptx(hopper.variant_of(key))
+
+    @contextmanager
+    def serving_cpu_tensors(self, monkeypatch: Any, *, seed: int = 0) -> Iterator[None]:
+        """Inside, every forward that the Hopper backend does not refuse runs on its kernel.
+
+        The tensors lie in this process's memory, so bounds of global memory are not checked here;
+        `forward_launch.py` copies them into the device's own memory, with guards.
+        """
+        with monkeypatch.context() as patch:
+            patch.setattr(backends, "kernels_wanted", lambda tensor: True)
+            patch.setattr(hopper, "_registry", lambda: self._registry)
+            self.configure(seed=seed, strict_global=False)
+            yield
+        self.configure()
+
+
+def missing_compiler() -> str | None:
+    """Why kernels cannot be compiled on this machine, or None."""
+    try:
+        find_toolchain()
+    except CompilerNotFoundError as error:
+        return str(error)
+    return None

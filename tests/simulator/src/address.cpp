@@ -1,0 +1,179 @@
+#include "address.h"
+
+#include "checker.h"
+#include "errors.h"
+#include "lanes.h"
+#include "launch.h"
+
+namespace sim {
+namespace {
+
+[[noreturn]] void misaligned(uint64_t address, uint32_t size, int lane, int line) {
+    throw SimError(ErrorKind::kMisaligned,
+                   format("lane %d: address 0x%llx is not aligned to the %u bytes of the access", lane,
+                          static_cast<unsigned long long>(address), size),
+                   line);
+}
+
+uint8_t* resolve_shared(Warp& w, uint32_t address, uint32_t size, bool cluster_allowed, AccessKind kind,
+                        int line) {
+    uint32_t offset = 0;
+    Cta& cta = shared_target(w, address, size, cluster_allowed, line, &offset);
+    if (kind == AccessKind::kRead) {
+        generic_read(w, cta, offset, size, line);
+    } else if (kind == AccessKind::kWrite) {
+        generic_write(w, cta, offset, size, line);
+    } else if (kind == AccessKind::kAtomic) {
+        for (uint32_t word = offset / 4; word <= (offset + size - 1) / 4; ++word) {
+            cta.shadow.written[word] = 0xf;
+        }
+    }
+    return cta.shared.data() + offset;
+}
+
+uint8_t* resolve_local(Warp& w, uint64_t offset, uint32_t size, int lane, int line) {
+    const uint64_t bytes = w.program->local_bytes;
+    if (offset + size > bytes) {
+        throw SimError(
+            ErrorKind::kOutOfBounds,
+            format("lane %d: local address 0x%llx + %u is past the %llu bytes of local memory", lane,
+                   static_cast<unsigned long long>(offset), size, static_cast<unsigned long long>(bytes)),
+            line);
+    }
+    return w.local_storage.data() + static_cast<uint64_t>(lane) * bytes + offset;
+}
+
+uint8_t* resolve_param(Warp& w, uint64_t offset, uint32_t size, int line) {
+    ParamBytes& params = w.cta->cluster->launch->params;
+    if (offset + size > params.size()) {
+        throw SimError(ErrorKind::kOutOfBounds,
+                       format("parameter address %llu + %u is past the %zu bytes of parameters",
+                              static_cast<unsigned long long>(offset), size, params.size()),
+                       line);
+    }
+    return params.data() + offset;
+}
+
+bool in_params(const Cluster& cluster, uint64_t address, uint64_t size) {
+    const ParamBytes& params = cluster.launch->params;
+    const uint64_t begin = reinterpret_cast<uint64_t>(params.data());
+    return address >= begin && address + size <= begin + params.size();
+}
+
+// Finds the range of a global access; remembers it, for the next one is mostly in the same.
+bool known_global(Cluster& cluster, uint64_t address, uint64_t size) {
+    const MemoryRange* range = cluster.last_range;
+    if (range != nullptr && address >= range->begin && address + size <= range->end) {
+        return true;
+    }
+    range = find_range(*cluster.launch->memory, address);
+    if (range == nullptr || address + size > range->end) {
+        return in_params(cluster, address, size);
+    }
+    cluster.last_range = range;
+    return true;
+}
+
+uint8_t* resolve_global_lane(Warp& w, uint64_t address, uint32_t size, int lane, int line) {
+    Cluster& cluster = *w.cta->cluster;
+    if (cluster.launch->config.strict_global && !known_global(cluster, address, size)) {
+        throw SimError(ErrorKind::kOutOfBounds,
+                       format("lane %d: access of %u bytes: %s", lane, size,
+                              describe_address(*cluster.launch->memory, address).c_str()),
+                       line);
+    }
+    return reinterpret_cast<uint8_t*>(address);
+}
+
+}  // namespace
+
+void count_bytes(Cluster& cluster, BytePath path, uint64_t bytes) {
+    cluster.bytes[static_cast<size_t>(path)] += bytes;
+}
+
+uint8_t* resolve_global(Cluster& cluster, uint64_t address, uint64_t size, int line, const char* who) {
+    if (cluster.launch->config.strict_global && !known_global(cluster, address, size)) {
+        throw SimError(ErrorKind::kOutOfBounds,
+                       format("%s of %llu bytes: %s", who, static_cast<unsigned long long>(size),
+                              describe_address(*cluster.launch->memory, address).c_str()),
+                       line);
+    }
+    return reinterpret_cast<uint8_t*>(address);
+}
+
+Cta& shared_target(Warp& w, uint32_t address, uint32_t size, bool cluster_allowed, int line,
+                   uint32_t* offset) {
+    Cluster& cluster = *w.cta->cluster;
+    const uint32_t rank = address >> kRankShift;
+    const uint32_t in_window = address & ((1u << kRankShift) - 1);
+    if (rank != w.cta->rank && (!cluster_allowed || rank >= cluster.ctas.size())) {
+        throw SimError(ErrorKind::kOutOfBounds,
+                       format("shared address 0x%x is not in this CTA's shared memory", address), line);
+    }
+    Cta& cta = *cluster.ctas[rank];
+    if (in_window < kSharedBase || in_window - kSharedBase + size > cta.shared.size()) {
+        throw SimError(ErrorKind::kOutOfBounds,
+                       format("shared address 0x%x + %u is outside the CTA's [0x%x, 0x%zx)", address, size,
+                              kSharedBase, kSharedBase + cta.shared.size()),
+                       line);
+    }
+    if (cta.warps_alive == 0) {
+        throw SimError(ErrorKind::kOutOfBounds,
+                       format("shared address 0x%x belongs to CTA rank %u, which has exited", address, rank),
+                       line);
+    }
+    *offset = in_window - kSharedBase;
+    return cta;
+}
+
+uint8_t* resolve(Warp& w, Space space, uint64_t address, uint32_t size, AccessKind kind, int line, int lane) {
+    if ((address & (size - 1)) != 0) {
+        misaligned(address, size, lane, line);
+    }
+    switch (space) {
+        case Space::kSharedCta:
+            return resolve_shared(w, static_cast<uint32_t>(address), size, false, kind, line);
+        case Space::kSharedCluster:
+            return resolve_shared(w, static_cast<uint32_t>(address), size, true, kind, line);
+        case Space::kLocal:
+            return resolve_local(w, address, size, lane, line);
+        case Space::kParam:
+            return resolve_param(w, address, size, line);
+        case Space::kGeneric:
+            if (address >= kLocalWindow) {
+                return resolve_local(w, address - kLocalWindow, size, lane, line);
+            }
+            if (address >= kSharedWindow) {
+                return resolve_shared(w, static_cast<uint32_t>(address - kSharedWindow), size, true, kind,
+                                      line);
+            }
+            return resolve_global_lane(w, address, size, lane, line);
+        default:
+            return resolve_global_lane(w, address, size, lane, line);
+    }
+}
+
+void lane_addresses(const Warp& w, const Op& op, uint64_t* addresses) {
+    const uint64_t offset = static_cast<uint64_t>(op.imm);
+    if (op.target2 != 0) {
+        const uint64_t* a = source<uint64_t>(w, op.a);
+        for (int i = 0; i < kLanes; ++i) {
+            addresses[i] = a[i] + offset;
+        }
+        return;
+    }
+    const uint32_t* a = source<uint32_t>(w, op.a);
+    for (int i = 0; i < kLanes; ++i) {
+        addresses[i] = static_cast<uint32_t>(a[i] + static_cast<uint32_t>(offset));
+    }
+}
+
+void resolve_lanes(Warp& w, const Op& op, uint32_t mask, uint32_t size, AccessKind kind, uint8_t** pointers) {
+    uint64_t addresses[kLanes];
+    lane_addresses(w, op, addresses);
+    for (int i = 0; i < kLanes; ++i) {
+        pointers[i] = in_mask(mask, i) ? resolve(w, op.space, addresses[i], size, kind, op.line, i) : nullptr;
+    }
+}
+
+}  // namespace sim

@@ -1,0 +1,412 @@
+// cp.async.bulk and cp.async.bulk.tensor: decoding, issue, bulk groups.
+#include "bulk_copy.h"
+
+#include <algorithm>
+
+#include "address.h"
+#include "checker.h"
+#include "decoder.h"
+#include "errors.h"
+#include "lanes.h"
+#include "launch.h"
+#include "mbarrier.h"
+#include "scheduler.h"
+
+namespace sim {
+namespace {
+
+// The operands of a copy in Program::lists, at fixed places; addresses take three entries.
+enum Place : uint32_t {
+    kTo = 0,
+    kFrom = 3,
+    kBarrier = 6,
+    kMap = 9,
+    kSize = 12,
+    kMask = 13,
+    kCoordinates = 14,
+    kPlaces = 19
+};
+enum Kind : uint16_t { kLoad, kStore, kSharedToShared };
+constexpr uint32_t kReduces = 1, kTiled = 2, kMulticast = 4;  // op.target
+
+uint64_t address_at(const Warp& w, const uint32_t* entry, int lane) {
+    const uint64_t base =
+        entry[2] != 0 ? source<uint64_t>(w, entry[0])[lane] : source<uint32_t>(w, entry[0])[lane];
+    return base + static_cast<uint64_t>(static_cast<int64_t>(static_cast<int32_t>(entry[1])));
+}
+
+uint32_t shared_address(uint64_t address) {
+    return static_cast<uint32_t>(address >= kSharedWindow ? address - kSharedWindow : address);
+}
+
+void require_aligned(uint64_t address, uint32_t alignment, const char* what, int line) {
+    if (address % alignment != 0) {
+        throw SimError(ErrorKind::kMisaligned,
+                       format("%s 0x%llx is not aligned to %u bytes", what,
+                              static_cast<unsigned long long>(address), alignment),
+                       line);
+    }
+}
+
+template <class Item>
+uint32_t fill_tensor(Warp& w, const Op& op, const uint32_t* places, int lane, Item& item) {
+    Cluster& cluster = *w.cta->cluster;
+    const uint64_t at = address_at(w, places + kMap, lane);
+    const uint8_t* pointer = resolve_global(cluster, at, sizeof(TensorMap), op.line, "reading a tensor map");
+    item.map = tensor_map_at(pointer, op.code2, op.line);
+    item.tiled = true;
+    for (uint32_t i = 0; i < op.code2; ++i) {
+        item.coordinates[i] = source<int32_t>(w, places[kCoordinates + i])[lane];
+    }
+    return box_shape(item.map).bytes;
+}
+
+void issue_in(Warp& w, const Op& op, const uint32_t* places, int lane) {
+    Cluster& cluster = *w.cta->cluster;
+    auto item = std::make_unique<TransferIn>();
+    item->cta = w.cta;
+    item->warp_index = w.index;
+    item->line = op.line;
+    item->issue_time = w.time;
+    item->reduces = (op.target & kReduces) != 0;
+    item->reduce_op = static_cast<ReduceOp>(op.target2 >> 8);
+    item->reduce_type = static_cast<Type>(op.target2 & 0xff);
+    const bool tiled = (op.target & kTiled) != 0;
+    if (tiled) {
+        item->bytes = fill_tensor(w, op, places, lane, *item);
+    } else {
+        item->bytes = source<uint32_t>(w, places[kSize])[lane];
+        require_aligned(item->bytes, 16, "the size of a bulk copy,", op.line);
+    }
+    const uint32_t to = shared_address(address_at(w, places + kTo, lane));
+    require_aligned(to, tiled ? 128 : 16, "the shared destination", op.line);
+    if (op.code == kSharedToShared) {
+        const uint32_t from = shared_address(address_at(w, places + kFrom, lane));
+        require_aligned(from, 16, "the shared source", op.line);
+        item->shared_source =
+            &shared_target(w, from, item->bytes, false, op.line, &item->shared_source_offset);
+    } else if (!tiled) {
+        const uint64_t from = address_at(w, places + kFrom, lane);
+        require_aligned(from, 16, "the global source", op.line);
+        item->plain_source = resolve_global(cluster, from, item->bytes, op.line, "a bulk load");
+    }
+    const uint32_t barrier = shared_address(address_at(w, places + kBarrier, lane));
+    uint32_t targets = 1u << (to >> kRankShift);
+    if ((op.target & kMulticast) != 0) {
+        targets = source<uint16_t>(w, places[kMask])[lane];
+        if (targets == 0 || targets >> cluster.ctas.size() != 0) {
+            throw SimError(ErrorKind::kInvalidValue,
+                           format("multicast mask 0x%x names CTAs that a cluster of %zu does not have",
+                                  targets, cluster.ctas.size()),
+                           op.line);
+        }
+    }
+    for (uint32_t rank = 0; rank < cluster.ctas.size(); ++rank) {
+        if (((targets >> rank) & 1) == 0) {
+            continue;
+        }
+        TransferIn::Destination destination{};
+        const uint32_t offset_mask = (1u << kRankShift) - 1;
+        const bool multicast = (op.target & kMulticast) != 0;
+        const uint32_t to_here = multicast ? (to & offset_mask) | rank << kRankShift : to;
+        const uint32_t barrier_here = multicast ? (barrier & offset_mask) | rank << kRankShift : barrier;
+        destination.cta = &shared_target(w, to_here, item->bytes, true, op.line, &destination.offset);
+        Cta& announced = shared_target(w, barrier_here, 8, true, op.line, &destination.barrier);
+        if (&announced != destination.cta) {
+            throw SimError(ErrorKind::kBarrier, "the mbarrier is in another CTA than the destination",
+                           op.line);
+        }
+        destination.phase = mbarrier_at(announced, destination.barrier, op.line).phase;
+        item->destinations.push_back(destination);
+    }
+    if (cluster.launch->config.check_races) {
+        fork(w, item->clock, item->proxy);
+    }
+    count_bytes(cluster, tiled ? BytePath::kTensorLoad : BytePath::kBulkLoad, item->bytes);
+    submit(cluster, std::move(item));
+}
+
+void issue_out(Warp& w, const Op& op, const uint32_t* places, int lane) {
+    Cluster& cluster = *w.cta->cluster;
+    auto item = std::make_unique<TransferOut>();
+    item->cta = w.cta;
+    item->warp_index = w.index;
+    item->line = op.line;
+    item->issue_time = w.time;
+    item->reduces = (op.target & kReduces) != 0;
+    item->reduce_op = static_cast<ReduceOp>(op.target2 >> 8);
+    item->reduce_type = static_cast<Type>(op.target2 & 0xff);
+    const bool tiled = (op.target & kTiled) != 0;
+    if (tiled) {
+        item->bytes = fill_tensor(w, op, places, lane, *item);
+        if (item->reduces) {
+            item->reduce_type = reduction_type(item->map, op.line);
+        }
+    } else {
+        item->bytes = source<uint32_t>(w, places[kSize])[lane];
+        require_aligned(item->bytes, 16, "the size of a bulk copy,", op.line);
+        item->global = address_at(w, places + kTo, lane);
+        require_aligned(item->global, 16, "the global destination", op.line);
+        resolve_global(cluster, item->global, item->bytes, op.line, "a bulk store");
+    }
+    const uint32_t from = shared_address(address_at(w, places + kFrom, lane));
+    require_aligned(from, tiled ? 128 : 16, "the shared source", op.line);
+    shared_target(w, from, item->bytes, false, op.line, &item->offset);
+    if (!w.open_bulk_group) {
+        w.open_bulk_group = std::make_shared<BulkGroup>();
+    }
+    item->group = w.open_bulk_group;
+    item->group->mask |= 1u << lane;
+    ++item->group->pending_reads;
+    ++item->group->pending_writes;
+    w.last_bulk_store_line = op.line;
+    item->agent = warp_bulk_agent(w);
+    item->group_number = w.bulk_groups_committed + 1;
+    if (cluster.launch->config.check_races) {
+        fork(w, item->clock, item->proxy);
+    }
+    const BytePath path = !tiled          ? (item->reduces ? BytePath::kBulkReduce : BytePath::kBulkStore)
+                          : item->reduces ? BytePath::kTensorReduce
+                                          : BytePath::kTensorStore;
+    count_bytes(cluster, path, item->bytes);
+    submit(cluster, std::move(item));
+}
+
+Step bulk(Warp& w, const Op& op, uint32_t mask) {
+    const uint32_t* places = w.program->lists.data() + op.list;
+    for (int i = 0; i < kLanes; ++i) {
+        if (!in_mask(mask, i)) {
+            continue;
+        }
+        if (op.code == kStore) {
+            issue_out(w, op, places, i);
+        } else {
+            issue_in(w, op, places, i);
+        }
+    }
+    return Step::kNext;
+}
+
+Step commit(Warp& w, const Op&, uint32_t mask) {
+    if (!w.open_bulk_group) {
+        w.open_bulk_group = std::make_shared<BulkGroup>();
+    }
+    w.open_bulk_group->mask |= mask;
+    w.bulk_groups.push_back(std::move(w.open_bulk_group));
+    w.open_bulk_group = nullptr;
+    ++w.bulk_groups_committed;
+    return Step::kNext;
+}
+
+Step wait(Warp& w, const Op& op, uint32_t mask) {
+    const uint32_t allowed = static_cast<uint32_t>(op.imm);
+    const bool reads_only = op.code != 0;
+    if (!bulk_groups_done(w, mask, allowed, reads_only)) {
+        Wait& state = w.fragment().wait;
+        state = Wait{};
+        state.kind = WaitKind::kBulkGroup;
+        state.address = allowed;
+        state.parity = reads_only;
+        return Step::kBlocked;
+    }
+    w.fragment().wait = Wait{};
+    const uint32_t covered = w.bulk_groups_committed > allowed ? w.bulk_groups_committed - allowed : 0;
+    // A lane that never issued a store has nothing to wait for and learns nothing.
+    const bool owner = std::any_of(w.bulk_groups.begin(), w.bulk_groups.end(),
+                                   [&](const auto& g) { return (g->mask & mask) != 0; });
+    if (owner) {
+        w.bulk_reads_waited = std::max(w.bulk_reads_waited, covered);
+        if (w.cta->cluster->launch->config.check_races) {
+            set_clock(w.clock, warp_bulk_agent(w), covered);
+        }
+    }
+    while (w.bulk_groups.size() > allowed && w.bulk_groups.front()->pending_writes == 0) {
+        w.bulk_groups.erase(w.bulk_groups.begin());
+    }
+    return Step::kNext;
+}
+
+Step nothing(Warp&, const Op&, uint32_t) {
+    return Step::kNext;
+}
+
+class BulkDecoder {
+  public:
+    explicit BulkDecoder(Decoder& d) : d_(d), places_(kPlaces, kNone) {}
+
+    void address(const Operand& operand, uint32_t place) {
+        bool wide = false;
+        places_[place] = d_.address(operand, &wide);
+        places_[place + 1] = static_cast<uint32_t>(d_.op.imm);
+        places_[place + 2] = wide;
+        d_.op.imm = 0;
+    }
+
+    void tensor(const Operand& operand, uint32_t dimensions) {
+        if (operand.kind != Operand::kAddress || operand.elements.size() != dimensions + 1) {
+            d_.fail(format("expected [map, {%u coordinates}]", dimensions));
+        }
+        Operand base = operand;
+        base.elements.resize(1);
+        address(base, kMap);
+        for (uint32_t i = 0; i < dimensions; ++i) {
+            places_[kCoordinates + i] = d_.src(operand.elements[i + 1], Type::kS32);
+        }
+    }
+
+    void value(const Operand& operand, uint32_t place, Type type) { places_[place] = d_.src(operand, type); }
+
+    void finish() {
+        d_.op.list = d_.list(places_);
+        d_.op.list_size = kPlaces;
+        d_.op.run = bulk;
+    }
+
+  private:
+    Decoder& d_;
+    std::vector<uint32_t> places_;
+};
+
+bool take_policy(Decoder& d) {
+    return d.take("L2::cache_hint");
+}
+
+void take_reduction(Decoder& d, bool with_type) {
+    if ((d.op.target & kReduces) == 0) {
+        return;
+    }
+    const ReduceOp operation = take_reduce_op(d);
+    d.take("noftz");
+    const Type type = with_type ? d.take_type() : Type::kNone;
+    d.op.target2 = static_cast<uint32_t>(operation) << 8 | static_cast<uint32_t>(type);
+}
+
+uint32_t take_dimensions(Decoder& d) {
+    const std::string dimensions = d.take_any({"1d", "2d", "3d", "4d", "5d"});
+    d.take("tile");
+    if (d.in().has("im2col") || d.in().has("im2col_no_offs")) {
+        d.fail("im2col tensor maps are not supported");
+    }
+    return static_cast<uint32_t>(dimensions[0] - '0');
+}
+
+void decode_tensor(Decoder& d) {
+    const uint32_t dimensions = take_dimensions(d);
+    BulkDecoder b(d);
+    d.op.target |= kTiled;
+    d.op.code2 = static_cast<uint16_t>(dimensions);
+    const Space to = d.take_space();
+    const Space from = d.take_space();
+    if (to == Space::kSharedCluster || (to == Space::kSharedCta && from == Space::kGlobal)) {
+        d.op.code = kLoad;
+        d.take_any({"mbarrier::complete_tx::bytes"});
+        const bool multicast = d.take("multicast::cluster");
+        const bool policy = take_policy(d);
+        d.need_operands(3u + multicast + policy, 3u + multicast + policy);
+        b.address(d.operand(0), kTo);
+        b.tensor(d.operand(1), dimensions);
+        b.address(d.operand(2), kBarrier);
+        if (multicast) {
+            d.op.target |= kMulticast;
+            b.value(d.operand(3), kMask, Type::kU16);
+        }
+    } else if (to == Space::kGlobal && from == Space::kSharedCta) {
+        d.op.code = kStore;
+        take_reduction(d, false);
+        d.take_any({"bulk_group"});
+        const bool policy = take_policy(d);
+        d.need_operands(2u + policy, 2u + policy);
+        b.tensor(d.operand(0), dimensions);
+        b.address(d.operand(1), kFrom);
+    } else {
+        d.fail("unknown pair of state spaces");
+    }
+    b.finish();
+}
+
+void decode_plain(Decoder& d) {
+    BulkDecoder b(d);
+    const Space to = d.take_space();
+    const Space from = d.take_space();
+    if (to == Space::kGlobal && from == Space::kSharedCta) {
+        d.op.code = kStore;
+        d.take_any({"bulk_group"});
+        const bool policy = take_policy(d);
+        take_reduction(d, true);
+        d.need_operands(3u + policy, 3u + policy);
+        b.address(d.operand(0), kTo);
+        b.address(d.operand(1), kFrom);
+        b.value(d.operand(2), kSize, Type::kU32);
+        b.finish();
+        return;
+    }
+    const bool shared_source = from == Space::kSharedCta;
+    const bool to_shared = to == Space::kSharedCluster || to == Space::kSharedCta;
+    if (!to_shared || (!shared_source && from != Space::kGlobal)) {
+        d.fail("unknown pair of state spaces");
+    }
+    d.op.code = shared_source ? kSharedToShared : kLoad;
+    d.take_any({"mbarrier::complete_tx::bytes"});
+    const bool multicast = d.take("multicast::cluster");
+    const bool policy = take_policy(d);
+    take_reduction(d, true);
+    d.need_operands(4u + multicast + policy, 4u + multicast + policy);
+    b.address(d.operand(0), kTo);
+    b.address(d.operand(1), kFrom);
+    b.value(d.operand(2), kSize, Type::kU32);
+    b.address(d.operand(3), kBarrier);
+    if (multicast) {
+        d.op.target |= kMulticast;
+        b.value(d.operand(4), kMask, Type::kU16);
+    }
+    b.finish();
+}
+
+void decode_prefetch(Decoder& d) {
+    if (d.take("tensor")) {
+        take_dimensions(d);
+    }
+    d.take_any({"L2"});
+    d.take_any({"global"});
+    take_policy(d);
+    d.op.run = nothing;
+}
+
+}  // namespace
+
+bool bulk_groups_done(const Warp& w, uint32_t lanes, uint32_t allowed, bool reads_only) {
+    uint32_t left = allowed;
+    for (size_t i = w.bulk_groups.size(); i-- > 0;) {
+        const BulkGroup& group = *w.bulk_groups[i];
+        if ((group.mask & lanes) == 0) {
+            continue;
+        }
+        if (left != 0) {
+            --left;
+        } else if (group.pending_reads != 0 || (!reads_only && group.pending_writes != 0)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+void decode_bulk(Decoder& d) {
+    d.op.op_class = OpClass::kTma;
+    d.op.target = d.op.code2 != 0 ? kReduces : 0;
+    if (d.take("commit_group")) {
+        d.op.run = commit;
+    } else if (d.take("wait_group")) {
+        d.op.code = d.take("read");
+        d.need_operands(1, 1);
+        d.op.imm = static_cast<int64_t>(d.integer(d.operand(0)));
+        d.op.run = wait;
+    } else if (d.take("prefetch")) {
+        decode_prefetch(d);
+    } else if (d.take("tensor")) {
+        decode_tensor(d);
+    } else {
+        decode_plain(d);
+    }
+}
+
+}  // namespace sim

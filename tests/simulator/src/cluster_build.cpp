@@ -1,0 +1,183 @@
+// The start of CTAs and the end of warps.
+#include <algorithm>
+
+#include "barriers.h"
+#include "checker.h"
+#include "cluster_run.h"
+#include "launch.h"
+#include "scheduler.h"
+
+namespace sim {
+namespace {
+
+Dim3 unflatten(uint64_t ordinal, const Dim3& extent) {
+    Dim3 index;
+    index.x = static_cast<uint32_t>(ordinal % extent.x);
+    index.y = static_cast<uint32_t>(ordinal / extent.x % extent.y);
+    index.z = static_cast<uint32_t>(ordinal / (uint64_t{extent.x} * extent.y));
+    return index;
+}
+
+// What ptxas gives a thread when the launch bounds leave it free: all it can have.
+uint32_t initial_registers(const Launch& launch) {
+    const auto& directives = launch.kernel->ast.directives;
+    const auto capped = directives.find("maxnreg");
+    if (capped != directives.end() && !capped->second.empty()) {
+        return capped->second[0];
+    }
+    uint32_t ctas = 1;
+    const auto minimum = directives.find("minnctapersm");
+    if (minimum != directives.end() && !minimum->second.empty()) {
+        ctas = std::max(1u, minimum->second[0]);
+    }
+    const uint32_t threads = std::max(32u, launch.warps_per_cta() * 32);
+    return std::min(255u, 65536 / ctas / threads / 8 * 8);
+}
+
+void init_warp(Warp& w, Cta& cta, uint32_t index, const Launch& launch) {
+    const Program& program = launch.kernel->program;
+    w.cta = &cta;
+    w.index = index;
+    w.program = &program;
+    const uint64_t threads = launch.block.count();
+    const uint64_t first = uint64_t{index} * kLanes;
+    w.alive = threads - first >= kLanes ? kAllLanes : (1u << (threads - first)) - 1;
+    w.register_storage.resize(program.register_bytes + 64);
+    w.pred_storage.assign(program.predicate_count, 0);
+    w.pred_storage[kPredTrue] = kAllLanes;
+    w.local_storage.resize(uint64_t{program.local_bytes} * kLanes);
+    const uint64_t raw = reinterpret_cast<uint64_t>(w.register_storage.data());
+    w.base[0] = reinterpret_cast<uint8_t*>((raw + 63) & ~uint64_t{63});
+    w.base[1] = const_cast<uint8_t*>(program.constants.data());
+    w.preds = w.pred_storage.data();
+    w.registers_per_thread = initial_registers(launch);
+    Fragment fragment;
+    fragment.mask = w.alive;
+    w.fragments.push_back(fragment);
+    const size_t slots = program.register_bytes / 64;
+    w.defined.assign(slots, 0);
+    // Scratch slots hold moved symbols: always defined.
+    std::fill(w.defined.end() - 32, w.defined.end(), kAllLanes);
+    w.pred_defined.assign(program.predicate_count, 0);
+    w.pred_defined[kPredTrue] = w.pred_defined[kPredFalse] = kAllLanes;
+    w.in_flight.assign(slots, 0);
+    w.being_read.assign(slots, 0);
+    w.written_at.assign(slots, 0);
+}
+
+void init_agents(Cluster& cluster) {
+    for (auto& cta : cluster.ctas) {
+        for (Warp& w : cta->warps) {
+            w.agent = new_agent(cluster, AgentKind::kWarp, cta->rank, w.index);
+            new_agent(cluster, AgentKind::kCpAsync, cta->rank, w.index);
+            new_agent(cluster, AgentKind::kBulkRead, cta->rank, w.index);
+            set_clock(w.clock, w.agent, 1);
+            set_clock(w.proxy_clock, w.agent, 0);
+        }
+        for (size_t g = 0; g < cta->warpgroups.size(); ++g) {
+            cta->warpgroups[g]->agent =
+                new_agent(cluster, AgentKind::kWgmma, cta->rank, static_cast<uint32_t>(g));
+        }
+    }
+}
+
+void init_cta(Cta& cta, Cluster& cluster, const Launch& launch) {
+    cta.cluster = &cluster;
+    const uint32_t bytes = launch.kernel->static_shared_bytes + launch.dynamic_shared;
+    cta.shared.assign((bytes + 15) / 16 * 16, 0xff);  // NaN in every format
+    cta.shadow.allocate(static_cast<uint32_t>(cta.shared.size()), launch.config.check_races);
+    const uint32_t warps = launch.warps_per_cta();
+    cta.warps.resize(warps);
+    cta.warps_alive = warps;
+    for (uint32_t i = 0; i < warps; ++i) {
+        init_warp(cta.warps[i], cta, i, launch);
+    }
+    for (uint32_t i = 0; i + 4 <= warps; i += 4) {
+        auto group = std::make_unique<Warpgroup>();
+        for (uint32_t j = 0; j < 4; ++j) {
+            group->warps[j] = &cta.warps[i + j];
+            cta.warps[i + j].warpgroup = group.get();
+        }
+        cta.warpgroups.push_back(std::move(group));
+    }
+}
+
+}  // namespace
+
+std::unique_ptr<Cluster> make_cluster(Launch& launch, uint64_t ordinal) {
+    auto cluster = std::make_unique<Cluster>();
+    cluster->launch = &launch;
+    cluster->ordinal = ordinal;
+    cluster->random_state =
+        (launch.config.seed * 0x9E3779B97F4A7C15ull) ^ ((ordinal + 1) * 0xD1B54A32D192ED03ull);
+    cluster->random_state |= 1;
+    for (int i = 0; i < 8; ++i) {
+        cluster->random();
+    }
+    const Dim3 clusters{launch.grid.x / launch.cluster.x, launch.grid.y / launch.cluster.y,
+                        launch.grid.z / launch.cluster.z};
+    cluster->index = unflatten(ordinal, clusters);
+    for (uint32_t rank = 0; rank < launch.cluster.count(); ++rank) {
+        auto cta = std::make_unique<Cta>();
+        const Dim3 inside = unflatten(rank, launch.cluster);
+        cta->rank = rank;
+        cta->index = {cluster->index.x * launch.cluster.x + inside.x,
+                      cluster->index.y * launch.cluster.y + inside.y,
+                      cluster->index.z * launch.cluster.z + inside.z};
+        init_cta(*cta, *cluster, launch);
+        cluster->ctas.push_back(std::move(cta));
+    }
+    init_agents(*cluster);
+    return cluster;
+}
+
+void on_warp_exit(Warp& w) {
+    Cta& cta = *w.cta;
+    Cluster& cluster = *cta.cluster;
+    --cta.warps_alive;
+    ++cluster.progress;
+    settle_named_barriers(cta);
+    settle_cluster_barrier(cluster);
+    if (cta.warps_alive != 0 || !cluster.launch->config.check_races) {
+        return;
+    }
+    for (const Warp& warp : cta.warps) {
+        if (warp.bulk_reads_waited < warp.bulk_groups_committed) {
+            throw SimError(
+                ErrorKind::kRace,
+                format("the CTA exits but warp %u never waited (cp.async.bulk.wait_group) for its last bulk "
+                       "stores to have read shared memory",
+                       warp.index),
+                warp.last_bulk_store_line);
+        }
+    }
+}
+
+void collect_statistics(Cluster& cluster) {
+    static const char* const paths[] = {"global load",   "global store", "shared load", "shared store",
+                                        "atomic",        "cp.async",     "tensor load", "tensor store",
+                                        "tensor reduce", "bulk load",    "bulk store",  "bulk reduce"};
+    Statistics local;
+    for (const auto& cta : cluster.ctas) {
+        for (const Warp& warp : cta->warps) {
+            Statistics::Counts& role = local.by_role["warpgroup " + std::to_string(warp.index / 4)];
+            for (size_t i = 0; i < role.size(); ++i) {
+                role[i] += warp.counts[i];
+                local.instructions[i] += warp.counts[i];
+            }
+            local.warp_instructions += warp.executed;
+        }
+    }
+    for (size_t i = 0; i < std::size(paths); ++i) {
+        if (cluster.bytes[i] != 0) {
+            local.bytes[paths[i]] += cluster.bytes[i];
+        }
+    }
+    local.wgmma = cluster.wgmma_counts;
+    Launch& launch = *cluster.launch;
+    const std::lock_guard<std::mutex> lock(launch.mutex);
+    launch.statistics.add(local);
+    launch.timeline.insert(launch.timeline.end(), cluster.timeline.begin(), cluster.timeline.end());
+}
+
+}  // namespace sim

@@ -1,0 +1,203 @@
+// Launches, the simulator's configuration, and what it says afterwards.
+#include <cstring>
+
+#include "driver_types.h"
+#include "launch.h"
+#include "memory_map.h"
+
+namespace {
+
+using namespace sim::driver;
+
+struct LastReport {
+    std::mutex mutex;
+    sim::Statistics statistics;  // of all launches since the last reset
+    std::string launch_json;     // of the last launch
+    std::string timeline;
+    uint64_t launches = 0;
+};
+LastReport& report() {
+    static LastReport the_report;
+    return the_report;
+}
+
+std::string escape(const std::string& text) {
+    std::string result;
+    for (char c : text) {
+        if (c == '"' || c == '\\') {
+            result += '\\';
+        }
+        result += c == '\n' ? std::string("\\n") : std::string(1, c);
+    }
+    return result;
+}
+
+[[noreturn]] void refuse(sim::ErrorKind kind, const sim::Kernel& kernel, const std::string& message) {
+    throw sim::SimError(kind, "kernel " + kernel.name + ": " + message);
+}
+
+void check_limits(const sim::Launch& launch) {
+    const sim::Kernel& kernel = *launch.kernel;
+    const uint64_t threads = launch.block.count();
+    if (launch.grid.count() == 0 || threads == 0 || launch.cluster.count() == 0) {
+        refuse(sim::ErrorKind::kInvalidValue, kernel, "a grid, block or cluster dimension is 0");
+    }
+    if (threads > 1024 || threads > kernel.max_threads) {
+        refuse(sim::ErrorKind::kResources, kernel,
+               sim::format("%llu threads a block, at most %u", static_cast<unsigned long long>(threads),
+                           kernel.max_threads));
+    }
+    const uint64_t shared = uint64_t{kernel.static_shared_bytes} + launch.dynamic_shared;
+    if (shared > sim::kMaxSharedBytes) {
+        refuse(sim::ErrorKind::kResources, kernel,
+               sim::format("%llu bytes of shared memory exceed the 227 KB of a block",
+                           static_cast<unsigned long long>(shared)));
+    }
+    if (launch.dynamic_shared > std::max(kernel.max_dynamic_shared, 48u * 1024)) {
+        refuse(sim::ErrorKind::kInvalidValue, kernel,
+               sim::format("%u bytes of dynamic shared memory need "
+                           "cuFuncSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES), which says %u",
+                           launch.dynamic_shared, kernel.max_dynamic_shared));
+    }
+    const uint64_t cluster = launch.cluster.count();
+    if (cluster > 16 || (cluster > 8 && !kernel.non_portable_cluster)) {
+        refuse(sim::ErrorKind::kResources, kernel,
+               sim::format("a cluster of %llu CTAs (8 are portable, 16 with the attribute)",
+                           static_cast<unsigned long long>(cluster)));
+    }
+    if (launch.grid.x % launch.cluster.x != 0 || launch.grid.y % launch.cluster.y != 0 ||
+        launch.grid.z % launch.cluster.z != 0) {
+        refuse(sim::ErrorKind::kInvalidValue, kernel, "the grid is no multiple of the cluster");
+    }
+}
+
+void choose_cluster(sim::Launch& launch) {
+    const uint32_t* required = launch.kernel->required_cluster;
+    if (required[0] == 0) {
+        return;
+    }
+    const sim::Dim3 fixed{required[0], required[1], required[2]};
+    const bool other =
+        launch.cluster.count() != 1 &&
+        (launch.cluster.x != fixed.x || launch.cluster.y != fixed.y || launch.cluster.z != fixed.z);
+    if (other) {
+        refuse(sim::ErrorKind::kInvalidValue, *launch.kernel,
+               "the launch's cluster is not the kernel's .reqnctapercluster");
+    }
+    launch.cluster = fixed;
+}
+
+void gather_params(sim::Launch& launch, void** kernel_params, void** extra) {
+    const sim::KernelAst& ast = launch.kernel->ast;
+    // One tensor map at least: a kernel may take the address of its parameters.
+    launch.params.assign((ast.param_bytes + 63) / 64 * 64 + 64, 0);
+    if (kernel_params != nullptr) {
+        for (size_t i = 0; i < ast.params.size(); ++i) {
+            std::memcpy(launch.params.data() + ast.params[i].offset, kernel_params[i], ast.params[i].size);
+        }
+        return;
+    }
+    if (extra == nullptr) {
+        if (!ast.params.empty()) {
+            refuse(sim::ErrorKind::kInvalidValue, *launch.kernel, "no parameters given");
+        }
+        return;
+    }
+    const void* buffer = nullptr;
+    size_t bytes = 0;
+    for (size_t i = 0; extra[i] != nullptr; i += 2) {
+        if (extra[i] == reinterpret_cast<void*>(1)) {
+            buffer = extra[i + 1];
+        } else if (extra[i] == reinterpret_cast<void*>(2)) {
+            bytes = *static_cast<size_t*>(extra[i + 1]);
+        }
+    }
+    std::memcpy(launch.params.data(), buffer, std::min<size_t>(bytes, ast.param_bytes));
+}
+
+int execute(sim::Launch& launch, void** kernel_params, void** extra) {
+    choose_cluster(launch);
+    check_limits(launch);
+    gather_params(launch, kernel_params, extra);
+    launch.config = sim::global_config();
+    launch.memory = sim::MemoryMap::instance().snapshot();
+    const bool ok = sim::run_launch(launch);
+    LastReport& last = report();
+    const std::lock_guard<std::mutex> lock(last.mutex);
+    last.statistics.add(launch.statistics);
+    ++last.launches;
+    if (launch.config.timeline) {
+        last.timeline = sim::timeline_json(launch.timeline);
+    }
+    last.launch_json = "{\"kernel\": \"" + escape(launch.kernel->name) +
+                       "\", \"ok\": " + (ok ? "true" : "false") + ", \"error\": \"" + escape(launch.error) +
+                       "\", \"statistics\": " + launch.statistics.json() + "}";
+    if (!ok) {
+        set_last_error(launch.error);
+        return result_of(launch.error_kind);
+    }
+    return kSuccess;
+}
+
+}  // namespace
+
+SIM_EXPORT int cuLaunchKernelEx(const LaunchConfig* config, void* function, void** kernel_params,
+                                void** extra) {
+    return guarded([&]() -> int {
+        if (function == nullptr) {
+            return kInvalidHandle;
+        }
+        sim::Launch launch;
+        launch.kernel = static_cast<const sim::Kernel*>(function);
+        launch.grid = {config->grid_x, config->grid_y, config->grid_z};
+        launch.block = {config->block_x, config->block_y, config->block_z};
+        launch.dynamic_shared = config->shared_bytes;
+        for (unsigned i = 0; i < config->attribute_count; ++i) {
+            const LaunchAttribute& attribute = config->attributes[i];
+            if (attribute.id == 4) {
+                launch.cluster = {attribute.value.cluster.x, attribute.value.cluster.y,
+                                  attribute.value.cluster.z};
+            }
+        }
+        return execute(launch, kernel_params, extra);
+    });
+}
+
+SIM_EXPORT int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                              unsigned bz, unsigned shared, void* stream, void** kernel_params,
+                              void** extra) {
+    const LaunchConfig config{gx, gy, gz, bx, by, bz, shared, stream, nullptr, 0};
+    return cuLaunchKernelEx(&config, function, kernel_params, extra);
+}
+
+// {"seed": 7, "checks": false}: for the launches that follow. See docs/simulator.md for the names.
+SIM_EXPORT int flash8_sim_configure(const char* json) {
+    return guarded([&] {
+        sim::Config changed = sim::global_config();
+        changed.set_json(json);
+        sim::global_config() = changed;
+        return kSuccess;
+    });
+}
+
+// The JSON of the last launch; valid until the next one.
+SIM_EXPORT const char* flash8_sim_report() {
+    return report().launch_json.c_str();
+}
+SIM_EXPORT const char* flash8_sim_timeline() {
+    return report().timeline.c_str();
+}
+SIM_EXPORT const char* flash8_sim_totals() {
+    static thread_local std::string text;
+    LastReport& last = report();
+    const std::lock_guard<std::mutex> lock(last.mutex);
+    text = "{\"launches\": " + std::to_string(last.launches) + ", \"statistics\": " + last.statistics.json() +
+           "}";
+    return text.c_str();
+}
+SIM_EXPORT void flash8_sim_reset() {
+    LastReport& last = report();
+    const std::lock_guard<std::mutex> lock(last.mutex);
+    last.statistics = sim::Statistics();
+    last.launches = 0;
+}

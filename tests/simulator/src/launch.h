@@ -1,0 +1,58 @@
+// One kernel launch: what to run, over which grid, with which arguments and choices.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <new>
+
+#include "errors.h"
+#include "machine.h"
+#include "memory_map.h"
+#include "statistics.h"
+
+namespace sim {
+
+// Parameters hold tensor maps, which must be aligned to 64 bytes.
+template <class T>
+struct AlignedAllocator {
+    using value_type = T;
+    AlignedAllocator() = default;
+    template <class U>
+    AlignedAllocator(const AlignedAllocator<U>&) {}
+    T* allocate(size_t count) {
+        return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}));
+    }
+    void deallocate(T* pointer, size_t) { ::operator delete(pointer, std::align_val_t{64}); }
+    bool operator==(const AlignedAllocator&) const { return true; }
+    bool operator!=(const AlignedAllocator&) const { return false; }
+};
+using ParamBytes = std::vector<uint8_t, AlignedAllocator<uint8_t>>;
+
+struct Launch {
+    const Kernel* kernel = nullptr;
+    Dim3 grid, block, cluster;
+    uint32_t dynamic_shared = 0;
+    ParamBytes params;
+    Config config;
+    std::shared_ptr<const MemorySnapshot> memory;
+
+    bool adversarial = false;
+    uint32_t quantum = 4096;
+
+    std::mutex mutex;  // of what follows
+    std::atomic<uint64_t> next_cluster{0};
+    Statistics statistics;
+    std::vector<TimelineEvent> timeline;
+    std::string error;  // first finding, ready to print
+    ErrorKind error_kind = ErrorKind::kTrap;
+    std::atomic<bool> failed{false};
+
+    uint64_t cluster_count() const { return grid.count() / cluster.count(); }
+    uint32_t warps_per_cta() const { return static_cast<uint32_t>((block.count() + 31) / 32); }
+};
+
+// Runs the launch to its end. False when a check failed; launch.error says how.
+bool run_launch(Launch& launch);
+
+}  // namespace sim

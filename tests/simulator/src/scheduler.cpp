@@ -1,0 +1,285 @@
+#include "scheduler.h"
+
+#include <algorithm>
+
+#include "async_copy.h"
+#include "cluster_run.h"
+#include "errors.h"
+#include "interpreter.h"
+#include "launch.h"
+#include "mbarrier.h"
+#include "warp_sync.h"
+#include "wgmma.h"
+
+namespace sim {
+
+bool registers_available(const Warp& warp, uint32_t wanted);
+
+namespace {
+
+constexpr uint32_t kStallRounds = 4;
+
+struct Choice {
+    Warp* warp = nullptr;
+    int fragment = 0;
+};
+
+class ClusterRunner {
+  public:
+    explicit ClusterRunner(Cluster& cluster) : cluster_(cluster), launch_(*cluster.launch) {
+        for (auto& cta : cluster.ctas) {
+            for (Warp& warp : cta->warps) {
+                warps_.push_back(&warp);
+            }
+        }
+    }
+
+    RunStatus run(uint64_t budget) {
+        uint64_t executed = 0;
+        while (executed < budget) {
+            if (launch_.failed.load(std::memory_order_relaxed)) {
+                return RunStatus::kDone;
+            }
+            if (launch_.adversarial) {
+                stir();
+            }
+            const Choice choice = launch_.adversarial ? choose_adversarial() : choose_plain();
+            if (choice.warp != nullptr) {
+                executed += run_choice(choice);
+                continue;
+            }
+            if (all_exited()) {
+                drain();
+                return RunStatus::kDone;
+            }
+            if (perform_one_async() || run_one_wgmma(cluster_)) {
+                continue;
+            }
+            if (!time_out_waits()) {
+                return RunStatus::kStuck;
+            }
+        }
+        return RunStatus::kRunning;
+    }
+
+  private:
+    bool all_exited() const {
+        return std::all_of(warps_.begin(), warps_.end(), [](const Warp* w) { return w->alive == 0; });
+    }
+
+    void drain() {
+        while (perform_one_async()) {
+        }
+    }
+
+    int ready_fragment(Warp& w) const {
+        const int count = static_cast<int>(w.fragments.size());
+        for (int i = 0; i < count; ++i) {
+            const int at = (w.current + i) % count;
+            if (fragment_ready(w, w.fragments[static_cast<size_t>(at)])) {
+                return at;
+            }
+        }
+        return -1;
+    }
+
+    Choice choose_plain() {
+        const size_t count = warps_.size();
+        for (size_t i = 0; i < count; ++i) {
+            Warp* w = warps_[(cluster_.next_warp + i) % count];
+            const int fragment = w->alive != 0 ? ready_fragment(*w) : -1;
+            if (fragment >= 0) {
+                cluster_.next_warp = static_cast<uint32_t>((cluster_.next_warp + i + 1) % count);
+                return {w, fragment};
+            }
+        }
+        return {};
+    }
+
+    // Odd seeds run the warp of the highest priority and now and then change one; even seeds pick at
+    // random. The first starves warps for long, the second interleaves finely.
+    Choice choose_adversarial() {
+        Choice best;
+        uint32_t best_priority = 0;
+        uint32_t seen = 0;
+        const bool by_priority = (launch_.config.seed & 1) != 0;
+        for (size_t i = 0; i < warps_.size(); ++i) {
+            Warp* w = warps_[i];
+            const int fragment = w->alive != 0 ? ready_fragment(*w) : -1;
+            if (fragment < 0) {
+                continue;
+            }
+            ++seen;
+            const bool better = by_priority ? best.warp == nullptr || cluster_.priorities[i] > best_priority
+                                            : cluster_.random() % seen == 0;
+            if (better) {
+                best = {w, fragment};
+                best_priority = cluster_.priorities[i];
+            }
+        }
+        return best;
+    }
+
+    void stir() {
+        if (cluster_.priorities.empty()) {
+            for (size_t i = 0; i < warps_.size(); ++i) {
+                cluster_.priorities.push_back(static_cast<uint32_t>(cluster_.random() >> 33));
+            }
+        }
+        if (cluster_.random() % 64 == 0) {
+            cluster_.priorities[cluster_.random() % warps_.size()] =
+                static_cast<uint32_t>(cluster_.random() >> 33);
+        }
+        if (launch_.config.async == AsyncPolicy::kRandom && cluster_.random() % 4 == 0) {
+            perform_one_async();
+            run_one_wgmma(cluster_);
+        }
+    }
+
+    uint32_t run_choice(const Choice& choice) {
+        Warp& w = *choice.warp;
+        cluster_.running = &w;
+        w.current = choice.fragment;
+        uint32_t quantum = launch_.quantum;
+        if (launch_.adversarial) {
+            quantum = 1 + static_cast<uint32_t>(cluster_.random() % quantum);
+        }
+        const WaitKind waited = w.fragment().wait.kind;
+        const uint64_t began = w.time;
+        const uint32_t executed = run_warp(w, quantum, launch_.config.any_register_check());
+        if (launch_.config.timeline) {
+            record(w, waited, began);
+        }
+        // A fragment that blocked or spins lets the warp's others go first.
+        if (w.fragments.size() > 1) {
+            w.current = static_cast<int>((static_cast<size_t>(w.current) + 1) % w.fragments.size());
+        }
+        cluster_.executed += executed;
+        note_progress();
+        cluster_.running = nullptr;
+        return std::max(executed, 1u);
+    }
+
+    void record(Warp& w, WaitKind waited, uint64_t began) {
+        static const char* const names[] = {"",           "mbarrier", "barrier",   "cluster barrier", "wgmma",
+                                            "bulk group", "cp.async", "warp sync", "registers"};
+        if (waited != WaitKind::kNone && w.run_start < began) {
+            cluster_.timeline.push_back({names[static_cast<size_t>(waited)], "wait", w.run_start, began,
+                                         cluster_.ordinal * cluster_.ctas.size() + w.cta->rank, w.index});
+        }
+        cluster_.timeline.push_back(
+            {"run", "run", began, w.time, cluster_.ordinal * cluster_.ctas.size() + w.cta->rank, w.index});
+        w.run_start = w.time;
+    }
+
+    void note_progress() {
+        if (cluster_.progress != cluster_.seen_progress) {
+            cluster_.seen_progress = cluster_.progress;
+            cluster_.executed_at_progress = cluster_.executed;
+            cluster_.stall_rounds = 0;
+        }
+    }
+
+    bool perform_one_async() {
+        auto& items = cluster_.async;
+        if (items.empty()) {
+            return false;
+        }
+        const size_t at = launch_.adversarial ? cluster_.random() % items.size() : 0;
+        // A step of a copy may wait for older copies of its warp: then take those first.
+        AsyncItem& item = *items[at];
+        cluster_.running = item.cta != nullptr ? &item.cta->warps[item.warp_index] : nullptr;
+        if (item.perform(cluster_)) {
+            record_engine(cluster_, item);
+            items.erase(items.begin() + static_cast<std::ptrdiff_t>(at));
+        }
+        cluster_.running = nullptr;
+        ++cluster_.progress;
+        return true;
+    }
+
+    // try_wait may give up after a while: let every one do so, unless that led nowhere before.
+    bool time_out_waits() {
+        if (cluster_.stall_rounds >= kStallRounds) {
+            return false;
+        }
+        ++cluster_.stall_rounds;
+        bool any = false;
+        for (Warp* w : warps_) {
+            for (Fragment& fragment : w->fragments) {
+                if (fragment.wait.kind == WaitKind::kMbarrier) {
+                    fragment.wait.timed_out = true;
+                    any = true;
+                }
+            }
+        }
+        return any;
+    }
+
+    Cluster& cluster_;
+    Launch& launch_;
+    std::vector<Warp*> warps_;
+};
+
+Cta& cta_of(Warp& w, uint32_t address) {
+    return *w.cta->cluster->ctas[address >> kRankShift];
+}
+
+}  // namespace
+
+bool fragment_ready(Warp& w, const Fragment& fragment) {
+    const Wait& wait = fragment.wait;
+    switch (wait.kind) {
+        case WaitKind::kNone:
+            return true;
+        case WaitKind::kMbarrier:
+            return wait.timed_out || mbarrier_ready(cta_of(w, wait.address), wait);
+        case WaitKind::kNamedBarrier:
+            return w.cta->barriers[wait.address].generation != wait.phase;
+        case WaitKind::kClusterBarrier:
+            return w.cta->cluster->barrier_generation > wait.phase;
+        case WaitKind::kWgmma:
+            return wgmma_issued_by_all(w, static_cast<uint32_t>(wait.phase));
+        case WaitKind::kBulkGroup:
+            return bulk_groups_done(w, fragment.mask, wait.address, wait.parity != 0);
+        case WaitKind::kCpAsync:
+            return cp_async_done(w, fragment.mask, wait.address);
+        case WaitKind::kWarpSync:
+            return can_meet(w, fragment);
+        case WaitKind::kRegisters:
+            return registers_available(w, wait.address);
+    }
+    return true;
+}
+
+bool completes_at_issue(const Cluster& cluster) {
+    return cluster.launch->config.async == AsyncPolicy::kEarly;
+}
+
+void record_engine(Cluster& cluster, const AsyncItem& item) {
+    if (!cluster.launch->config.timeline || item.cta == nullptr) {
+        return;
+    }
+    uint64_t now = item.issue_time;
+    for (const Warp& w : item.cta->warps) {
+        now = std::max(now, w.time);
+    }
+    cluster.timeline.push_back({item.describe(), "engine", item.issue_time, now,
+                                cluster.ordinal * cluster.ctas.size() + item.cta->rank, item.warp_index});
+}
+
+void submit(Cluster& cluster, std::unique_ptr<AsyncItem> item) {
+    if (!completes_at_issue(cluster)) {
+        cluster.async.push_back(std::move(item));
+        return;
+    }
+    while (!item->perform(cluster)) {
+    }
+    record_engine(cluster, *item);
+}
+
+RunStatus run_cluster(Cluster& cluster, uint64_t budget) {
+    return ClusterRunner(cluster).run(budget);
+}
+
+}  // namespace sim

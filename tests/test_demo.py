@@ -1,0 +1,214 @@
+"""The parts of examples/byte_gpt on a tiny model and little text."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm", reason="the demo needs flash8[demo]")
+pytest.importorskip("matplotlib", reason="the demo needs flash8[demo]")
+
+FOLDER = Path(__file__).resolve().parent.parent / "examples" / "byte_gpt"
+MODULES = ("config", "data", "model", "muon", "train", "measure", "serve", "report", "demo")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The script; its siblings hang off it. Their short names leave sys.modules afterwards."""
+    assert not set(MODULES) & set(sys.modules)
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import demo as script
+
+        yield script
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def config(demo):
+    return demo.QUICK
+
+
+@pytest.fixture(scope="module")
+def corpus(demo, config):
+    return demo.data.load_corpus(
+        config.corpus_bytes, config.heldout_bytes, config.longest_document, config.seed
+    )
+
+
+@pytest.fixture
+def batches(demo, corpus, config):
+    return list(islice(demo.data.batches(corpus.train, config.batch_tokens, config.seed), 3))
+
+
+def test_corpus_is_whole_documents_of_many_lengths(demo, corpus, config):
+    lengths = [document.shape[0] for document in (*corpus.train, *corpus.heldout)]
+    assert config.corpus_bytes <= sum(lengths) < 2 * config.corpus_bytes
+    assert max(lengths) == config.longest_document + 1
+    assert min(lengths) >= demo.data.SHORTEST
+    for document in corpus.train:
+        assert document[0] == demo.data.END
+        whole = document[-1] == demo.data.END
+        assert whole or document.shape[0] == config.longest_document + 1
+        assert (document[1:-1] != demo.data.END).all()
+    seen = {document.numpy().tobytes() for document in corpus.train}
+    shared = [d for d in corpus.heldout if d.numpy().tobytes() in seen]
+    assert len(shared) < 0.05 * len(corpus.heldout)  # files may share short functions
+
+
+def test_batches_hold_whole_documents_and_shifted_targets(demo, corpus, batches, config):
+    known = {tuple(document.tolist()) for document in corpus.train}
+    for batch in batches:
+        assert 0 < batch.tokens <= config.batch_tokens
+        bounds = batch.cu_seqlens.tolist()
+        for low, high in zip(bounds, bounds[1:], strict=False):
+            tokens = (*batch.inputs[low:high].tolist(), int(batch.targets[high - 1]))
+            assert tokens in known
+        inputs, places = batch.padded()
+        assert inputs.shape == (len(bounds) - 1, batch.max_seqlen)
+        assert torch.equal(inputs.flatten()[places], batch.inputs)
+
+
+def test_once_holds_every_document_once(demo, corpus, config):
+    batches = demo.data.once(corpus.heldout, config.batch_tokens)
+    assert sum(b.cu_seqlens.numel() - 1 for b in batches) == len(corpus.heldout)
+    assert sum(b.tokens for b in batches) == sum(d.shape[0] - 1 for d in corpus.heldout)
+
+
+def test_variants_have_the_same_loss_and_gradients(demo, batches, config):
+    trainers = [demo.Trainer(config, variant) for variant in demo.VARIANTS.values()]
+    with torch.no_grad():
+        for trainer in trainers:  # the head starts at zero and would hide the rest
+            torch.manual_seed(3)
+            trainer.model.head.weight.normal_(std=0.1)
+    results = []
+    for trainer in trainers:
+        loss = trainer._loss(batches[0])
+        loss.backward()
+        gradients = [parameter.grad for parameter in trainer.model.parameters()]
+        results.append([loss.detach(), *gradients])
+    for result in results[1:]:
+        for got, want in zip(result, results[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_training_learns(demo, corpus, config):
+    trainer = demo.Trainer(config, demo.VARIANTS["packed"])
+    longer = dataclasses.replace(config, most_steps=20, train_seconds=1e6)
+    history = demo.train(trainer, corpus, longer)
+    assert history.heldout_losses[0] == pytest.approx(math.log(256), abs=1e-3)
+    assert history.heldout_losses[-1] < 3.9
+    assert len(history.losses) == len(history.tokens) == 20
+    assert history.heldout_tokens[-1] == history.tokens[-1]
+
+
+def test_training_stops_in_time(demo, corpus, config):
+    trainer = demo.Trainer(config, demo.VARIANTS["packed"])
+    history = demo.train(trainer, corpus, dataclasses.replace(config, train_seconds=1e-6))
+    assert len(history.losses) == 1
+    assert len(history.heldout_losses) == 2
+
+
+def test_muon_steps_by_orthogonal_matrices(demo):
+    from muon import Muon, orthogonalised
+
+    for shape in ((8, 24), (24, 8), (16, 16)):
+        singular = torch.linalg.svdvals(orthogonalised(torch.randn(shape)))
+        assert singular.min() > 0.2
+        assert singular.median() > 0.7
+        assert singular.max() < 1.3
+    parameter = torch.nn.Parameter(torch.zeros(8, 8))
+    parameter.grad = torch.eye(8) * 1e-4
+    Muon([parameter], lr=0.5).step()
+    assert (parameter.diagonal() < -0.3).all()
+
+
+def test_serving_is_the_full_forward_and_gives_pages_back(demo, corpus, config):
+    torch.manual_seed(0)
+    model = demo.ByteGPT(config)
+    with torch.no_grad():
+        model.head.weight.normal_(std=0.2)
+    server = demo.Server(model, config)
+    lengths = (4, 47, 20, 33, 16)
+    prompts = [text[:length] for text, length in zip(corpus.heldout, lengths, strict=False)]
+    requests = server.run(prompts)
+    for request, prompt in zip(requests, prompts, strict=True):
+        assert torch.equal(request.prompt, prompt)
+        assert request.finished or len(request.written) == config.new_tokens
+    assert demo.largest_difference(model, requests) < 1e-4
+    assert server.cache.allocator.num_used == 0
+    assert server.cache.num_sequences == 0
+    assert server.served.most_rows == config.serve_rows
+    assert server.served.prefill_tokens == sum(prompt.shape[0] for prompt in prompts)
+
+
+def test_serving_waits_for_pages(demo, config):
+    tight = dataclasses.replace(config, pool_pages=3, serve_rows=3)
+    server = demo.Server(demo.ByteGPT(tight), tight)
+    requests = server.run([demo.data.encode("x" * 20)] * 3)
+    assert all(request.written for request in requests)
+    assert server.served.most_rows == 1
+    with pytest.raises(ValueError, match="does not fit the cache"):
+        server.run([demo.data.encode("x" * 60)])
+
+
+def test_measuring_in_a_process_of_its_own(demo, batches, config, tmp_path):
+    inputs, result = tmp_path / "batches.pt", tmp_path / "result.json"
+    demo.save_batches(batches, inputs)
+    command = [sys.executable, str(FOLDER / "measure.py"), "packed", str(inputs), str(result)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--quick"], check=True, capture_output=True, env=environment)
+    row = demo.Measurement(**json.loads(result.read_text()))
+    assert row.real_tokens == row.computed_tokens == sum(b.tokens for b in batches[1:])
+    assert row.peak_mib > 0
+    trainer = demo.Trainer(config, demo.VARIANTS["packed"])
+    expected = [trainer.step(batch) for batch in batches]
+    assert row.losses == pytest.approx(expected, abs=1e-3)
+
+
+def test_whole_run_writes_its_files(demo, config, tmp_path, monkeypatch, capsys):
+    import measure
+
+    def compare_here(corpus, config, out, quick):
+        batches = demo.data.batches(corpus.train, config.batch_tokens, config.seed)
+        batches = list(islice(batches, config.compare_steps + 1))
+        return [
+            demo.Measurement(
+                **measure.measure(name, batches, demo.Trainer(config, variant), baseline=0.0)
+            )
+            for name, variant in demo.VARIANTS.items()
+        ]
+
+    monkeypatch.setattr(demo, "compare", compare_here)
+    monkeypatch.setattr(demo, "use_all_cores", torch.get_num_threads)
+    demo.run(config, tmp_path, quick=True)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["variant"] for row in results["comparison"]] == list(demo.VARIANTS)
+    assert results["serving"]["largest_logit_difference"] < 1e-4
+    for name in ("loss.png", "comparison.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "def |" in (tmp_path / "sample.txt").read_text()
+    printed = capsys.readouterr().out
+    for text in ("flash8, packed against unfused, padded", "backend", "held-out loss 5.5"):
+        assert text in printed
+
+
+def test_verdict_says_which_way_it_fell(demo):
+    def row(variant, seconds, peak):
+        label = demo.VARIANTS[variant].label
+        return demo.Measurement(variant, label, 100, 100, seconds, peak, [1.0])
+
+    text = demo.report.verdict([row("packed", 2.0, 10), row("padded", 4.0, 40), row("torch", 1, 5)])
+    assert "flash8, packed against flash8, padded: 2.0 x faster, 4.0 x less memory" in text
+    assert "flash8, packed against torch SDPA, padded: 2.0 x slower, 2.0 x more memory" in text
+    assert "on equal (padded) terms flash8 is 4.0 x slower" in text

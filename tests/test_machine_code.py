@@ -1,0 +1,40 @@
+"""What must be true of the machine code of the kernels that the default tests run."""
+
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from flash8.compiler import compile_unit
+from simulated_device import missing_compiler
+from test_forward_kernel import DEFAULT
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+
+import machine_code
+
+_TOOLS = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
+_DISASSEMBLER = (_TOOLS / "cuobjdump").exists() or shutil.which("cuobjdump") is not None
+
+pytestmark = [
+    pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler())),
+    pytest.mark.skipif(not _DISASSEMBLER, reason="cuobjdump is not installed (compiler.txt)"),
+]
+
+
+@pytest.mark.parametrize("variant", DEFAULT, ids=lambda variant: variant.name)
+def test_lean(variant):
+    compiled = compile_unit(variant.unit())
+    code = machine_code.MachineCode.of(compiled.cubin)
+    assert code.local_accesses == 0, "spills or local arrays"
+    assert not compiled.report.serialized
+    groups = compiled.ptx.read_text().count("wgmma.commit_group")
+    assert code.group_closings == code.arrivals == code.waits == groups
+    row = machine_code.row(variant)
+    assert row.spill_bytes == 0
+    assert row.registers <= 168, "what 384 or 512 threads can start with"
+    if row.peer_unmasked is not None:
+        assert row.unmasked / machine_code.block_n(variant) <= row.peer_unmasked / row.peer_block_n
+        assert row.masked / machine_code.block_n(variant) <= row.peer_masked / row.peer_block_n

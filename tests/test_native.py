@@ -1,0 +1,104 @@
+"""The extension: version, driver probe, and the layout of the structs of hopper/params.h."""
+
+import re
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import light_process
+from flash8 import _native
+from flash8._version import __version__
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PARAMS_HEADER = REPOSITORY / "hopper" / "params.h"
+LAYOUT = _native.layout()
+
+
+def declared_fields() -> dict[str, list[str]]:
+    """Field names of every struct of params.h, in order, read from the text of the header."""
+    text = re.sub(r"//[^\n]*", "", PARAMS_HEADER.read_text())
+    structs = {}
+    for name, body in re.findall(r"struct (?:alignas\(64\) )?(\w+) \{(.*?)\n\};", text, re.DOTALL):
+        declarations = [line for line in body.split(";") if line.strip() and "static" not in line]
+        structs[name] = [
+            re.findall(r"(\w+)(?:\[\w+\])?$", line.strip())[0] for line in declarations
+        ]
+    return structs
+
+
+def probe(driver: str) -> str:
+    """What a fresh process says of `driver`."""
+    code = (
+        "from flash8 import _native; p = _native.probe_driver();"
+        "assert not p.available and p.version == 0 and p.devices == [];"
+        "print(p.path); print(p.reason)"
+    )
+    return light_process.run(code, FLASH8_DRIVER=driver)
+
+
+def test_version_is_that_of_the_package():
+    assert _native.__version__ == __version__
+
+
+def test_layout_names_every_declared_field_in_order():
+    declared = declared_fields()
+    assert set(declared) == set(LAYOUT)
+    for name, fields in declared.items():
+        assert list(LAYOUT[name]["fields"]) == fields
+
+
+@pytest.mark.parametrize("name", LAYOUT)
+def test_structs_have_no_implicit_padding(name):
+    end = 0
+    for field, (offset, size) in LAYOUT[name]["fields"].items():
+        assert offset == end, f"padding before {name}.{field}"
+        end = offset + size
+    assert end == LAYOUT[name]["size"]
+    assert end % LAYOUT[name]["align"] == 0
+
+
+def test_layout_of_abi_version_1():
+    """A change here means that old cubins would be misread: raise kAbiVersion with it."""
+    sizes = {name: (struct["size"], struct["align"]) for name, struct in LAYOUT.items()}
+    assert _native.ABI_VERSION == 1
+    assert sizes == {
+        "TensorMap": (128, 64),
+        "TensorRef": (32, 8),
+        "DescaleRef": (40, 8),
+        "RowRef": (24, 8),
+        "SequenceParams": (104, 8),
+        "ScoreParams": (64, 8),
+        "SchedulerParams": (48, 8),
+        "ForwardParams": (1280, 64),
+        "BackwardParams": (1792, 64),
+        "TmaBox": (32, 4),
+        "KernelInfo": (400, 4),
+    }
+
+
+def test_tensor_maps_are_aligned_for_tma():
+    for name in ("ForwardParams", "BackwardParams"):
+        maps = [at for field, (at, _) in LAYOUT[name]["fields"].items() if field.startswith("tma_")]
+        assert maps == [128 * i for i in range(len(maps))]
+
+
+def test_params_header_compiles_alone(tmp_path):
+    source = tmp_path / "alone.cpp"
+    source.write_text('#include "params.h"\nint main() {}\n')
+    compiler = (sysconfig.get_config_var("CXX") or "g++").split()[0]
+    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    subprocess.run([*command, f"-I{PARAMS_HEADER.parent}", str(source)], check=True)
+
+
+def test_probe_says_why_a_named_driver_is_missing():
+    path, reason = probe("/nowhere/libcuda_absent.so").splitlines()
+    assert path == "/nowhere/libcuda_absent.so"
+    assert "libcuda_absent.so" in reason
+    assert "No such file" in reason
+
+
+def test_probe_says_which_entry_a_library_lacks():
+    libm = "libm.so.6"
+    assert f"{libm} has no cuInit; flash8 needs the driver of CUDA 12.0 or newer" in probe(libm)

@@ -1,0 +1,69 @@
+"""Variant keys: valid, unambiguous, and what the compiler is told."""
+
+import itertools
+
+import pytest
+
+from flash8.variants import SHIPPED, ForwardVariant
+
+
+def every_variant():
+    """All choices over a few head dimensions."""
+    flags = (False, True)
+    for dtype, scales in (("fp16", "none"), ("bf16", "none"), ("e4m3", "head"), ("e4m3", "block")):
+        for dims, mask, softcap, kv, split, pack_gqa in itertools.product(
+            ((64, 64), (128, 128), (192, 128), (128, 64)),
+            ("none", "causal", "local"),
+            flags,
+            ("dense", "paged"),
+            flags,
+            flags,
+        ):
+            yield ForwardVariant(dtype, *dims, mask, softcap, kv, split, pack_gqa, scales)
+
+
+def test_names_and_defines_tell_variants_apart():
+    variants = list(every_variant())
+    assert len({variant.name for variant in variants}) == len(variants)
+    assert len({variant.defines for variant in variants}) == len(variants)
+    assert all(variant.name.replace("_", "").isalnum() for variant in variants)
+
+
+def test_names_and_defines_of_one():
+    variant = ForwardVariant("bf16", 192, 128, mask="causal", pack_gqa=True)
+    assert variant.name == "forward_bf16_d192v128_causal_packgqa"
+    assert dict(variant.defines) == {
+        "FLASH8_DTYPE": "1",
+        "FLASH8_HEAD_DIM": "192",
+        "FLASH8_HEAD_DIM_V": "128",
+        "FLASH8_MASK": "1",
+        "FLASH8_SOFTCAP": "0",
+        "FLASH8_KV": "0",
+        "FLASH8_SPLIT": "0",
+        "FLASH8_PACK_GQA": "1",
+        "FLASH8_SCALES": "0",
+    }
+    assert variant.unit().label == variant.name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "fp32"}, "dtype is 'fp32'; supported are"),
+        ({"mask": "full"}, "mask is 'full'; supported are"),
+        ({"kv": "ragged"}, "kv is 'ragged'; supported are"),
+        ({"scales": "token"}, "scales is 'token'; supported are"),
+        ({"head_dim": 0}, "head_dim is 0; supported are the multiples of 8 up to 512"),
+        ({"head_dim": 100}, "head_dim is 100"),
+        ({"head_dim_v": 520}, "head_dim_v is 520"),
+        ({"scales": "head"}, "scales is 'head' with dtype 'bf16'"),
+        ({"dtype": "e4m3"}, "scales is 'none' with dtype 'e4m3'"),
+    ],
+)
+def test_bad_choices_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        ForwardVariant(**{"dtype": "bf16", "head_dim": 128, "head_dim_v": 128, **change})
+
+
+def test_shipped_rows_are_distinct():
+    assert len(set(SHIPPED)) == len(SHIPPED)
