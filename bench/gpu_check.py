@@ -1,0 +1,93 @@
+"""Everything that a Hopper GPU can tell about this checkout, in one command: `make gpu-check`.
+
+Needs a GPU, nvcc and a Python with torch, pytest, numpy, cmake, pybind11 and scikit-build-core;
+no network; the kernels want the CUTLASS headers in FLASH8_CUTLASS, unless pip has brought them.
+Builds flash8 from the checkout into build/gpu, runs the GPU tests, once on the portable code and
+once with FLASH8_KERNELS=on, runs compute-sanitizer on the small CUDA programs, settles the
+hardware facts, and measures ceilings and attention beside every peer found. Each step leaves its
+own JSON; the summary, with the outcome and seconds of every step, is bench/results/gpu_check.json.
+A step that fails does not stop the others.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import environment
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "gpu"
+RESULTS = ROOT / "bench" / "results"
+_SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command and how it ended."""
+
+    name: str
+    command: list[str]
+    status: int
+    seconds: float
+    tail: str
+
+
+def run(name: str, *command: str, **variables: str) -> Step:
+    print(f"== {name}: {' '.join(command)}", flush=True)
+    environ = {**os.environ, "PYTHONPATH": str(BUILD), "PYTHONUNBUFFERED": "1", **variables}
+    start = time.monotonic()
+    result = subprocess.run(
+        command, cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    step = Step(
+        name,
+        list(command),
+        result.returncode,
+        round(time.monotonic() - start, 1),
+        "\n".join(result.stdout.splitlines()[-30:]),
+    )
+    print(step.tail, f"-- {name}: status {step.status}, {step.seconds} s", sep="\n", flush=True)
+    return step
+
+
+def steps() -> list[Step]:
+    python = sys.executable
+    facts = [python, "bench/hopper_facts/facts.py"]
+    tests = [python, "-P", "-m", "pytest", "-q", "-m", "gpu", "tests"]
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    done = [
+        run("build", *pip, "--no-build-isolation", "--upgrade", "--target", str(BUILD), "."),
+        run("gpu tests", *tests),
+        run("gpu tests on kernels", *tests, FLASH8_KERNELS="on"),
+        run("hopper facts", *facts),
+    ]
+    if shutil.which("compute-sanitizer"):
+        for tool in _SANITIZER_TOOLS:
+            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *facts]
+            done.append(run(f"compute-sanitizer {tool}", *command, "--quick"))
+    done.append(run("ceilings", python, "bench/bench_ceilings.py"))
+    done.append(run("attention", python, "bench/bench_attention.py"))
+    return done
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("gpu-check needs a CUDA GPU, and torch sees none", file=sys.stderr)
+        return 1
+    done = steps()
+    summary = {"environment": environment.describe(), "steps": [asdict(step) for step in done]}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "gpu_check.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for step in done:
+        print(f"{'ok    ' if step.status == 0 else 'FAILED'} {step.name} ({step.seconds} s)")
+    return int(any(step.status != 0 for step in done))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

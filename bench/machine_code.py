@@ -1,0 +1,204 @@
+"""What ptxas made of the shipped kernels: a table of machine instructions per KV tile.
+
+For every row of `flash8.variants.SHIPPED`: registers, spills, shared memory, and of the consumer's
+mainloop the machine instructions of one unmasked and one masked pass over a KV tile, found as the
+two smallest loops of the disassembly that contain the tile's matrix products. Beside them the same
+figures of FlashAttention-3's kernels, compiled with the same compiler.
+
+Cycles are arithmetic on those counts, not a measurement: for one KV tile and all consumer
+warpgroups, 2048 16-bit multiply-adds, 16 exponentials and 4 issued instructions a cycle and SM.
+
+usage: python bench/machine_code.py    (writes bench/results/machine_code.*)
+"""
+
+import json
+import os
+import re
+import subprocess
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from flash8.compiler import Compiled, compile_unit
+from flash8.variants import SHIPPED, ForwardVariant
+
+ROOT = Path(__file__).resolve().parent.parent
+_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);")
+_BRANCH = re.compile(r"BRA(?:\.\w+)*\s+(?:\w+,\s*)?0x([0-9a-f]+)")
+_CLASSES = ("FFMA", "FMUL", "FADD", "FMNMX", "MUFU", "F2FP", "FSEL", "ISETP")
+
+_MULTIPLY_ADDS, _EXPONENTIALS, _ISSUES = 2048, 16, 4  # a cycle and SM
+#: kBlockM x kBlockN by head_dim and head_dim_v, as hopper/forward/config.cuh chooses them.
+TILES = {
+    (64, 64): (192, 128),
+    (96, 96): (128, 128),
+    (128, 128): (128, 128),
+    (192, 128): (128, 128),
+    (192, 192): (128, 96),
+    (256, 256): (128, 64),
+}
+
+#: FlashAttention-3's kernels, nvcc 13.0.88: (unmasked, masked) instructions per KV tile, kBlockN.
+FLASH_ATTENTION_3 = {
+    (128, 128, "causal"): (469, 616, 128),
+    (128, 128, "none"): (594, None, 176),
+    (64, 64, "none"): (632, None, 192),
+    (192, 128, "causal"): (483, 631, 128),
+    (256, 256, "causal"): (455, 551, 80),
+}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop of the disassembly."""
+
+    instructions: int
+    products: int
+    classes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """The disassembly of one cubin."""
+
+    lines: tuple[tuple[int, str], ...]
+
+    @staticmethod
+    def of(cubin: Path) -> "MachineCode":
+        tools = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
+        path = os.pathsep.join((str(tools), "/usr/local/cuda/bin", os.environ.get("PATH", "")))
+        environment = {**os.environ, "PATH": path}  # cuobjdump looks for nvdisasm there
+        command = ["cuobjdump", "-sass", str(cubin)]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found = (_INSTRUCTION.match(line) for line in run.stdout.splitlines())
+        return MachineCode(tuple((int(m[1], 16), m[2]) for m in found if m))
+
+    @property
+    def local_accesses(self) -> int:
+        return self._count(r"\b(LDL|STL)\b")
+
+    @property
+    def group_closings(self) -> int:
+        """Products that close a group; each needs one WARPGROUP.ARRIVE and one wait."""
+        return self._count(r"GMMA.*gsb0")
+
+    @property
+    def arrivals(self) -> int:
+        return self._count(r"WARPGROUP\.ARRIVE")
+
+    @property
+    def waits(self) -> int:
+        return self._count(r"WARPGROUP\.DEPBAR")
+
+    @cached_property
+    def mainloops(self) -> list[Loop]:
+        """The two smallest loops with matrix products: unmasked and masked."""
+        loops = sorted(self._loops(), key=lambda loop: loop.instructions)
+        return [loop for loop in loops if loop.products == loops[0].products][:2]
+
+    def _loops(self) -> Iterator[Loop]:
+        index = {address: i for i, (address, _) in enumerate(self.lines)}
+        for i, (address, text) in enumerate(self.lines):
+            target = _BRANCH.search(text)
+            begin = int(target[1], 16) if target else address
+            if begin >= address or begin not in index:
+                continue
+            body = [line for _, line in self.lines[index[begin] : i + 1]]
+            products = sum("GMMA" in line for line in body)
+            if products:
+                mnemonics = Counter(_mnemonic(line) for line in body)
+                yield Loop(len(body), products, {c: mnemonics[c] for c in _CLASSES})
+
+    def _count(self, pattern: str) -> int:
+        return sum(bool(re.search(pattern, text)) for _, text in self.lines)
+
+
+def _mnemonic(line: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    tile: str  # kBlockM x kBlockN
+    registers: int
+    spill_bytes: int
+    tensor_cycles: int
+    exponential_cycles: int
+    issue_cycles: int
+    unmasked: int
+    masked: int
+    peer_unmasked: int | None
+    peer_masked: int | None
+    peer_block_n: int | None
+    classes: dict[str, int]
+
+
+def block_n(variant: ForwardVariant) -> int:
+    return TILES[(variant.head_dim, variant.head_dim_v)][1]
+
+
+def row(variant: ForwardVariant) -> Row:
+    compiled = compile_unit(variant.unit())
+    code = MachineCode.of(compiled.cubin)
+    unmasked, masked = code.mainloops
+    key = (variant.head_dim, variant.head_dim_v, variant.mask)
+    peer = (None, None, None) if variant.softcap else FLASH_ATTENTION_3.get(key, (None,) * 3)
+    registers, spills = _cost(compiled)
+    block_m, block_n = TILES[(variant.head_dim, variant.head_dim_v)]
+    warpgroups = block_m // 64
+    scores = block_m * block_n
+    exponentials = scores * (2 if variant.softcap else 1)  # tanh takes the same unit
+    return Row(
+        variant.name,
+        f"{block_m} x {block_n}",
+        registers,
+        spills,
+        scores * (variant.head_dim + variant.head_dim_v) // _MULTIPLY_ADDS,
+        exponentials // _EXPONENTIALS,
+        unmasked.instructions * warpgroups * 4 // _ISSUES,
+        unmasked.instructions,
+        masked.instructions,
+        *peer,
+        unmasked.classes,
+    )
+
+
+def _cost(compiled: Compiled) -> tuple[int, int]:
+    costs = compiled.report.kernels
+    return max(c.registers for c in costs), sum(c.spill_stores + c.spill_loads for c in costs)
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| kernel | tile | registers | spills | unmasked | masked | FA3 (its kBlockN) "
+        "| tensor | exp | issue cycles |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        peer = "" if r.peer_unmasked is None else f"{r.peer_unmasked} / {r.peer_masked or ''}"
+        peer += "" if r.peer_block_n is None else f" ({r.peer_block_n})"
+        counts = (r.registers, r.spill_bytes, r.unmasked, r.masked, peer)
+        cells = (r.name, r.tile, *counts, r.tensor_cycles, r.exponential_cycles, r.issue_cycles)
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    rows = []
+    for number, variant in enumerate(SHIPPED, 1):
+        print(f"[{number}/{len(SHIPPED)}] {variant.name}", flush=True)
+        rows.append(row(variant))
+    results = ROOT / "bench" / "results" / "machine_code.json"
+    results.write_text(json.dumps([asdict(r) for r in rows], indent=2) + "\n")
+    (ROOT / "bench" / "results" / "machine_code.md").write_text(table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

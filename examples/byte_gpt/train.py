@@ -1,0 +1,135 @@
+"""Training on packed or padded batches: the same documents, the same loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+import data
+from config import Config, device, mixed_precision
+from flash8.nn import FlashMHA
+from model import ByteGPT, TorchMHA, UnfusedMHA
+from muon import Muon
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train: which attention, on packed or padded tokens."""
+
+    label: str
+    attention: type[FlashMHA]
+    packed: bool
+
+
+VARIANTS = {
+    "packed": Variant("flash8, packed", FlashMHA, packed=True),
+    "padded": Variant("flash8, padded", FlashMHA, packed=False),
+    "torch": Variant("torch SDPA, padded", TorchMHA, packed=False),
+    "unfused": Variant("unfused, padded", UnfusedMHA, packed=False),
+}
+
+
+@dataclass
+class History:
+    """What a training run leaves: losses in nats per byte, counted in real tokens."""
+
+    tokens: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    heldout_tokens: list[int] = field(default_factory=list)
+    heldout_losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Trainer:
+    """A model, its optimizers and one way to attend; every variant starts from equal weights."""
+
+    def __init__(self, config: Config, variant: Variant) -> None:
+        torch.manual_seed(config.seed)
+        self.model = ByteGPT(config, variant.attention).to(device())
+        self._packed = variant.packed
+        hidden = [p for p in self.model.blocks.parameters() if p.dim() == 2]
+        known = set(hidden)
+        others = [p for p in self.model.parameters() if p not in known]
+        self._optimizers: Sequence[Optimizer] = (
+            Muon(hidden, lr=config.matrix_rate),
+            torch.optim.AdamW(others, lr=config.other_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        )
+        for group in self._groups():
+            group["peak"] = group["lr"]
+
+    def step(self, batch: data.Batch, rate: float = 1.0) -> float:
+        """One update; ``rate`` scales the learning rates. Returns the loss."""
+        for group in self._groups():
+            group["lr"] = rate * group["peak"]
+        loss = self._loss(batch)
+        loss.backward()
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[data.Batch]) -> float:
+        """Nats per byte."""
+        total = sum(self._loss(batch).item() * batch.tokens for batch in batches)
+        return total / sum(batch.tokens for batch in batches)
+
+    def _loss(self, batch: data.Batch) -> Tensor:
+        """Mean over the real tokens; padding is computed and dropped."""
+        with mixed_precision(batch.inputs.device):
+            if self._packed:
+                logits = self.model(batch.inputs, batch.cu_seqlens, batch.max_seqlen)
+            else:
+                inputs, places = batch.padded()
+                logits = self.model(inputs).flatten(0, 1)[places]
+            return F.cross_entropy(logits.float(), batch.targets)
+
+    def _groups(self) -> Iterator[dict]:
+        for optimizer in self._optimizers:
+            yield from optimizer.param_groups
+
+
+def train(trainer: Trainer, corpus: data.Corpus, config: Config) -> History:
+    """Train for `train_seconds` or `most_steps`, whichever comes first; validate now and then."""
+    heldout = [batch.to(device()) for batch in data.once(corpus.heldout, config.batch_tokens)]
+    history = History(heldout_tokens=[0], heldout_losses=[trainer.evaluate(heldout)])
+    endless = data.batches(corpus.train, config.batch_tokens, config.seed)
+    began, done, tokens = perf_counter(), 0.0, 0
+    with tqdm(total=100, desc="train", bar_format="{l_bar}{bar}| {elapsed}{postfix}") as bar:
+        while done < 1.0:
+            batch = next(endless).to(device())
+            history.losses.append(trainer.step(batch, rate(done)))
+            tokens += batch.tokens
+            history.tokens.append(tokens)
+            before, done = done, _progress(began, len(history.losses), config)
+            if int(before * config.validations) < int(done * config.validations):
+                history.heldout_tokens.append(tokens)
+                history.heldout_losses.append(trainer.evaluate(heldout))
+            bar.set_postfix(loss=f"{history.losses[-1]:.2f}", **_latest(history))
+            bar.update(100 * done - bar.n)
+    history.seconds = perf_counter() - began
+    return history
+
+
+def rate(done: float, climb: float = 0.04) -> float:
+    """Of a run, by the share of it that is done: a short climb, then half a cosine."""
+    if done < climb:
+        return 0.2 + 0.8 * done / climb
+    return 0.525 + 0.475 * math.cos(math.pi * (done - climb) / (1 - climb))
+
+
+def _progress(began: float, steps: int, config: Config) -> float:
+    elapsed = (perf_counter() - began) / config.train_seconds
+    return min(1.0, max(elapsed, steps / config.most_steps))
+
+
+def _latest(history: History) -> dict[str, str]:
+    return {"heldout": f"{history.heldout_losses[-1]:.2f}", "steps": str(len(history.losses))}
