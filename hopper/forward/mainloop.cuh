@@ -1,0 +1,183 @@
+// The 16-bit mainloop of a consumer warpgroup: 64 rows of S = Q K^T, softmax, O += P V.
+//
+// Inside a warpgroup the product Q K(j) is issued before P V(j + 1), and its softmax runs while P V is still
+// under way; between warpgroups, turns (named_barriers.cuh) let one's softmax overlap the other's products.
+
+#pragma once
+
+#include "../convert.cuh"
+#include "../named_barriers.cuh"
+#include "../softmax.cuh"
+#include "../wgmma.cuh"
+#include "config.cuh"
+#include "scores.cuh"
+
+namespace flash8 {
+
+// Where a consumer stands in the pipelines, from tile to tile.
+template <class Config>
+struct ConsumerState {
+    PipelineState<1> q;
+    PipelineState<Config::kStages> k;
+    PipelineState<Config::kStages> v;
+};
+
+template <class Config>
+class Mainloop {
+    using Element = typename Config::Element;
+    using TileMask = Mask<Config::kMask, Config::kBlockM, Config::kBlockN>;
+    using Turns = WarpgroupTurns<Config::kConsumerWarpgroups>;
+    static constexpr int kBlockN = Config::kBlockN;
+
+  public:
+    __device__ __forceinline__ Mainloop(ForwardParams const& params, SharedStorage& shared,
+                                        ConsumerState<Config>& state, TileMask const& mask, int warpgroup,
+                                        int first_row, int seqlen_k)
+        : params_(params),
+          shared_(shared),
+          state_(state),
+          mask_(mask),
+          warpgroup_(warpgroup),
+          first_row_(first_row),
+          seqlen_k_(seqlen_k) {}
+
+    template <class Accumulator>
+    __device__ __forceinline__ void run(Accumulator& o, OnlineSoftmax& softmax, KeyBlocks const& blocks) {
+        using namespace cute;
+        typename Config::MmaQK mma_qk;
+        typename Config::MmaPV mma_pv;
+        auto thread_qk = mma_qk.get_slice(threadIdx.x % 128);
+        auto thread_pv = mma_pv.get_slice(threadIdx.x % 128);
+        Tensor sQ = make_tensor(make_smem_ptr(shared_.q), typename Config::SmemLayoutQ{});
+        Tensor sQ_rows = local_tile(sQ, Shape<_64, Int<Config::kHeadDim>>{}, make_coord(warpgroup_, 0));
+        Tensor sK = make_tensor(make_smem_ptr(shared_.k), typename Config::SmemLayoutK{});
+        Tensor sVt = make_tensor(make_smem_ptr(shared_.v), typename Config::SmemLayoutVt{});
+        Tensor rQ = thread_qk.partition_fragment_A(sQ_rows);  // (MMA, MMA_M, MMA_K)
+        Tensor rK = thread_qk.partition_fragment_B(sK);       // (MMA, MMA_N, MMA_K, stage)
+        Tensor rV = thread_pv.partition_fragment_B(sVt);      // (MMA, MMA_N, MMA_K, stage)
+        Tensor s = partition_fragment_C(mma_qk, Shape<_64, Int<kBlockN>>{});
+        // P as the A operand: eight scores of an accumulator are one k-step's fragment, in the same order.
+        Tensor p = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockN / 16>>>{});
+        float alpha[kRowsPerThread];
+        float const cap = params_.scores.softmax_scale / params_.scores.softcap;
+        float const inner[kRowsPerThread] = {cap, cap};
+
+        shared_.pipeline_q.wait(state_.q);
+        shared_.pipeline_k.wait(state_.k);
+        multiply<true>(mma_qk, rQ, rK(_, _, _, state_.k.stage), s);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(s);
+        release(shared_.pipeline_k, state_.k);
+        int n_block = blocks.end - 1;
+        Scores<Config>::template apply<true>(s, mask_, first_row_, n_block, inner);
+        softmax.template step<true, true>(rows_of(s), alpha);
+        round(s, p);
+        clear_tail(n_block);
+
+        auto advance = [&](auto masked) {
+            constexpr bool kMasked = decltype(masked)::value;
+            --n_block;
+            shared_.pipeline_k.wait(state_.k);
+            if constexpr (Config::kTakeTurns) {
+                Turns::wait(warpgroup_);
+            }
+            multiply<true>(mma_qk, rQ, rK(_, _, _, state_.k.stage), s);
+            shared_.pipeline_v.wait(state_.v);
+            multiply<false>(mma_pv, p, rV(_, _, _, state_.v.stage), o);
+            if constexpr (Config::kTakeTurns) {
+                Turns::pass_on(warpgroup_);
+            }
+            warpgroup_wait<1>();  // S is there, P V may still run
+            warpgroup_fence_operand(s);
+            release(shared_.pipeline_k, state_.k);
+            Scores<Config>::template apply<kMasked>(s, mask_, first_row_, n_block, inner);
+            softmax.template step<false, Config::kMask != MaskMode::kNone>(rows_of(s), alpha);
+            warpgroup_wait<0>();
+            warpgroup_fence_operand(o);
+            release(shared_.pipeline_v, state_.v);
+            round(s, p);
+            rescale(o, alpha);
+        };
+        int const unmasked_begin = max(blocks.begin, blocks.left_end);
+        while (n_block > max(blocks.right_begin, blocks.begin)) {
+            advance(cute::true_type{});
+        }
+        while (n_block > unmasked_begin) {
+            advance(cute::false_type{});
+        }
+        if constexpr (Config::kMask == MaskMode::kLocal) {
+            while (n_block > blocks.begin) {
+                advance(cute::true_type{});
+            }
+        }
+        release(shared_.pipeline_q, state_.q);
+        shared_.pipeline_v.wait(state_.v);
+        multiply<false>(mma_pv, p, rV(_, _, _, state_.v.stage), o);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(o);
+        release(shared_.pipeline_v, state_.v);
+    }
+
+  private:
+    template <class Accumulator, class Operand>
+    __device__ __forceinline__ static void round(Accumulator const& s, Operand& p) {
+        auto words = cute::recast<uint32_t>(p);
+#pragma unroll
+        for (int i = 0; i < cute::size(words); ++i) {
+            words(i) = pack<Element>(s(2 * i), s(2 * i + 1));
+        }
+    }
+
+    template <class Accumulator>
+    __device__ __forceinline__ static void rescale(Accumulator& o, float const (&alpha)[kRowsPerThread]) {
+        auto rows = rows_of(o);
+#pragma unroll
+        for (int r = 0; r < kRowsPerThread; ++r) {
+#pragma unroll
+            for (int i = 0; i < cute::size<1>(rows); ++i) {
+                rows(r, i) *= alpha[r];
+            }
+        }
+    }
+
+    // Rows of V behind the last key belong to nobody: P is zero there, but 0 * NaN is NaN. The consumers
+    // clear them once, in the rightmost block, before anyone multiplies with it.
+    __device__ void clear_tail(int n_block) {
+        int const used = seqlen_k_ - n_block * kBlockN;
+        if (used >= kBlockN) {
+            return;
+        }
+        shared_.pipeline_v.wait(state_.v);
+        uint4* const stage =
+            reinterpret_cast<uint4*>(shared_.v + state_.v.stage * kBlockN * Config::kHeadDimV);
+        constexpr int kThreads = Config::kConsumerWarpgroups * 128;
+        constexpr int kVectorsPerRow = Config::kPanelV * sizeof(Element) / sizeof(uint4);
+        constexpr int kPanels = Config::kHeadDimV / Config::kPanelV;
+        int const count = (kBlockN - used) * kVectorsPerRow;
+        for (int panel = 0; panel < kPanels; ++panel) {
+            // The swizzle permutes within rows of a panel, so whole rows stay whole.
+            uint4* const tail = stage + (panel * kBlockN + used) * kVectorsPerRow;
+            for (int i = threadIdx.x - 128; i < count; i += kThreads) {
+                tail[i] = make_uint4(0, 0, 0, 0);
+            }
+        }
+        ptx::fence_proxy_async();
+        ptx::named_barrier_sync(static_cast<int>(NamedBarrier::kTailCleared), kThreads);
+    }
+
+    template <class P, class State>
+    __device__ __forceinline__ static void release(P& pipeline, State& state) {
+        pipeline.release(state);
+        state.advance();
+    }
+
+    ForwardParams const& params_;
+    SharedStorage& shared_;
+    ConsumerState<Config>& state_;
+    TileMask const& mask_;
+    int warpgroup_;
+    int first_row_;  // the first of this thread's two queries
+    int seqlen_k_;
+};
+
+}  // namespace flash8

@@ -1,0 +1,34 @@
+// The tensor core from CuTe's fragments: one asynchronous group of products, and accumulators by row.
+
+#pragma once
+
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/atom/mma_atom.hpp>
+#include <cute/tensor.hpp>
+
+namespace flash8 {
+
+// Issues c = a b (kZero) or c += a b over all k-steps as one group; the caller waits for it.
+template <bool kZero, class Mma, class A, class B, class C>
+__device__ __forceinline__ void multiply(Mma& mma, A const& a, B const& b, C& c) {
+    using namespace cute;
+    warpgroup_fence_operand(c);
+    warpgroup_arrive();
+    mma.accumulate_ = kZero ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
+#pragma unroll
+    for (int k = 0; k < size<2>(a); ++k) {
+        gemm(mma, a(_, _, k), b(_, _, k), c);
+        mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+}
+
+// An accumulator ((2, 2, N / 8), 1, 1) as (row, (column, N / 8)).
+template <class Accumulator>
+__device__ __forceinline__ auto rows_of(Accumulator& c) {
+    using namespace cute;
+    auto const l = c.layout();
+    return make_tensor(c.data(), make_layout(get<0, 1>(l), make_layout(get<0, 0>(l), get<0, 2>(l))));
+}
+
+}  // namespace flash8
