@@ -1,8 +1,9 @@
 // Which keys a block of queries sees: trip counts for the mainloop, and the mask of one tile of scores.
 //
 // Query i of a sequence stands at position p = i + seqlen_k - seqlen_q and sees keys from p - window_left to
-// p + window_right. KV blocks run from right to left in three stretches: masked at the right edge, unmasked,
-// masked at the left edge.
+// p + window_right, and with attention_chunk only those of its own chunk. Both bounds grow with i, so the
+// first and the last query of a block tell everything about it. KV blocks run from right to left in three
+// stretches: masked at the right edge, unmasked, masked at the left edge.
 
 #pragma once
 
@@ -25,17 +26,24 @@ struct KeyBlocks {
     __device__ bool empty() const { return begin >= end; }
 };
 
+// Keys [begin, end) that one query sees; empty when begin >= end.
+struct KeyRange {
+    int begin;
+    int end;
+};
+
 template <MaskMode kMask, int kBlockM, int kBlockN>
 class Mask {
   public:
     __device__ Mask(ForwardParams const& params, SeqlenInfo const& info)
-        : seqlen_k_(info.seqlen_k),
-          shift_(info.seqlen_k - info.seqlen_q),
-          left_(params.scores.window_left < 0 ? info.seqlen_q + info.seqlen_k : params.scores.window_left),
-          right_(kMask == MaskMode::kCausal       ? 0
-                 : params.scores.window_right < 0 ? info.seqlen_q + info.seqlen_k
-                                                  : params.scores.window_right),
-          seqlen_q_(info.seqlen_q) {}
+        : seqlen_q_(info.seqlen_q), seqlen_k_(info.seqlen_k), shift_(info.seqlen_k - info.seqlen_q) {
+        if constexpr (kMask == MaskMode::kLocal) {
+            left_ = bounded(params.scores.window_left);
+            right_ = bounded(params.scores.window_right);
+            // A chunk as long as the sequences already holds all their positions.
+            chunk_ = min(params.scores.attention_chunk, max(seqlen_q_, seqlen_k_));
+        }
+    }
 
     __device__ KeyBlocks key_blocks(int m_block) const {
         int const first = m_block * kBlockM;
@@ -43,51 +51,80 @@ class Mask {
         if (first > last) {
             return {0, 0, 0, 0};
         }
-        KeyBlocks blocks{0, 0, seqlen_k_ / kBlockN, ceil_div(seqlen_k_)};
-        if constexpr (kMask != MaskMode::kNone) {
-            blocks.end = min(blocks.end, ceil_div(max(0, last + shift_ + right_ + 1)));
-            blocks.right_begin = min(blocks.right_begin, max(0, first + shift_ + right_ + 1) / kBlockN);
-        }
-        if constexpr (kMask == MaskMode::kLocal) {
-            blocks.begin = max(0, first + shift_ - left_) / kBlockN;
-            blocks.left_end = ceil_div(max(0, last + shift_ - left_));
-        }
-        return blocks;
+        KeyRange const head = visible_keys(first);
+        KeyRange const tail = visible_keys(last);
+        return {max(0, head.begin) / kBlockN, ceil_div(max(0, tail.begin)), max(0, head.end) / kBlockN,
+                ceil_div(max(0, tail.end))};
     }
 
-    // Hides what row `query` must not see in this thread's scores of block n_block. The thread holds columns
-    // 8 * i + c with c = 2 * (lane % 4) + {0, 1}; `scores` are those of one row, (2, kBlockN / 8).
-    template <class Row>
-    __device__ __forceinline__ void apply(Row&& scores, int query, int n_block) const {
-        int const thread_column = n_block * kBlockN + 2 * static_cast<int>(threadIdx.x % 4);
-        int const position = query + shift_;
-        int end = seqlen_k_;
-        if constexpr (kMask != MaskMode::kNone) {
-            end = min(end, position + right_ + 1);
+    __device__ KeyRange visible_keys(int query) const {
+        KeyRange keys{0, seqlen_k_};
+        if constexpr (kMask == MaskMode::kCausal) {
+            keys.end = min(keys.end, query + shift_ + 1);
         }
-        int const hidden_from = end - thread_column;
-        int const hidden_before = position - left_ - thread_column;
+        if constexpr (kMask == MaskMode::kLocal) {
+            int const position = query + shift_;
+            keys = {position - left_, min(keys.end, position + right_ + 1)};
+            if (chunk_ > 0) {
+                int const remainder = position % chunk_;  // negative where the position is
+                int const chunk_begin = position - (remainder < 0 ? remainder + chunk_ : remainder);
+                keys = {max(keys.begin, chunk_begin), min(keys.end, chunk_begin + chunk_)};
+            }
+        }
+        return keys;
+    }
+
+    // Hides what is not in `keys` among this thread's scores of block n_block. The thread holds columns
+    // 8 * i + c with c = 2 * (lane % 4) + {0, 1}; `scores` are those of one row, (2, kBlockN / 8). One bit a
+    // score, 32 at a time: the compiler moves them into predicates by the seven, which leaves one select
+    // each.
+    template <class Row>
+    __device__ __forceinline__ static void apply(Row&& scores, KeyRange const& keys, int n_block) {
+        int const thread_column = n_block * kBlockN + 2 * static_cast<int>(threadIdx.x % 4);
+        int const begin = scores_before(keys.begin - thread_column);
+        int const end = scores_before(keys.end - thread_column);
+        constexpr int kScores = kBlockN / 4;
 #pragma unroll
-        for (int i = 0; i < kBlockN / 8; ++i) {
+        for (int first = 0; first < kScores; first += 32) {
+            uint32_t visible = ~ones_from(end - first);
+            if constexpr (kMask == MaskMode::kLocal) {
+                visible &= ones_from(begin - first);
+            }
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                bool hidden = 8 * i + c >= hidden_from;
-                if constexpr (kMask == MaskMode::kLocal) {
-                    hidden = hidden || 8 * i + c < hidden_before;
-                }
-                scores(c, i) = hidden ? -INFINITY : scores(c, i);
+            for (int j = first; j < min(first + 32, kScores); ++j) {
+                float& score = scores(j % 2, j / 2);
+                score = visible >> (j - first) & 1 ? score : -INFINITY;
             }
         }
     }
 
   private:
+    // How many of this thread's scores lie in columns below `column`, counted from its first.
+    __device__ __forceinline__ static int scores_before(int column) {
+        return column <= 0 ? 0 : 2 * (column / 8) + min(column % 8, 2);
+    }
+
+    // All bits from `bit` upwards; a shift by 32 or more leaves none.
+    __device__ __forceinline__ static uint32_t ones_from(int bit) {
+        uint32_t word;
+        asm("shl.b32 %0, %1, %2;" : "=r"(word) : "r"(0xffffffff), "r"(max(bit, 0)));
+        return word;
+    }
+
     __device__ static int ceil_div(int keys) { return (keys + kBlockN - 1) / kBlockN; }
 
+    // -1 is unbounded, and so is whatever reaches past both sequences.
+    __device__ int bounded(int window) const {
+        int const all = seqlen_q_ + seqlen_k_;
+        return window < 0 ? all : min(window, all);
+    }
+
+    int seqlen_q_;
     int seqlen_k_;
     int shift_;
-    int left_;
-    int right_;
-    int seqlen_q_;
+    int left_ = 0;
+    int right_ = 0;
+    int chunk_ = 0;
 };
 
 }  // namespace flash8

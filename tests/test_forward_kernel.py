@@ -1,22 +1,19 @@
-"""The forward kernel on the simulated device, against the float64 oracle.
+"""The forward kernel on the simulated device: shapes, sequences, numbers, and the public function.
 
-Every launch has its tensors in the device's memory with NaN behind them, outputs poisoned with NaN,
-and an adversarial schedule per seed; a finding of the simulator (a race, a missing wait, a read of
-something unwritten, an access out of bounds) fails the launch.
+A finding of the simulator (a race, a missing wait, a read of something unwritten, an access out of
+bounds) fails the launch; forward_cases.py says what else a case must fulfil.
 """
 
-import functools
-import math
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 import flash8
-import oracle
 from flash8.variants import SHIPPED, ForwardVariant
-from forward_launch import Call, ForwardKernel
-from simulated_device import SimulatedDevice, missing_compiler
+from forward_cases import check, compare, device, draw, int32, launch, masks, packed
+from forward_launch import Call
+from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
@@ -29,77 +26,6 @@ SLOW = tuple(variant for variant in SHIPPED if variant not in DEFAULT)
 VARIANTS = [pytest.param(v, id=v.name) for v in DEFAULT] + [
     pytest.param(v, id=v.name, marks=pytest.mark.slow) for v in SLOW
 ]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-#: Largest difference of O from float64 attention on the same 16-bit inputs with values of V near
-#: 1: half a unit of the output's last place, P's rounding, and ex2.approx. LSE is fp32.
-O_BOUND = {"bf16": 1.6e-2, "fp16": 2e-3}
-LSE_BOUND = {"atol": 3e-6, "rtol": 5e-7}  # a few units of fp32's last place
-
-
-@functools.cache
-def device() -> SimulatedDevice:
-    return SimulatedDevice()
-
-
-@functools.cache
-def kernel(variant: ForwardVariant) -> ForwardKernel:
-    return ForwardKernel(device().driver, device().ptx(variant))
-
-
-def draw(
-    variant: ForwardVariant, rows_q, rows_k, heads, heads_kv, *, batch=None, seed=0, scale=1.0
-):
-    generator = torch.Generator().manual_seed(seed)
-    lead = () if batch is None else (batch,)
-
-    def tensor(rows: int, heads: int, head_dim: int) -> Tensor:
-        x = torch.randn((*lead, rows, heads, head_dim), generator=generator)
-        return x.to(DTYPES[variant.dtype])
-
-    q, k = tensor(rows_q, heads, variant.head_dim), tensor(rows_k, heads_kv, variant.head_dim)
-    return q * scale, k, tensor(rows_k, heads_kv, variant.head_dim_v)
-
-
-def masks(variant: ForwardVariant) -> dict:
-    window = (37, 21) if variant.mask == "local" else (-1, -1)
-    return {
-        "causal": variant.mask == "causal",
-        "window": window,
-        "softcap": 3.0 if variant.softcap else 0.0,
-    }
-
-
-def launch(variant: ForwardVariant, call: Call, *, seed: int = 0, num_ctas: int = 2):
-    device().configure(seed=seed)
-    try:
-        return kernel(variant)(call, num_ctas=num_ctas)
-    except RuntimeError as error:
-        raise AssertionError(f"seed {seed}: {error}\n{device().last_error()}") from error
-
-
-def expected(call: Call, q, k, v) -> tuple[Tensor, Tensor]:
-    """Float64 O and LSE of one sequence, (rows, heads, d) each."""
-    mask = oracle.visible(q.shape[0], k.shape[0], call.causal, call.window)
-    sink = None if call.s_aux is None else call.s_aux.double()
-    return oracle.attend(
-        q.double(), k.double(), v.double(), mask, call.softmax_scale, call.softcap, sink=sink
-    )
-
-
-def compare(variant: ForwardVariant, o: Tensor, lse: Tensor, want: tuple[Tensor, Tensor]) -> None:
-    assert not o.isnan().any(), "a row of O was not written, or NaN leaked"
-    assert (o.double() - want[0]).abs().max() <= O_BOUND[variant.dtype]
-    empty = want[1] == -math.inf
-    assert torch.equal(lse == -math.inf, empty)
-    torch.testing.assert_close(lse.double()[~empty], want[1][~empty], **LSE_BOUND)
-
-
-def check_dense(variant, call: Call, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    o, lse = launch(variant, call, seed=seed)
-    for b in range(call.q.shape[0]):
-        compare(variant, o[b], lse[b], expected(call, call.q[b], call.k[b], call.v[b]))
-    return o, lse
-
 
 SHAPES = [
     (1, 1, 1, 1, 1),
@@ -108,7 +34,12 @@ SHAPES = [
     (2, 193, 131, 2, 2),
     (1, 200, 50, 1, 1),
     (1, 64, 257, 3, 1),
+    (2, 3, 0, 1, 1),
 ]
+
+
+def scale(variant: ForwardVariant) -> float:
+    return variant.head_dim**-0.5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -116,126 +47,73 @@ SHAPES = [
 def test_dense(variant, shape):
     batch, seqlen_q, seqlen_k, heads, heads_kv = shape
     q, k, v = draw(variant, seqlen_q, seqlen_k, heads, heads_kv, batch=batch)
-    call = Call(q, k, v, variant.head_dim**-0.5, **masks(variant))
-    first = check_dense(variant, call, seed=0)
-    for seed in (1, 2):
-        again = check_dense(variant, call, seed=seed)
-        assert torch.equal(first[0], again[0])
-        assert torch.equal(first[1], again[1])
+    check(variant, Call(q, k, v, scale(variant), **masks(variant)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_packed_with_used_lengths_and_poisoned_padding(variant):
-    lengths, used_q, used_k = [5, 0, 130, 1, 64], [5, 0, 99, 0, 64], [3, 0, 77, 1, 0]
-    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
-    total = int(offsets[-1])
-    q, k, v = draw(variant, total, total, 2, 1)
-    clean_k, clean_v = k.clone(), v.clone()
-    for start, length, used in zip(offsets.tolist(), lengths, used_k, strict=False):
-        k[start + used : start + length] = math.nan
-        v[start + used : start + length] = math.nan
+def test_packed_with_used_lengths(variant):
+    offsets = packed([5, 0, 130, 1, 64])
+    q, k, v = draw(variant, int(offsets[-1]), int(offsets[-1]), 2, 1)
     indices = {
         "cu_seqlens_q": offsets,
         "cu_seqlens_k": offsets,
-        "seqused_q": torch.tensor(used_q, dtype=torch.int32),
-        "seqused_k": torch.tensor(used_k, dtype=torch.int32),
+        "seqused_q": int32([5, 0, 99, 0, 64]),
+        "seqused_k": int32([3, 0, 77, 1, 0]),
     }
-    call = Call(
-        q,
-        k,
-        v,
-        variant.head_dim**-0.5,
-        **masks(variant),
-        indices=indices,
-        max_seqlen_q=130,
-        max_seqlen_k=130,
-    )
-    o, lse = launch(variant, call, num_ctas=3)
-    for b, start in enumerate(offsets.tolist()[:-1]):
-        rows, keys = slice(start, start + used_q[b]), slice(start, start + used_k[b])
-        want = expected(call, q[rows], clean_k[keys], clean_v[keys])
-        if used_q[b]:
-            compare(variant, o[rows], lse[:, rows], want)
-        unused = slice(start + used_q[b], start + lengths[b])
-        assert not o[unused].any()
-        assert (lse[:, unused] == -math.inf).all()
+    lengths = {"max_seqlen_q": 130, "max_seqlen_k": 130}
+    call = Call(q, k, v, scale(variant), **masks(variant), indices=indices, **lengths)
+    check(variant, call, num_ctas=3)
 
 
 def test_left_padding_and_cache_rows():
     q, k, v = draw(CAUSAL, 40, 150, 2, 2, batch=2)
-    leftpad, used, rows = [7, 0], [150, 33], [1, 0]
-    clean_k, clean_v = k.clone(), v.clone()
-    for b in range(2):
-        for x in (k, v):
-            x[rows[b], : leftpad[b]] = math.nan
-            x[rows[b], used[b] :] = math.nan
-    given = {"leftpad_k": leftpad, "seqused_k": used, "kv_batch_idx": rows}
-    indices = {name: torch.tensor(values, dtype=torch.int32) for name, values in given.items()}
-    call = Call(q, k, v, 0.1, causal=True, indices=indices)
-    o, lse = launch(CAUSAL, call)
-    for b in range(2):
-        keys = slice(leftpad[b], used[b])
-        want = expected(call, q[b], clean_k[rows[b], keys], clean_v[rows[b], keys])
-        compare(CAUSAL, o[b], lse[b], want)
+    given = {"leftpad_k": [7, 0], "seqused_k": [150, 33], "kv_batch_idx": [1, 0]}
+    indices = {name: int32(values) for name, values in given.items()}
+    # seqused_k and leftpad_k belong to the sequence, the cache's row to the data.
+    check(CAUSAL, Call(q, k, v, 0.1, causal=True, indices=indices))
 
 
 @pytest.mark.parametrize("variant", [CAUSAL, LOCAL, CAPPED], ids=lambda v: v.name)
 def test_sinks(variant):
     q, k, v = draw(variant, 70, 130, 2, 1, batch=1)
     sinks = torch.tensor([0.5, 9.0])
-    call = Call(q, k, v, variant.head_dim**-0.5, **masks(variant), s_aux=sinks)
-    check_dense(variant, call)
+    check(variant, Call(q, k, v, scale(variant), **masks(variant), s_aux=sinks))
 
 
 def test_extreme_logits():
     q, k, v = draw(CAUSAL, 130, 190, 1, 1, batch=1, scale=40.0)
-    check_dense(CAUSAL, Call(q, k, v, 128**-0.5, causal=True))
+    check(CAUSAL, Call(q, k, v, scale(CAUSAL), causal=True))
 
 
 def test_head_dim_is_filled_with_zeros():
-    variant = CAUSAL
-    q, k, v = (x[..., :72].contiguous() for x in draw(variant, 100, 140, 2, 1, batch=1))
-    check_dense(variant, Call(q, k, v, 72**-0.5, causal=True))
+    q, k, v = (x[..., :72].contiguous() for x in draw(CAUSAL, 100, 140, 2, 1, batch=1))
+    check(CAUSAL, Call(q, k, v, 72**-0.5, causal=True))
 
 
 def test_many_seeds_give_the_same_bits():
     q, k, v = draw(CAUSAL, 130, 260, 1, 1, batch=1)
-    call = Call(q, k, v, 128**-0.5, causal=True)
-    first = launch(CAUSAL, call, seed=0)
-    for seed in range(1, 12):
-        o, lse = launch(CAUSAL, call, seed=seed)
-        assert torch.equal(o, first[0])
-        assert torch.equal(lse, first[1])
+    check(CAUSAL, Call(q, k, v, scale(CAUSAL), causal=True), seeds=range(12))
 
 
-def mutated_call(mutation: str) -> Call:
-    q, k, v = draw(CAUSAL, 100, 200, 1, 1, batch=1)
-    scale, causal = 128**-0.5, True
+def mutated(good: Call, mutation: str) -> Call:
     if mutation == "scale":
-        scale *= 1.05
-    elif mutation == "mask off by one":
-        k, v = torch.cat((k[:, 1:], k[:, :1]), 1), torch.cat((v[:, 1:], v[:, :1]), 1)
-    elif mutation == "no mask":
-        causal = False
-    elif mutation == "zero v":
-        v = torch.zeros_like(v)
-    return Call(q, k, v, scale, causal=causal)
+        return replace(good, softmax_scale=good.softmax_scale * 1.05)
+    if mutation == "mask off by one":
+        rolled = (torch.cat((x[:, 1:], x[:, :1]), 1) for x in (good.k, good.v))
+        return replace(good, **dict(zip("kv", rolled, strict=True)))
+    if mutation == "no mask":
+        return replace(good, causal=False)
+    return replace(good, v=torch.zeros_like(good.v))
 
 
 @pytest.mark.parametrize("mutation", ["scale", "mask off by one", "no mask", "zero v"])
 def test_the_bounds_catch(mutation):
-    q, k, v = draw(CAUSAL, 100, 200, 1, 1, batch=1)
-    good = Call(q, k, v, 128**-0.5, causal=True)
-    if mutation == "no mask":
-        variant = ForwardVariant("bf16", 64, 64, mask="local")
-        q, k, v = draw(variant, 100, 200, 1, 1, batch=1)
-        good = Call(q, k, v, 64**-0.5, causal=True)
-        o, lse = launch(variant, Call(q, k, v, 64**-0.5))
-    else:
-        variant = CAUSAL
-        o, lse = launch(variant, mutated_call(mutation))
+    variant = LOCAL if mutation == "no mask" else CAUSAL
+    q, k, v = draw(variant, 100, 200, 1, 1, batch=1)
+    good = Call(q, k, v, scale(variant), causal=True)
+    o, lse = launch(variant, mutated(good, mutation))
     with pytest.raises(AssertionError):
-        compare(variant, o[0], lse[0], expected(good, q[0], k[0], v[0]))
+        compare(good, o, lse)
 
 
 def test_the_public_function_runs_on_the_kernel(monkeypatch):
@@ -243,9 +121,7 @@ def test_the_public_function_runs_on_the_kernel(monkeypatch):
     with device().serving_cpu_tensors(monkeypatch, seed=3):
         o, lse = flash8.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
     assert device().report()["kernel"] == "flash8_forward"
-    call = Call(q, k, v, 128**-0.5, causal=True)
-    for b in range(2):
-        compare(CAUSAL, o[b], lse[b], expected(call, q[b], k[b], v[b]))
+    compare(Call(q, k, v, scale(CAUSAL), causal=True), o, lse)
 
 
 def test_gradients_flow_through_the_kernels_lse(monkeypatch):

@@ -11,15 +11,16 @@ def every_variant():
     """All choices over a few head dimensions."""
     flags = (False, True)
     for dtype, scales in (("fp16", "none"), ("bf16", "none"), ("e4m3", "head"), ("e4m3", "block")):
-        for dims, mask, softcap, kv, split, pack_gqa in itertools.product(
+        for dims, mask, softcap, kv, split, pack_gqa, alibi in itertools.product(
             ((64, 64), (128, 128), (192, 128), (128, 64)),
             ("none", "causal", "local"),
             flags,
             ("dense", "paged"),
             flags,
             flags,
+            flags,
         ):
-            yield ForwardVariant(dtype, *dims, mask, softcap, kv, split, pack_gqa, scales)
+            yield ForwardVariant(dtype, *dims, mask, softcap, kv, split, pack_gqa, scales, alibi)
 
 
 def test_names_and_defines_tell_variants_apart():
@@ -42,6 +43,7 @@ def test_names_and_defines_of_one():
         "FLASH8_SPLIT": "0",
         "FLASH8_PACK_GQA": "1",
         "FLASH8_SCALES": "0",
+        "FLASH8_ALIBI": "0",
     }
     assert variant.unit().label == variant.name
 

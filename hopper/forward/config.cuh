@@ -42,6 +42,7 @@ struct ForwardConfig {
     static constexpr int kHeadDimV = FLASH8_HEAD_DIM_V;
     static constexpr auto kMask = static_cast<MaskMode>(FLASH8_MASK);
     static constexpr bool kSoftcap = FLASH8_SOFTCAP;
+    static constexpr bool kAlibi = FLASH8_ALIBI;
     static_assert(kElement != ElementChoice::kE4m3, "this kernel takes 16-bit elements");
     static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "tiles are made of panels of 32 or 64 columns");
     static_assert(!FLASH8_KV && !FLASH8_SPLIT && !FLASH8_PACK_GQA && !FLASH8_SCALES,

@@ -47,7 +47,8 @@ class Consumer {
         OnlineSoftmax softmax(scale);
         int const row = first_row(tile.m_block);
         if (!blocks.empty()) {
-            Mainloop<Config> mainloop(params_, shared_, state_, mask, warpgroup_, row, info.seqlen_k);
+            Scores<Config> const scores(params_, info, mask, tile, row);
+            Mainloop<Config> mainloop(params_, shared_, state_, scores, warpgroup_, info.seqlen_k);
             mainloop.run(o, softmax, blocks);
         }
         Epilogue<Config>::store(params_, info, tile, row, o, softmax);

@@ -25,20 +25,18 @@ struct ConsumerState {
 template <class Config>
 class Mainloop {
     using Element = typename Config::Element;
-    using TileMask = Mask<Config::kMask, Config::kBlockM, Config::kBlockN>;
     using Turns = WarpgroupTurns<Config::kConsumerWarpgroups>;
     static constexpr int kBlockN = Config::kBlockN;
 
   public:
     __device__ __forceinline__ Mainloop(ForwardParams const& params, SharedStorage& shared,
-                                        ConsumerState<Config>& state, TileMask const& mask, int warpgroup,
-                                        int first_row, int seqlen_k)
+                                        ConsumerState<Config>& state, Scores<Config> const& scores,
+                                        int warpgroup, int seqlen_k)
         : params_(params),
           shared_(shared),
           state_(state),
-          mask_(mask),
+          scores_(scores),
           warpgroup_(warpgroup),
-          first_row_(first_row),
           seqlen_k_(seqlen_k) {}
 
     template <class Accumulator>
@@ -59,8 +57,7 @@ class Mainloop {
         // P as the A operand: eight scores of an accumulator are one k-step's fragment, in the same order.
         Tensor p = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockN / 16>>>{});
         float alpha[kRowsPerThread];
-        float const cap = params_.scores.softmax_scale / params_.scores.softcap;
-        float const inner[kRowsPerThread] = {cap, cap};
+        float const inner = params_.scores.softmax_scale / params_.scores.softcap;
 
         shared_.pipeline_q.wait(state_.q);
         shared_.pipeline_k.wait(state_.k);
@@ -69,7 +66,7 @@ class Mainloop {
         warpgroup_fence_operand(s);
         release(shared_.pipeline_k, state_.k);
         int n_block = blocks.end - 1;
-        Scores<Config>::template apply<true>(s, mask_, first_row_, n_block, inner);
+        scores_.template apply<true>(s, n_block, inner);
         softmax.template step<true, true>(rows_of(s), alpha);
         round(s, p);
         clear_tail(n_block);
@@ -90,7 +87,7 @@ class Mainloop {
             warpgroup_wait<1>();  // S is there, P V may still run
             warpgroup_fence_operand(s);
             release(shared_.pipeline_k, state_.k);
-            Scores<Config>::template apply<kMasked>(s, mask_, first_row_, n_block, inner);
+            scores_.template apply<kMasked>(s, n_block, inner);
             softmax.template step<false, Config::kMask != MaskMode::kNone>(rows_of(s), alpha);
             warpgroup_wait<0>();
             warpgroup_fence_operand(o);
@@ -174,9 +171,8 @@ class Mainloop {
     ForwardParams const& params_;
     SharedStorage& shared_;
     ConsumerState<Config>& state_;
-    TileMask const& mask_;
+    Scores<Config> const& scores_;
     int warpgroup_;
-    int first_row_;  // the first of this thread's two queries
     int seqlen_k_;
 };
 

@@ -1,38 +1,61 @@
-// What happens to a tile of scores between Q K^T and the softmax: softcap, then the mask.
+// What happens to a tile of scores between Q K^T and the softmax: softcap, ALiBi, the mask.
 
 #pragma once
 
+#include "../alibi.cuh"
 #include "../ptx.cuh"
 #include "../softmax.cuh"
+#include "../tile_scheduler.cuh"
 #include "../wgmma.cuh"
 #include "config.cuh"
 
 namespace flash8 {
 
 template <class Config>
-struct Scores {
+class Scores {
     using TileMask = Mask<Config::kMask, Config::kBlockM, Config::kBlockN>;
 
-    // first_row: the first of this thread's two queries. With softcap the scores become tanh(inner * s), and
-    // the cap is left to the softmax scale.
+  public:
+    // first_row: the first of this thread's two queries.
+    __device__ Scores(ForwardParams const& params, SeqlenInfo const& info, TileMask const& mask,
+                      WorkTile const& tile, int first_row) {
+#pragma unroll
+        for (int r = 0; r < kRowsPerThread; ++r) {
+            int const query = first_row + 8 * r;
+            keys_[r] = mask.visible_keys(query);
+            if constexpr (Config::kAlibi) {
+                float const unit = Config::kSoftcap ? params.scores.softcap : params.scores.softmax_scale;
+                int const position = query + info.seqlen_k - info.seqlen_q;
+                alibi_[r] = AlibiRow::read(params.scores, tile.batch, tile.head, position, unit);
+            }
+        }
+    }
+
+    // With softcap the scores become tanh(inner * s), and the cap is left to the softmax scale.
     template <bool kMasked, class Accumulator>
-    __device__ __forceinline__ static void apply(Accumulator& s, TileMask const& mask, int first_row,
-                                                 int n_block, float const (&inner)[kRowsPerThread]) {
+    __device__ __forceinline__ void apply(Accumulator& s, int n_block, float inner) const {
         auto rows = rows_of(s);
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
             if constexpr (Config::kSoftcap) {
 #pragma unroll
                 for (int i = 0; i < cute::size<1>(rows); ++i) {
-                    rows(r, i) = ptx::tanh(rows(r, i) * inner[r]);
+                    rows(r, i) = ptx::tanh(rows(r, i) * inner);
                 }
             }
+            auto row = cute::make_tensor(rows(r, cute::_).data(), cute::get<1>(rows.layout()));
+            if constexpr (Config::kAlibi) {
+                alibi_[r].template apply<Config::kBlockN>(row, n_block);
+            }
             if constexpr (kMasked) {
-                mask.apply(cute::make_tensor(rows(r, cute::_).data(), cute::get<1>(rows.layout())),
-                           first_row + 8 * r, n_block);
+                TileMask::apply(row, keys_[r], n_block);
             }
         }
     }
+
+  private:
+    KeyRange keys_[kRowsPerThread];
+    AlibiRow alibi_[kRowsPerThread];
 };
 
 }  // namespace flash8

@@ -167,10 +167,13 @@ class SequenceParams:
 
 class ScoreParams:
     sinks: int
+    alibi_slopes: int
+    alibi_batch_stride: int
     softmax_scale: float
     softcap: float
     window_left: int
     window_right: int
+    attention_chunk: int
 
 class ForwardParams:
     q: tuple[int, int, int, int]

@@ -32,6 +32,7 @@ class ForwardVariant:
         split: Whether KV is split and fp32 partials are written.
         pack_gqa: Whether the query heads of one KV head share a tile.
         scales: Granularity of the descales of e4m3: one per (batch, head), or one per block.
+        alibi: Whether scores fall with the distance between query and key.
 
     Raises:
         ValueError: A choice is unknown, or the choices exclude each other.
@@ -46,6 +47,7 @@ class ForwardVariant:
     split: bool = False
     pack_gqa: bool = False
     scales: Scales = "none"
+    alibi: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -71,6 +73,7 @@ class ForwardVariant:
         parts = [self.dtype, f"d{self.head_dim}" + ("" if same else f"v{self.head_dim_v}")]
         parts += [self.mask] if self.mask != "none" else []
         parts += ["softcap"] if self.softcap else []
+        parts += ["alibi"] if self.alibi else []
         parts += ["paged"] if self.kv == "paged" else []
         parts += ["split"] if self.split else []
         parts += ["packgqa"] if self.pack_gqa else []

@@ -81,10 +81,13 @@ void bind_scores(py::module_& module) {
     using S = ScoreParams;
     py::class_<S> type(module, "ScoreParams", "From q.k to probabilities.");
     def_address(type, "sinks", &S::sinks);
+    def_address(type, "alibi_slopes", &S::alibi_slopes);
     type.def_readwrite("softmax_scale", &S::softmax_scale)
         .def_readwrite("softcap", &S::softcap)
         .def_readwrite("window_left", &S::window_left)
-        .def_readwrite("window_right", &S::window_right);
+        .def_readwrite("window_right", &S::window_right)
+        .def_readwrite("attention_chunk", &S::attention_chunk)
+        .def_readwrite("alibi_batch_stride", &S::alibi_batch_stride);
 }
 
 void bind_forward(py::module_& module) {

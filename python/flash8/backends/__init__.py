@@ -108,6 +108,6 @@ def _describe_cuda(name: str) -> list[Service]:
         return [Service("CUDA tensors, every call", "cpu", asked)]
     kernel = f"{name}: FLASH8_KERNELS=on; compiled when first used"
     return [
-        Service("CUDA tensors, fp16 / bf16 forward, no paging, splits or ALiBi", "hopper", kernel),
+        Service("CUDA tensors, fp16 / bf16 forward, no paging or splits", "hopper", kernel),
         Service("CUDA tensors, every other call", "cpu", portable),
     ]

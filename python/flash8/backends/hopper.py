@@ -38,9 +38,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: Options
     for name, given in (
         ("qv", qv is not None),
         ("page_table", options.page_table is not None),
-        ("alibi_slopes", options.alibi_slopes is not None),
         ("dropout_p", options.dropout_p > 0.0),
-        ("attention_chunk", options.attention_chunk > 0),
         ("num_splits", options.num_splits > 1),
     ):
         if given:
@@ -75,8 +73,8 @@ def forward(
         out.zero_()
         lse.fill_(float("-inf"))
     device = q.device.index or 0
-    softcap = options.softcap > 0.0
-    key = _key(q.dtype, q.shape[-1], v.shape[-1], _mask(options), softcap)
+    softcap, alibi = options.softcap > 0.0, options.alibi_slopes is not None
+    key = _key(q.dtype, q.shape[-1], v.shape[-1], _mask(options), softcap, alibi)
     kernel = _registry().get(key, device)
     given = {name: getattr(options, name) for name in _INDEX_FIELDS}
     indices = {name: x.contiguous() for name, x in given.items() if x is not None}
@@ -84,12 +82,16 @@ def forward(
     if s_aux is not None:
         sinks = s_aux.float().contiguous()
         call.scores.sinks = sinks.data_ptr()
+    if options.alibi_slopes is not None:
+        slopes = options.alibi_slopes.contiguous()
+        call.scores.alibi_slopes = slopes.data_ptr()
+        call.scores.alibi_batch_stride = slopes.shape[-1] if slopes.dim() == 2 else 0
     stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
     _native.launch_forward(kernel, device, stream, call, options.sm_margin)
 
 
 def _mask(options: Options) -> Mask:
-    if options.window_left >= 0 or options.window_right > 0:
+    if options.window_left >= 0 or options.window_right > 0 or options.attention_chunk > 0:
         return "local"
     return "causal" if options.window_right == 0 else "none"
 
@@ -128,6 +130,7 @@ def _describe(
     scores.softmax_scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores.softcap = options.softcap
     scores.window_left, scores.window_right = options.window_left, options.window_right
+    scores.attention_chunk = options.attention_chunk
     return call
 
 
@@ -137,7 +140,9 @@ def _tensor_ref(x: Tensor) -> tuple[int, int, int, int]:
 
 
 @functools.cache
-def _key(dtype: torch.dtype, head_dim: int, head_dim_v: int, mask: Mask, softcap: bool) -> str:
+def _key(
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, mask: Mask, softcap: bool, alibi: bool
+) -> str:
     """The registry's key of the variant for these choices, made once per process."""
     variant = ForwardVariant(
         dtype=_DTYPES[dtype],
@@ -145,6 +150,7 @@ def _key(dtype: torch.dtype, head_dim: int, head_dim_v: int, mask: Mask, softcap
         head_dim_v=_tile_head_dim(head_dim_v),
         mask=mask,
         softcap=softcap,
+        alibi=alibi,
     )
     _VARIANTS[variant.name] = variant
     return variant.name

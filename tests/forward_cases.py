@@ -1,0 +1,167 @@
+"""Calls of the forward kernel on the simulated device, and what float64 attention makes of them.
+
+`check` is the whole of a case: everything that nobody may read is NaN, outputs are poisoned, the
+launch is repeated under several adversarial schedules, and O and LSE are compared over every row.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import oracle
+import tolerances
+from flash8.variants import ForwardVariant
+from forward_launch import Call, ForwardKernel
+from simulated_device import SimulatedDevice
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+#: A few units of fp32's last place.
+LSE_BOUND = {"atol": 3e-6, "rtol": 5e-7}
+
+
+@functools.cache
+def device() -> SimulatedDevice:
+    return SimulatedDevice()
+
+
+@functools.cache
+def kernel(variant: ForwardVariant) -> ForwardKernel:
+    return ForwardKernel(device().driver, device().ptx(variant))
+
+
+def draw(
+    variant: ForwardVariant, rows_q, rows_k, heads, heads_kv, *, batch=None, seed=0, scale=1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal q, k, v; packed without `batch`. q is multiplied by `scale`."""
+    generator = torch.Generator().manual_seed(seed)
+    lead = () if batch is None else (batch,)
+
+    def tensor(rows: int, heads: int, head_dim: int) -> Tensor:
+        x = torch.randn((*lead, rows, heads, head_dim), generator=generator)
+        return x.to(DTYPES[variant.dtype])
+
+    q, k = tensor(rows_q, heads, variant.head_dim), tensor(rows_k, heads_kv, variant.head_dim)
+    return q * scale, k, tensor(rows_k, heads_kv, variant.head_dim_v)
+
+
+def masks(variant: ForwardVariant) -> dict:
+    """Arguments of a Call that give a variant's compiled choices something to do."""
+    window = (37, 21) if variant.mask == "local" else (-1, -1)
+    return {
+        "causal": variant.mask == "causal",
+        "window": window,
+        "softcap": 3.0 if variant.softcap else 0.0,
+    }
+
+
+def int32(values: Sequence[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int32)
+
+
+def packed(lengths: Sequence[int]) -> Tensor:
+    """cu_seqlens of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def launch(variant: ForwardVariant, call: Call, *, seed: int = 0, num_ctas: int = 2):
+    device().configure(seed=seed)
+    try:
+        return kernel(variant)(call, num_ctas=num_ctas)
+    except RuntimeError as error:
+        raise AssertionError(f"seed {seed}: {error}\n{device().last_error()}") from error
+
+
+# ------------------------------------------------------------------------------- what is expected
+
+
+@dataclass(frozen=True)
+class Used:
+    """Where the used rows of one sequence lie: indices into (batch, row) or (row,) of q and k."""
+
+    index: int
+    queries: tuple
+    keys: tuple
+
+
+def sequences(call: Call) -> Iterator[Used]:
+    def number(name: str, at: int, default: int) -> int:
+        return int(call.indices[name][at]) if name in call.indices else default
+
+    cu_q, cu_k = call.indices.get("cu_seqlens_q"), call.indices.get("cu_seqlens_k")
+    for b in range(call.q.shape[0] if cu_q is None else cu_q.numel() - 1):
+        first_q = 0 if cu_q is None else int(cu_q[b])
+        capacity_q = call.q.shape[1] if cu_q is None else int(cu_q[b + 1]) - first_q
+        first_k = 0 if cu_k is None else int(cu_k[b])
+        capacity_k = call.k.shape[1] if cu_k is None else int(cu_k[b + 1]) - first_k
+        used_q = number("seqused_q", b, capacity_q)
+        used_k = number("seqused_k", b, capacity_k)
+        rows = slice(first_q, first_q + used_q)
+        keys = slice(first_k + number("leftpad_k", b, 0), first_k + used_k)
+        row = number("kv_batch_idx", b, b)
+        yield Used(
+            b, (b, rows) if cu_q is None else (rows,), (row, keys) if cu_k is None else (keys,)
+        )
+
+
+def poisoned(call: Call) -> Call:
+    """The same call with NaN wherever nobody may look."""
+    wanted = {"q": call.q, "k": call.k, "v": call.v}
+    given = {name: torch.full_like(x, math.nan) for name, x in wanted.items()}
+    for used in sequences(call):
+        for name, at in (("q", used.queries), ("k", used.keys), ("v", used.keys)):
+            given[name][at] = wanted[name][at]
+    return replace(call, **given)
+
+
+def reference(call: Call, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """O and LSE of every row in this precision; 0 and -inf in rows that are not used."""
+    shape = (*call.q.shape[:-1], call.v.shape[-1])
+    o = torch.zeros(shape, dtype=dtype)
+    lse = torch.full(shape[:-1], -math.inf, dtype=torch.float64).transpose(-1, -2).contiguous()
+    for used in sequences(call):
+        q, k, v = call.q[used.queries], call.k[used.keys], call.v[used.keys]
+        slopes = call.alibi_slopes
+        o[used.queries], rows_lse = oracle.attend(
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            oracle.visible(q.shape[0], k.shape[0], call.causal, call.window, call.attention_chunk),
+            call.softmax_scale,
+            call.softcap,
+            slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[used.index],
+            sink=None if call.s_aux is None else call.s_aux.double(),
+        )
+        lse[(*used.queries[:-1], slice(None), used.queries[-1])] = rows_lse.double()
+    return o, lse
+
+
+def compare(call: Call, o: Tensor, lse: Tensor) -> None:
+    """FA3's rule for O, a few units of the last place for LSE, over every row."""
+    exact, exact_lse = reference(call)
+    assert not o.isnan().any(), "a row of O was not written, or NaN leaked"
+    emulation, _ = reference(call, o.dtype)
+    factor = tolerances.FA3_FACTOR_SOFTCAP if call.softcap else tolerances.FA3_FACTOR
+    tolerances.check_fa3("O", o, exact, emulation, factor=factor, ulps=1.0)
+    empty = exact_lse == -math.inf
+    assert torch.equal(lse == -math.inf, empty)
+    torch.testing.assert_close(lse.double()[~empty], exact_lse[~empty], **LSE_BOUND)
+    unused = ~torch.isfinite(exact_lse.transpose(-1, -2))
+    assert not o[unused].any(), "a row without keys is not zero"
+
+
+def check(
+    variant: ForwardVariant, call: Call, *, seeds: Sequence[int] = (0, 1, 2), num_ctas: int = 2
+) -> tuple[Tensor, Tensor]:
+    """O and LSE of a correct call: the same bits under every schedule, and close to float64."""
+    given = poisoned(call)
+    o, lse = launch(variant, given, seed=seeds[0], num_ctas=num_ctas)
+    compare(call, o, lse)
+    for seed in seeds[1:]:
+        again, lse_again = launch(variant, given, seed=seed, num_ctas=num_ctas)
+        assert torch.equal(o, again), f"O differs between the seeds {seeds[0]} and {seed}"
+        assert torch.equal(lse, lse_again), f"LSE differs between the seeds {seeds[0]} and {seed}"
+    return o, lse
