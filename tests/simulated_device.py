@@ -27,6 +27,7 @@ class SimulatedDevice:
         self._control = ctypes.CDLL(str(library))
         self._control.flash8_sim_last_error.restype = ctypes.c_char_p
         self._control.flash8_sim_report.restype = ctypes.c_char_p
+        self._control.flash8_sim_timeline.restype = ctypes.c_char_p
         self._registry = _native.Registry(self.driver, self._image)
 
     def configure(self, **settings: Any) -> None:
@@ -38,6 +39,10 @@ class SimulatedDevice:
     def report(self) -> dict[str, Any]:
         """Findings and counters of the last launch."""
         return dict(json.loads(self._control.flash8_sim_report().decode()))
+
+    def timeline(self) -> dict[str, Any]:
+        """Events of the last launch with `timeline` on; tests/simulator/timeline.py reads them."""
+        return dict(json.loads(self._control.flash8_sim_timeline().decode()))
 
     def last_error(self) -> str:
         return str(self._control.flash8_sim_last_error().decode())

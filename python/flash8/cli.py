@@ -1,13 +1,19 @@
-"""The command line: `flash8 info`, `flash8 compile` and `flash8 --version`."""
+"""The command line: `flash8 info`, `flash8 compile`, `flash8 sim` and `flash8 --version`."""
 
 import argparse
+import importlib.util
+import os
 import platform
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from flash8 import _native
 from flash8._table import format_table
 from flash8._version import __version__
 from flash8.compiler import command as compile_command
+
+_SIM_COMMAND = "sim_command.py"
 
 
 def _driver_lines() -> list[str]:
@@ -35,6 +41,33 @@ def _info(_: argparse.Namespace) -> int:
     return 0
 
 
+def _sim(options: argparse.Namespace) -> int:
+    """Hands the arguments to the simulator's own command, which is no part of this package."""
+    named = options.simulator or os.environ.get("FLASH8_SIMULATOR")
+    checkout = Path(__file__).resolve().parents[2]
+    folders = [Path(named)] if named else [Path.cwd() / "tests", checkout / "tests"]
+    file = next((path for folder in folders if (path := folder / _SIM_COMMAND).is_file()), None)
+    if file is None:
+        looked = " and ".join(str(folder) for folder in folders)
+        print(
+            f"flash8 sim: there is no {_SIM_COMMAND} in {looked}; the simulated device comes with "
+            f"flash8's sources: run this in a checkout, or name its folder tests/ by --simulator "
+            f"or FLASH8_SIMULATOR",
+            file=sys.stderr,
+        )
+        return 1
+    spec = importlib.util.spec_from_file_location("flash8_sim_command", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        print(f"flash8 sim: {error}; it needs what flash8's tests need", file=sys.stderr)
+        return 1
+    status: int = module.main(options.rest)
+    return status
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flash8", description="FP8 and 16-bit attention.")
     parser.add_argument("--version", action="version", version=f"flash8 {__version__}")
@@ -51,11 +84,21 @@ def _parser() -> argparse.ArgumentParser:
         description="Compile kernels into the cache and print what they cost.",
     )
     compile_command.add_arguments(compile_parser)
+    # No help of its own: --help is for the simulator's command, like all other arguments.
+    sim = commands.add_parser(
+        "sim", add_help=False, help="run a kernel on the simulated device and draw its timeline"
+    )
+    sim.add_argument("--simulator", metavar="DIR")
+    sim.set_defaults(run=_sim)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line on `arguments` (default: sys.argv) and return the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.run is not _sim:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     status: int = options.run(options)
     return status

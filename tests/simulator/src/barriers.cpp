@@ -89,7 +89,7 @@ Step named_barrier(Warp& w, const Op& op, uint32_t) {
     if (w.fragment().wait.kind == WaitKind::kNamedBarrier) {
         const NamedBarrier& barrier = w.cta->barriers[w.fragment().wait.address];
         acquire(w, barrier.done_clock, barrier.done_proxy_clock);
-        w.time = std::max(w.time, barrier.done_time);
+        wait_until(w, barrier.done_time, "barrier", w.fragment().wait.address, op.line);
         w.fragment().wait = Wait{};
         deliver_vote(w, op, barrier, w.fragment().mask);
         return Step::kNext;
@@ -157,6 +157,7 @@ Step cluster_arrive(Warp& w, const Op& op, uint32_t) {
                        op.line);
     }
     w.cluster_arrived = true;
+    w.cluster_arrival_time = w.time;
     w.cluster_generation = cluster.barrier_generation;
     if (op.code2 == 0) {
         release(w, cluster.barrier_clock, cluster.barrier_proxy_clock);
@@ -186,6 +187,7 @@ Step cluster_wait(Warp& w, const Op& op, uint32_t) {
     w.fragment().wait = Wait{};
     w.cluster_arrived = false;
     acquire(w, cluster.barrier_done_clock, cluster.barrier_done_proxy_clock);
+    wait_until(w, cluster.barrier_done_time, "cluster barrier", 0, op.line);
     return Step::kNext;
 }
 
@@ -240,6 +242,7 @@ void settle_named_barriers(Cta& cta) {
 
 void settle_cluster_barrier(Cluster& cluster) {
     bool any = false;
+    uint64_t time = 0;
     for (const auto& cta : cluster.ctas) {
         for (const Warp& warp : cta->warps) {
             const bool arrived =
@@ -248,6 +251,7 @@ void settle_cluster_barrier(Cluster& cluster) {
                 return;
             }
             any = any || arrived;
+            time = std::max(time, arrived ? warp.cluster_arrival_time : 0);
         }
     }
     if (!any) {
@@ -255,6 +259,7 @@ void settle_cluster_barrier(Cluster& cluster) {
     }
     join_clock(cluster.barrier_done_clock, cluster.barrier_clock);
     join_clock(cluster.barrier_done_proxy_clock, cluster.barrier_proxy_clock);
+    cluster.barrier_done_time = time;
     ++cluster.barrier_generation;
     ++cluster.progress;
 }

@@ -102,7 +102,7 @@ class Worker {
 void choose_schedule(Launch& launch) {
     Config& config = launch.config;
     launch.adversarial = config.seed != 0;
-    launch.quantum = config.quantum != 0 ? config.quantum : 4096;
+    launch.quantum = config.quantum != 0 ? config.quantum : config.timeline ? 16 : 4096;
     if (!launch.adversarial) {
         return;
     }

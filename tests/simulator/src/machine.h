@@ -13,6 +13,7 @@
 #include "program.h"
 #include "shared_shadow.h"
 #include "statistics.h"
+#include "timeline.h"
 
 namespace sim {
 
@@ -133,6 +134,7 @@ struct Warp {
     int last_bulk_store_line = 0;
     bool cluster_arrived = false;
     uint64_t cluster_generation = 0;
+    uint64_t cluster_arrival_time = 0;
 
     // wgmma
     std::vector<WgmmaStep> wgmma_steps;
@@ -149,14 +151,13 @@ struct Warp {
     std::vector<uint32_t> being_read;  // 1 + wgmma item that reads the slot
     std::vector<uint64_t> written_at;  // instruction number of the last write that a fence must follow
     uint64_t last_wgmma_fence = 0;
-    uint64_t first_wgmma_time = 0;  // of those in flight
     bool any_in_flight = false;
     Clock clock, proxy_clock;
 
     uint64_t executed = 0;  // warp instructions
-    uint64_t time = 0;      // logical, for the timeline
-    uint64_t run_start = 0;
-    std::array<uint64_t, static_cast<size_t>(OpClass::kCount)> counts{};
+    uint64_t time = 0;      // logical, see timeline.h
+    OpCounts counts{};
+    RunStart run_start;
 
     Fragment& fragment() { return fragments[static_cast<size_t>(current)]; }
 };
@@ -193,7 +194,8 @@ struct WgmmaItem {
     uint32_t done = 0;
     uint32_t group = 0;
     bool checked = false;
-    Clock clock, proxy_clock;  // of the issue, for the checks when the operands are read
+    uint64_t begin = 0, end = 0;  // on the tensor cores, in logical time
+    Clock clock, proxy_clock;     // of the issue, for the checks when the operands are read
 };
 
 struct Warpgroup {
@@ -219,7 +221,8 @@ struct Cta {
     std::array<NamedBarrier, 16> barriers;
     std::unordered_map<uint32_t, Mbarrier> mbarriers;  // by shared offset
     uint64_t register_pool = 64 * 1024;
-    Clock sync_clock, sync_proxy;  // of atomics and volatile accesses
+    uint64_t tensor_cores_busy_until = 0;  // logical time
+    Clock sync_clock, sync_proxy;          // of atomics and volatile accesses
     SharedShadow shadow;
 };
 
@@ -243,6 +246,7 @@ struct Cluster {
     std::vector<std::unique_ptr<Cta>> ctas;
     std::vector<std::unique_ptr<AsyncItem>> async;
     uint64_t barrier_generation = 0;
+    uint64_t barrier_done_time = 0;
     Clock barrier_clock, barrier_proxy_clock, barrier_done_clock, barrier_done_proxy_clock;
     const MemoryRange* last_range = nullptr;
     std::array<uint64_t, 16> bytes{};  // by BytePath

@@ -215,7 +215,7 @@ Step wait_op(Warp& w, const Op& op, uint32_t mask) {
             if (w.cta->cluster->launch->config.check_races) {
                 acquire(w, barrier.done_clock, barrier.done_proxy_clock);
             }
-            w.time = std::max(w.time, barrier.done_time);
+            wait_until(w, barrier.done_time, "mbarrier", address_of(*at.cta, at.offset), op.line);
         } else if (missing < 0) {
             missing = i;
             missing_at = at;

@@ -1,6 +1,7 @@
 // A kernel decoded for execution: one Op per instruction, registers packed into lane arrays.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -62,6 +63,7 @@ enum class OpClass : uint8_t {
     kOther,
     kCount
 };
+using OpCounts = std::array<uint64_t, static_cast<size_t>(OpClass::kCount)>;
 const char* name_of(OpClass op_class);
 
 // How the checker treats undefined inputs and registers of a wgmma in flight.

@@ -43,7 +43,7 @@ class ClusterRunner {
             if (launch_.adversarial) {
                 stir();
             }
-            const Choice choice = launch_.adversarial ? choose_adversarial() : choose_plain();
+            const Choice choice = choose();
             if (choice.warp != nullptr) {
                 executed += run_choice(choice);
                 continue;
@@ -81,6 +81,26 @@ class ClusterRunner {
             }
         }
         return -1;
+    }
+
+    Choice choose() {
+        if (launch_.adversarial) {
+            return choose_adversarial();
+        }
+        return launch_.config.timeline ? choose_by_time() : choose_plain();
+    }
+
+    // The warp whose logical clock is behind all others', so that a timeline's events follow each other.
+    Choice choose_by_time() {
+        Choice best;
+        for (Warp* w : warps_) {
+            const bool earlier = w->alive != 0 && (best.warp == nullptr || w->time < best.warp->time);
+            const int fragment = earlier ? ready_fragment(*w) : -1;
+            if (fragment >= 0) {
+                best = {w, fragment};
+            }
+        }
+        return best;
     }
 
     Choice choose_plain() {
@@ -144,12 +164,9 @@ class ClusterRunner {
         if (launch_.adversarial) {
             quantum = 1 + static_cast<uint32_t>(cluster_.random() % quantum);
         }
-        const WaitKind waited = w.fragment().wait.kind;
-        const uint64_t began = w.time;
+        begin_run(w);
         const uint32_t executed = run_warp(w, quantum, launch_.config.any_register_check());
-        if (launch_.config.timeline) {
-            record(w, waited, began);
-        }
+        end_run(w);
         // A fragment that blocked or spins lets the warp's others go first.
         if (w.fragments.size() > 1) {
             w.current = static_cast<int>((static_cast<size_t>(w.current) + 1) % w.fragments.size());
@@ -158,18 +175,6 @@ class ClusterRunner {
         note_progress();
         cluster_.running = nullptr;
         return std::max(executed, 1u);
-    }
-
-    void record(Warp& w, WaitKind waited, uint64_t began) {
-        static const char* const names[] = {"",           "mbarrier", "barrier",   "cluster barrier", "wgmma",
-                                            "bulk group", "cp.async", "warp sync", "registers"};
-        if (waited != WaitKind::kNone && w.run_start < began) {
-            cluster_.timeline.push_back({names[static_cast<size_t>(waited)], "wait", w.run_start, began,
-                                         cluster_.ordinal * cluster_.ctas.size() + w.cta->rank, w.index});
-        }
-        cluster_.timeline.push_back(
-            {"run", "run", began, w.time, cluster_.ordinal * cluster_.ctas.size() + w.cta->rank, w.index});
-        w.run_start = w.time;
     }
 
     void note_progress() {
@@ -254,18 +259,6 @@ bool fragment_ready(Warp& w, const Fragment& fragment) {
 
 bool completes_at_issue(const Cluster& cluster) {
     return cluster.launch->config.async == AsyncPolicy::kEarly;
-}
-
-void record_engine(Cluster& cluster, const AsyncItem& item) {
-    if (!cluster.launch->config.timeline || item.cta == nullptr) {
-        return;
-    }
-    uint64_t now = item.issue_time;
-    for (const Warp& w : item.cta->warps) {
-        now = std::max(now, w.time);
-    }
-    cluster.timeline.push_back({item.describe(), "engine", item.issue_time, now,
-                                cluster.ordinal * cluster.ctas.size() + item.cta->rank, item.warp_index});
 }
 
 void submit(Cluster& cluster, std::unique_ptr<AsyncItem> item) {

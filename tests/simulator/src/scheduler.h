@@ -11,9 +11,6 @@ void on_warp_exit(Warp& warp);
 // Hands work to an engine: done at once, later, or when nothing else can run, by the policy.
 void submit(Cluster& cluster, std::unique_ptr<AsyncItem> item);
 
-// An event of the timeline: from the issue of a copy to its end.
-void record_engine(Cluster& cluster, const AsyncItem& item);
-
 // True with the policy that finishes asynchronous work where it is issued.
 bool completes_at_issue(const Cluster& cluster);
 

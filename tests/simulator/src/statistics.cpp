@@ -71,21 +71,4 @@ std::string Statistics::json() const {
            ", \"wgmma\": " + json_map(wgmma) + ", \"bytes\": " + json_map(bytes) + "}";
 }
 
-std::string timeline_json(const std::vector<TimelineEvent>& events) {
-    std::string text = "{\"traceEvents\": [";
-    bool first = true;
-    for (const TimelineEvent& event : events) {
-        text += first ? "\n" : ",\n";
-        first = false;
-        text += format(
-            "{\"name\": \"%s\", \"cat\": \"%s\", \"ph\": \"X\", \"ts\": %llu, \"dur\": %llu, \"pid\": %llu, "
-            "\"tid\": %u}",
-            event.name.c_str(), event.category.c_str(), static_cast<unsigned long long>(event.begin),
-            static_cast<unsigned long long>(event.end - event.begin),
-            static_cast<unsigned long long>(event.cta), event.warp);
-    }
-    return text +
-           "\n], \"displayTimeUnit\": \"ns\", \"unit\": \"warp instructions of a warp, a logical time\"}\n";
-}
-
 }  // namespace sim

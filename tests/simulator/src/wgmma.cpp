@@ -160,7 +160,7 @@ Step issue(Warp& w, const Op& op, uint32_t) {
     check_issue(w, op, shape, scale_d);
     WgmmaItem& item = join_item(w, op, a, b, scale_d);
     const uint32_t index = w.wgmma_issued - 1;
-    w.first_wgmma_time = w.any_in_flight ? w.first_wgmma_time : w.time;
+    occupy_tensor_cores(w, shape, item);
     mark_in_flight(w, shape, index);
     note_issue_clocks(w, item);
     item.issued |= 1u << warp_in_group(w);
@@ -232,10 +232,8 @@ Step wait_group(Warp& w, const Op& op, uint32_t) {
         return Step::kBlocked;
     }
     w.fragment().wait = Wait{};
-    Cluster& cluster = *w.cta->cluster;
-    if (cluster.launch->config.timeline && w.any_in_flight) {
-        cluster.timeline.push_back({"wgmma", "tensor", w.first_wgmma_time, w.time,
-                                    cluster.ordinal * cluster.ctas.size() + w.cta->rank, w.index});
+    if (items != 0) {
+        wait_until(w, w.warpgroup->items[items - 1].end, "wgmma", items - 1, op.line);
     }
     run_until(*w.warpgroup, items);
     ++w.cta->cluster->progress;
