@@ -1,73 +1,13 @@
-# ruff: noqa: E501 - PTX text reads better unbroken
-"""Kernels written with CuTe, compiled to PTX: right answers under every schedule and every check."""
+"""Kernels written with CuTe, as PTX: right answers under every schedule and every check."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import subprocess
-from pathlib import Path
+import ctypes
 
 import numpy as np
 import pytest
 import sim as S
-
-KERNELS = S.SOURCE / "kernels"
-FLAGS = [
-    "-ptx",
-    "-arch=compute_90a",
-    "-std=c++17",
-    "-O3",
-    "--use_fast_math",
-    "-DNDEBUG",
-    "--expt-relaxed-constexpr",
-]
-
-
-def package_folder(name: str) -> Path | None:
-    found = importlib.util.find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        return None
-    return Path(next(iter(found.submodule_search_locations)))
-
-
-def find_nvcc() -> tuple[Path, list[Path]] | None:
-    """The compiler (FLASH8_NVCC, pip's, or the system's) and its include folders."""
-    chosen = os.environ.get("FLASH8_NVCC")
-    pip = package_folder("nvidia")
-    if chosen is None and pip is not None and (pip / "cu13" / "bin" / "nvcc").exists():
-        chosen = str(pip / "cu13" / "bin" / "nvcc")
-    chosen = chosen or shutil.which("nvcc")
-    if chosen is None:
-        return None
-    home = Path(chosen).resolve().parents[1]
-    return Path(chosen), [home / "include", home / "include" / "cccl"]
-
-
-def find_cutlass() -> Path | None:
-    chosen = os.environ.get("FLASH8_CUTLASS")
-    if chosen:
-        return Path(chosen)
-    package = package_folder("cutlass_library")
-    return package / "source" / "include" if package else None
-
-
-def compile_ptx(source: Path, folder: Path, **defines: int) -> str:
-    """PTX of a kernel, kept beside the simulator's build as long as its source does not change."""
-    nvcc, cutlass = find_nvcc(), find_cutlass()
-    if nvcc is None or cutlass is None:
-        pytest.skip("needs nvcc and the CUTLASS headers (pip install 'flash8[compile]')")
-    name = "_".join([source.stem, *(f"{k}{v}" for k, v in sorted(defines.items()))])
-    out = folder / f"{name}.ptx"
-    if out.exists() and out.stat().st_mtime > source.stat().st_mtime:
-        return out.read_text()
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [str(nvcc[0]), *FLAGS, *(f"-D{k}={v}" for k, v in defines.items()), f"-I{cutlass}"]
-    command += [f"-I{folder}" for folder in nvcc[1]] + [str(source), "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return out.read_text()
+from cute_kernels import compile_ptx, load_library
 
 
 def bf16(x: np.ndarray) -> np.ndarray:
@@ -138,9 +78,7 @@ class Gemm:
 @pytest.mark.parametrize(("fp8", "cluster"), [(False, 1), (True, 1), (False, 2)])
 @pytest.mark.parametrize("size", [(128, 256, 192), (200, 136, 320)])
 def test_gemm(sim: S.Simulator, fp8: bool, cluster: int, size: tuple[int, int, int]) -> None:
-    ptx = compile_ptx(
-        KERNELS / "gemm.cu", S.build_directory() / "ptx", GEMM_FP8=int(fp8), GEMM_CLUSTER=cluster
-    )
+    ptx = compile_ptx("gemm", GEMM_FP8=int(fp8), GEMM_CLUSTER=cluster)
     gemm = Gemm(sim, ptx, fp8=fp8, cluster=cluster, m=size[0], n=size[1], k=size[2])
     tolerance = (2e-3 if fp8 else 1e-5) * np.abs(gemm.want).max()
     first = None
@@ -155,10 +93,53 @@ def test_gemm(sim: S.Simulator, fp8: bool, cluster: int, size: tuple[int, int, i
 @pytest.mark.slow
 @pytest.mark.parametrize(("fp8", "cluster"), [(False, 1), (True, 1), (False, 2)])
 def test_gemm_gives_no_false_alarm_in_200_seeds(sim: S.Simulator, fp8: bool, cluster: int) -> None:
-    ptx = compile_ptx(
-        KERNELS / "gemm.cu", S.build_directory() / "ptx", GEMM_FP8=int(fp8), GEMM_CLUSTER=cluster
-    )
+    ptx = compile_ptx("gemm", GEMM_FP8=int(fp8), GEMM_CLUSTER=cluster)
     gemm = Gemm(sim, ptx, fp8=fp8, cluster=cluster, m=128, n=256, k=448)
+    for seed in range(200):
+        sim.configure(seed=seed)
+        gemm.run()
+
+
+class CollectiveGemm:
+    """The GEMM of kernels/collective_gemm.cu: CUTLASS's collectives, launched by CUTLASS."""
+
+    def __init__(self, sim: S.Simulator, *, m: int, n: int, k: int) -> None:
+        self.sim, self.size = sim, (m, n, k)
+        self.launch = load_library("collective_gemm").collective_gemm
+        rng = np.random.default_rng(m * 7 + n * 3 + k)
+        a, b = (bf16(rng.standard_normal(s)) for s in ((m, k), (n, k)))
+        product = bf16_values(a).astype(np.float64) @ bf16_values(b).T.astype(np.float64)
+        self.want = 0.5 * product
+        self.a, self.b, self.d = sim.buffer(a), sim.buffer(b), sim.zeros((m, n), np.uint16)
+
+    def run(self) -> np.ndarray:
+        self.d.write(np.full(self.d.shape, 0x7FC0, np.uint16))  # NaN
+        pointers = [ctypes.c_void_p(x.pointer) for x in (self.a, self.b, self.d)]
+        status = self.launch(*pointers, *self.size, ctypes.c_float(0.5), 4)
+        report = self.sim.report()
+        assert status == 0 and report["ok"], report["error"]
+        return bf16_values(self.d.read())
+
+
+@pytest.mark.parametrize("size", [(128, 128, 64), (256, 256, 192), (200, 136, 320)])
+def test_collective_gemm(sim: S.Simulator, size: tuple[int, int, int]) -> None:
+    gemm = CollectiveGemm(sim, m=size[0], n=size[1], k=size[2])
+    first = None
+    for seed in range(13):
+        sim.configure(seed=seed)
+        got = gemm.run()
+        first = got if first is None else first
+        np.testing.assert_allclose(got, gemm.want, rtol=2**-8, atol=1e-4)  # D is rounded to bf16
+        np.testing.assert_array_equal(got, first)
+    m_tiles, n_tiles = 2 * -(-size[0] // 128), -(-size[1] // 128)  # in clusters of two along M
+    a_bytes = m_tiles * n_tiles * 64 * size[2] * 2
+    b_bytes = m_tiles // 2 * n_tiles * 128 * size[2] * 2  # multicast: once a cluster
+    assert sim.report()["statistics"]["bytes"]["tensor load"] == a_bytes + b_bytes
+
+
+@pytest.mark.slow
+def test_collective_gemm_gives_no_false_alarm_in_200_seeds(sim: S.Simulator) -> None:
+    gemm = CollectiveGemm(sim, m=256, n=256, k=448)
     for seed in range(200):
         sim.configure(seed=seed)
         gemm.run()
