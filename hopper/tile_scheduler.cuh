@@ -1,8 +1,13 @@
 // Which CTA works on which tile of queries.
+//
+// The CTAs are persistent. The producer warp of each decides what comes next and tells the CTA's other warps
+// through a TileQueue. Every CTA starts with the tile of its own number. From there on it either takes every
+// gridDim.x-th tile, or draws from a counter in global memory, so that whoever is done early does more.
 
 #pragma once
 
 #include "params.h"
+#include "pipeline.cuh"
 
 namespace flash8 {
 
@@ -11,36 +16,172 @@ struct WorkTile {
     int m_block;
     int head;
     int batch;
+
+    __device__ static WorkTile none() { return {0, 0, -1}; }
+    __device__ bool valid() const { return batch >= 0; }
 };
 
-// Persistent CTAs take every num_ctas-th tile. Within a head the last block of queries comes first: under a
-// causal mask it sees the most keys, and long work should not start last. Neighbouring CTAs share a head, and
-// so its K and V in L2. Producer and consumers walk the same sequence, so nothing needs to be exchanged.
-// The host keeps the number of tiles below 2^31.
-class StaticTileScheduler {
+// The order of m_blocks x heads tiles: sections of heads whose K and V fit L2 together, and in a section the
+// last block of queries first. Under a causal mask that one sees the most keys, and long work should not
+// start last. Sections of one head put CTAs that share K and V next to each other.
+struct TileOrder {
+    int m_blocks;
+    int heads;
+    int heads_per_section;
+
+    __device__ WorkTile at(int index, int batch) const {
+        int const section = index / (m_blocks * heads_per_section);
+        int const first_head = section * heads_per_section;
+        int const section_heads = min(heads_per_section, heads - first_head);
+        int const rest = index - m_blocks * first_head;
+        int const step = rest / section_heads;
+        return {m_blocks - 1 - step, first_head + rest - step * section_heads, batch};
+    }
+};
+
+// Finds the tiles of packed sequences, whose lengths only the device knows: the lanes of a warp hold the tile
+// counts of 32 sequences at a time, added up. All calls by the whole warp, with indices that never fall. What
+// is remembered is little, because the producer warp has few registers.
+class PackedTiles {
   public:
-    __device__ StaticTileScheduler(ForwardParams const& params)
-        : m_blocks_(params.scheduler.max_m_blocks),
-          heads_(params.heads_q),
-          num_tiles_(m_blocks_ * heads_ * params.sequences.batch),
-          index_(blockIdx.x) {}
+    __device__ PackedTiles(ForwardParams const& params, int block_m) : params_(params), block_m_(block_m) {}
 
-    __device__ bool done() const { return index_ >= num_tiles_; }
-
-    __device__ WorkTile tile() const {
-        int const row = index_ / m_blocks_;
-        int const m_block = m_blocks_ - 1 - (index_ - row * m_blocks_);
-        int const batch = row / heads_;
-        return {m_block, row - batch * heads_, batch};
+    __device__ WorkTile at(int index) {
+        while (true) {
+            int const batch = first_batch_ + static_cast<int>(threadIdx.x % 32);
+            int const m_blocks = m_blocks_of(batch);
+            int const end = tiles_before_ + inclusive_sum(m_blocks * params_.heads_q);
+            unsigned const behind = __ballot_sync(0xffffffff, end > index);
+            if (behind != 0) {
+                int const lane = __ffs(behind) - 1;
+                return found(index, first_batch_ + lane, __shfl_sync(0xffffffff, m_blocks, lane),
+                             __shfl_sync(0xffffffff, end, lane));
+            }
+            int const group_end = __shfl_sync(0xffffffff, end, 31);
+            if (first_batch_ + 32 >= params_.sequences.batch) {
+                tiles_before_ = group_end;
+                return WorkTile::none();
+            }
+            tiles_before_ = group_end;
+            first_batch_ += 32;
+        }
     }
 
-    __device__ void advance() { index_ += gridDim.x; }
+    // The number of all tiles, once `at` has found none.
+    __device__ int count() const { return tiles_before_; }
 
   private:
-    int m_blocks_;
-    int heads_;
-    int num_tiles_;
+    __device__ int m_blocks_of(int batch) const {
+        int const* const offsets = params_.sequences.cu_seqlens_q;
+        int const rows = batch < params_.sequences.batch ? offsets[batch + 1] - offsets[batch] : 0;
+        return (rows + block_m_ - 1) / block_m_;
+    }
+
+    __device__ static int inclusive_sum(int value) {
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            int const below = __shfl_up_sync(0xffffffff, value, distance);
+            value += threadIdx.x % 32 >= distance ? below : 0;
+        }
+        return value;
+    }
+
+    __device__ WorkTile found(int index, int batch, int m_blocks, int end) const {
+        int const heads = params_.heads_q;
+        TileOrder const order{m_blocks, heads, min(params_.scheduler.heads_per_section, heads)};
+        return order.at(index - (end - m_blocks * heads), batch);
+    }
+
+    ForwardParams const& params_;
+    int block_m_;
+    int first_batch_ = 0;   // of the group of 32 sequences
+    int tiles_before_ = 0;  // tiles of all sequences before the group
+};
+
+// What a CTA does next; all calls by the whole producer warp. The host keeps the number of tiles below 2^31.
+class TileScheduler {
+  public:
+    __device__ TileScheduler(ForwardParams const& params, int block_m)
+        : params_(params), packed_tiles_(params, block_m), index_(blockIdx.x) {}
+
+    __device__ WorkTile first() { return tile(); }
+
+    // After every tile, once: begins to find out the next one, which `next` waits for.
+    __device__ void draw() {
+        if (counter() == nullptr) {
+            index_ += gridDim.x;
+        } else if (threadIdx.x % 32 == 0) {
+            index_ = gridDim.x + atomicAdd(counter(), 1);
+        }
+    }
+
+    // Every tile is followed by one draw, so the draw that returns the number of tiles less one is the last
+    // of the whole grid. It leaves the counter at zero for the next kernel.
+    __device__ WorkTile next() {
+        index_ = __shfl_sync(0xffffffff, index_, 0);
+        WorkTile const found = tile();
+        bool const last = counter() != nullptr && index_ - static_cast<int>(gridDim.x) == count() - 1;
+        if (!found.valid() && last && threadIdx.x % 32 == 0) {
+            *counter() = 0;
+        }
+        return found;
+    }
+
+  private:
+    __device__ int* counter() const { return params_.scheduler.tile_count; }
+    __device__ bool packed() const { return params_.sequences.cu_seqlens_q != nullptr; }
+
+    __device__ int count() const {
+        int const dense = params_.scheduler.max_m_blocks * params_.heads_q * params_.sequences.batch;
+        return packed() ? packed_tiles_.count() : dense;
+    }
+
+    __device__ WorkTile tile() {
+        if (packed()) {
+            return packed_tiles_.at(index_);
+        }
+        if (index_ >= count()) {
+            return WorkTile::none();
+        }
+        // Sections reach over the heads of all sequences.
+        TileOrder const order{params_.scheduler.max_m_blocks, params_.heads_q * params_.sequences.batch,
+                              params_.scheduler.heads_per_section};
+        WorkTile tile = order.at(index_, 0);
+        tile.batch = tile.head / params_.heads_q;
+        tile.head -= tile.batch * params_.heads_q;
+        return tile;
+    }
+
+    ForwardParams const& params_;
+    PackedTiles packed_tiles_;
     int index_;
+};
+
+// One tile on its way from the producer warp to the CTA's other warps, who give the place back as soon as
+// they have read it: so the next tile is known, and its loads are under way, while they work.
+struct TileQueue {
+    int4 tile;  // m_block, head, batch, 0
+    Pipeline<1> pipeline;
+
+    __device__ void init(int reader_warps) { pipeline.init(reader_warps); }
+
+    // By one thread.
+    __device__ void publish(PipelineState<1>& state, WorkTile const& next) {
+        ptx::mbarrier_wait(&pipeline.empty[0], state.parity ^ 1);
+        tile = make_int4(next.m_block, next.head, next.batch, 0);
+        ptx::mbarrier_arrive(&pipeline.full[0]);
+        state.advance();
+    }
+
+    // By all lanes of a warp.
+    __device__ WorkTile take(PipelineState<1>& state) {
+        pipeline.wait(state);
+        int4 const taken = tile;
+        __syncwarp();
+        pipeline.release(state);
+        state.advance();
+        return {taken.x, taken.y, taken.z};
+    }
 };
 
 }  // namespace flash8

@@ -15,7 +15,7 @@ from torch import Tensor
 import oracle
 import tolerances
 from flash8.variants import ForwardVariant
-from forward_launch import Call, ForwardKernel
+from forward_launch import Call, ForwardKernel, Schedule
 from simulated_device import SimulatedDevice
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,10 +67,12 @@ def packed(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def launch(variant: ForwardVariant, call: Call, *, seed: int = 0, num_ctas: int = 2):
+def launch(
+    variant: ForwardVariant, call: Call, schedule: Schedule | None = None, *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     device().configure(seed=seed)
     try:
-        return kernel(variant)(call, num_ctas=num_ctas)
+        return kernel(variant)(call, schedule or Schedule())
     except RuntimeError as error:
         raise AssertionError(f"seed {seed}: {error}\n{device().last_error()}") from error
 
@@ -154,14 +156,18 @@ def compare(call: Call, o: Tensor, lse: Tensor) -> None:
 
 
 def check(
-    variant: ForwardVariant, call: Call, *, seeds: Sequence[int] = (0, 1, 2), num_ctas: int = 2
+    variant: ForwardVariant,
+    call: Call,
+    schedule: Schedule | None = None,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
 ) -> tuple[Tensor, Tensor]:
     """O and LSE of a correct call: the same bits under every schedule, and close to float64."""
     given = poisoned(call)
-    o, lse = launch(variant, given, seed=seeds[0], num_ctas=num_ctas)
+    o, lse = launch(variant, given, schedule, seed=seeds[0])
     compare(call, o, lse)
     for seed in seeds[1:]:
-        again, lse_again = launch(variant, given, seed=seed, num_ctas=num_ctas)
+        again, lse_again = launch(variant, given, schedule, seed=seed)
         assert torch.equal(o, again), f"O differs between the seeds {seeds[0]} and {seed}"
         assert torch.equal(lse, lse_again), f"LSE differs between the seeds {seeds[0]} and {seed}"
     return o, lse

@@ -33,6 +33,16 @@ class Call:
     s_aux: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How the host asks for the tiles to be handed out."""
+
+    num_ctas: int = 2
+    dynamic: bool = True
+    heads_per_section: int = 1
+    first_draw: int = 0  # what the counter holds before the launch; anything but 0 is a bug
+
+
 class ForwardKernel:
     """A compiled variant, loaded by `driver`."""
 
@@ -44,8 +54,9 @@ class ForwardKernel:
         self.info = info
         self._multiprocessors = driver.devices()[0].multiprocessors
 
-    def __call__(self, call: Call, *, num_ctas: int = 2) -> tuple[Tensor, Tensor]:
-        """O and LSE. Every element of both was NaN before the launch."""
+    def __call__(self, call: Call, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """O and LSE. Every element of both was NaN before the launch, and the counter of tiles is
+        zero after it."""
         self._memory: list[_native.DeviceMemory] = []
         params = _native.ForwardParams()
         rows, heads = call.q.shape[-3:-1]
@@ -59,9 +70,14 @@ class ForwardKernel:
         params.head_dim, params.head_dim_v = call.q.shape[-1], call.v.shape[-1]
         self._sequences(params.sequences, call)
         self._scores(params.scores, call)
-        margin = self._multiprocessors - num_ctas
+        counter = self._upload(torch.tensor([schedule.first_draw], dtype=torch.int32))
+        params.scheduler.tile_count = counter.address if schedule.dynamic else 0
+        params.scheduler.heads_per_section = schedule.heads_per_section
+        margin = self._multiprocessors - schedule.num_ctas
         _native.launch_forward(self._kernel, 0, 0, params, sm_margin=margin)
         self._driver.synchronize()
+        left = _download(counter, torch.zeros(1, dtype=torch.int32))
+        assert schedule.first_draw or not left.item(), f"the counter is left at {left.item()}"
         return _download(o_memory, o), _download(lse_memory, lse)
 
     def _sequences(self, sequences: _native.SequenceParams, call: Call) -> None:

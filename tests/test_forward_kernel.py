@@ -12,7 +12,7 @@ import torch
 import flash8
 from flash8.variants import SHIPPED, ForwardVariant
 from forward_cases import check, compare, device, draw, int32, launch, masks, packed
-from forward_launch import Call
+from forward_launch import Call, Schedule
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
@@ -62,7 +62,7 @@ def test_packed_with_used_lengths(variant):
     }
     lengths = {"max_seqlen_q": 130, "max_seqlen_k": 130}
     call = Call(q, k, v, scale(variant), **masks(variant), indices=indices, **lengths)
-    check(variant, call, num_ctas=3)
+    check(variant, call, Schedule(num_ctas=3))
 
 
 def test_left_padding_and_cache_rows():

@@ -6,6 +6,7 @@
 #include "../mask.cuh"
 #include "../params.h"
 #include "../pipeline.cuh"
+#include "../tile_scheduler.cuh"
 
 #include <cutlass/numeric_types.h>
 #include <cute/arch/mma_sm90.hpp>
@@ -56,9 +57,9 @@ struct ForwardConfig {
     static constexpr int kRowsPerWarpgroup = 64;
     static constexpr int kConsumerWarpgroups = kBlockM / kRowsPerWarpgroup;
     static constexpr int kThreads = (kConsumerWarpgroups + 1) * 128;
-    // Times 128 threads each: together exactly the 64K registers of a multiprocessor.
-    static constexpr int kProducerRegisters = 32;
-    static constexpr int kConsumerRegisters = kConsumerWarpgroups == 2 ? 240 : 160;
+    // Times 128 threads each: together at most the 64K registers of a multiprocessor.
+    static constexpr int kProducerRegisters = kConsumerWarpgroups == 2 ? 40 : 32;
+    static constexpr int kConsumerRegisters = kConsumerWarpgroups == 2 ? 232 : 160;
     // Taking turns pays while a block's products are not much longer than its softmax.
     static constexpr bool kTakeTurns = kWidestHead <= 128;
 
@@ -100,6 +101,7 @@ struct SharedStorage {
     alignas(1024) Config::Element q[Config::kBlockM * Config::kHeadDim];
     alignas(1024) Config::Element k[Config::kStages * Config::kBlockN * Config::kHeadDim];
     alignas(1024) Config::Element v[Config::kStages * Config::kBlockN * Config::kHeadDimV];
+    TileQueue tiles;
     Pipeline<1> pipeline_q;
     Pipeline<Config::kStages> pipeline_k;
     Pipeline<Config::kStages> pipeline_v;

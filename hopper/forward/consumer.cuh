@@ -8,6 +8,7 @@
 #include "config.cuh"
 #include "epilogue.cuh"
 #include "mainloop.cuh"
+#include "tail_rows.cuh"
 
 namespace flash8 {
 
@@ -21,11 +22,14 @@ class Consumer {
         : params_(params), shared_(shared), warpgroup_(warpgroup) {}
 
     __device__ void run() {
+        constexpr int kWarps = Config::kConsumerWarpgroups * 4;
+        int const warp = static_cast<int>(threadIdx.x / 32) - 4;
+        clear_tail_rows(params_, blockIdx.x * kWarps + warp, gridDim.x * kWarps);
         if constexpr (Config::kTakeTurns) {
             Turns::start(warpgroup_);
         }
-        for (StaticTileScheduler scheduler(params_); !scheduler.done(); scheduler.advance()) {
-            work(scheduler.tile());
+        for (WorkTile tile = next_tile(); tile.valid(); tile = next_tile()) {
+            work(tile);
         }
         if constexpr (Config::kTakeTurns) {
             Turns::finish(warpgroup_);
@@ -33,6 +37,8 @@ class Consumer {
     }
 
   private:
+    __device__ WorkTile next_tile() { return shared_.tiles.take(tiles_state_); }
+
     __device__ void work(WorkTile const& tile) {
         SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch);
         TileMask const mask(params_, info);
@@ -63,6 +69,7 @@ class Consumer {
     ForwardParams const& params_;
     SharedStorage& shared_;
     int warpgroup_;
+    PipelineState<1> tiles_state_;
     ConsumerState<Config> state_;
 };
 

@@ -58,6 +58,7 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
         ptx::prefetch_tensor_map(&params.tma_k);
         ptx::prefetch_tensor_map(&params.tma_v);
         constexpr int kConsumerWarps = Config::kConsumerWarpgroups * 4;
+        shared.tiles.init(kConsumerWarps);
         shared.pipeline_q.init(kConsumerWarps);
         shared.pipeline_k.init(kConsumerWarps);
         shared.pipeline_v.init(kConsumerWarps);
@@ -67,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
 
     if (warpgroup == 0) {
         ptx::release_registers<Config::kProducerRegisters>();
-        if (threadIdx.x == 0) {
+        if (threadIdx.x < 32) {
             Producer<Config>(params, shared).run();
         }
     } else {

@@ -1,4 +1,4 @@
-// The producer: one thread that keeps TMA busy.
+// The producer: one warp that decides which tile comes next, and whose first lane keeps TMA busy.
 
 #pragma once
 
@@ -16,13 +16,26 @@ class Producer {
     __device__ Producer(ForwardParams const& params, SharedStorage& shared)
         : params_(params), shared_(shared) {}
 
+    // By the whole warp.
     __device__ void run() {
-        for (StaticTileScheduler scheduler(params_); !scheduler.done(); scheduler.advance()) {
-            load_tile(scheduler.tile());
+        bool const leader = threadIdx.x == 0;
+        TileScheduler scheduler(params_, Config::kBlockM);
+        WorkTile tile = scheduler.first();
+        while (tile.valid()) {
+            scheduler.draw();
+            if (leader) {
+                shared_.tiles.publish(tiles_state_, tile);
+                load_tile(tile);
+            }
+            __syncwarp();
+            tile = scheduler.next();
         }
-        // A CTA must not end while its TMA writes or its consumers' arrivals are still to come.
-        shared_.pipeline_k.drain(k_state_);
-        shared_.pipeline_v.drain(v_state_);
+        if (leader) {
+            shared_.tiles.publish(tiles_state_, tile);
+            // A CTA must not end while its TMA writes or its consumers' arrivals are still to come.
+            shared_.pipeline_k.drain(k_state_);
+            shared_.pipeline_v.drain(v_state_);
+        }
     }
 
   private:
@@ -81,6 +94,7 @@ class Producer {
 
     ForwardParams const& params_;
     SharedStorage& shared_;
+    PipelineState<1> tiles_state_;
     PipelineState<1> q_state_;
     PipelineState<Config::kStages> k_state_;
     PipelineState<Config::kStages> v_state_;

@@ -175,6 +175,10 @@ class ScoreParams:
     window_right: int
     attention_chunk: int
 
+class SchedulerParams:
+    tile_count: int
+    heads_per_section: int
+
 class ForwardParams:
     q: tuple[int, int, int, int]
     k: tuple[int, int, int, int]
@@ -189,6 +193,8 @@ class ForwardParams:
     def sequences(self) -> SequenceParams: ...
     @property
     def scores(self) -> ScoreParams: ...
+    @property
+    def scheduler(self) -> SchedulerParams: ...
 
 def launch_forward(
     kernel: Kernel, device: int, stream: int, call: ForwardParams, sm_margin: int = 0

@@ -90,6 +90,13 @@ void bind_scores(py::module_& module) {
         .def_readwrite("alibi_batch_stride", &S::alibi_batch_stride);
 }
 
+void bind_scheduler(py::module_& module) {
+    using S = SchedulerParams;
+    py::class_<S> type(module, "SchedulerParams", "How tiles are handed out.");
+    def_address(type, "tile_count", &S::tile_count);
+    type.def_readwrite("heads_per_section", &S::heads_per_section);
+}
+
 void bind_forward(py::module_& module) {
     using P = ForwardParams;
     py::class_<P> type(module, "ForwardParams", "A forward call. What is not set is zero.");
@@ -101,6 +108,7 @@ void bind_forward(py::module_& module) {
     def_rows(type, "lse", &P::lse);
     type.def_property_readonly("sequences", [](P& self) { return &self.sequences; })
         .def_property_readonly("scores", [](P& self) { return &self.scores; })
+        .def_property_readonly("scheduler", [](P& self) { return &self.scheduler; })
         .def_readwrite("heads_q", &P::heads_q)
         .def_readwrite("heads_kv", &P::heads_kv)
         .def_readwrite("head_dim", &P::head_dim)
@@ -116,6 +124,7 @@ void bind_forward(py::module_& module) {
 void bind_calls(py::module_& module) {
     bind_sequences(module);
     bind_scores(module);
+    bind_scheduler(module);
     bind_forward(module);
 }
 

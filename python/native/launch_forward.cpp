@@ -96,6 +96,20 @@ void encode_maps(const Driver& driver, const KernelInfo& info, ForwardParams& pa
     params.tma_v = encode(params.v, params.head_dim_v, rows_k, params.heads_kv, batch_k, info.tma[2]);
 }
 
+std::int64_t ceil_div(std::int64_t rows, std::int64_t block) {
+    return (rows + block - 1) / block;
+}
+
+// The number of tiles; of packed sequences, whose lengths only the device knows, a bound of it.
+std::int64_t tiles_at_most(const ForwardParams& call, std::int64_t block) {
+    const SequenceParams& sequences = call.sequences;
+    const bool packed = sequences.cu_seqlens_q != nullptr;
+    const std::int64_t dense = ceil_div(sequences.max_seqlen_q, block) * sequences.batch;
+    const std::int64_t blocks = packed ? sequences.total_q / block + sequences.batch : dense;
+    require(blocks <= kMaxTiles / call.heads_q, "forward: there are more than 2^31 - 1 tiles of queries");
+    return blocks * call.heads_q;
+}
+
 }  // namespace
 
 void launch_forward(Kernel& kernel, int device, std::uint64_t stream, const ForwardParams& call,
@@ -105,25 +119,25 @@ void launch_forward(Kernel& kernel, int device, std::uint64_t stream, const Forw
     check_heads(call, info);
     check_sequences(call.sequences);
     require(sm_margin >= 0, "forward: sm_margin is ", sm_margin, "; it must not be negative");
-    const std::int64_t m_blocks =
-        (std::int64_t{call.sequences.max_seqlen_q} + info.kBlockM - 1) / info.kBlockM;
-    const std::int64_t rows = m_blocks * call.heads_q;
-    if (rows == 0 || call.sequences.batch == 0) {
+    const bool packed = call.sequences.cu_seqlens_q != nullptr;
+    if (packed ? call.sequences.total_q == 0
+               : call.sequences.max_seqlen_q == 0 || call.sequences.batch == 0) {
         return;
     }
-    require(rows <= kMaxTiles / call.sequences.batch,
-            "forward: there are more than 2^31 - 1 tiles of queries");
+    const std::int64_t tiles = tiles_at_most(call, info.kBlockM);
     check_output(call, element_bytes(info.tma[0].element_type));
 
     ForwardParams params = call;
     encode_maps(kernel.driver(), info, params);
     params.scores.softmax_scale_log2 = call.scores.softmax_scale * kLog2E;
     const int multiprocessors = kernel.driver().primary(device).multiprocessors;
-    const std::int64_t ctas =
-        std::clamp<std::int64_t>(rows * call.sequences.batch, 1, std::max(1, multiprocessors - sm_margin));
-    params.scheduler.max_m_blocks = static_cast<std::int32_t>(m_blocks);
-    params.scheduler.max_splits = 1;
-    params.scheduler.num_ctas = static_cast<std::int32_t>(ctas);
+    const std::int64_t ctas = std::clamp<std::int64_t>(tiles, 1, std::max(1, multiprocessors - sm_margin));
+    SchedulerParams& scheduler = params.scheduler;
+    scheduler.max_m_blocks = static_cast<std::int32_t>(ceil_div(call.sequences.max_seqlen_q, info.kBlockM));
+    scheduler.max_splits = 1;
+    scheduler.heads_per_section = static_cast<std::int32_t>(std::clamp<std::int64_t>(
+        scheduler.heads_per_section, 1, std::max(1, call.heads_q * call.sequences.batch)));
+    scheduler.num_ctas = static_cast<std::int32_t>(ctas);
     launch(kernel, device, stream, shape_of(info, {ctas, 1, 1}), {{&params, sizeof(params)}});
 }
 

@@ -5,12 +5,14 @@ are: the kernel gets their addresses and strides.
 """
 
 import functools
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flash8 import _native
+from flash8.backends import heuristics
 from flash8.compiler import compile_unit
 from flash8.options import Options
 from flash8.variants import Element, ForwardVariant, Mask
@@ -18,6 +20,7 @@ from flash8.variants import Element, ForwardVariant, Mask
 _DTYPES: dict[torch.dtype, Element] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 #: The head dimensions that tiles are made for; others are filled up with zeros by TMA.
 _HEAD_DIMS = (64, 96, 128, 192, 256)
+_PER_THREAD_STREAM = 2  # CU_STREAM_PER_THREAD
 _INDEX_FIELDS = (
     "cu_seqlens_q",
     "cu_seqlens_k",
@@ -68,10 +71,6 @@ def forward(
     lse_partial: Tensor,
 ) -> None:
     """Fills out and lse on q's stream, without a synchronisation."""
-    if options.cu_seqlens_q is not None:
-        # The kernel writes the rows of every sequence; nobody owns those behind the last one.
-        out.zero_()
-        lse.fill_(float("-inf"))
     device = q.device.index or 0
     softcap, alibi = options.softcap > 0.0, options.alibi_slopes is not None
     key = _key(q.dtype, q.shape[-1], v.shape[-1], _mask(options), softcap, alibi)
@@ -87,7 +86,35 @@ def forward(
         call.scores.alibi_slopes = slopes.data_ptr()
         call.scores.alibi_batch_stride = slopes.shape[-1] if slopes.dim() == 2 else 0
     stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+    call.scheduler.heads_per_section = 1
+    if heuristics.has_uneven_tiles(options):
+        tile_count = _tile_count(q.device, stream)
+        call.scheduler.tile_count = tile_count.data_ptr()
+        call.scheduler.heads_per_section = heuristics.heads_per_section(
+            call.sequences.max_seqlen_k,
+            k.element_size() * (k.shape[-1] + v.shape[-1]),
+            q.shape[-2] // k.shape[-2],
+        )
     _native.launch_forward(kernel, device, stream, call, options.sm_margin)
+
+
+def _tile_count(device: torch.device, stream: int) -> Tensor:
+    """The counter that the CTAs of one launch draw tiles from: zero before it and after it.
+
+    Launches that run at the same time must not share one. Those of one stream never do, so each
+    stream has its own for ever. A captured launch may run again on any stream, next to anything:
+    it gets a counter of its own, in the graph's memory, that the graph sets to zero every time.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    # The handle of the per-thread default stream means another stream in every thread.
+    thread = threading.get_ident() if stream == _PER_THREAD_STREAM else 0
+    return _stream_tile_count(device, stream, thread)
+
+
+@functools.cache
+def _stream_tile_count(device: torch.device, stream: int, thread: int) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def _mask(options: Options) -> Mask:

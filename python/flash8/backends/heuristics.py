@@ -1,0 +1,28 @@
+"""The choices of the Hopper backend that change speed and nothing else.
+
+All of them are arithmetic on sizes that the host knows; none has been tuned on a GPU.
+"""
+
+import functools
+
+from flash8.options import Options
+
+#: What a section's K and V may take of Hopper's 50 MB of L2; Q and O pass through the rest.
+_L2_BYTES = 32 << 20
+
+
+def has_uneven_tiles(options: Options) -> bool:
+    """Whether some tiles of queries have more keys than others, so that drawing tiles pays."""
+    masked = options.window_left >= 0 or options.window_right >= 0 or options.attention_chunk > 0
+    lengths = (options.cu_seqlens_q, options.cu_seqlens_k, options.seqused_q, options.seqused_k)
+    return masked or any(x is not None for x in lengths)
+
+
+@functools.lru_cache(maxsize=4096)
+def heads_per_section(seqlen_k: int, bytes_per_key: int, ratio: int) -> int:
+    """How many query heads may run side by side with all their K and V in L2.
+
+    `bytes_per_key` is one key with its value, `ratio` the query heads of a KV head.
+    """
+    fitting = _L2_BYTES // max(1, seqlen_k * bytes_per_key)
+    return max(1, fitting) * ratio

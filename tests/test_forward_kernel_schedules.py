@@ -1,0 +1,138 @@
+"""Who works on which tile: every tile once, whatever the schedule, and none that does not exist."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+import flash8
+from flash8.backends import heuristics, hopper
+from flash8.options import Options
+from flash8.variants import ForwardVariant
+from forward_cases import check, compare, device, draw, launch, packed
+from forward_launch import Call, Schedule
+from simulated_device import missing_compiler
+
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+
+CAUSAL = ForwardVariant("bf16", 128, 128, mask="causal")
+LOCAL = ForwardVariant("bf16", 64, 64, mask="local")
+SCALE = 128**-0.5
+
+SCHEDULES = [
+    Schedule(num_ctas=1),
+    Schedule(num_ctas=3, heads_per_section=2),
+    Schedule(num_ctas=7, heads_per_section=3),
+    Schedule(num_ctas=132, heads_per_section=100),
+    Schedule(num_ctas=3, dynamic=False, heads_per_section=2),
+    Schedule(num_ctas=132, dynamic=False),
+]
+
+
+def causal_call(seqlen_q=300, seqlen_k=300, heads=5, batch=2) -> Call:
+    q, k, v = draw(CAUSAL, seqlen_q, seqlen_k, heads, 1, batch=batch)
+    return Call(q, k, v, SCALE, causal=True)
+
+
+def packed_call(lengths_q, lengths_k, *, heads=2, behind=0) -> Call:
+    q, k, v = draw(CAUSAL, sum(lengths_q) + behind, sum(lengths_k), heads, 1)
+    indices = {"cu_seqlens_q": packed(lengths_q), "cu_seqlens_k": packed(lengths_k)}
+    lengths = {"max_seqlen_q": max(lengths_q), "max_seqlen_k": max(lengths_k)}
+    return Call(q, k, v, SCALE, causal=True, indices=indices, **lengths)
+
+
+def ragged(count: int, longest: int, seed: int) -> list[int]:
+    """Lengths of which many are 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(-longest // 2, longest, (count,), generator=generator)
+    return [*lengths.clamp(min=0).tolist(), 1]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_dense(schedule):
+    check(CAUSAL, causal_call(), schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_more_sequences_than_lanes(schedule):
+    check(
+        CAUSAL, packed_call(ragged(75, 9, 1), ragged(75, 40, 2), behind=3), schedule, seeds=(0, 5)
+    )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_long_and_empty_sequences(schedule):
+    lengths = [0, 0, 257, 1, 0, 128, 129, 0]
+    check(CAUSAL, packed_call(lengths, [0, 3, 200, 40, 5, 0, 129, 1], heads=3), schedule)
+
+
+@pytest.mark.parametrize("lengths", [[0], [0] * 40, [3], [200, 0]], ids=str)
+def test_rows_behind_the_last_sequence(lengths):
+    check(CAUSAL, packed_call(lengths, [7] * len(lengths), behind=37))
+
+
+def test_schedules_give_the_same_bits():
+    call = causal_call()
+    first = launch(CAUSAL, call, SCHEDULES[0], seed=1)
+    for schedule in SCHEDULES[1:]:
+        o, lse = launch(CAUSAL, call, schedule, seed=2)
+        assert torch.equal(o, first[0])
+        assert torch.equal(lse, first[1])
+
+
+def test_a_tile_that_is_not_drawn_is_noticed():
+    call = causal_call(heads=1, batch=1, seqlen_q=400)
+    o, lse = launch(CAUSAL, call, Schedule(num_ctas=1, first_draw=1))
+    with pytest.raises(AssertionError, match="not written"):
+        compare(call, o, lse)
+
+
+def test_tiles_behind_the_end_of_a_sequence_cost_nothing():
+    call = packed_call([5, 140, 3], [5, 140, 3])
+    counts = []
+    for longest in (140, 100_000):
+        launch(CAUSAL, replace(call, max_seqlen_q=longest), Schedule(num_ctas=132))
+        counts.append(device().report()["statistics"]["instructions"])
+    assert counts[0] == counts[1]
+
+
+def test_local_rows_are_drawn_too(monkeypatch):
+    q, k, v = draw(LOCAL, 150, 400, 2, 2, batch=2)
+    with device().serving_cpu_tensors(monkeypatch, seed=3):
+        for _ in range(2):  # the first launch leaves the counter as it was
+            o, lse = flash8.flash_attn_func(
+                q, k, v, window_size=(50, 9), return_attn_probs=True, softmax_scale=SCALE
+            )
+            compare(Call(q, k, v, SCALE, window=(50, 9)), o, lse)
+
+
+def test_tiles_are_drawn_when_their_work_differs():
+    lengths = torch.tensor([3], dtype=torch.int32)
+    assert not heuristics.has_uneven_tiles(Options())
+    for options in (
+        Options(window_right=0),
+        Options(window_left=5),
+        Options(attention_chunk=5),
+        Options(cu_seqlens_q=lengths),
+        Options(seqused_k=lengths),
+    ):
+        assert heuristics.has_uneven_tiles(options)
+
+
+def test_a_section_fits_l2():
+    assert heuristics.heads_per_section(16384, 512, 1) == 4
+    assert heuristics.heads_per_section(16384, 512, 4) == 16
+    assert heuristics.heads_per_section(10**9, 512, 4) == 4
+    assert heuristics.heads_per_section(0, 512, 1) > 1000
+
+
+def test_each_stream_has_its_own_counter():
+    cpu = torch.device("cpu")
+    first = hopper._tile_count(cpu, 16)
+    assert first is hopper._tile_count(cpu, 16)
+    assert first is not hopper._tile_count(cpu, 32)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(hopper._tile_count, cpu, 16).result() is first
+        own = hopper._tile_count(cpu, 2)
+        assert pool.submit(hopper._tile_count, cpu, 2).result() is not own
