@@ -26,7 +26,7 @@ digest = $(shell find $(1) -type f ! -path '*/__pycache__/*' ! -name '*.so' -pri
 BASE := $(VENV)/.base-$(call digest,constraints.txt)
 TOOLS := $(VENV)/.tools-$(call digest,constraints.txt)
 COMPILER := $(VENV)/.compiler-$(call digest,compiler.txt)
-PACKAGE := $(VENV)/.package-$(call digest,pyproject.toml CMakeLists.txt README.md LICENSE hopper python)
+PACKAGE := $(VENV)/.package-$(call digest,pyproject.toml CMakeLists.txt README.md LICENSE hopper cutlass_kernels python)
 
 CXX_SOURCES := $(shell find hopper cutlass_kernels python/native tests bench -type f \
 	\( -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \) 2>/dev/null)

@@ -73,6 +73,7 @@ def steps() -> list[Step]:
             done.append(run(f"compute-sanitizer {tool}", *command, "--quick"))
     done.append(run("ceilings", python, "bench/bench_ceilings.py"))
     done.append(run("attention", python, "bench/bench_attention.py"))
+    done.append(run("quantizer", python, "bench/bench_quantize.py"))
     return done
 
 

@@ -185,6 +185,10 @@ enum class KernelKind : std::uint32_t {
     kBackwardPreprocess = 3,
     kBackward = 4,
     kBackwardPostprocess = 5,
+    kQuantize = 6,
+    kQuantizeAmax = 7,
+    kQuantizeMean = 8,
+    kQuantizeMeanFinish = 9,
     kOther = 255,
 };
 

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from flash8 import _native, backends
 from flash8.backends import hopper
 from flash8.compiler import CompilerNotFoundError, compile_unit, find_toolchain
-from flash8.variants import ForwardVariant
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "simulator"))
 
@@ -47,7 +48,16 @@ class SimulatedDevice:
     def last_error(self) -> str:
         return str(self._control.flash8_sim_last_error().decode())
 
-    def ptx(self, variant: ForwardVariant) -> bytes:
+    def register(self, x: Tensor) -> None:
+        """Lets kernels touch the bytes that x spans in this process's memory."""
+        if x.numel():
+            self._control.flash8_sim_register_memory(*_span(x))
+
+    def unregister(self, x: Tensor) -> None:
+        if x.numel():
+            self._control.flash8_sim_unregister_memory(_span(x)[0])
+
+    def ptx(self, variant: hopper.Variant) -> bytes:
         return compile_unit(variant.unit()).ptx.read_bytes() + b"\0"
 
     def _image(self, key: str, kind: str) -> bytes:
@@ -66,6 +76,11 @@ class SimulatedDevice:
             self.configure(seed=seed, strict_global=False)
             yield
         self.configure()
+
+
+def _span(x: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_size_t]:
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return ctypes.c_void_p(x.data_ptr()), ctypes.c_size_t((last + 1) * x.element_size())
 
 
 def missing_compiler() -> str | None:

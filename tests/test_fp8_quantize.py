@@ -150,6 +150,69 @@ def test_a_given_descale_is_used_and_saturates():
     assert s.descale == 0.125 and s.data.float().flatten().tolist() == [8.0, 448.0]
 
 
+def test_amax_is_raised_beside_a_given_descale():
+    x = torch.tensor([1.0, -100.0, float("inf"), float("nan")]).view(1, 4, 1, 1)
+    for before, after in ((0.0, 100.0), (7.0, 100.0), (1000.0, 1000.0)):
+        amax = torch.tensor(before)
+        s = fp8.quantize(x, descale=torch.tensor(0.125), amax=amax, seqused=int32((3,)))
+        assert amax == after and s.descale == 0.125
+
+
+# ---------------------------------------------------------------------------- transposed
+
+KEYS_OF_PLACES = [2 * q + r % 2 + 8 * (r // 2) for q in range(4) for r in range(4)]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "head", "block"])
+def test_transposed_is_by_keys_in_the_order_of_the_accumulators(granularity):
+    x = torch.randn(2, 150, 3, 16)
+    used = int32((150, 20))
+    plain = fp8.quantize(x, granularity, seqused=used)
+    s = fp8.quantize(x, granularity, seqused=used, transpose=True)
+    assert (
+        s.data.shape == (2, 3, 16, 256) and s.keys == 150 and torch.equal(s.descale, plain.descale)
+    )
+    data, expected = s.data.float(), plain.data.float()
+    for place in range(256):
+        key = place // 16 * 16 + KEYS_OF_PLACES[place % 16]
+        for b, count in enumerate((150, 20)):
+            wanted = expected[b, key] if key < count else torch.zeros(3, 16)
+            assert torch.equal(data[b, :, :, place], wanted)
+    everything = fp8.quantize(x, granularity, transpose=True)
+    assert torch.equal(fp8.dequantize(everything), fp8.dequantize(fp8.quantize(x, granularity)))
+
+
+def test_transposed_and_packed_is_dense_sequence_by_sequence():
+    lengths = (130, 0, 1, 256)
+    cu = cumulative(lengths)
+    x = torch.randn(int(cu[-1]) + 3, 2, 16)
+    s = fp8.quantize(x, "block", cu_seqlens=cu, transpose=True)
+    blocks = x.shape[0] // 128 + 4
+    assert s.data.shape == (2, 16, 128 * blocks)
+    owned = torch.zeros(blocks, dtype=torch.bool)
+    for b, length in enumerate(lengths):
+        rows = slice(int(cu[b]), int(cu[b + 1]))
+        alone = fp8.quantize(x[None, rows], "block", transpose=True)
+        first = int(fp8.block_offsets(cu)[b])
+        count = alone.descale.shape[2]
+        places = s.data[:, :, 128 * first : 128 * (first + count)]
+        assert torch.equal(places.float(), alone.data[0].float())
+        owned[first : first + count] = length > 0
+    assert (s.data.float().unflatten(-1, (-1, 128))[:, :, ~owned] == 0.0).all()
+    plain = fp8.quantize(x, "block", cu_seqlens=cu)
+    rows = int(cu[-1])
+    assert torch.equal(fp8.dequantize(s)[:rows], fp8.dequantize(plain)[:rows])
+
+
+def test_attention_takes_a_transposed_v():
+    q, k, v = (fp8.quantize(torch.randn(2, 140, 2, 32), "block") for _ in range(3))
+    by_keys = fp8.quantize(fp8.dequantize(v), descale=v.descale, transpose=True)
+    expected = flash8.flash_attn_func(q, k, v, causal=True)
+    assert torch.equal(flash8.flash_attn_func(q, k, by_keys, causal=True), expected)
+    with pytest.raises(ValueError, match="k must not be transposed"):
+        flash8.flash_attn_func(q, by_keys, v)
+
+
 # ------------------------------------------------------------------------------ rotation
 
 
@@ -272,6 +335,16 @@ BAD = {
     "both": (X, dict(smooth_k=True, smooth_v=True), ValueError, "smooth_k and smooth_v"),
     "mean": (X, dict(smooth_k=torch.ones(3, 16)), ValueError, r"mean.*\(2, 16\).*\(3, 16\)"),
     "page mean": (X, dict(granularity="page", smooth_k=True), ValueError, "page.*True"),
+    "amax alone": (X, dict(amax=torch.zeros(())), ValueError, "amax.*descale=None"),
+    "amax of heads": (
+        X,
+        dict(amax=torch.zeros(2), descale=torch.ones(())),
+        ValueError,
+        r"amax.*\(2,\)",
+    ),
+    "descale": (X, dict(descale=torch.ones((), dtype=torch.float64)), TypeError, "descale"),
+    "transposed pages": (X, dict(granularity="page", transpose=True), ValueError, "transpose"),
+    "transpose": (X, dict(transpose=1), TypeError, "transpose must be a bool"),
     "rope": (X, dict(rope=(COS, COS)), ValueError, "rope.cos.*up to 9.*4"),
     "rope width": (X, dict(rope=(torch.ones(9, 9),) * 2), ValueError, "rope.cos.*8.*9"),
     "rope pair": (X, dict(rope=(COS, COS[:2])), ValueError, r"rope.sin.*\(4, 8\).*\(2, 8\)"),

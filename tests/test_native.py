@@ -13,12 +13,14 @@ from flash8._version import __version__
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PARAMS_HEADER = REPOSITORY / "hopper" / "params.h"
+QUANTIZE_HEADER = REPOSITORY / "cutlass_kernels" / "quantize" / "quantize_params.h"
 LAYOUT = _native.layout()
 
 
 def declared_fields() -> dict[str, list[str]]:
-    """Field names of every struct of params.h, in order, read from the text of the header."""
-    text = re.sub(r"//[^\n]*", "", PARAMS_HEADER.read_text())
+    """Field names of every shared struct, in order, read from the text of the headers."""
+    source = PARAMS_HEADER.read_text() + QUANTIZE_HEADER.read_text()
+    text = re.sub(r"//[^\n]*", "", source)
     structs = {}
     for name, body in re.findall(r"struct (?:alignas\(64\) )?(\w+) \{(.*?)\n\};", text, re.DOTALL):
         declarations = [line for line in body.split(";") if line.strip() and "static" not in line]
@@ -73,6 +75,8 @@ def test_layout_of_abi_version_1():
         "SchedulerParams": (48, 8),
         "ForwardParams": (1280, 64),
         "BackwardParams": (1792, 64),
+        "GroupRef": (32, 8),
+        "QuantizeParams": (312, 8),
         "TmaBox": (32, 4),
         "KernelInfo": (400, 4),
     }

@@ -48,10 +48,11 @@ def test_every_source_file_is_installed_unchanged(distribution):
         assert installed.read_bytes() == source.read_bytes(), f"{installed} is not {source}"
 
 
-def test_the_device_code_is_installed_unchanged(distribution):
-    sources = REPOSITORY / "hopper"
+@pytest.mark.parametrize("folder", ["hopper", "cutlass_kernels"])
+def test_the_device_code_is_installed_unchanged(distribution, folder):
+    sources = REPOSITORY / folder
     for source in filter(Path.is_file, sources.rglob("*")):
-        installed = Path(distribution.locate_file("flash8/hopper")) / source.relative_to(sources)
+        installed = Path(distribution.locate_file(f"flash8/{folder}")) / source.relative_to(sources)
         assert installed.read_bytes() == source.read_bytes(), f"{installed} is not {source}"
 
 

@@ -196,6 +196,35 @@ class ForwardParams:
     @property
     def scheduler(self) -> SchedulerParams: ...
 
+class QuantizeParams:
+    x: tuple[int, int, int, int]
+    out: tuple[int, int, int, int]
+    mean: tuple[int, int, int]
+    mean_rotated: tuple[int, int, int]
+    mean_partial: int
+    descale: tuple[int, int, int, int]
+    amax: tuple[int, int, int, int]
+    rope_cos: int
+    rope_sin: int
+    rope_offsets: int
+    cu_seqlens: int
+    seqused: int
+    total: int
+    batch: int
+    seqlen: int
+    heads: int
+    head_dim: int
+    rope_rows: int
+    rotary_dim: int
+    interleaved: int
+    scale_source: int
+    hadamard_block: int
+    hadamard_scale: float
+    hadamard_signs: list[int]
+    reverse: int
+    def copy(self) -> QuantizeParams: ...
+
+def launch_quantize(kernel: Kernel, device: int, stream: int, call: QuantizeParams) -> None: ...
 def launch_forward(
     kernel: Kernel, device: int, stream: int, call: ForwardParams, sm_margin: int = 0
 ) -> None: ...

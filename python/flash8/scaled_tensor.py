@@ -26,6 +26,16 @@ class ScaledTensor:
     mean: Tensor | None = None  # fp32 (heads, d) or (batch, heads, d), rotated as data is
     rotation: "Rotation | None" = None
     cu_seqlens: Tensor | None = None  # of packed data, int32 (batch + 1,)
+    keys: int | None = None  # tokens of transposed data (`flash8.fp8.transposed`), else None
+
+    def by_token(self) -> Tensor:
+        """The data in (batch, seqlen, heads, d) or (total, heads, d), whatever it is stored as."""
+        if self.keys is None:
+            return self.data
+        from flash8.fp8.tokens import Tokens
+        from flash8.fp8.transposed import untranspose
+
+        return untranspose(self.data, self.keys, Tokens(self.cu_seqlens))
 
     @property
     def shape(self) -> torch.Size:
@@ -59,7 +69,11 @@ def unwrap(q: Any, k: Any, v: Any, options: Options) -> tuple[Any, Any, Any, Opt
         options = options._replace(**changes)
         if x.mean is not None:
             options = _with_mean(name, x.mean, options)
-    data = [x.data if isinstance(x, ScaledTensor) else x for x in (q, k, v)]
+    for name in ("q", "k"):
+        if name in scaled and scaled[name].keys is not None:
+            raise ValueError(f"{name} must not be transposed: only v is read by keys")
+    # No kernel reads v by keys yet.
+    data = [x.by_token() if isinstance(x, ScaledTensor) else x for x in (q, k, v)]
     return data[0], data[1], data[2], options
 
 

@@ -34,12 +34,14 @@ PYBIND11_MODULE(_native, module) {
     module.doc() = "The native layer of flash8: the CUDA driver, opened when first used.";
     module.attr("__version__") = FLASH8_VERSION;
     module.attr("ABI_VERSION") = kAbiVersion;
-    module.def("layout", &layout_dict,
-               "Layout of every struct of hopper/params.h: {struct: {'size', 'align', 'fields': {name: "
-               "(offset, size)}}}.");
+    module.def(
+        "layout", &layout_dict,
+        "Layout of every struct that host and device share: {struct: {'size', 'align', 'fields': {name: "
+        "(offset, size)}}}.");
     bind_driver(module);
     bind_kernel(module);
     bind_calls(module);
+    bind_quantize(module);
 }
 
 }  // namespace flash8

@@ -6,8 +6,9 @@
 
 namespace flash8 {
 
-void bind_driver(pybind11::module_& module);  // errors, the driver, memory, streams
-void bind_kernel(pybind11::module_& module);  // tensor maps, libraries, kernels, the registry
-void bind_calls(pybind11::module_& module);   // attention calls
+void bind_driver(pybind11::module_& module);    // errors, the driver, memory, streams
+void bind_kernel(pybind11::module_& module);    // tensor maps, libraries, kernels, the registry
+void bind_calls(pybind11::module_& module);     // attention calls
+void bind_quantize(pybind11::module_& module);  // quantizer calls
 
 }  // namespace flash8

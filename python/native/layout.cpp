@@ -1,6 +1,7 @@
 #include "layout.h"
 
 #include "params.h"
+#include "quantize_params.h"
 
 namespace flash8 {
 
@@ -103,6 +104,41 @@ StructLayout backward_params() {
          FIELD(reserved)});
 }
 
+StructLayout group_ref() {
+    using T = GroupRef;
+    return layout<T>("GroupRef", {FIELD(ptr), FIELD(batch_stride), FIELD(head_stride), FIELD(block_stride)});
+}
+
+StructLayout quantize_params() {
+    using T = QuantizeParams;
+    return layout<T>("QuantizeParams", {FIELD(x),
+                                        FIELD(out),
+                                        FIELD(mean),
+                                        FIELD(mean_rotated),
+                                        FIELD(mean_partial),
+                                        FIELD(descale),
+                                        FIELD(amax),
+                                        FIELD(rope_cos),
+                                        FIELD(rope_sin),
+                                        FIELD(rope_offsets),
+                                        FIELD(cu_seqlens),
+                                        FIELD(seqused),
+                                        FIELD(total),
+                                        FIELD(batch),
+                                        FIELD(seqlen),
+                                        FIELD(heads),
+                                        FIELD(head_dim),
+                                        FIELD(rope_rows),
+                                        FIELD(rotary_dim),
+                                        FIELD(interleaved),
+                                        FIELD(scale_source),
+                                        FIELD(hadamard_block),
+                                        FIELD(hadamard_scale),
+                                        FIELD(hadamard_signs),
+                                        FIELD(reverse),
+                                        FIELD(reserved)});
+}
+
 StructLayout tma_box() {
     using T = TmaBox;
     return layout<T>("TmaBox", {FIELD(rank), FIELD(box), FIELD(element_type), FIELD(swizzle)});
@@ -137,9 +173,9 @@ StructLayout kernel_info() {
 }  // namespace
 
 std::vector<StructLayout> struct_layouts() {
-    return {tensor_map(),      tensor_ref(),   descale_ref(),      row_ref(),
-            sequence_params(), score_params(), scheduler_params(), forward_params(),
-            backward_params(), tma_box(),      kernel_info()};
+    return {tensor_map(),      tensor_ref(),       descale_ref(),    row_ref(),         sequence_params(),
+            score_params(),    scheduler_params(), forward_params(), backward_params(), group_ref(),
+            quantize_params(), tma_box(),          kernel_info()};
 }
 
 }  // namespace flash8

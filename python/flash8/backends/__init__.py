@@ -49,7 +49,7 @@ def forward_backend(
     reason = hopper.refusal(q, k, v, qv, options)
     if reason is None:
         return hopper
-    _tell_about_refusal(reason)
+    tell_about_refusal(reason)
     return cpu
 
 
@@ -72,7 +72,7 @@ def _tell_about_portable_cuda() -> None:
 
 
 @functools.cache
-def _tell_about_refusal(reason: str) -> None:
+def tell_about_refusal(reason: str) -> None:
     warnings.warn(
         f"flash8 has no compiled kernel for this call: {reason}; the tiled PyTorch code of the CPU "
         "backend serves it",
@@ -104,10 +104,11 @@ def describe() -> list[Service]:
 def _describe_cuda(name: str) -> list[Service]:
     portable = f"{name}: the tiled PyTorch code runs there too"
     if os.environ.get("FLASH8_KERNELS") != "on":
-        asked = f"{portable}; FLASH8_KERNELS=on lets kernels serve fp16 and bf16 forwards"
+        asked = f"{portable}; FLASH8_KERNELS=on lets kernels serve 16-bit forwards and fp8.quantize"
         return [Service("CUDA tensors, every call", "cpu", asked)]
     kernel = f"{name}: FLASH8_KERNELS=on; compiled when first used"
     return [
         Service("CUDA tensors, fp16 / bf16 forward, no paging or splits", "hopper", kernel),
+        Service("CUDA tensors, fp8.quantize of fp16 / bf16 / fp32", "hopper", kernel),
         Service("CUDA tensors, every other call", "cpu", portable),
     ]

@@ -6,7 +6,6 @@ are: the kernel gets their addresses and strides.
 
 import functools
 import threading
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,10 @@ from flash8 import _native
 from flash8.backends import heuristics
 from flash8.compiler import compile_unit
 from flash8.options import Options
+from flash8.quantize_variants import QuantizeVariant
 from flash8.variants import Element, ForwardVariant, Mask
+
+Variant = ForwardVariant | QuantizeVariant
 
 _DTYPES: dict[torch.dtype, Element] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 #: The head dimensions that tiles are made for; others are filled up with zeros by TMA.
@@ -183,16 +185,22 @@ def _key(
     return variant.name
 
 
-def variant_of(key: str) -> ForwardVariant:
+def kernel(variant: Variant, device: int) -> _native.Kernel:
+    """The kernel of a variant, loaded, and compiled before where it has to be."""
+    _VARIANTS.setdefault(variant.name, variant)
+    return _registry().get(variant.name, device)
+
+
+def variant_of(key: str) -> Variant:
     """The variant that was asked of the registry by this key."""
     return _VARIANTS[key]
 
 
-_VARIANTS: dict[str, ForwardVariant] = {}
+_VARIANTS: dict[str, Variant] = {}
 
 
 @functools.cache
-def _registry() -> Any:
+def _registry() -> _native.Registry:
     def image(key: str, kind: str) -> bytes:
         compiled = compile_unit(variant_of(key).unit())
         return (compiled.cubin if kind == "cubin" else compiled.ptx).read_bytes()

@@ -15,7 +15,7 @@ from flash8.compiler.errors import CompileError, CompilerNotFoundError, MissingV
 from flash8.compiler.progress import progress_line
 from flash8.compiler.report import CompileReport, KernelCost, parse_log
 from flash8.compiler.store import Store, cache_root, digest
-from flash8.compiler.toolchain import Toolchain, find_toolchain, kernel_root
+from flash8.compiler.toolchain import Toolchain, cutlass_root, find_toolchain, kernel_root
 
 __all__ = [
     "CompileError",
@@ -28,6 +28,7 @@ __all__ = [
     "Unit",
     "cache_root",
     "compile_unit",
+    "cutlass_root",
     "find_toolchain",
     "kernel_root",
     "parse_log",

@@ -64,9 +64,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _shipped() -> list[Unit]:
+    from flash8.quantize_variants import SHIPPED_QUANTIZERS
     from flash8.variants import SHIPPED
 
-    return [variant.unit() for variant in SHIPPED]
+    forwards = [variant.unit() for variant in SHIPPED]
+    return forwards + [variant.unit() for variant in SHIPPED_QUANTIZERS]
 
 
 def _define(text: str) -> tuple[str, str]:

@@ -38,6 +38,11 @@ def kernel_root() -> Path:
     raise CompilerNotFoundError(f"the device code is missing from {package}; install flash8 again")
 
 
+def cutlass_root() -> Path:
+    """The folder of the device code around attention, cutlass_kernels/: beside hopper/."""
+    return kernel_root().parent / "cutlass_kernels"
+
+
 def find_toolchain() -> Toolchain:
     """The compiler to use: FLASH8_NVCC, else pip's, CUDA_HOME's, PATH's, or /usr/local/cuda's.
 

@@ -11,11 +11,12 @@ rotations of q and k cancel.
     data = saturate(x * (1 / descale))  +-inf becomes the largest value, NaN stays NaN
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flash8 import backends
 from flash8.arguments import (
     describe,
     require_bool,
@@ -23,23 +24,18 @@ from flash8.arguments import (
     require_shape,
     require_tensor,
 )
-from flash8.float8 import E4M3, E5M2, MAX, saturating_cast
+from flash8.backends import quantizer
+from flash8.float8 import E4M3, E5M2, MAX
+from flash8.fp8 import kernels, portable
 from flash8.fp8.hadamard import Rotation, rotation_for
+from flash8.fp8.portable import descale_of
+from flash8.fp8.request import Request, Rope
 from flash8.fp8.tokens import GRANULARITIES, Tokens
-from flash8.rotary import apply_rotary, token_positions
 from flash8.scaled_tensor import ScaledTensor
 
+__all__ = ["Rope", "dequantize", "descale_of", "quantize"]
+
 _INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_SMALLEST_DESCALE = 2.0**-126
-
-
-class Rope(NamedTuple):
-    """Rotary embedding before quantization. cos, sin: (seqlen_rotary, rotary_dim / 2)."""
-
-    cos: Tensor
-    sin: Tensor
-    offsets: Tensor | None = None  # int (batch,): the position of each sequence's first token
-    interleaved: bool = True
 
 
 def quantize(
@@ -54,6 +50,8 @@ def quantize(
     cu_seqlens: Tensor | None = None,
     seqused: Tensor | None = None,
     descale: Tensor | None = None,
+    amax: Tensor | None = None,
+    transpose: bool = False,
 ) -> ScaledTensor:
     """Quantizes q, k or v for the attention functions. Not differentiable: see `fp8_attention`.
 
@@ -72,52 +70,74 @@ def quantize(
         cu_seqlens: int32 (batch + 1,), the sequences of a packed x.
         seqused: int32 (batch,): only so many tokens of each sequence count for amax and mean.
         descale: a given fp32 descale of the granularity's shape, as delayed scaling has it.
+        amax: with a given descale: fp32 (), raised to the largest finite value where that is more.
+        transpose: data by keys, (batch, heads, d, 128 * blocks) or packed (heads, d, 128 * blocks),
+            for v: `flash8.fp8.transposed` has the order. Keys that do not count are zero.
 
     Returns:
-        ScaledTensor with data in x's shape.
+        ScaledTensor with data in x's shape unless it is transposed.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is supported.
     """
     require_tensor("x", x, _INPUT_DTYPES)
     _check(x, granularity, dtype, cu_seqlens, seqused)
+    _check_outputs(x, granularity, descale, amax, transpose)
     rotation = rotation_for(hadamard, x.shape[-1])
-    given_mean = _given_mean(smooth_k, smooth_v)
+    smooth, mean = _checked_mean(x, smooth_k, smooth_v, granularity, cu_seqlens)
+    position = _checked_rope(x, rope, cu_seqlens)
+    request = Request(
+        x=x,
+        granularity=granularity,
+        dtype=dtype,
+        rotation=rotation,
+        smooth=smooth,
+        mean=mean,
+        rope=position,
+        cu_seqlens=cu_seqlens,
+        seqused=seqused,
+        descale=descale,
+        amax=amax,
+        transpose=transpose,
+    )
     with torch.no_grad():
-        tokens = Tokens(cu_seqlens, seqused)
-        y = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        if rope is not None:
-            y = _rotate_by_position(y, Rope(*rope), cu_seqlens)
-        mean = _mean(y, given_mean, tokens, granularity)
-        if mean is not None:
-            y = y - (mean if mean.dim() == 2 else tokens.spread(mean, y))
-        if rotation is not None:
-            y = rotation.apply(y)
-            mean = None if mean is None else rotation.apply(mean)
-        if descale is None:
-            descale = descale_of(tokens.finite_amax(y, granularity), dtype)
-        data = saturating_cast(y * tokens.spread_descale(descale, y).reciprocal(), dtype)
-    mean = None if mean is None else mean.float()
-    return ScaledTensor(data, descale, granularity, mean, rotation, cu_seqlens)
+        serve = kernels.quantize if _has_kernels(request) else portable.quantize
+        data, found_descale, found_mean = serve(request)
+    if mean is not None and rotation is None:
+        found_mean = mean.float()
+    return ScaledTensor(
+        data,
+        found_descale if descale is None else descale,
+        granularity,
+        None if mean is None and not smooth else found_mean,
+        rotation,
+        cu_seqlens,
+        x.shape[-3] if transpose else None,
+    )
+
+
+def _has_kernels(request: Request) -> bool:
+    """Whether compiled kernels serve it; a warning says once why not where they were asked for."""
+    if not backends.kernels_wanted(request.x):
+        return False
+    reason = quantizer.refusal(request)
+    if reason is not None and request.x.numel() and not torch.compiler.is_compiling():
+        backends.tell_about_refusal(reason)
+    return reason is None
 
 
 def dequantize(x: ScaledTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """rotation^-1(descale * data + mean) in `dtype`: x as `quantize` got it, up to rounding."""
     if not isinstance(x, ScaledTensor):
         raise TypeError(f"x must be a ScaledTensor, got {describe(x)}")
-    y, tokens = x.data.float(), Tokens(x.cu_seqlens)
+    tokens = Tokens(x.cu_seqlens)
+    y = x.by_token().float()
     y = y * tokens.spread_descale(x.descale, y)
     if x.mean is not None:
         y = y + (x.mean if x.mean.dim() == 2 else tokens.spread(x.mean, y))
     if x.rotation is not None:
         y = x.rotation.invert(y)
     return y.to(dtype)
-
-
-def descale_of(amax: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
-    """The fp32 descale of values up to amax: 1 where amax is 0, never so small as to overflow."""
-    descale = (amax.double() / MAX[dtype]).clamp_min(_SMALLEST_DESCALE)
-    return torch.where(amax == 0.0, 1.0, descale).float()
 
 
 def _check(x: Tensor, granularity: Any, dtype: Any, cu_seqlens: Any, seqused: Any) -> None:
@@ -150,59 +170,66 @@ def _check(x: Tensor, granularity: Any, dtype: Any, cu_seqlens: Any, seqused: An
         require_shape("seqused", seqused, (batch,), "(batch,)")
 
 
-def _given_mean(smooth_k: Any, smooth_v: Any) -> Any:
-    """False, True or a tensor."""
+def _check_outputs(x: Tensor, granularity: str, descale: Any, amax: Any, transpose: Any) -> None:
+    require_bool("transpose", transpose)
+    if transpose and granularity == "page":
+        raise ValueError("transpose is for sequences; pages are not stored transposed")
+    if descale is not None:
+        require_tensor("descale", descale, torch.float32, x)
+    if amax is not None:
+        require_tensor("amax", amax, torch.float32, x)
+        require_shape("amax", amax, (), "one value")
+        if descale is None:
+            raise ValueError("amax is gathered beside a given descale, got descale=None")
+
+
+def _checked_mean(
+    x: Tensor, smooth_k: Any, smooth_v: Any, granularity: str, cu_seqlens: Tensor | None
+) -> tuple[bool, Tensor | None]:
+    """Whether to take x's own mean off, or the mean to take off."""
     for name, value in (("smooth_k", smooth_k), ("smooth_v", smooth_v)):
         if not isinstance(value, Tensor):
             require_bool(name, value)
     if smooth_k is not False and smooth_v is not False:
         raise ValueError("smooth_k and smooth_v cannot be combined: x is one of k and v")
-    return smooth_v if smooth_k is False else smooth_k
-
-
-def _mean(y: Tensor, given: Any, tokens: Tokens, granularity: str) -> Tensor | None:
-    if given is False:
-        return None
-    if given is True:
-        if granularity == "page":
+    given = smooth_v if smooth_k is False else smooth_k
+    if not isinstance(given, Tensor):
+        if given and granularity == "page":
             raise ValueError(
                 "smooth_k (smooth_v) must be the mean itself for granularity 'page', got True: "
                 "pages know neither their sequence nor how many of their tokens are used"
             )
-        return tokens.finite_mean(y)
-    require_tensor("the mean in smooth_k (smooth_v)", given, (*_INPUT_DTYPES,), y)
-    heads, width = y.shape[-2:]
+        return given, None
+    require_tensor("the mean in smooth_k (smooth_v)", given, (*_INPUT_DTYPES,), x)
+    heads, width = x.shape[-2:]
     if given.dim() == 2:
         require_shape("the mean in smooth_k (smooth_v)", given, (heads, width), "(heads, d)")
     else:
-        batch = y.shape[0] if tokens.cu_seqlens is None else tokens.cu_seqlens.shape[0] - 1
+        batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         shape = (batch, heads, width)
         require_shape("the mean in smooth_k (smooth_v)", given, shape, "(batch, heads, d)")
-    mean: Tensor = given.to(y.dtype)
-    return mean
+    return False, given
 
 
-def _rotate_by_position(y: Tensor, rope: Rope, cu_seqlens: Tensor | None) -> Tensor:
+def _checked_rope(x: Tensor, given: Any, cu_seqlens: Tensor | None) -> Rope | None:
+    if given is None:
+        return None
+    rope = Rope(*given)
     for name, table in (("cos", rope.cos), ("sin", rope.sin)):
-        require_tensor(f"rope.{name}", table, _INPUT_DTYPES, y)
+        require_tensor(f"rope.{name}", table, _INPUT_DTYPES, x)
         require_rank(f"rope.{name}", table, 2, "(seqlen_rotary, rotary_dim / 2)")
     require_shape("rope.sin", rope.sin, tuple(rope.cos.shape), "rope.cos's shape")
-    if 2 * rope.cos.shape[1] > y.shape[-1]:
+    if 2 * rope.cos.shape[1] > x.shape[-1]:
         raise ValueError(
-            f"rope.cos must have at most head_dim / 2 = {y.shape[-1] // 2} columns, "
+            f"rope.cos must have at most head_dim / 2 = {x.shape[-1] // 2} columns, "
             f"got shape {tuple(rope.cos.shape)}"
         )
-    batch = y.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    offsets = rope.offsets
-    if offsets is None:
-        offsets = torch.zeros(batch, dtype=torch.int64, device=y.device)
-    positions = token_positions(y, offsets, cu_seqlens)
-    if not torch.compiler.is_compiling() and y.device.type == "cpu" and positions.numel():
-        last = int(positions.max())
-        if cu_seqlens is None and last >= rope.cos.shape[0]:
+    if not torch.compiler.is_compiling() and x.device.type == "cpu" and cu_seqlens is None:
+        first = 0 if rope.offsets is None else int(max(rope.offsets.tolist(), default=0))
+        last = first + x.shape[1] - 1
+        if x.numel() and last >= rope.cos.shape[0]:
             raise ValueError(
                 f"rope.cos must have a row for every position up to {last}, "
                 f"got {rope.cos.shape[0]} rows"
             )
-    positions = positions.clamp(max=rope.cos.shape[0] - 1)  # rows behind the last sequence
-    return apply_rotary(y, rope.cos, rope.sin, positions, interleaved=rope.interleaved)
+    return rope

@@ -21,7 +21,6 @@ from torch import Tensor
 from flash8.arguments import describe, require_bool, require_int
 from flash8.float8 import E4M3, E5M2
 from flash8.fp8.quantize import descale_of, quantize
-from flash8.fp8.tokens import Tokens
 from flash8.options import Options
 from flash8.scaled_tensor import ScaledTensor
 
@@ -165,14 +164,10 @@ class DelayedScaling(torch.nn.Module):
 
     def quantize(self, name: str, x: Tensor, cu_seqlens: Tensor | None) -> ScaledTensor:
         index = _TENSORS.index(name)
-        if self.training:
-            with torch.no_grad():
-                shifted = _without_mean(x, cu_seqlens) if _smooths(self, name) else x
-                amax = Tokens(cu_seqlens).finite_amax(shifted.float(), "tensor")
-                self.amax[index] = torch.maximum(self.amax[index], amax)
         # A copy: what backward saves must not change with step().
         descale = self.descale[index].clone()
-        return _quantize(self, name, x, cu_seqlens, "tensor", descale)
+        amax = self.amax[index] if self.training else None
+        return _quantize(self, name, x, cu_seqlens, "tensor", descale, amax)
 
     def gradient_descale(self) -> Tensor | None:
         return self.descale[_TENSORS.index("do")].clone()
@@ -238,15 +233,6 @@ def _check(recipe: "_FromItself | DelayedScaling") -> None:
         raise TypeError(f"gradient_dtype must be {E4M3} or {E5M2}, got {recipe.gradient_dtype}")
 
 
-def _smooths(recipe: Recipe, name: str) -> bool:
-    return (recipe.smooth_k and name == "k") or (recipe.smooth_v and name == "v")
-
-
-def _without_mean(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    tokens, y = Tokens(cu_seqlens), x.float()
-    return y - tokens.spread(tokens.finite_mean(y), y)
-
-
 def _quantize(
     recipe: Recipe,
     name: str,
@@ -254,6 +240,7 @@ def _quantize(
     cu_seqlens: Tensor | None,
     granularity: str,
     descale: Tensor | None = None,
+    amax: Tensor | None = None,
 ) -> ScaledTensor:
     return quantize(
         x,
@@ -262,4 +249,5 @@ def _quantize(
         smooth_v=recipe.smooth_v and name == "v",
         cu_seqlens=cu_seqlens,
         descale=descale,
+        amax=amax,
     )

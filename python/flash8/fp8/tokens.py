@@ -85,14 +85,19 @@ class Tokens:
         assert self.cu_seqlens is not None
         return token_sequences(x, self.cu_seqlens.shape[0] - 1, self.cu_seqlens)
 
-    def _slots(self, x: Tensor) -> Tensor:
-        """The block of every packed token."""
+    def places(self, x: Tensor) -> Tensor:
+        """The place of every packed token where sequences start with a block."""
         assert self.cu_seqlens is not None
         sequences = self._sequences(x)
         token = torch.arange(x.shape[0], device=x.device)
-        within = (token - self.cu_seqlens[:-1].long()[sequences]) // BLOCK
+        within = token - self.cu_seqlens[:-1].long()[sequences]
+        return block_offsets(self.cu_seqlens)[sequences] * BLOCK + within
+
+    def _slots(self, x: Tensor) -> Tensor:
+        """The block of every packed token."""
+        assert self.cu_seqlens is not None
         last = num_packed_blocks(x.shape[0], self.cu_seqlens.shape[0] - 1) - 1
-        return (block_offsets(self.cu_seqlens)[sequences] + within).clamp(max=last)
+        return (self.places(x) // BLOCK).clamp(max=last)
 
     def _head_amax(self, tokens: Tensor) -> Tensor:
         if self.cu_seqlens is None:

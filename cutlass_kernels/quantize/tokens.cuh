@@ -1,0 +1,81 @@
+// Which tokens of which sequence and head a CTA has.
+
+#pragma once
+
+#include "config.cuh"
+
+namespace flash8::quantize {
+
+// The first block of a packed sequence.
+__device__ __forceinline__ int first_block(int const* cu_seqlens, int batch) {
+    return cu_seqlens[batch] / Config::kTokens + batch;
+}
+
+struct TokenTile {
+    int batch;
+    int head;
+    int index;       // of the tile, over the whole grid's order
+    int block;       // of the descale: within the sequence when dense, over all sequences when packed
+    int first;       // token within the sequence
+    int64_t offset;  // row of the sequence's first token; 0 when dense
+    int capacity;    // tokens to write: those of the sequence, and behind the last one those of nobody
+    int counted;     // tokens that count for amax and mean
+
+    __device__ static TokenTile read(QuantizeParams const& params) {
+        TokenTile tile;
+        tile.index = params.reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+        tile.head = tile.index % params.heads;
+        int const block = tile.index / params.heads;
+        if (params.cu_seqlens != nullptr) {
+            tile.find_packed(params, block);
+        } else {
+            int const blocks = max(1, (params.seqlen + Config::kTokens - 1) / Config::kTokens);
+            tile.batch = block / blocks;
+            tile.block = block % blocks;
+            tile.first = tile.block * Config::kTokens;
+            tile.offset = 0;
+            tile.capacity = tile.counted = params.seqlen;
+        }
+        if (params.seqused != nullptr) {
+            tile.counted = min(params.seqused[tile.batch], tile.capacity);
+        }
+        return tile;
+    }
+
+    __device__ bool empty() const { return first >= capacity; }
+
+    // The batch coordinate of tensors.
+    __device__ int64_t tensor_batch(QuantizeParams const& params) const {
+        return params.cu_seqlens != nullptr ? 0 : batch;
+    }
+
+    __device__ int64_t group(QuantizeParams const& params, GroupRef const& ref) const {
+        return batch * ref.batch_stride + head * ref.head_stride + block * ref.block_stride;
+    }
+
+  private:
+    // The last sequence whose first block is not behind this one. Rows behind the last sequence are cast with
+    // it and do not count.
+    __device__ void find_packed(QuantizeParams const& params, int packed_block) {
+        int low = 0;
+        int high = params.batch - 1;
+        while (low < high) {
+            int const middle = (low + high + 1) / 2;
+            if (first_block(params.cu_seqlens, middle) <= packed_block) {
+                low = middle;
+            } else {
+                high = middle - 1;
+            }
+        }
+        int const start = params.cu_seqlens[low];
+        int const end = min(params.cu_seqlens[low + 1], static_cast<int>(params.total));
+        batch = low;
+        block = packed_block;
+        first = (packed_block - first_block(params.cu_seqlens, low)) * Config::kTokens;
+        offset = start;
+        counted = end - start;
+        capacity = low + 1 == params.batch ? static_cast<int>(params.total) - start : counted;
+    }
+};
+
+}  // namespace flash8::quantize

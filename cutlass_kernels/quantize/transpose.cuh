@@ -1,0 +1,55 @@
+// A tile with its keys contiguous, as the tensor cores want V: (head_dim, 128), through shared memory.
+
+#pragma once
+
+#include "rows.cuh"
+
+namespace flash8::quantize {
+
+// Words of four keys. The 16-byte chunks of a channel are permuted by its sixteen, so that neither the
+// threads of a warp that write words, nor those that read chunks, meet in a bank (two meet at kHeadDim 256).
+struct TransposedTile {
+    static constexpr int kWords = Config::kTokens / 4;
+    static constexpr int kChunks = Config::kTokens / 16;
+    static constexpr int kSpread = Config::kLanes < kChunks ? kChunks / Config::kLanes : 1;
+
+    uint32_t words[Config::kTransposed ? Config::kHeadDim : 1][kWords];
+
+    __device__ static int permuted(int channel, int chunk) {
+        return chunk ^ (channel / Config::kChannels * kSpread % kChunks);
+    }
+
+    // Keys that do not count are zero, whatever is in their place.
+    __device__ void write(Rows const& rows, TokenTile const& tile, float inverse) {
+        int const word = permuted(rows.channel, rows.group / 4) * 4 + rows.group % 4;
+#pragma unroll
+        for (int c = 0; c < Config::kChannels; ++c) {
+            float scaled[Config::kRows];
+#pragma unroll
+            for (int j = 0; j < Config::kRows; ++j) {
+                bool const counts = tile.first + rows.token(j) < tile.counted;
+                scaled[j] = counts ? multiply(rows.x[j][c], inverse) : 0.0f;
+            }
+            words[rows.channel + c][word] = pack<Config::kE5m2>(scaled[0], scaled[1], scaled[2], scaled[3]);
+        }
+    }
+
+    // 16-byte stores, the keys of a channel by eight neighbouring threads.
+    __device__ void store(QuantizeParams const& params, TokenTile const& tile) const {
+        char* const out =
+            static_cast<char*>(params.out.ptr) + tile.tensor_batch(params) * params.out.batch_stride +
+            tile.head * params.out.head_stride + static_cast<int64_t>(tile.block) * Config::kTokens;
+#pragma unroll
+        for (int i = 0; i < Config::kHeadDim * kChunks / Config::kThreads; ++i) {
+            int const chunk = (threadIdx.x + i * Config::kThreads) % kChunks;
+            int const channel = (threadIdx.x + i * Config::kThreads) / kChunks;
+            if (channel < params.head_dim) {
+                uint32_t const* const source = &words[channel][permuted(channel, chunk) * 4];
+                *reinterpret_cast<uint4*>(out + channel * params.out.row_stride + chunk * 16) =
+                    *reinterpret_cast<uint4 const*>(source);
+            }
+        }
+    }
+};
+
+}  // namespace flash8::quantize

@@ -1,0 +1,243 @@
+"""The quantizer on compiled kernels (cutlass_kernels/quantize): which launches a call takes.
+
+    mean, mean_finish    where a mean is to be taken off that is not given
+    amax                 where the amax of a whole tensor or head must be known before the cast
+    cast                 always, and the only one for descales per block or page, or given
+
+Each pass but mean_finish reads x once; the cast writes the result once.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from flash8 import _native
+from flash8.backends import hopper
+from flash8.descales import BLOCK
+from flash8.float8 import E4M3
+from flash8.fp8.hadamard import Rotation
+from flash8.fp8.request import Request
+from flash8.quantize_variants import (
+    TILE_HEAD_DIMS,
+    Input,
+    Job,
+    Output,
+    QuantizeVariant,
+    tile_head_dim,
+)
+
+_DTYPES: dict[torch.dtype, Input] = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+}
+_CHANNELS = 16  # of a thread
+_FROM_TILE, _FROM_AMAX, _GIVEN = range(3)  # ScaleSource
+
+
+def refusal(request: Request) -> str | None:
+    """Why no quantizer kernel serves this call, or None."""
+    x = request.x
+    if x.dtype not in _DTYPES:
+        return f"there is no quantizer kernel for {x.dtype}"
+    if x.shape[-1] % _CHANNELS != 0 or x.shape[-1] > TILE_HEAD_DIMS[-1]:
+        return (
+            f"head_dim is {x.shape[-1]}; quantizer kernels take multiples of {_CHANNELS} up to "
+            f"{TILE_HEAD_DIMS[-1]}"
+        )
+    if request.rope is not None:
+        rotary_dim = 2 * request.rope.cos.shape[1]
+        # Pairs that lie apart are exchanged between threads.
+        unit = _CHANNELS if request.rope.interleaved else 2 * _CHANNELS
+        if rotary_dim % unit != 0:
+            return f"rotary_dim is {rotary_dim}, which is not a multiple of {unit}"
+    if x.numel() == 0 or request.batch == 0:
+        return "there is nothing to quantize"
+    return None
+
+
+def jobs(request: Request) -> tuple[Job, ...]:
+    """The launches of a call, in their order."""
+    found: list[Job] = ["mean", "mean_finish"] if request.smooth else []
+    if _scale_source(request) == _FROM_AMAX:
+        found.append("amax")
+    return (*found, "cast")
+
+
+def _scale_source(request: Request) -> int:
+    if request.descale is not None:
+        return _GIVEN
+    one_tile = request.granularity == "page" and request.x.shape[1] <= BLOCK
+    return _FROM_TILE if request.granularity == "block" or one_tile else _FROM_AMAX
+
+
+def partial_mean_shape(request: Request) -> torch.Size:
+    """(tiles, 2, head_dim): the sums of a tile, and how many values were finite."""
+    heads, width = request.x.shape[-2:]
+    sequences = 1 if request.packed else request.batch
+    return torch.Size((request.blocks * sequences * heads, 2, width))
+
+
+def quantize(request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """Data, descale (empty if given) and mean (`Request.mean_shape`), on x's stream."""
+    call = _Call(request)
+    for job in jobs(request):
+        call.launch(job)
+    return call.data, call.descale, call.mean
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A tensor that kernels fill."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+class _Call:
+    """The parameters of a request's launches, which share them, and the tensors they point to."""
+
+    def __init__(self, request: Request) -> None:
+        x = _aligned(request.x)
+        self._request, self._x = request, x
+        self._kept: list[Tensor] = [x]
+        self.data = allocate(request.data_shape(), request.dtype, x)
+        self.descale = allocate(
+            (0,) if request.descale is not None else request.descale_shape(), torch.float32, x
+        )
+        self.mean = allocate(request.mean_shape(), torch.float32, x)
+        self._params = _native.QuantizeParams()
+        self._describe_tensors()
+        self._describe_position()
+        self._describe_mean()
+        self._describe_rotation()
+        self._describe_scales()
+
+    def launch(self, job: Job) -> None:
+        request, params = self._request, self._params
+        casts = job == "cast"
+        # The pass before has left the last tiles in the cache.
+        params.reverse = int(casts and len(jobs(request)) > 1)
+        variant = _variant(
+            job,
+            "fp32" if job == "mean_finish" else _DTYPES[self._x.dtype],
+            tile_head_dim(self._x.shape[-1]),
+            "e4m3" if request.dtype == E4M3 or not casts else "e5m2",
+            casts and request.transpose,
+        )
+        device = self._x.device.index or 0
+        stream = torch.cuda.current_stream(self._x.device).cuda_stream if self._x.is_cuda else 0
+        _native.launch_quantize(hopper.kernel(variant, device), device, stream, params)
+
+    def _keep(self, x: Tensor) -> Tensor:
+        """x, alive until the launches are enqueued; the stream does the rest."""
+        self._kept.append(x)
+        return x
+
+    def _describe_tensors(self) -> None:
+        request, params, x = self._request, self._params, self._x
+        params.x, params.out = _tensor_ref(x), _tensor_ref(self.data)
+        if request.transpose:
+            batch_stride = 0 if request.packed else self.data.stride(0)
+            steps = (batch_stride, self.data.stride(-2), self.data.stride(-3))
+            params.out = (self.data.data_ptr(), *steps)
+        params.heads, params.head_dim = x.shape[-2:]
+        params.batch = request.batch
+        if request.packed:
+            params.total = x.shape[0]
+        else:
+            params.seqlen = x.shape[1]
+        for name in ("cu_seqlens", "seqused"):
+            index = getattr(request, name)
+            if index is not None:
+                setattr(params, name, self._keep(index.contiguous()).data_ptr())
+
+    def _describe_position(self) -> None:
+        rope, params = self._request.rope, self._params
+        if rope is None or rope.cos.numel() == 0:
+            return
+        params.rope_cos = self._keep(rope.cos.float().contiguous()).data_ptr()
+        params.rope_sin = self._keep(rope.sin.float().contiguous()).data_ptr()
+        if rope.offsets is not None:
+            params.rope_offsets = self._keep(rope.offsets.int().contiguous()).data_ptr()
+        params.rope_rows, params.rotary_dim = rope.cos.shape[0], 2 * rope.cos.shape[1]
+        params.interleaved = int(rope.interleaved)
+
+    def _describe_mean(self) -> None:
+        request, params, x = self._request, self._params, self._x
+        mean = request.mean
+        if request.smooth:
+            rotated = request.rotation is not None
+            mean = allocate(request.mean_shape(), torch.float32, x) if rotated else self.mean
+            partial = allocate(partial_mean_shape(request), torch.float32, x)
+            params.mean_partial = self._keep(partial).data_ptr()
+        if mean is None:
+            return
+        params.mean = _row_ref(self._keep(mean.float().contiguous()))
+        if request.rotation is not None:
+            params.mean_rotated = _row_ref(self.mean)
+
+    def _describe_rotation(self) -> None:
+        rotation, params = self._request.rotation, self._params
+        if rotation is not None:
+            params.hadamard_block = rotation.block
+            params.hadamard_scale = rotation.block**-0.5
+            params.hadamard_signs = list(_sign_bits(rotation))
+
+    def _describe_scales(self) -> None:
+        request, params, x = self._request, self._params, self._x
+        params.scale_source = _scale_source(request)
+        descale = self.descale
+        if request.descale is not None:
+            descale = self._keep(request.descale.contiguous())
+            if request.amax is not None:
+                params.amax = (request.amax.data_ptr(), 0, 0, 0)
+        elif params.scale_source == _FROM_AMAX:
+            amax = allocate(request.descale_shape(), torch.float32, x).zero_()
+            params.amax = _group_ref(self._keep(amax), request.packed)
+        params.descale = _group_ref(descale, request.packed)
+
+
+def _tensor_ref(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides of (batch, tokens, heads, d) or (tokens, heads, d).
+
+    torch gives a dimension of one any stride; here it is 0.
+    """
+    steps = [0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True)]
+    return x.data_ptr(), steps[0] if x.dim() == 4 else 0, steps[-3], steps[-2]
+
+
+def _row_ref(mean: Tensor) -> tuple[int, int, int]:
+    """(batch, heads, d), or (heads, d) for all of the batch; contiguous."""
+    return mean.data_ptr(), mean.stride(0) if mean.dim() == 3 else 0, mean.stride(-2)
+
+
+def _group_ref(values: Tensor, packed: bool) -> tuple[int, int, int, int]:
+    """Contiguous values of a shape of `flash8.descales`."""
+    if values.dim() == 0:
+        return values.data_ptr(), 0, 0, 0
+    heads, blocks = values.shape[1], values.shape[2] if values.dim() == 3 else 1
+    by_block = 0 if blocks == 1 else 1
+    batch_stride = 0 if packed and values.dim() == 3 else heads * blocks
+    return values.data_ptr(), batch_stride, blocks, by_block
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x itself, or a copy where the kernels' 16-byte loads would not meet its rows."""
+    _, *steps = _tensor_ref(x)
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def _variant(
+    job: Job, dtype: Input, head_dim: int, out: Output, transposed: bool
+) -> QuantizeVariant:
+    return QuantizeVariant(job, dtype, head_dim, out, transposed)
+
+
+@functools.cache
+def _sign_bits(rotation: Rotation) -> tuple[int, ...]:
+    """Bit c % 32 of word c // 32: whether channel c changes its sign."""
+    words = [0] * 8
+    for channel, sign in enumerate(rotation.signs(torch.device("cpu")).tolist()):
+        words[channel // 32] |= int(sign < 0.0) << channel % 32
+    return tuple(words)

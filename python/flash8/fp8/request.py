@@ -1,0 +1,82 @@
+"""What is asked of a quantizer, and the shapes of what it returns."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash8.descales import num_blocks, num_packed_blocks
+from flash8.float8 import E4M3
+from flash8.fp8.hadamard import Rotation
+from flash8.fp8.tokens import Tokens
+from flash8.fp8.transposed import transposed_shape
+
+
+class Rope(NamedTuple):
+    """Rotary embedding before quantization. cos, sin: (seqlen_rotary, rotary_dim / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+    offsets: Tensor | None = None  # int (batch,): the position of each sequence's first token
+    interleaved: bool = True
+
+
+@dataclass(frozen=True)
+class Request:
+    """One checked call of `flash8.fp8.quantize`: who serves it returns data, descale and mean."""
+
+    x: Tensor
+    granularity: str
+    dtype: torch.dtype = E4M3
+    rotation: Rotation | None = None
+    smooth: bool = False  # take the mean of x itself off
+    mean: Tensor | None = None  # or this one
+    rope: Rope | None = None
+    cu_seqlens: Tensor | None = None
+    seqused: Tensor | None = None
+    descale: Tensor | None = None
+    amax: Tensor | None = None
+    transpose: bool = False
+
+    @property
+    def tokens(self) -> Tokens:
+        return Tokens(self.cu_seqlens, self.seqused)
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    @property
+    def batch(self) -> int:
+        return self.x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a sequence of a dense tensor, of all sequences of a packed one."""
+        if self.packed:
+            return num_packed_blocks(self.x.shape[0], self.batch)
+        return num_blocks(self.x.shape[1])
+
+    def descale_shape(self) -> tuple[int, ...]:
+        heads = self.x.shape[-2]
+        if self.granularity == "tensor":
+            return ()
+        if self.granularity == "head":
+            return self.batch, heads
+        if self.granularity == "page":
+            return self.batch, heads, 1
+        return (1 if self.packed else self.batch), heads, self.blocks
+
+    def data_shape(self) -> tuple[int, ...]:
+        if self.transpose:
+            return transposed_shape(self.x.shape, self.batch, self.packed)
+        return tuple(self.x.shape)
+
+    def mean_shape(self) -> tuple[int, ...]:
+        """Of the mean that comes back; (0,) where the caller has it already, or there is none."""
+        if self.smooth:
+            return self.batch, *self.x.shape[-2:]
+        if self.mean is None or self.rotation is None:
+            return (0,)
+        return tuple(self.mean.shape)

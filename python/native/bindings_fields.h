@@ -1,0 +1,67 @@
+// Fields of the parameter structs as Python attributes.
+
+#pragma once
+
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <tuple>
+
+#include "params.h"
+
+namespace flash8 {
+
+namespace py = pybind11;
+
+// Python names device memory by its address.
+template <class Struct, class Pointee>
+auto address_getter(Pointee* Struct::* member) {
+    return [member](const Struct& self) { return reinterpret_cast<std::uintptr_t>(self.*member); };
+}
+
+template <class Struct, class Pointee>
+auto address_setter(Pointee* Struct::* member) {
+    return [member](Struct& self, std::uintptr_t address) {
+        self.*member = reinterpret_cast<Pointee*>(address);
+    };
+}
+
+template <class Struct, class Pointee>
+void def_address(py::class_<Struct>& type, const char* name, Pointee* Struct::* member) {
+    type.def_property(name, address_getter(member), address_setter(member));
+}
+
+// Python gives a tensor as (address, batch stride, row stride, head stride), strides in elements.
+using TensorTuple = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
+using RowTuple = std::tuple<std::uintptr_t, std::int64_t, std::int64_t>;
+
+template <class Struct>
+void def_tensor(py::class_<Struct>& type, const char* name, TensorRef Struct::* member) {
+    type.def_property(
+        name,
+        [member](const Struct& self) {
+            const TensorRef& ref = self.*member;
+            return TensorTuple(reinterpret_cast<std::uintptr_t>(ref.ptr), ref.batch_stride, ref.row_stride,
+                               ref.head_stride);
+        },
+        [member](Struct& self, const TensorTuple& given) {
+            const auto& [address, batch, row, head] = given;
+            self.*member = {reinterpret_cast<void*>(address), batch, row, head};
+        });
+}
+
+template <class Struct>
+void def_rows(py::class_<Struct>& type, const char* name, RowRef Struct::* member) {
+    type.def_property(
+        name,
+        [member](const Struct& self) {
+            const RowRef& ref = self.*member;
+            return RowTuple(reinterpret_cast<std::uintptr_t>(ref.ptr), ref.batch_stride, ref.head_stride);
+        },
+        [member](Struct& self, const RowTuple& given) {
+            const auto& [address, batch, head] = given;
+            self.*member = {reinterpret_cast<float*>(address), batch, head};
+        });
+}
+
+}  // namespace flash8

@@ -1,0 +1,102 @@
+"""The comparison of test_quantizer_kernels.py must catch a quantizer kernel that is wrong."""
+
+import shutil
+
+import pytest
+import torch
+
+from cases import cumulative, int32
+from flash8 import _native, fp8
+from flash8.backends import hopper
+from flash8.compiler import Unit, compile_unit, cutlass_root
+from flash8.fp8.request import Rope
+from quantizer_device import device
+from simulated_device import missing_compiler
+from test_quantizer_kernels import assert_equal, draw, tables
+
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+
+HALVES = {"rope": Rope(*tables(64), int32((3, 50)), False)}
+NEIGHBOURS = {"rope": Rope(*tables(64), int32((3, 50)), True)}
+MEAN = {"smooth_k": draw(2, 64, dtype=torch.float32, seed=9)}
+PACKED = {"cu_seqlens": cumulative((70, 70)), "seqused": int32((60, 70))}
+INFINITE = torch.tensor([1.0, float("inf")])[torch.randint(2, (2, 70, 2, 64))].bfloat16()
+
+# file, what is replaced, by what, and the call that must notice.
+MUTATIONS = {
+    "descale for its inverse": ("cast.cu", "reciprocal(choose", "(choose", {}),
+    "another largest value": ("arithmetic.cuh", ": 448.0f", ": 447.0f", {}),
+    "infinities count": ("rows.cuh", "bits < kInfinity ? bits", "true ? bits", {"x": INFINITE}),
+    "no mean": ("rows.cuh", "if (params.mean.ptr != nullptr)", "if (false)", MEAN),
+    "mean before position": (
+        "rows.cuh",
+        "if (params.rope_cos != nullptr)",
+        "if (params.mean.ptr != nullptr) { subtract_mean(params, tile); }\n"
+        "if (params.rope_cos != nullptr)",
+        MEAN | HALVES,
+    ),
+    "halves swapped": ("rows.cuh", "first ? -1.0f : 1.0f", "first ? 1.0f : -1.0f", HALVES),
+    "neighbours swapped": ("rows.cuh", "y[2 * c] = subtract(", "y[2 * c] = add(", NEIGHBOURS),
+    "no offset": ("rows.cuh", "start + readable_row", "readable_row", HALVES),
+    "no signs": ("rows.cuh", "^ (signs >> c << 31)", "", {"hadamard": 1}),
+    "one exchange less": (
+        "rows.cuh",
+        "step < Config::kLanes",
+        "step < Config::kLanes / 2",
+        {"hadamard": 1},
+    ),
+    "unused tokens count": (
+        "tokens.cuh",
+        "tile.counted = min(params.seqused[tile.batch], tile.capacity);",
+        "",
+        PACKED,
+    ),
+    "blocks of one sequence": (
+        "tokens.cuh",
+        "/ Config::kTokens + batch",
+        "/ Config::kTokens",
+        PACKED,
+    ),
+    "keys in plain order": (
+        "rows.cuh",
+        "if constexpr (Config::kTransposed)",
+        "if constexpr (false)",
+        {"transpose": True},
+    ),
+    "banks read as written elsewhere": (
+        "transpose.cuh",
+        "[permuted(channel, chunk) * 4]",
+        "[chunk * 4]",
+        {"transpose": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_is_caught(monkeypatch, tmp_path, mutation):
+    file, old, new, options = MUTATIONS[mutation]
+    folder = tmp_path / "quantize"
+    shutil.copytree(cutlass_root() / "quantize", folder)
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new))
+    monkeypatch.setenv("FLASH8_CACHE", str(tmp_path / "cache"))
+
+    def image(key: str, kind: str) -> bytes:
+        unit = hopper.variant_of(key).unit()
+        mutated = Unit(folder / unit.source.name, unit.defines)
+        return compile_unit(mutated).ptx.read_bytes() + b"\0"
+
+    registry = _native.Registry(device().driver, image)
+    packed = "cu_seqlens" in options
+    x = draw(140, 2, 64, scale=3.0) if packed else draw(2, 70, 2, 64)
+    if packed:
+        x[60:70] *= 100.0
+    options = dict(options)
+    x = options.pop("x", x)
+    want = fp8.quantize(x, "block", **options)
+    with device().serving_cpu_tensors(monkeypatch), monkeypatch.context() as patch:
+        patch.setattr(hopper, "_registry", lambda: registry)
+        have = fp8.quantize(x, "block", **options)
+    with pytest.raises(AssertionError):
+        assert_equal(have, want)
