@@ -32,11 +32,14 @@ struct KeyRange {
     int end;
 };
 
-template <MaskMode kMask, int kBlockM, int kBlockN>
+template <MaskMode kMask, int kBlockM, int kBlockN, bool kPackGqa = false>
 class Mask {
   public:
     __device__ Mask(ForwardParams const& params, SeqlenInfo const& info)
-        : seqlen_q_(info.seqlen_q), seqlen_k_(info.seqlen_k), shift_(info.seqlen_k - info.seqlen_q) {
+        : seqlen_q_(info.seqlen_q),
+          seqlen_k_(info.seqlen_k),
+          shift_(info.seqlen_k - info.seqlen_q),
+          block_queries_(kPackGqa ? kBlockM / (params.heads_q / params.heads_kv) : kBlockM) {
         if constexpr (kMask == MaskMode::kLocal) {
             left_ = bounded(params.scores.window_left);
             right_ = bounded(params.scores.window_right);
@@ -46,8 +49,8 @@ class Mask {
     }
 
     __device__ KeyBlocks key_blocks(int m_block) const {
-        int const first = m_block * kBlockM;
-        int const last = min(first + kBlockM, seqlen_q_) - 1;
+        int const first = m_block * block_queries_;
+        int const last = min(first + block_queries_, seqlen_q_) - 1;
         if (first > last) {
             return {0, 0, 0, 0};
         }
@@ -122,6 +125,8 @@ class Mask {
     int seqlen_q_;
     int seqlen_k_;
     int shift_;
+    int block_queries_;  // queries of a block: with kPackGqa every query has as many rows as a KV head has
+                         // heads
     int left_ = 0;
     int right_ = 0;
     int chunk_ = 0;

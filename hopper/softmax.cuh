@@ -46,8 +46,8 @@ class OnlineSoftmax {
     }
 
     // After the last tile: the factor that normalises each row of O, and its LSE (natural log). A sink is one
-    // more logit without a value.
-    __device__ void finish(float const* sink, float (&normalise)[kRowsPerThread],
+    // more logit without a value; -inf is none.
+    __device__ void finish(float const (&sinks)[kRowsPerThread], float (&normalise)[kRowsPerThread],
                            float (&lse)[kRowsPerThread]) {
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
@@ -56,8 +56,8 @@ class OnlineSoftmax {
             float reference = maximum;
             float total = sum;
             normalise[r] = 1.0f;
-            if (sink != nullptr) {
-                float const logit = *sink * kLog2E;
+            if (sinks[r] != -INFINITY) {
+                float const logit = sinks[r] * kLog2E;
                 reference = fmaxf(maximum, logit);
                 float const safe = reference == -INFINITY ? 0.0f : reference;
                 normalise[r] = ptx::exp2(maximum - safe);

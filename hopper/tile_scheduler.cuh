@@ -11,7 +11,7 @@
 
 namespace flash8 {
 
-// kBlockM queries of one head of one sequence.
+// kBlockM queries of one head of one sequence; with kPackGqa kBlockM rows of one KV head (query_row.cuh).
 struct WorkTile {
     int m_block;
     int head;
@@ -20,6 +20,11 @@ struct WorkTile {
     __device__ static WorkTile none() { return {0, 0, -1}; }
     __device__ bool valid() const { return batch >= 0; }
 };
+
+template <bool kPackGqa>
+__device__ __forceinline__ int tile_heads(ForwardParams const& params) {
+    return kPackGqa ? params.heads_kv : params.heads_q;
+}
 
 // The order of m_blocks x heads tiles: sections of heads whose K and V fit L2 together, and in a section the
 // last block of queries first. Under a causal mask that one sees the most keys, and long work should not
@@ -42,15 +47,16 @@ struct TileOrder {
 // Finds the tiles of packed sequences, whose lengths only the device knows: the lanes of a warp hold the tile
 // counts of 32 sequences at a time, added up. All calls by the whole warp, with indices that never fall. What
 // is remembered is little, because the producer warp has few registers.
+template <int kBlockM, bool kPackGqa>
 class PackedTiles {
   public:
-    __device__ PackedTiles(ForwardParams const& params, int block_m) : params_(params), block_m_(block_m) {}
+    __device__ explicit PackedTiles(ForwardParams const& params) : params_(params) {}
 
     __device__ WorkTile at(int index) {
         while (true) {
             int const batch = first_batch_ + static_cast<int>(threadIdx.x % 32);
             int const m_blocks = m_blocks_of(batch);
-            int const end = tiles_before_ + inclusive_sum(m_blocks * params_.heads_q);
+            int const end = tiles_before_ + inclusive_sum(m_blocks * tile_heads<kPackGqa>(params_));
             unsigned const behind = __ballot_sync(0xffffffff, end > index);
             if (behind != 0) {
                 int const lane = __ffs(behind) - 1;
@@ -74,7 +80,8 @@ class PackedTiles {
     __device__ int m_blocks_of(int batch) const {
         int const* const offsets = params_.sequences.cu_seqlens_q;
         int const rows = batch < params_.sequences.batch ? offsets[batch + 1] - offsets[batch] : 0;
-        return (rows + block_m_ - 1) / block_m_;
+        int const rows_per_query = kPackGqa ? params_.heads_q / params_.heads_kv : 1;
+        return (rows * rows_per_query + kBlockM - 1) / kBlockM;
     }
 
     __device__ static int inclusive_sum(int value) {
@@ -87,22 +94,22 @@ class PackedTiles {
     }
 
     __device__ WorkTile found(int index, int batch, int m_blocks, int end) const {
-        int const heads = params_.heads_q;
+        int const heads = tile_heads<kPackGqa>(params_);
         TileOrder const order{m_blocks, heads, min(params_.scheduler.heads_per_section, heads)};
         return order.at(index - (end - m_blocks * heads), batch);
     }
 
     ForwardParams const& params_;
-    int block_m_;
     int first_batch_ = 0;   // of the group of 32 sequences
     int tiles_before_ = 0;  // tiles of all sequences before the group
 };
 
 // What a CTA does next; all calls by the whole producer warp. The host keeps the number of tiles below 2^31.
+template <int kBlockM, bool kPackGqa>
 class TileScheduler {
   public:
-    __device__ TileScheduler(ForwardParams const& params, int block_m)
-        : params_(params), packed_tiles_(params, block_m), index_(blockIdx.x) {}
+    __device__ explicit TileScheduler(ForwardParams const& params)
+        : params_(params), packed_tiles_(params), index_(blockIdx.x) {}
 
     __device__ WorkTile first() { return tile(); }
 
@@ -131,9 +138,11 @@ class TileScheduler {
     __device__ int* counter() const { return params_.scheduler.tile_count; }
     __device__ bool packed() const { return params_.sequences.cu_seqlens_q != nullptr; }
 
+    // The heads of all sequences, when all have the same length.
+    __device__ int dense_heads() const { return tile_heads<kPackGqa>(params_) * params_.sequences.batch; }
+
     __device__ int count() const {
-        int const dense = params_.scheduler.max_m_blocks * params_.heads_q * params_.sequences.batch;
-        return packed() ? packed_tiles_.count() : dense;
+        return packed() ? packed_tiles_.count() : params_.scheduler.max_m_blocks * dense_heads();
     }
 
     __device__ WorkTile tile() {
@@ -143,17 +152,16 @@ class TileScheduler {
         if (index_ >= count()) {
             return WorkTile::none();
         }
-        // Sections reach over the heads of all sequences.
-        TileOrder const order{params_.scheduler.max_m_blocks, params_.heads_q * params_.sequences.batch,
+        TileOrder const order{params_.scheduler.max_m_blocks, dense_heads(),
                               params_.scheduler.heads_per_section};
         WorkTile tile = order.at(index_, 0);
-        tile.batch = tile.head / params_.heads_q;
-        tile.head -= tile.batch * params_.heads_q;
+        tile.batch = tile.head / tile_heads<kPackGqa>(params_);
+        tile.head -= tile.batch * tile_heads<kPackGqa>(params_);
         return tile;
     }
 
     ForwardParams const& params_;
-    PackedTiles packed_tiles_;
+    PackedTiles<kBlockM, kPackGqa> packed_tiles_;
     int index_;
 };
 

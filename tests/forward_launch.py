@@ -114,9 +114,11 @@ class ForwardKernel:
         return memory
 
     def _tensor(self, params: _native.ForwardParams, name: str, x: Tensor) -> _native.DeviceMemory:
-        memory = self._upload(x)
-        rows, heads, head_dim = x.shape[-3:]
-        setattr(params, name, (memory.address, rows * heads * head_dim, heads * head_dim, head_dim))
+        """Uploads x as it lies in memory, strides and all."""
+        extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        memory = self._upload(x.as_strided((extent if x.numel() else 0,), (1,)))
+        batch_stride = x.stride(0) if x.dim() == 4 else 0
+        setattr(params, name, (memory.address, batch_stride, x.stride(-3), x.stride(-2)))
         return memory
 
 

@@ -161,6 +161,28 @@ def test_without_a_row_nothing_is_launched(fake, kernel):
     assert fake.launches == []
 
 
+@pytest.fixture
+def folding(driver) -> _native.Kernel:
+    """A kernel that folds query heads into rows."""
+    q = (5, (PANEL, 1, 128, 1, 1), BF16, SWIZZLE_128B)
+    return _native.Library(
+        driver, fake_cubin(pack_gqa=1, tma=tma_boxes(q, box(128), box(128)))
+    ).kernel()
+
+
+def test_folded_heads_are_rows(fake, folding):
+    _native.launch_forward(folding, 0, 0, dense_call())  # 300 rows of 8 heads, 4 a KV head
+    launched = Launched(fake)
+    assert launched.field("scheduler.max_m_blocks", "i") == 10
+    assert launched.field("scheduler.num_ctas", "i") == 10 * 2 * 2
+    assert launched.map("q")["rank"] == 5
+
+
+def test_folded_heads_must_divide_a_tile(folding):
+    with pytest.raises(ValueError, match="heads_q is 6, 6 times heads_kv; this kernel folds heads"):
+        _native.launch_forward(folding, 0, 0, dense_call(heads_q=6, heads_kv=1))
+
+
 def change_sequences(call, **values):
     for name, value in values.items():
         setattr(call.sequences, name, value)

@@ -44,15 +44,18 @@ struct ForwardConfig {
     static constexpr auto kMask = static_cast<MaskMode>(FLASH8_MASK);
     static constexpr bool kSoftcap = FLASH8_SOFTCAP;
     static constexpr bool kAlibi = FLASH8_ALIBI;
+    static constexpr bool kPackGqa = FLASH8_PACK_GQA;
     static_assert(kElement != ElementChoice::kE4m3, "this kernel takes 16-bit elements");
     static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "tiles are made of panels of 32 or 64 columns");
-    static_assert(!FLASH8_KV && !FLASH8_SPLIT && !FLASH8_PACK_GQA && !FLASH8_SCALES,
-                  "paged KV, KV splits, packed query heads and descales have no kernel yet");
+    static_assert(!FLASH8_KV && !FLASH8_SPLIT && !FLASH8_SCALES,
+                  "paged KV, KV splits and descales have no kernel yet");
 
     static constexpr int kWidestHead = kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV;
     static constexpr int kBlockM = block_m(kWidestHead);
     static constexpr int kBlockN = block_n(kHeadDim, kHeadDimV);
     static constexpr int kStages = 2;
+
+    using TileMask = Mask<kMask, kBlockM, kBlockN, kPackGqa>;
 
     static constexpr int kRowsPerWarpgroup = 64;
     static constexpr int kConsumerWarpgroups = kBlockM / kRowsPerWarpgroup;

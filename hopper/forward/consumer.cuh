@@ -14,7 +14,7 @@ namespace flash8 {
 
 template <class Config>
 class Consumer {
-    using TileMask = Mask<Config::kMask, Config::kBlockM, Config::kBlockN>;
+    using TileMask = typename Config::TileMask;
     using Turns = WarpgroupTurns<Config::kConsumerWarpgroups>;
 
   public:

@@ -6,6 +6,7 @@
 #include "../softmax.cuh"
 #include "../tile_scheduler.cuh"
 #include "config.cuh"
+#include "query_row.cuh"
 
 namespace flash8 {
 
@@ -19,21 +20,26 @@ struct Epilogue {
                                  int first_row, Accumulator& o, OnlineSoftmax& softmax) {
         float normalise[kRowsPerThread];
         float lse[kRowsPerThread];
-        softmax.finish(params.scores.sinks ? params.scores.sinks + tile.head : nullptr, normalise, lse);
-        Element* const out = static_cast<Element*>(params.o.ptr) + info.batch_q * params.o.batch_stride +
-                             tile.head * params.o.head_stride;
-        float* const out_lse =
-            params.lse.ptr + info.batch_q * params.lse.batch_stride + tile.head * params.lse.head_stride;
+        QueryRow rows[kRowsPerThread];
+        float sinks[kRowsPerThread];
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
-            int const row = first_row + 8 * r;
-            bool const used = row < info.seqlen_q;
-            bool const inside = row < info.capacity_q;
-            int64_t const target = info.offset_q + static_cast<int64_t>(row);
-            store_row(out + target * params.o.row_stride, inside, o, r, used ? normalise[r] : 0.0f,
-                      params.head_dim_v);
+            rows[r] = query_row<Config::kPackGqa>(params, tile, first_row + 8 * r);
+            bool const sink = params.scores.sinks != nullptr && rows[r].query < info.capacity_q;
+            sinks[r] = sink ? params.scores.sinks[rows[r].head] : -INFINITY;
+        }
+        softmax.finish(sinks, normalise, lse);
+        Element* const out = static_cast<Element*>(params.o.ptr) + info.batch_q * params.o.batch_stride;
+        float* const out_lse = params.lse.ptr + info.batch_q * params.lse.batch_stride;
+#pragma unroll
+        for (int r = 0; r < kRowsPerThread; ++r) {
+            bool const used = rows[r].query < info.seqlen_q;
+            bool const inside = rows[r].query < info.capacity_q;
+            int64_t const target = info.offset_q + static_cast<int64_t>(rows[r].query);
+            store_row(out + target * params.o.row_stride + rows[r].head * params.o.head_stride, inside, o, r,
+                      used ? normalise[r] : 0.0f, params.head_dim_v);
             if (inside && threadIdx.x % 4 == 0 && params.lse.ptr != nullptr) {
-                out_lse[target] = used ? lse[r] : -INFINITY;
+                out_lse[rows[r].head * params.lse.head_stride + target] = used ? lse[r] : -INFINITY;
             }
         }
     }

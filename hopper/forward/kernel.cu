@@ -36,7 +36,14 @@ constexpr KernelInfo describe() {
                       kHalf ? ElementType::kFloat16 : ElementType::kBfloat16,
                       panel == 64 ? Swizzle::k128B : Swizzle::k64B};
     };
+    info.pack_gqa = Config::kPackGqa;
     info.tma[0] = box(Config::kPanel, Config::kBlockM);
+    if (Config::kPackGqa) {
+        // One query head as it stands here; the host folds the heads of a KV head into the rows.
+        info.tma[0].rank = 5;
+        info.tma[0].box[1] = 1;
+        info.tma[0].box[2] = Config::kBlockM;
+    }
     info.tma[1] = box(Config::kPanel, Config::kBlockN);
     info.tma[2] = box(Config::kPanelV, Config::kBlockN);
     return info;

@@ -5,6 +5,7 @@
 #include "../ptx.cuh"
 #include "../tile_scheduler.cuh"
 #include "config.cuh"
+#include "query_row.cuh"
 
 namespace flash8 {
 
@@ -19,7 +20,7 @@ class Producer {
     // By the whole warp.
     __device__ void run() {
         bool const leader = threadIdx.x == 0;
-        TileScheduler scheduler(params_, Config::kBlockM);
+        TileScheduler<Config::kBlockM, Config::kPackGqa> scheduler(params_);
         WorkTile tile = scheduler.first();
         while (tile.valid()) {
             scheduler.draw();
@@ -33,8 +34,8 @@ class Producer {
         if (leader) {
             shared_.tiles.publish(tiles_state_, tile);
             // A CTA must not end while its TMA writes or its consumers' arrivals are still to come.
-            shared_.pipeline_k.drain(k_state_);
-            shared_.pipeline_v.drain(v_state_);
+            shared_.pipeline_k.drain(kv_state_);
+            shared_.pipeline_v.drain(kv_state_);
         }
     }
 
@@ -42,44 +43,59 @@ class Producer {
     // Q, then per KV block K one ahead of V: the order in which the consumers ask.
     __device__ void load_tile(WorkTile const& tile) {
         SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch);
-        Mask<Config::kMask, Config::kBlockM, Config::kBlockN> const mask(params_, info);
+        typename Config::TileMask const mask(params_, info);
         KeyBlocks const blocks = mask.key_blocks(tile.m_block);
         if (blocks.empty()) {
             return;
         }
-        int const head_kv = tile.head / (params_.heads_q / params_.heads_kv);
+        int const head_kv = kv_head<Config::kPackGqa>(params_, tile);
         load_q(info, tile);
-        load_k(info, head_kv, blocks.end - 1);
+        load_k(kv_state_, info, head_kv, blocks.end - 1);
 #pragma unroll 1
         for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
-            load_k(info, head_kv, n_block);
-            load_v(info, head_kv, n_block + 1);
+            PipelineState<Config::kStages> ahead = kv_state_;
+            ahead.advance();
+            load_k(ahead, info, head_kv, n_block);
+            load_v(kv_state_, info, head_kv, n_block + 1);
+            kv_state_ = ahead;
         }
-        load_v(info, head_kv, blocks.begin);
+        load_v(kv_state_, info, head_kv, blocks.begin);
+        kv_state_.advance();
     }
 
     __device__ void load_q(SeqlenInfo const& info, WorkTile const& tile) {
         uint64_t* const full = shared_.pipeline_q.acquire(q_state_, Config::kBytesQ);
-        int const row = info.offset_q + tile.m_block * Config::kBlockM;
-        load_panels<Config::kPanel, Config::kHeadDim, Config::kBlockM>(shared_.q, &params_.tma_q, full, row,
-                                                                       tile.head, info.batch_q);
+        if constexpr (Config::kPackGqa) {
+            // The map is (head_dim, ratio, row, KV head, batch), its box all heads of kBlockM / ratio
+            // queries.
+            int const queries = Config::kBlockM / (params_.heads_q / params_.heads_kv);
+#pragma unroll
+            for (int column = 0; column < Config::kHeadDim; column += Config::kPanel) {
+                ptx::tma_load_5d(shared_.q + column * Config::kBlockM, &params_.tma_q, full, column, 0,
+                                 info.offset_q + tile.m_block * queries, tile.head, info.batch_q);
+            }
+        } else {
+            int const row = info.offset_q + tile.m_block * Config::kBlockM;
+            load_panels<Config::kPanel, Config::kHeadDim, Config::kBlockM>(shared_.q, &params_.tma_q, full,
+                                                                           row, tile.head, info.batch_q);
+        }
         q_state_.advance();
     }
 
-    __device__ void load_k(SeqlenInfo const& info, int head, int n_block) {
-        uint64_t* const full = shared_.pipeline_k.acquire(k_state_, Config::kBytesK);
-        Element* const stage = shared_.k + k_state_.stage * Config::kBlockN * Config::kHeadDim;
+    __device__ void load_k(PipelineState<Config::kStages> const& state, SeqlenInfo const& info, int head,
+                           int n_block) {
+        uint64_t* const full = shared_.pipeline_k.acquire(state, Config::kBytesK);
+        Element* const stage = shared_.k + state.stage * Config::kBlockN * Config::kHeadDim;
         load_panels<Config::kPanel, Config::kHeadDim, Config::kBlockN>(
             stage, &params_.tma_k, full, info.offset_k + n_block * Config::kBlockN, head, info.batch_k);
-        k_state_.advance();
     }
 
-    __device__ void load_v(SeqlenInfo const& info, int head, int n_block) {
-        uint64_t* const full = shared_.pipeline_v.acquire(v_state_, Config::kBytesV);
-        Element* const stage = shared_.v + v_state_.stage * Config::kBlockN * Config::kHeadDimV;
+    __device__ void load_v(PipelineState<Config::kStages> const& state, SeqlenInfo const& info, int head,
+                           int n_block) {
+        uint64_t* const full = shared_.pipeline_v.acquire(state, Config::kBytesV);
+        Element* const stage = shared_.v + state.stage * Config::kBlockN * Config::kHeadDimV;
         load_panels<Config::kPanelV, Config::kHeadDimV, Config::kBlockN>(
             stage, &params_.tma_v, full, info.offset_k + n_block * Config::kBlockN, head, info.batch_k);
-        v_state_.advance();
     }
 
     // kRows x kColumns elements as panels of kPanel columns, one TMA box each.
@@ -96,8 +112,7 @@ class Producer {
     SharedStorage& shared_;
     PipelineState<1> tiles_state_;
     PipelineState<1> q_state_;
-    PipelineState<Config::kStages> k_state_;
-    PipelineState<Config::kStages> v_state_;
+    PipelineState<Config::kStages> kv_state_;  // V's: K is one stage ahead inside a tile
 };
 
 }  // namespace flash8

@@ -8,25 +8,26 @@
 #include "../tile_scheduler.cuh"
 #include "../wgmma.cuh"
 #include "config.cuh"
+#include "query_row.cuh"
 
 namespace flash8 {
 
 template <class Config>
 class Scores {
-    using TileMask = Mask<Config::kMask, Config::kBlockM, Config::kBlockN>;
+    using TileMask = typename Config::TileMask;
 
   public:
-    // first_row: the first of this thread's two queries.
+    // first_row: the first of this thread's two rows.
     __device__ Scores(ForwardParams const& params, SeqlenInfo const& info, TileMask const& mask,
                       WorkTile const& tile, int first_row) {
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
-            int const query = first_row + 8 * r;
-            keys_[r] = mask.visible_keys(query);
+            QueryRow const row = query_row<Config::kPackGqa>(params, tile, first_row + 8 * r);
+            keys_[r] = mask.visible_keys(row.query);
             if constexpr (Config::kAlibi) {
                 float const unit = Config::kSoftcap ? params.scores.softcap : params.scores.softmax_scale;
-                int const position = query + info.seqlen_k - info.seqlen_q;
-                alibi_[r] = AlibiRow::read(params.scores, tile.batch, tile.head, position, unit);
+                int const position = row.query + info.seqlen_k - info.seqlen_q;
+                alibi_[r] = AlibiRow::read(params.scores, tile.batch, row.head, position, unit);
             }
         }
     }

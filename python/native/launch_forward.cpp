@@ -29,6 +29,10 @@ void check_heads(const ForwardParams& call, const KernelInfo& info) {
             "; this kernel supports 1 to ", info.kHeadDim);
     require(call.head_dim_v >= 1 && call.head_dim_v <= info.kHeadDimV, "forward: head_dim_v is ",
             call.head_dim_v, "; this kernel supports 1 to ", info.kHeadDimV);
+    const int ratio = call.heads_q / call.heads_kv;
+    require(!info.pack_gqa || info.kBlockM % ratio == 0, "forward: heads_q is ", call.heads_q, ", ", ratio,
+            " times heads_kv; this kernel folds heads into tiles of ", info.kBlockM,
+            " rows, which that does not divide");
 }
 
 void check_sequences(const SequenceParams& sequences) {
@@ -78,6 +82,25 @@ TiledTensor tiled(const TensorRef& ref, std::int64_t head_dim, std::int64_t rows
     return tensor;
 }
 
+// Q as (head_dim, ratio, row, KV head, batch); a box holds all query heads of a KV head for as many rows as
+// fit a tile.
+TensorMap encode_folded_q(const Driver& driver, const KernelInfo& info, const ForwardParams& params,
+                          std::int64_t rows, std::int64_t batch) {
+    const std::int64_t ratio = params.heads_q / params.heads_kv;
+    TmaBox box = info.tma[0];
+    TiledTensor tensor =
+        tiled(params.q, params.head_dim, rows, params.heads_kv, batch, box.element_type, params.o);
+    const std::int64_t head_stride = params.q.head_stride * element_bytes(box.element_type);
+    tensor.dims.insert(tensor.dims.begin() + 1, ratio);
+    tensor.strides.insert(tensor.strides.begin(), ratio == 1 ? kAnyStride : head_stride);
+    if (params.heads_kv > 1) {
+        tensor.strides[2] = ratio * head_stride;
+    }
+    box.box[1] = static_cast<std::uint32_t>(ratio);
+    box.box[2] = static_cast<std::uint32_t>(info.kBlockM / ratio);
+    return encode_tensor_map(driver, tensor, box);
+}
+
 void encode_maps(const Driver& driver, const KernelInfo& info, ForwardParams& params) {
     const SequenceParams& sequences = params.sequences;
     const bool packed_q = sequences.cu_seqlens_q != nullptr;
@@ -91,23 +114,34 @@ void encode_maps(const Driver& driver, const KernelInfo& info, ForwardParams& pa
         return encode_tensor_map(driver, tiled(ref, head_dim, rows, heads, batch, box.element_type, params.o),
                                  box);
     };
-    params.tma_q = encode(params.q, params.head_dim, rows_q, params.heads_q, batch_q, info.tma[0]);
+    if (info.pack_gqa) {
+        params.tma_q = encode_folded_q(driver, info, params, rows_q, batch_q);
+    } else {
+        params.tma_q = encode(params.q, params.head_dim, rows_q, params.heads_q, batch_q, info.tma[0]);
+    }
     params.tma_k = encode(params.k, params.head_dim, rows_k, params.heads_kv, batch_k, info.tma[1]);
     params.tma_v = encode(params.v, params.head_dim_v, rows_k, params.heads_kv, batch_k, info.tma[2]);
 }
 
-std::int64_t ceil_div(std::int64_t rows, std::int64_t block) {
-    return (rows + block - 1) / block;
-}
+// The blocks of rows and the heads that tiles are made of: of all query heads, or of the KV heads with their
+// query heads folded into the rows.
+struct TileCounts {
+    std::int64_t max_m_blocks;  // of the longest sequence
+    std::int64_t heads;
+    std::int64_t tiles;  // of packed sequences, whose lengths only the device knows, a bound
+};
 
-// The number of tiles; of packed sequences, whose lengths only the device knows, a bound of it.
-std::int64_t tiles_at_most(const ForwardParams& call, std::int64_t block) {
+TileCounts count_tiles(const ForwardParams& call, const KernelInfo& info) {
     const SequenceParams& sequences = call.sequences;
-    const bool packed = sequences.cu_seqlens_q != nullptr;
-    const std::int64_t dense = ceil_div(sequences.max_seqlen_q, block) * sequences.batch;
-    const std::int64_t blocks = packed ? sequences.total_q / block + sequences.batch : dense;
-    require(blocks <= kMaxTiles / call.heads_q, "forward: there are more than 2^31 - 1 tiles of queries");
-    return blocks * call.heads_q;
+    const std::int64_t rows_per_query = info.pack_gqa ? call.heads_q / call.heads_kv : 1;
+    const std::int64_t heads = info.pack_gqa ? call.heads_kv : call.heads_q;
+    const auto full_blocks = [&](std::int64_t rows) { return rows * rows_per_query / info.kBlockM; };
+    const std::int64_t max_m_blocks = full_blocks(sequences.max_seqlen_q + info.kBlockM / rows_per_query - 1);
+    const std::int64_t packed = full_blocks(sequences.total_q) + sequences.batch;
+    const std::int64_t blocks = sequences.cu_seqlens_q ? packed : max_m_blocks * sequences.batch;
+    require(blocks <= kMaxTiles / heads && max_m_blocks <= kMaxTiles,
+            "forward: there are more than 2^31 - 1 tiles of queries");
+    return {max_m_blocks, heads, blocks * heads};
 }
 
 }  // namespace
@@ -124,19 +158,20 @@ void launch_forward(Kernel& kernel, int device, std::uint64_t stream, const Forw
                : call.sequences.max_seqlen_q == 0 || call.sequences.batch == 0) {
         return;
     }
-    const std::int64_t tiles = tiles_at_most(call, info.kBlockM);
+    const TileCounts counts = count_tiles(call, info);
     check_output(call, element_bytes(info.tma[0].element_type));
 
     ForwardParams params = call;
     encode_maps(kernel.driver(), info, params);
     params.scores.softmax_scale_log2 = call.scores.softmax_scale * kLog2E;
     const int multiprocessors = kernel.driver().primary(device).multiprocessors;
-    const std::int64_t ctas = std::clamp<std::int64_t>(tiles, 1, std::max(1, multiprocessors - sm_margin));
+    const std::int64_t ctas =
+        std::clamp<std::int64_t>(counts.tiles, 1, std::max(1, multiprocessors - sm_margin));
     SchedulerParams& scheduler = params.scheduler;
-    scheduler.max_m_blocks = static_cast<std::int32_t>(ceil_div(call.sequences.max_seqlen_q, info.kBlockM));
+    scheduler.max_m_blocks = static_cast<std::int32_t>(counts.max_m_blocks);
     scheduler.max_splits = 1;
     scheduler.heads_per_section = static_cast<std::int32_t>(std::clamp<std::int64_t>(
-        scheduler.heads_per_section, 1, std::max(1, call.heads_q * call.sequences.batch)));
+        scheduler.heads_per_section, 1, std::max<std::int64_t>(1, counts.heads * call.sequences.batch)));
     scheduler.num_ctas = static_cast<std::int32_t>(ctas);
     launch(kernel, device, stream, shape_of(info, {ctas, 1, 1}), {{&params, sizeof(params)}});
 }

@@ -26,3 +26,29 @@ def heads_per_section(seqlen_k: int, bytes_per_key: int, ratio: int) -> int:
     """
     fitting = _L2_BYTES // max(1, seqlen_k * bytes_per_key)
     return max(1, fitting) * ratio
+
+
+@functools.lru_cache(maxsize=4096)
+def packs_query_heads(seqlen_q: int | None, ratio: int, head_dim: int, wanted: bool | None) -> bool:
+    """Whether the query heads of a KV head share a tile.
+
+    They do when `wanted`, if the tile's rows are a multiple of `ratio`. Left to choose, they do
+    where one head alone would leave rows of its last tile empty (FA3's rule: its rows are used
+    less than 0.9 times as well); and for packed sequences (`seqlen_q` None), whose lengths the
+    host does not know: short ones gain, and long ones lose nothing, since Q comes by TMA anyway.
+    """
+    rows = tile_rows(head_dim)
+    if ratio == 1 or rows % ratio != 0 or wanted is False:
+        return False
+    if wanted or seqlen_q is None:
+        return True
+    return _used(seqlen_q, rows) < 0.9 * _used(seqlen_q * ratio, rows)
+
+
+def tile_rows(head_dim: int) -> int:
+    """kBlockM of the kernels for this head_dim, the wider one of Q and V."""
+    return 192 if head_dim <= 64 else 128
+
+
+def _used(rows: int, block: int) -> float:
+    return rows / (block * max(1, -(-rows // block)))

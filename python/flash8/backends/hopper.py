@@ -74,8 +74,22 @@ def forward(
 ) -> None:
     """Fills out and lse on q's stream, without a synchronisation."""
     device = q.device.index or 0
-    softcap, alibi = options.softcap > 0.0, options.alibi_slopes is not None
-    key = _key(q.dtype, q.shape[-1], v.shape[-1], _mask(options), softcap, alibi)
+    ratio = q.shape[-2] // k.shape[-2]
+    pack_gqa = heuristics.packs_query_heads(
+        q.shape[1] if options.cu_seqlens_q is None else None,
+        ratio,
+        max(q.shape[-1], v.shape[-1]),
+        options.pack_gqa,
+    )
+    key = _key(
+        q.dtype,
+        q.shape[-1],
+        v.shape[-1],
+        _mask(options),
+        options.softcap > 0.0,
+        options.alibi_slopes is not None,
+        pack_gqa,
+    )
     kernel = _registry().get(key, device)
     given = {name: getattr(options, name) for name in _INDEX_FIELDS}
     indices = {name: x.contiguous() for name, x in given.items() if x is not None}
@@ -95,7 +109,7 @@ def forward(
         call.scheduler.heads_per_section = heuristics.heads_per_section(
             call.sequences.max_seqlen_k,
             k.element_size() * (k.shape[-1] + v.shape[-1]),
-            q.shape[-2] // k.shape[-2],
+            1 if pack_gqa else ratio,
         )
     _native.launch_forward(kernel, device, stream, call, options.sm_margin)
 
@@ -170,7 +184,13 @@ def _tensor_ref(x: Tensor) -> tuple[int, int, int, int]:
 
 @functools.cache
 def _key(
-    dtype: torch.dtype, head_dim: int, head_dim_v: int, mask: Mask, softcap: bool, alibi: bool
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    mask: Mask,
+    softcap: bool,
+    alibi: bool,
+    pack_gqa: bool,
 ) -> str:
     """The registry's key of the variant for these choices, made once per process."""
     variant = ForwardVariant(
@@ -180,6 +200,7 @@ def _key(
         mask=mask,
         softcap=softcap,
         alibi=alibi,
+        pack_gqa=pack_gqa,
     )
     _VARIANTS[variant.name] = variant
     return variant.name

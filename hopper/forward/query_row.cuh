@@ -1,0 +1,32 @@
+// Which query of which head a row of a tile is.
+
+#pragma once
+
+#include "../params.h"
+#include "../tile_scheduler.cuh"
+
+namespace flash8 {
+
+struct QueryRow {
+    int query;
+    int head;
+};
+
+// A tile is made of the queries of one head; with kPackGqa it is one KV head's, and the rows of a query are
+// all the query heads that share it: row = query * ratio + head.
+template <bool kPackGqa>
+__device__ __forceinline__ QueryRow query_row(ForwardParams const& params, WorkTile const& tile, int row) {
+    if constexpr (kPackGqa) {
+        int const ratio = params.heads_q / params.heads_kv;
+        int const query = row / ratio;
+        return {query, tile.head * ratio + row - query * ratio};
+    }
+    return {row, tile.head};
+}
+
+template <bool kPackGqa>
+__device__ __forceinline__ int kv_head(ForwardParams const& params, WorkTile const& tile) {
+    return kPackGqa ? tile.head : tile.head / (params.heads_q / params.heads_kv);
+}
+
+}  // namespace flash8
