@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -56,17 +57,17 @@ def _compile(source: Path, out: Path, flags: list[str]) -> Path:
     nvcc, cutlass = find_nvcc(), find_cutlass()
     if nvcc is None or cutlass is None:
         pytest.skip("needs nvcc and the CUTLASS headers (pip install 'flash8[compile]')")
-    if out.exists() and out.stat().st_mtime > source.stat().st_mtime:
-        return out
-    out.parent.mkdir(parents=True, exist_ok=True)
     folders = [cutlass, cutlass.parent / "tools" / "util" / "include", *nvcc[1]]
-    unfinished = out.with_suffix(f".{os.getpid()}{out.suffix}")
     command = [str(nvcc[0]), *FLAGS, *flags, *(f"-I{folder}" for folder in folders), str(source)]
-    done = subprocess.run(
-        [*command, "-o", str(unfinished)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    unfinished.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest's workers would otherwise compile it twice
+        if not out.exists() or out.stat().st_mtime <= source.stat().st_mtime:
+            unfinished = out.with_name(f"unfinished-{out.name}")
+            command += ["-o", str(unfinished)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            unfinished.rename(out)
     return out
 
 

@@ -19,13 +19,13 @@ FULL, EMPTY, OUT = SLOTS * BYTES, SLOTS * BYTES + 64, SLOTS * BYTES + 1024
 SHARED = OUT + 64 * N * 4
 DESCRIPTOR = (1 << 62) | (64 << 32) | (1 << 16)
 
-# Each line that a bug touches carries a tag; `@tag` in a replacement table names it.
+# The lines that a test replaces, or expects a finding to name, carry a tag.
 BODY = f"""
 .reg .b32 tid, wid, s, i, slot, a, full, empty, par, x, y, z, t<8>; .reg .b64 da, db, ma, mb, mc, g, q;
 .reg .pred p, first, zero, one, lead, done; .reg .f32 acc<{N // 2}>; .reg .f32 f;
 mov.u32 tid, %tid.x; shr.u32 wid, tid, 5; mov.u32 s, mem;
 setp.ne.u32 p, tid, 0; @p bra $READY;
-mbarrier.init.shared::cta.b64 [mem + {FULL}], 1;
+mbarrier.init.shared::cta.b64 [mem + {FULL}], 1; //tag init_full
 mbarrier.init.shared::cta.b64 [mem + {FULL + 8}], 1;
 mbarrier.init.shared::cta.b64 [mem + {EMPTY}], 1; //tag empty_count
 mbarrier.init.shared::cta.b64 [mem + {EMPTY + 8}], 1;
@@ -43,7 +43,7 @@ shr.u32 par, i, 1; and.b32 par, par, 1; xor.b32 par, par, 1;
 mbarrier.arrive.expect_tx.shared::cta.b64 _, [full], {BYTES}; //tag expect
 shl.b32 x, i, 6; mov.u32 y, 0; add.u32 z, a, 8192;
 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [a], [ma, {{x, y}}], [full]; //tag load_a
-cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [z], [mb, {{x, y}}], [full];
+cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [z], [mb, {{x, y}}], [full]; //tag load_b
 add.u32 i, i, 1; setp.lt.u32 p, i, {TILES}; @p bra $LOAD;
 bra $END;
 $CONSUMER:
@@ -85,8 +85,20 @@ ret; //tag end
 """
 
 
+def _lines() -> dict[str, int]:
+    """The PTX line of each tag, counted from 1."""
+    first = S.line_of(
+        S.kernel("@BODY", parameters=PARAMETERS, name="pipeline", module=MODULE), "@BODY"
+    )
+    parts = [line.partition("//tag ")[2].strip() for line in BODY.splitlines()]
+    return {tag: first + i for i, tag in enumerate(parts) if tag}
+
+
+LINES = _lines()
+
+
 def program(changes: dict[str, str] | None = None) -> str:
-    """The pipeline, with the lines of some tags replaced."""
+    """The pipeline, with the lines of some tags replaced, each by one line."""
     lines = []
     for line in BODY.splitlines():
         code, _, tag = line.partition("//tag ")

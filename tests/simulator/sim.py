@@ -241,6 +241,7 @@ DEFAULTS: dict[str, Any] = {
     "multiprocessors": 132,
     "stall_limit": 20_000_000,
     "checks": True,
+    "cp_async_fence": True,
     "exact_16bit": True,
     "exact_8bit": True,
     "strict_global": True,

@@ -1,37 +1,48 @@
 # ruff: noqa: E501 - PTX text reads better unbroken
 """One small pipeline, right as it stands, and the same with one bug planted: found within 20 seeds.
 
-The pipeline is pipeline.py's. Each bug removes or changes one line, and the finding must name the
-kernel, the PTX line and what is wrong there.
+The pipeline is pipeline.py's. Each bug removes or changes one line. Whatever a seed finds must name
+the kernel, the warp, exactly the PTX line where the bug shows, and the barrier or the address.
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import sim as S
-from pipeline import (
-    ACC,
-    BYTES,
-    EMPTY,
-    FULL,
-    MODULE,
-    SHARED,
-    N,
-    Pipeline,
-    program,
-)
+from pipeline import ACC, BYTES, EMPTY, FULL, LINES, MODULE, SHARED, N, Pipeline, program
+
+BASE = 0x400  # the first shared address that a kernel sees
+FULL_0, EMPTY_0 = f"mbarrier {BASE + FULL:#x}", f"mbarrier {BASE + EMPTY:#x}"
 
 
-def find(sim: S.Simulator, ptx: str, seeds: int = 20) -> str:
-    """The first finding within the seeds, or a failure."""
+@dataclass(frozen=True)
+class Bug:
+    """`changes`: lines by their tags. Every finding is of one of `kinds`, at one of the lines `at`.
+
+    The first finding also has all `words`, and names the lines `also`.
+    """
+
+    changes: dict[str, str]
+    kinds: tuple[str, ...]
+    at: tuple[str, ...]
+    words: tuple[str, ...]
+    also: tuple[str, ...] = ()
+
+
+def findings(sim: S.Simulator, ptx: str, seeds: int = 20) -> list[str]:
+    """What the seeds find, the first of them first."""
     pipeline = Pipeline(sim, ptx)
+    messages = []
     for seed in range(seeds):
         try:
             pipeline.run(seed)
         except S.SimulatorError as error:
-            return str(error)
-    pytest.fail(f"no finding in {seeds} seeds")
+            messages.append(str(error))
+    return messages
 
 
 @pytest.mark.parametrize("policy", ["early", "late", "random"])
@@ -49,189 +60,213 @@ def test_the_pipeline_gives_no_false_alarm_in_200_seeds(sim: S.Simulator) -> Non
         np.testing.assert_allclose(pipeline.run(seed), pipeline.want, atol=1e-3)
 
 
-WAIT_FULL = "wait_full"
+LOAD = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+STORE_G = "ld.param.u64 g, [scratch]; "
 BUGS = {
-    # name: (changed lines, kind of the finding, words of it, a line it must name)
-    "missing wait for the load": (
-        {"wait_full": ""},
-        ("race", "uninitialized"),
-        ["wgmma", "shared memory 0x"],
-        "m64n64k16",
+    "missing wait for the load": Bug(
+        {"wait_full": ""}, ("race", "uninitialized"), ("mma",), ("wgmma", "shared memory 0x2400")
     ),
-    "missing wait for a free slot": (
+    "missing wait for a free slot": Bug(
         {"wait_empty": ""},
-        ("race", "barrier", "uninitialized"),
-        [],
-        None,
+        ("race", "barrier"),
+        ("load_a", "load_b", "expect"),
+        ("shared memory 0x", FULL_0),
     ),
-    "tx-count too large": (
+    "tx-count too large": Bug(
         {"expect": f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [full], {BYTES + 16};"},
         ("deadlock",),
-        ["tx-count 16", "mbarrier 0x", "warp 0", "parity"],
-        "mbarrier.try_wait",
+        ("wait_full",),
+        ("tx-count 16 bytes expected that no transfer brought", FULL_0, "warp 0", "parity 0"),
+        ("init_full",),
     ),
-    "tx-count too small": (
+    "tx-count too small": Bug(
         {"expect": f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [full], {BYTES // 2};"},
-        ("barrier", "race", "uninitialized", "deadlock"),
-        [],
-        None,
+        ("barrier", "race", "uninitialized"),
+        ("mma", "load_a"),
+        ("shared memory 0x2400", FULL_0),
+        ("load_b",),
     ),
-    "arrival count too large": (
+    "arrival count too large": Bug(
         {"empty_count": f"mbarrier.init.shared::cta.b64 [mem + {EMPTY}], 2;"},
         ("deadlock",),
-        ["1 of 2 arrivals pending", "warp 4"],
-        "mbarrier.try_wait",
+        ("wait_full",),
+        ("1 of 2 arrivals pending", EMPTY_0, "warp 4"),
+        ("wait_empty", "empty_count"),
     ),
-    "arrivals beyond the count": (
+    "arrivals beyond the count": Bug(
         {
             "release": "mbarrier.arrive.shared::cta.b64 _, [empty]; mbarrier.arrive.shared::cta.b64 _, [empty];"
         },
-        ("barrier", "race", "deadlock"),
-        [],
-        None,
+        ("deadlock",),
+        ("wait_full",),
+        (FULL_0, EMPTY_0, "warp 4"),
+        ("wait_empty", "empty_count"),
     ),
-    "slot never freed": (
+    "slot never freed": Bug(
         {"release": ""},
         ("deadlock",),
-        ["arrivals pending", "warp 4"],
-        "mbarrier.try_wait",
+        ("wait_full",),
+        ("1 of 1 arrivals pending", EMPTY_0, "warp 4"),
+        ("wait_empty", "empty_count"),
     ),
-    "slot freed before the products are done": (
+    "slot freed before the products are done": Bug(
         {
             "wait_group": "",
             "use": "",
             "release": "mbarrier.arrive.shared::cta.b64 _, [empty]; wgmma.wait_group.sync.aligned 0;",
         },
-        ("race", "deadlock", "divergence", "wgmma"),
-        [],
-        None,
+        ("race", "deadlock"),
+        ("load_a", "load_b", "mma", "release"),
+        ("shared memory 0x400", "wgmma of warpgroup 0", FULL_0),
+        ("mma",),
     ),
-    "accumulator used before its wait": (
+    "accumulator used before its wait": Bug(
         {"wait_group": ""},
         ("wgmma",),
-        ["wait_group", "accumulator"],
-        "mul.f32 acc0",
+        ("use",),
+        ("before wgmma.wait_group", "accumulator", "warp 0"),
     ),
-    "missing wgmma.fence": ({"fence": ""}, ("wgmma",), ["wgmma.fence"], "m64n64k16"),
-    "missing proxy fence": (
+    "missing wgmma.fence": Bug({"fence": ""}, ("wgmma",), ("mma",), ("wgmma.fence",)),
+    "missing proxy fence": Bug(
         {"proxy": ""},
         ("proxy-fence",),
-        ["fence.proxy.async", "shared memory 0x"],
-        "cp.async.bulk.tensor.2d.global",
+        ("store",),
+        ("fence.proxy.async", "shared memory 0x8800", "warp 0"),
+        ("epilogue",),
     ),
-    "missing barrier before the store": (
+    "missing barrier before the store": Bug(
         {"meet": ""},
         ("race", "uninitialized"),
-        ["shared memory 0x"],
-        None,
+        ("store",),
+        ("shared memory 0x", "bulk store of warp 0"),
     ),
-    "no barrier after the initialization": (
+    "no barrier after the initialization": Bug(
         {"ready": ""},
         ("barrier",),
-        ["no initialized mbarrier"],
-        None,
+        ("wait_empty", "wait_full"),
+        (f"{BASE + EMPTY:#x} is no initialized mbarrier",),
     ),
-    "accumulator never written": (
+    "accumulator never written": Bug(
         {
             "mma": f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.bf16.bf16 {{{ACC}}}, da, db, one, 1, 1, 0, 0;"
         },
         ("uninitialized",),
-        ["accumulator"],
-        "m64n64k16",
+        ("mma",),
+        ("accumulator",),
     ),
-    "epilogue forgotten": (
-        {"epilogue": ""},
-        ("uninitialized",),
-        ["nobody wrote"],
-        "cp.async.bulk.tensor.2d.global",
+    "epilogue forgotten": Bug(
+        {"epilogue": ""}, ("uninitialized",), ("store",), ("nobody wrote", "shared memory 0x8800")
     ),
-    "exit before the store has read": ({"wait_store": ""}, ("race", "out-of-bounds"), [], None),
-    "barrier with a wrong thread count": (
+    "exit before the store has read": Bug(
+        {"wait_store": ""},
+        ("race",),
+        ("store",),
+        ("warp 0, PTX line", "cp.async.bulk.wait_group", "the CTA exits"),
+    ),
+    "barrier with a wrong thread count": Bug(
         {"meet": "bar.sync 1, 160;"},
         ("deadlock",),
-        ["barrier 1", "128 of 160"],
-        "bar.sync",
+        ("meet",),
+        ("barrier 1", "128 of 160", "warp 3"),
     ),
-    "misaligned tile": (
-        {
-            "load_a": "add.u32 a, a, 64; cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [a], [ma, {x, y}], [full];"
-        },
+    "misaligned tile": Bug(
+        {"load_a": f"add.u32 a, a, 64; {LOAD} [a], [ma, {{x, y}}], [full];"},
         ("misaligned",),
-        ["128 bytes"],
-        None,
+        ("load_a",),
+        ("128 bytes", "destination 0x440"),
     ),
-    "global store out of bounds": (
-        {
-            "end": "ld.param.u64 g, [scratch]; mad.wide.u32 g, tid, 8, g; st.global.u32 [g], tid; ret;"
-        },
+    "global store out of bounds": Bug(
+        {"end": STORE_G + "mad.wide.u32 g, tid, 8, g; st.global.u32 [g], tid; ret;"},
         ("out-of-bounds",),
-        ["past the end of allocation"],
-        "st.global.u32",
+        ("end",),
+        ("past the end of allocation", "address 0x"),
     ),
-    "misaligned global store": (
-        {"end": "ld.param.u64 g, [scratch]; st.global.u32 [g + 2], tid; ret;"},
+    "misaligned global store": Bug(
+        {"end": STORE_G + "st.global.u32 [g + 2], tid; ret;"},
         ("misaligned",),
-        ["not aligned"],
-        "st.global.u32",
+        ("end",),
+        ("not aligned", "address 0x"),
     ),
-    "undefined register": (
-        {"end": "ld.param.u64 g, [scratch]; st.global.u32 [g], t7; ret;"},
+    "undefined register": Bug(
+        {"end": STORE_G + "st.global.u32 [g], t7; ret;"},
         ("uninitialized",),
-        ["never wrote"],
-        "st.global.u32",
+        ("end",),
+        ("a register that lanes 0xffffffff never wrote",),
     ),
-    "undefined predicate": (
+    "undefined predicate": Bug(
         {"end": "@lead bra $LATE; $LATE: ret;"},
         ("uninitialized",),
-        ["predicate"],
-        "@lead bra",
+        ("end",),
+        ("a guard predicate that lanes 0xffffffff never wrote",),
     ),
-    "shared memory out of bounds": (
+    "shared memory out of bounds": Bug(
         {"end": f"st.shared.u32 [mem + {SHARED}], tid; ret;"},
         ("out-of-bounds",),
-        ["shared address"],
-        "st.shared.u32",
+        ("end",),
+        (f"shared address {BASE + SHARED:#x}",),
     ),
-    "mbarrier overwritten": (
+    "mbarrier overwritten": Bug(
         {"end": f"st.shared.u32 [mem + {FULL}], tid; ret;"},
         ("barrier",),
-        ["live mbarrier"],
-        "st.shared.u32",
+        ("end",),
+        (f"shared memory {BASE + FULL:#x} holds a live mbarrier",),
     ),
-    "two writers of one word": (
+    "two writers of one word": Bug(
         {"end": f"st.shared.u32 [mem + {FULL + 32}], tid; ret;"},
         ("race",),
-        ["written by warp", "and written by warp"],
-        "st.shared.u32",
+        ("end",),
+        (f"shared memory {BASE + FULL + 32:#x}", "written by warp", "and written by warp"),
     ),
-    "part of a warp in an aligned instruction": (
+    "part of a warp in an aligned instruction": Bug(
         {
             "end": "and.b32 t5, tid, 1; setp.eq.u32 p, t5, 0; @p bra $HALF; wgmma.fence.sync.aligned; $HALF: ret;"
         },
-        ("deadlock", "divergence", "wgmma"),
-        [],
-        None,
+        ("deadlock",),
+        ("end",),
+        ("lanes 0xaaaaaaaa", "waits for lanes 0x55555555", "warp 0"),
     ),
 }
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_found(sim: S.Simulator, name: str) -> None:
-    changes, kinds, words, named = BUGS[name]
-    ptx = program(changes)
-    message = find(sim, ptx)
-    assert any(f"[{kind}]" in message for kind in kinds), message
-    assert "kernel pipeline" in message and "PTX line" in message and "warp" in message, message
-    for word in words:
-        assert word in message, message
-    if named is not None:
-        lines = [i + 1 for i, text in enumerate(ptx.splitlines()) if named in text]
-        assert any(
-            f"PTX line {line} " in message
-            or f"PTX line {line}:" in message
-            or f"PTX line {line})" in message
-            for line in lines
-        ), (lines, message)
+    bug = BUGS[name]
+    found = findings(sim, program(bug.changes))
+    assert found, "no finding in 20 seeds"
+    for message in found:
+        kind = re.search(r"\[([\w-]+)\] kernel pipeline[,:]", message)
+        assert kind is not None and kind[1] in bug.kinds, message
+        assert re.search(r"\bwarp \d", message), message
+        line = re.search(r"PTX line (\d+) \(", message)
+        assert line is not None and int(line[1]) in [LINES[tag] for tag in bug.at], message
+    for word in bug.words:
+        assert word in found[0], found[0]
+    for tag in bug.also:
+        assert re.search(rf"PTX line {LINES[tag]}\b", found[0]), (tag, found[0])
+
+
+@pytest.mark.parametrize("fence", ["", "fence.proxy.async.shared::cta;"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_cp_async_needs_a_proxy_fence(sim: S.Simulator, fence: str, strict: bool) -> None:
+    body = f"""
+    .reg .b64 g, h; .reg .b32 s; ld.param.u64 g, [from]; ld.param.u64 h, [to]; mov.u32 s, mem;
+    cp.async.cg.shared.global [s], [g], 16; cp.async.wait_all; {fence}
+    cp.async.bulk.global.shared::cta.bulk_group [h], [s], 16; //store
+    cp.async.bulk.commit_group; cp.async.bulk.wait_group 0; ret;
+    """
+    ptx = S.kernel(body, parameters=".param .u64 from, .param .u64 to", module=MODULE)
+    source, target = sim.buffer(np.arange(4, dtype=np.uint32)), sim.zeros(4, np.uint32)
+    sim.configure(cp_async_fence=strict)
+    launch = lambda: sim.load(ptx).launch("k", source, target, block=1, shared=1024)  # noqa: E731
+    if strict and not fence:
+        line = S.line_of(ptx, "//store")
+        with pytest.raises(
+            S.SimulatorError, match=rf"proxy-fence.*PTX line {line} .*cp\.async of warp 0"
+        ):
+            launch()
+    else:
+        launch()
+        np.testing.assert_array_equal(target.read(), source.read())
 
 
 def test_registers_beyond_the_budget_are_a_deadlock(sim: S.Simulator) -> None:

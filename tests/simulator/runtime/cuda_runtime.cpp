@@ -22,6 +22,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device);
 int cuModuleLoadData(void** module, const void* image);
 int cuModuleGetFunction(void** function, void* module, const char* name);
 int cuFuncSetAttribute(void* function, int attribute, int value);
+int cuMemsetD8Async(uint64_t address, unsigned char value, size_t count, void* stream);
 int cuLaunchKernelEx(const void* config, void* function, void** parameters, void** extra);
 int cuGetProcAddress_v2(const char* symbol, void** entry, int version, uint64_t flags, int* status);
 const char* flash8_sim_last_error();
@@ -88,8 +89,12 @@ State& state() {
 thread_local std::vector<PushedLaunch> pushed;
 thread_local int last_error = 0;
 
+// Callers turn errors into numbers of their own, so the text is said here.
 int remember(int result) {
-    last_error = result != 0 ? result : last_error;
+    if (result != 0) {
+        std::fprintf(stderr, "libcudart_sim: error %d: %s\n", result, flash8_sim_last_error());
+        last_error = result;
+    }
     return result;
 }
 
@@ -219,6 +224,12 @@ RUNTIME_EXPORT int __cudaGetKernel(const void** kernel, const void* stub) {
 RUNTIME_EXPORT int __cudaLaunchKernel(const void* stub, Dim3 grid, Dim3 block, void** parameters,
                                       size_t shared_bytes, void* stream) {
     return cudaLaunchKernel(stub, grid, block, parameters, shared_bytes, stream);
+}
+
+RUNTIME_EXPORT int cudaMemsetAsync(void* address, int value, size_t count, void* stream) {
+    use_device();
+    return remember(cuMemsetD8Async(reinterpret_cast<uint64_t>(address), static_cast<unsigned char>(value),
+                                    count, stream));
 }
 
 // --- attributes, devices, errors ---

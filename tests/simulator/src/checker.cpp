@@ -60,7 +60,10 @@ bool ordered(const Access& access, Epoch other) {
 
 void check_proxy(const Access& access, uint32_t word, Epoch writer) {
     const uint32_t agent = agent_of(writer);
-    if (access.proxy == nullptr || !is_generic(*access.cluster, agent) ||
+    const Cluster& cluster = *access.cluster;
+    const bool excused =
+        cluster.agent_infos[agent].kind == AgentKind::kCpAsync && !cluster.launch->config.cp_async_fence;
+    if (access.proxy == nullptr || !is_generic(cluster, agent) || excused ||
         clock_at(*access.proxy, agent) >= time_of(writer)) {
         return;
     }

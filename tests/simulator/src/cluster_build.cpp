@@ -141,8 +141,9 @@ void on_warp_exit(Warp& w) {
     if (cta.warps_alive != 0 || !cluster.launch->config.check_races) {
         return;
     }
-    for (const Warp& warp : cta.warps) {
+    for (Warp& warp : cta.warps) {
         if (warp.bulk_reads_waited < warp.bulk_groups_committed) {
+            cluster.running = &warp;  // whom the message names
             throw SimError(
                 ErrorKind::kRace,
                 format("the CTA exits but warp %u never waited (cp.async.bulk.wait_group) for its last bulk "

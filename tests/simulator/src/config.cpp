@@ -38,6 +38,7 @@ const char* const kNames[] = {"seed",
                               "check_wgmma",
                               "check_races",
                               "checks",
+                              "cp_async_fence",
                               "exact_16bit",
                               "exact_8bit",
                               "strict_global",
@@ -140,6 +141,8 @@ void Config::set(const std::string& name, const std::string& value) {
         check_races = parse_bool(name, value);
     } else if (name == "checks") {
         check_uninitialized = check_wgmma = check_races = parse_bool(name, value);
+    } else if (name == "cp_async_fence") {
+        cp_async_fence = parse_bool(name, value);
     } else if (name == "exact_16bit") {
         exact_16bit = parse_bool(name, value);
     } else if (name == "exact_8bit") {
