@@ -12,11 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import flash8
+
 pytest.importorskip("tqdm", reason="the demo needs flash8[demo]")
 pytest.importorskip("matplotlib", reason="the demo needs flash8[demo]")
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "byte_gpt"
-MODULES = ("config", "data", "model", "muon", "train", "measure", "serve", "report", "demo")
+MODULES = (
+    *("config", "data", "model", "muon", "train", "measure", "caches", "serve", "report", "demo"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +109,7 @@ def test_variants_have_the_same_loss_and_gradients(demo, batches, config):
 def test_training_learns(demo, corpus, config):
     trainer = demo.Trainer(config, demo.VARIANTS["packed"])
     longer = dataclasses.replace(config, most_steps=20, train_seconds=1e6)
-    history = demo.train(trainer, corpus, longer)
+    (history,) = demo.train([trainer], corpus, longer)
     assert history.heldout_losses[0] == pytest.approx(math.log(256), abs=1e-3)
     assert history.heldout_losses[-1] < 3.9
     assert len(history.losses) == len(history.tokens) == 20
@@ -114,9 +118,39 @@ def test_training_learns(demo, corpus, config):
 
 def test_training_stops_in_time(demo, corpus, config):
     trainer = demo.Trainer(config, demo.VARIANTS["packed"])
-    history = demo.train(trainer, corpus, dataclasses.replace(config, train_seconds=1e-6))
+    (history,) = demo.train([trainer], corpus, dataclasses.replace(config, train_seconds=1e-6))
     assert len(history.losses) == 1
     assert len(history.heldout_losses) == 2
+
+
+def train_both(demo, corpus, config, steps=40):
+    trainers = [demo.Trainer(config, variant) for variant in demo.PRECISIONS.values()]
+    longer = dataclasses.replace(config, most_steps=steps, train_seconds=1e6)
+    return demo.train(trainers, corpus, longer)
+
+
+def test_fp8_forward_trains_within_one_percent_of_bf16(demo, corpus, config):
+    wide, narrow = train_both(demo, corpus, config)
+    assert wide.tokens == narrow.tokens
+    assert wide.losses[-1] != narrow.losses[-1]
+    assert wide.heldout_losses[-1] < 3.4
+    assert abs(demo.loss_gap(narrow, wide)) < config.largest_loss_gap == 0.01
+
+
+@pytest.mark.parametrize("forgotten", ["k", "v"])
+def test_fp8_without_a_descale_ends_further_away(demo, corpus, config, monkeypatch, forgotten):
+    import model
+
+    class Broken(flash8.fp8.CurrentScaling):
+        def quantize(self, name, x, cu_seqlens):
+            scaled = super().quantize(name, x, cu_seqlens)
+            if name != forgotten:
+                return scaled
+            return dataclasses.replace(scaled, descale=torch.ones_like(scaled.descale))
+
+    monkeypatch.setattr(model.FP8MHA, "recipe", Broken())
+    wide, narrow = train_both(demo, corpus, config)
+    assert demo.loss_gap(narrow, wide) > 5 * config.largest_loss_gap
 
 
 def test_muon_steps_by_orthogonal_matrices(demo):
@@ -138,7 +172,7 @@ def test_serving_is_the_full_forward_and_gives_pages_back(demo, corpus, config):
     model = demo.ByteGPT(config)
     with torch.no_grad():
         model.head.weight.normal_(std=0.2)
-    server = demo.Server(model, config)
+    server = demo.Server(model, config, demo.caches.paged_cache(config, torch.float32))
     lengths = (4, 47, 20, 33, 16)
     prompts = [text[:length] for text, length in zip(corpus.heldout, lengths, strict=False)]
     requests = server.run(prompts)
@@ -154,12 +188,38 @@ def test_serving_is_the_full_forward_and_gives_pages_back(demo, corpus, config):
 
 def test_serving_waits_for_pages(demo, config):
     tight = dataclasses.replace(config, pool_pages=3, serve_rows=3)
-    server = demo.Server(demo.ByteGPT(tight), tight)
+    cache = demo.caches.paged_cache(tight, torch.float32)
+    server = demo.Server(demo.ByteGPT(tight), tight, cache)
     requests = server.run([demo.data.encode("x" * 20)] * 3)
     assert all(request.written for request in requests)
     assert server.served.most_rows == 1
     with pytest.raises(ValueError, match="does not fit the cache"):
         server.run([demo.data.encode("x" * 60)])
+
+
+def test_e4m3_cache_has_descales_and_half_the_bytes(demo, corpus, config):
+    torch.manual_seed(0)
+    model = demo.ByteGPT(config, demo.BF16MHA)
+    with torch.no_grad():
+        model.head.weight.normal_(std=0.2)
+    wide = demo.caches.paged_cache(config, torch.bfloat16)
+    narrow = demo.caches.e4m3_cache(model, config, corpus.train)
+    assert narrow.k.nbytes * 2 == wide.k.nbytes
+    assert narrow.k_descale.shape == (config.layers, config.heads)
+    losses = [
+        demo.caches.loss_through(cache, model, config, corpus.heldout, "")
+        for cache in (wide, narrow)
+    ]
+    assert wide.num_sequences == narrow.num_sequences == 0
+    saturated = [(x.float().abs() == 448).double().mean() for x in (narrow.k, narrow.v)]
+    assert max(saturated) < 1e-3
+    length = config.cached_tokens
+    texts = [text[: length + 1] for text in corpus.heldout if text.shape[0] > length]
+    exact = demo.Trainer(config, demo.VARIANTS["packed"])
+    exact.model.load_state_dict(model.state_dict())
+    want = exact.evaluate([demo.data.make_batch(texts[: config.serve_rows])])
+    assert losses[0] == pytest.approx(want, rel=1e-3)
+    assert 0 < abs(losses[1] / losses[0] - 1) < 0.01
 
 
 def test_measuring_in_a_process_of_its_own(demo, batches, config, tmp_path):
@@ -194,13 +254,29 @@ def test_whole_run_writes_its_files(demo, config, tmp_path, monkeypatch, capsys)
     demo.run(config, tmp_path, quick=True)
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["variant"] for row in results["comparison"]] == list(demo.VARIANTS)
-    assert results["serving"]["largest_logit_difference"] < 1e-4
+    assert abs(results["fp8_loss_gap"]) < config.largest_loss_gap
+    wide, narrow = results["serving"]["bf16"], results["serving"]["e4m3"]
+    assert wide["largest_logit_difference"] < narrow["largest_logit_difference"] < 0.2
+    assert abs(narrow["heldout_loss"] / wide["heldout_loss"] - 1) < 0.01
     for name in ("loss.png", "comparison.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "def |" in (tmp_path / "sample.txt").read_text()
     printed = capsys.readouterr().out
-    for text in ("flash8, packed against unfused, padded", "backend", "held-out loss 5.5"):
+    for text in ("flash8, packed against unfused, padded", "backend", "FP8 forward", "e4m3 cache"):
         assert text in printed
+
+
+def test_a_run_fails_where_fp8_ends_away_from_bf16(demo, config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "compare", lambda *_: [])
+    monkeypatch.setattr(demo.report, "plot_comparison", lambda *_: None)
+    monkeypatch.setattr(demo.report, "verdict", lambda *_: "")
+    monkeypatch.setattr(demo.report, "table", lambda *_: "")
+    monkeypatch.setattr(demo, "serve_both", lambda *_: ({}, ""))
+    monkeypatch.setattr(demo, "use_all_cores", torch.get_num_threads)
+    strict = dataclasses.replace(config, largest_loss_gap=1e-9, most_steps=3)
+    with pytest.raises(SystemExit, match="away from bf16's held-out loss, more than 0%"):
+        demo.run(strict, tmp_path, quick=True)
+    assert (tmp_path / "results.json").exists()
 
 
 def test_verdict_says_which_way_it_fell(demo):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from flash8 import varlen
+from flash8.float8 import E4M3
 from flash8.nn import (
     DenseKVCache,
     FlashCrossAttention,
@@ -18,6 +19,7 @@ from flash8.nn import (
     RotaryEmbedding,
 )
 from flash8.nn.mha import alibi_slopes
+from tolerances import FP8_CACHE_TOTAL, rel_l2
 
 LENGTHS = [5, 0, 17, 1, 9]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11, torch.bfloat16: 3e-2}
@@ -384,6 +386,40 @@ def test_prefill_and_decode_is_the_full_forward(case, make_cache, dtype):
         for layer in layers:
             x = layer(x)
         assert_near(torch.cat(parts), x[0], dtype)
+
+
+@pytest.mark.parametrize("make_cache", [DenseKVCache, PagedKVCache])
+@pytest.mark.parametrize("rotary_dim", [0, 16])
+@torch.no_grad()
+def test_e4m3_cache_is_attention_over_what_it_holds(make_cache, rotary_dim):
+    mha = make_mha(causal=True, num_heads_kv=2, rotary_dim=rotary_dim)
+    sizes = (2, 4, 64, 2, 16) if make_cache is DenseKVCache else (2, 40, 5, 4, 64, 2, 16)
+    descales = torch.tensor([[1.0, 1.0], [0.015, 0.03]]), torch.tensor([[1.0, 1.0], [0.01, 0.02]])
+    cache = make_cache(*sizes, dtype=E4M3, k_descale=descales[0], v_descale=descales[1])
+    wide = make_cache(*sizes, dtype=torch.float32)
+    x = torch.randn(2, 17, 64)
+    results = []
+    for one in (cache, wide):
+        step = one.prepare([one.add_sequence(), one.add_sequence()], 12)
+        results.append(mha(x[:, :12], cache=step.layer(1)))
+        step.commit()
+    for name, descale in zip("kv", descales, strict=True):
+        held = getattr(cache, name)[1].float() * descale[1][:, None]
+        error = rel_l2(held, getattr(wide, name)[1])
+        assert 0.005 < error < 0.04, error  # rounded once; a wrong descale saturates or is above
+        getattr(wide, name)[1].copy_(held)
+    assert 0.001 < rel_l2(results[0], results[1]) < 0.06
+    outs = [mha(x[:, 12:], cache=one.prepare([0, 1], 5).layer(1)) for one in (cache, wide)]
+    FP8_CACHE_TOTAL.check("out", rel_l2(*outs))
+
+
+def test_descales_belong_to_an_e4m3_cache():
+    with pytest.raises(ValueError, match="k_descale needs a cache of dtype"):
+        DenseKVCache(2, 4, 64, 2, 16, dtype=torch.bfloat16, k_descale=torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"v_descale must .*\(num_layers, num_heads_kv\)"):
+        PagedKVCache(2, 4, 16, 2, 64, 2, 16, dtype=E4M3, v_descale=torch.ones(2, 1))
+    with pytest.raises(TypeError, match="k_descale"):
+        PagedKVCache(2, 4, 16, 2, 64, 2, 16, dtype=E4M3, k_descale=torch.ones(2, 2).double())
 
 
 @torch.no_grad()

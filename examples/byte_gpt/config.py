@@ -17,7 +17,7 @@ class Config:
 
     # the text
     corpus_bytes: int = 2_000_000
-    heldout_bytes: int = 40_000
+    heldout_bytes: int = 20_000
     longest_document: int = 1536
     # the model
     layers: int = 4
@@ -27,18 +27,23 @@ class Config:
     batch_tokens: int = 2048
     matrix_rate: float = 0.04
     other_rate: float = 0.02
-    train_seconds: float = 70.0
+    train_seconds: float = 50.0  # of all the models together
     most_steps: int = 2000
-    validations: int = 6
+    validations: int = 4
+    largest_loss_gap: float = 0.01  # of FP8's held-out loss against that of bf16
     # the comparison of attention variants: one step to warm up, then the measured ones
-    compare_steps: int = 2
-    compare_tokens: int = 6144
+    compare_steps: int = 1
+    compare_tokens: int = 4096
     # serving
     page_size: int = 16
     pool_pages: int = 96
     serve_rows: int = 6
-    new_tokens: int = 160
+    new_tokens: int = 80
     temperature: float = 0.5
+    # the held-out loss through a cache: texts of so many tokens, read so many at a time
+    cached_tokens: int = 192
+    cached_chunk: int = 8
+    calibration_documents: int = 8
     seed: int = 2025
 
     @property
@@ -63,6 +68,8 @@ QUICK = replace(
     pool_pages=24,
     serve_rows=3,
     new_tokens=12,
+    cached_tokens=48,
+    cached_chunk=5,
 )
 
 

@@ -1,9 +1,10 @@
 """Trains a small GPT on the texts of this Python installation, then serves it.
 
-    python examples/byte_gpt/demo.py [--quick]
+    python examples/byte_gpt/demo.py [--quick] [--steps N]
 
-Shows what packing and flash8 save beside padding and unfused attention, the loss curve, and text
-written by paged decoding. Writes pictures and numbers to examples/byte_gpt/out/.
+Shows what packing and flash8 save beside padding and unfused attention, the loss curves of bf16 and
+of FP8-forward training, and text written from a bf16 and from an e4m3 KV cache. Writes pictures and
+numbers to examples/byte_gpt/out/; fails if FP8 ends more than 1 % away from bf16's loss.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import platform
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -21,14 +22,16 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+import caches
 import data
 import report
 from config import FULL, OUT_DIR, QUICK, Config, device, use_all_cores
 from flash8 import backends
+from flash8.nn import PagedKVCache
 from measure import Measurement, save_batches
-from model import ByteGPT
+from model import BF16MHA, ByteGPT
 from serve import Request, Server, largest_difference, seconds_without_cache
-from train import VARIANTS, History, Trainer, train
+from train import PRECISIONS, VARIANTS, Trainer, loss_gap, train
 
 PROMPTS = (
     "def ",
@@ -45,8 +48,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=OUT_DIR, help="folder for the results")
+    parser.add_argument("--steps", type=int, help="train so many steps, however long they take")
     options = parser.parse_args()
-    run(QUICK if options.quick else FULL, options.out, options.quick)
+    config = QUICK if options.quick else FULL
+    if options.steps is not None:
+        config = replace(config, most_steps=options.steps, train_seconds=float("inf"))
+    run(config, options.out, options.quick)
 
 
 def run(config: Config, out: Path, quick: bool) -> None:
@@ -64,23 +71,27 @@ def run(config: Config, out: Path, quick: bool) -> None:
     print(report.table(rows))
     print(report.verdict(rows))
 
-    heading("Training on packed documents")
-    trainer = Trainer(config, VARIANTS["packed"])
-    history = train(trainer, corpus, config)
-    print(describe_history(history))
+    heading("Training on packed documents: bf16, and FP8 in the forward of attention")
+    trainers = [Trainer(config, variant) for variant in PRECISIONS.values()]
+    histories = train(trainers, corpus, config)
+    print(report.training_table(histories))
 
-    heading("Serving with a paged KV cache")
-    served = serve(trainer.model, corpus, config)
+    heading("Serving the model that FP8 trained, with a paged KV cache of 16 and of 8 bits")
+    model = ByteGPT(config, BF16MHA).to(device())
+    model.load_state_dict(trainers[-1].model.state_dict())
+    served, sample = serve_both(model, corpus, config)
 
-    report.plot_loss(history, out / "loss.png")
+    report.plot_losses(histories, out / "loss.png", config.largest_loss_gap)
     report.plot_comparison(rows, out / "comparison.png")
-    (out / "sample.txt").write_text(served.pop("sample"))
+    (out / "sample.txt").write_text(sample)
+    gap = loss_gap(histories[1], histories[0])
     results = {
         "machine": machine,
         "config": asdict(config),
         "documents": text,
         "comparison": [asdict(row) for row in rows],
-        "training": asdict(history),
+        "training": {name: asdict(h) for name, h in zip(PRECISIONS, histories, strict=True)},
+        "fp8_loss_gap": gap,
         "serving": served,
         "seconds": perf_counter() - began,
     }
@@ -88,6 +99,11 @@ def run(config: Config, out: Path, quick: bool) -> None:
     heading(f"Done in {results['seconds']:.0f} s")
     for name in ("loss.png", "comparison.png", "sample.txt", "results.json"):
         print(f"  {out / name}")
+    if abs(gap) > config.largest_loss_gap:
+        raise SystemExit(
+            f"FP8-forward training ended {gap:+.2%} away from bf16's held-out loss, more than "
+            f"{config.largest_loss_gap:.0%}"
+        )
 
 
 def heading(text: str) -> None:
@@ -145,48 +161,50 @@ def compare(corpus: data.Corpus, config: Config, out: Path, quick: bool) -> list
     return rows
 
 
-def describe_history(history: History) -> str:
-    return (
-        f"{len(history.losses)} steps, {history.tokens[-1]:,} bytes of text in "
-        f"{history.seconds:.0f} s = {history.tokens[-1] / history.seconds:,.0f} tokens/s; held-out "
-        f"loss {history.heldout_losses[0]:.2f} -> {history.heldout_losses[-1]:.2f} nats per byte"
+def serve_both(model: ByteGPT, corpus: data.Corpus, config: Config) -> tuple[dict, str]:
+    """The same prompts and held-out texts through both caches: results by cache, and the texts."""
+    served, samples = {}, []
+    for label, cache in (
+        ("bf16", caches.paged_cache(config, torch.bfloat16)),
+        ("e4m3", caches.e4m3_cache(model, config, corpus.train)),
+    ):
+        served[label], requests = serve(model, corpus, config, cache, f"{label} cache")
+        samples.append(f"--- {label} cache ---\n{write_sample(requests)}")
+    print("\n".join(samples))
+    print(report.cache_table(served))
+    first = next(iter(served.values()))
+    print(
+        f"held out: nats per byte of {config.serve_rows} texts read through the cache; logits: "
+        "largest difference to one full bf16 forward pass over the finished texts; a step without "
+        f"a cache: {1e3 * first['seconds_per_step_without_cache']:.0f} ms"
     )
+    return served, "\n".join(samples)
 
 
-def serve(model: ByteGPT, corpus: data.Corpus, config: Config) -> dict:
+def serve(
+    model: ByteGPT, corpus: data.Corpus, config: Config, cache: PagedKVCache, label: str
+) -> tuple[dict, list[Request]]:
     """Finish prompts of very different lengths: short beginnings and halves of held-out texts."""
-    server = Server(model, config)
+    loss = caches.loss_through(cache, model, config, corpus.heldout, label)
+    server = Server(model, config, cache, label)
     halves = [document[: document.shape[0] // 2] for document in corpus.heldout[:5]]
     requests = server.run([*map(data.encode, PROMPTS), *halves])
-    gap = largest_difference(model, requests)
     served = server.served
-    rereading = seconds_without_cache(model, requests[: config.serve_rows])
-    decode = served.decode_tokens / served.decode_seconds
-    cached_step = served.decode_seconds / served.decode_steps
-    lengths = [request.prompt.shape[0] for request in requests]
-    sample = write_sample(requests)
-    print(sample)
-    page_bytes = 2 * server.cache.k[:, 0].nbytes
-    dense_pages = config.serve_rows * -(-server.cache.max_seqlen // config.page_size)
-    print(
-        f"{len(requests)} prompts of {min(lengths)} to {max(lengths)} bytes over "
-        f"{config.serve_rows} rows: prefill {served.prefill_tokens / served.prefill_seconds:,.0f} "
-        f"tokens/s, decoding {decode:,.0f} tokens/s ({cached_step * 1e3:.0f} ms a step; without a "
-        f"cache {rereading * 1e3:.0f} ms)\n"
-        f"pages of {config.page_size} tokens: at most {served.most_pages} of {config.pool_pages} "
-        f"used = {served.most_pages * page_bytes / 2**20:.1f} MiB; a dense cache for as many rows "
-        f"takes {dense_pages * page_bytes / 2**20:.1f} MiB\n"
-        f"largest difference to the logits of one full forward pass: {gap:.1e}"
-    )
+    page_bytes = 2 * cache.k[:, 0].nbytes
+    dense_pages = config.serve_rows * -(-cache.max_seqlen // config.page_size)
     return {
         **asdict(served),
-        "decode_tokens_per_second": decode,
-        "seconds_per_step_without_cache": rereading,
+        "decode_tokens_per_second": served.decode_tokens / served.decode_seconds,
+        "seconds_per_step": served.decode_seconds / served.decode_steps,
+        "seconds_per_step_without_cache": seconds_without_cache(
+            model, requests[: config.serve_rows]
+        ),
         "page_bytes": page_bytes,
-        "dense_pages": dense_pages,
-        "largest_logit_difference": gap,
-        "sample": sample,
-    }
+        "most_bytes": served.most_pages * page_bytes,
+        "dense_bytes": dense_pages * page_bytes,
+        "largest_logit_difference": largest_difference(model, requests),
+        "heldout_loss": loss,
+    }, requests
 
 
 def write_sample(requests: list[Request]) -> str:

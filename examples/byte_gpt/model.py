@@ -1,4 +1,4 @@
-"""A small GPT over bytes, and the attention variants it is compared with."""
+"""A small GPT over bytes, its attention in fp32, bf16 and FP8, and the rivals of the fp32 one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
+from flash8 import fp8, fp8_attention
 from flash8.nn import CacheStep, FlashMHA, LayerCache
 
 VOCABULARY = 256
@@ -33,6 +34,54 @@ class TorchMHA(FlashMHA):
     ) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+class BF16MHA(FlashMHA):
+    """q, k, v and O in bf16, as in mixed-precision training; so is what a cache takes up."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None
+    ) -> Tensor:
+        narrow = (x.bfloat16() for x in (q, k, v))
+        return self.attend_narrow(*narrow, cu_seqlens, max_seqlen).to(q.dtype)
+
+    def attend_narrow(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None
+    ) -> Tensor:
+        return super().attend(q, k, v, cu_seqlens, max_seqlen)
+
+    def attend_cached(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        cache: LayerCache,
+    ) -> Tensor:
+        narrow = (x.bfloat16() for x in (q, k, v))
+        return super().attend_cached(*narrow, cu_seqlens, max_seqlen, cache).to(q.dtype)
+
+
+class FP8MHA(BF16MHA):
+    """The same bf16 q, k, v, quantized for an FP8 forward; the backward stays 16-bit."""
+
+    recipe = fp8.CurrentScaling()
+
+    def attend_narrow(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None
+    ) -> Tensor:
+        return fp8_attention(
+            q,
+            k,
+            v,
+            self.recipe,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
+            causal=True,
+        )
 
 
 class Block(nn.Module):

@@ -13,38 +13,55 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from measure import Measurement
-from train import History
+from train import History, loss_gap
 
 _OURS, _THEIRS, _INK, _FAINT = "#2166ac", "#b0b0b0", "#222222", "#cccccc"
+_FP8 = "#d6604d"
 _COLOURS = {"packed": _OURS, "padded": "#92c5de"}
 
 
-def plot_loss(history: History, path: Path) -> None:
-    """Training loss of every step, its running mean, and the held-out loss."""
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=150)
-    kilobytes = [tokens / 1e3 for tokens in history.tokens]
-    axes.plot(kilobytes, history.losses, color=_FAINT, linewidth=0.8, label="train, every batch")
-    axes.plot(kilobytes, _running_mean(history.losses), color=_INK, label="train, running mean")
-    heldout = [tokens / 1e3 for tokens in history.heldout_tokens]
-    axes.plot(heldout, history.heldout_losses, "o-", color=_OURS, label="held-out documents")
-    axes.annotate(
-        f"{history.heldout_losses[-1]:.2f}",
-        (heldout[-1], history.heldout_losses[-1]),
-        textcoords="offset points",
-        xytext=(0, -16),
-        ha="center",
-        color=_OURS,
+def plot_losses(histories: list[History], path: Path, largest_gap: float) -> None:
+    """The loss curves of all runs, and below how far each is from the first, in per cent."""
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(7, 5.5), dpi=150, sharex=True, height_ratios=(5, 2)
     )
-    axes.set_xlabel("training text (kB)")
-    axes.set_ylabel("loss (nats per byte)")
-    axes.set_title("Byte-level GPT on packed documents", loc="left")
-    axes.set_ylim(0, 5.8)
-    axes.set_xlim(left=0)
-    _finish(axes)
-    axes.legend(frameon=False)
+    for history, colour, style in zip(histories, (_OURS, _FP8), ("-", "--"), strict=True):
+        kilobytes = [tokens / 1e3 for tokens in history.tokens]
+        heldout = [tokens / 1e3 for tokens in history.heldout_tokens]
+        label = f"{history.label}, held out: {history.heldout_losses[-1]:.3f}"
+        above.plot(
+            kilobytes, _running_mean(history.losses), style, color=colour, label=history.label
+        )
+        above.plot(heldout, history.heldout_losses, "o", color=colour, ms=4, label=label)
+        if history is not histories[0]:
+            _plot_gaps(below, history, histories[0], colour)
+    above.set_ylabel("loss (nats per byte)")
+    above.set_title("The same batches in bf16 and with an FP8 forward of attention", loc="left")
+    above.set_ylim(0, 5.8)
+    above.legend(frameon=False)
+    percent = 100 * largest_gap
+    below.axhspan(-percent, percent, color=_FAINT, alpha=0.4, linewidth=0)
+    below.set_ylim(-1.5 * percent, 1.5 * percent)
+    below.set_ylabel("difference (%)")
+    below.set_xlabel("training text (kB)")
+    below.set_xlim(left=0)
+    for axes in (above, below):
+        _finish(axes)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def _plot_gaps(axes: Axes, history: History, reference: History, colour: str) -> None:
+    """Of the running means of the training losses, and of the held-out losses."""
+
+    def percent(ours: list[float], theirs: list[float]) -> list[float]:
+        return [100 * (a / b - 1) for a, b in zip(ours, theirs, strict=True)]
+
+    train = percent(_running_mean(history.losses), _running_mean(reference.losses))
+    heldout = percent(history.heldout_losses, reference.heldout_losses)
+    axes.plot([tokens / 1e3 for tokens in history.tokens], train, color=colour, linewidth=1)
+    axes.plot([tokens / 1e3 for tokens in history.heldout_tokens], heldout, "o", color=colour, ms=4)
 
 
 def plot_comparison(rows: list[Measurement], path: Path) -> None:
@@ -85,6 +102,43 @@ def table(rows: list[Measurement]) -> str:
             _bound(largest_gap(row, rows[0])) if row is not rows[0] else "",
         )
         for row in rows
+    ]
+    return align([header, *body])
+
+
+def training_table(histories: list[History]) -> str:
+    """Steps, speed and losses of runs in lockstep; the difference is to the first row."""
+    header = ("forward of attention", "steps", "bytes", "tokens/s", "first", "held out", "gap")
+    body = [
+        (
+            history.label,
+            f"{len(history.losses)}",
+            f"{history.tokens[-1]:,}",
+            f"{history.tokens[-1] / history.seconds:,.0f}",
+            f"{history.heldout_losses[0]:.3f}",
+            f"{history.heldout_losses[-1]:.4f}",
+            "" if history is histories[0] else f"{loss_gap(history, histories[0]):+.2%}",
+        )
+        for history in histories
+    ]
+    return align([header, *body])
+
+
+def cache_table(served: dict[str, dict[str, Any]]) -> str:
+    """What each cache cost and what it did to the held-out loss; compared with the first row's."""
+    header = ("cache", "MiB at most", "as dense rows", "held out", "gap", "logits", "ms a step")
+    first = next(iter(served.values()))["heldout_loss"]
+    body = [
+        (
+            label,
+            f"{row['most_bytes'] / 2**20:.2f}",
+            f"{row['dense_bytes'] / 2**20:.2f}",
+            f"{row['heldout_loss']:.4f}",
+            f"{row['heldout_loss'] / first - 1:+.3%}" if index else "",
+            f"{row['largest_logit_difference']:.1e}",
+            f"{1e3 * row['seconds_per_step']:.0f}",
+        )
+        for index, (label, row) in enumerate(served.items())
     ]
     return align([header, *body])
 

@@ -58,22 +58,13 @@ class Server:
     all running ones, so growth never fails; the pages themselves are taken as it grows.
     """
 
-    def __init__(self, model: ByteGPT, config: Config) -> None:
+    def __init__(
+        self, model: ByteGPT, config: Config, cache: PagedKVCache, label: str = "serve"
+    ) -> None:
         self._model = model.eval()
         self._config = config
-        self._longest = config.longest_document + config.new_tokens
-        on_gpu = device().type == "cuda"
-        self.cache = PagedKVCache(
-            config.layers,
-            config.pool_pages,
-            config.page_size,
-            config.serve_rows,
-            self._longest,
-            config.heads,
-            config.head_dim,
-            dtype=torch.bfloat16 if on_gpu else torch.float32,
-            device=device(),
-        )
+        self._label = label
+        self.cache = cache
         self._random = torch.Generator().manual_seed(config.seed)
         self._running: list[Request] = []
         self.served = Served()
@@ -85,7 +76,8 @@ class Server:
         for request in requests:
             self._refuse_if_hopeless(request)
         waiting = deque(requests)
-        with tqdm(total=len(prompts) * self._config.new_tokens, desc="serve", unit="B") as progress:
+        total = len(prompts) * self._config.new_tokens
+        with tqdm(total=total, desc=self._label, unit="B") as progress:
             while waiting or self._running:
                 admitted = self._admit(waiting)
                 self._prefill(admitted) if admitted else self._decode()
@@ -157,7 +149,7 @@ class Server:
 
     def _refuse_if_hopeless(self, request: Request) -> None:
         length = request.prompt.shape[0] + self._config.new_tokens
-        if length > self._longest or self._pages_at_most(request) > self._config.pool_pages:
+        if length > self.cache.max_seqlen or self._pages_at_most(request) > self._config.pool_pages:
             raise ValueError(f"a prompt of {request.prompt.shape[0]} bytes does not fit the cache")
 
 

@@ -1,4 +1,8 @@
-"""Training on packed or padded batches: the same documents, the same loss."""
+"""Training on packed or padded batches: the same documents, the same loss.
+
+Models that are compared are trained in lockstep, so whatever the clock allows, they have seen the
+same batches at the same learning rates.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from tqdm import tqdm
 import data
 from config import Config, device, mixed_precision
 from flash8.nn import FlashMHA
-from model import ByteGPT, TorchMHA, UnfusedMHA
+from model import BF16MHA, FP8MHA, ByteGPT, TorchMHA, UnfusedMHA
 from muon import Muon
 
 
@@ -36,11 +40,21 @@ VARIANTS = {
     "unfused": Variant("unfused, padded", UnfusedMHA, packed=False),
 }
 
+#: Trained side by side; the first is what the others are held against.
+PRECISIONS = {
+    "bf16": Variant("bf16", BF16MHA, packed=True),
+    "fp8": Variant("FP8 forward", FP8MHA, packed=True),
+}
+
 
 @dataclass
 class History:
-    """What a training run leaves: losses in nats per byte, counted in real tokens."""
+    """What a training run leaves: losses in nats per byte, counted in real tokens.
 
+    seconds: in training steps alone.
+    """
+
+    label: str = ""
     tokens: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     heldout_tokens: list[int] = field(default_factory=list)
@@ -54,6 +68,7 @@ class Trainer:
     def __init__(self, config: Config, variant: Variant) -> None:
         torch.manual_seed(config.seed)
         self.model = ByteGPT(config, variant.attention).to(device())
+        self.label = variant.label
         self._packed = variant.packed
         hidden = [p for p in self.model.blocks.parameters() if p.dim() == 2]
         known = set(hidden)
@@ -97,26 +112,45 @@ class Trainer:
             yield from optimizer.param_groups
 
 
-def train(trainer: Trainer, corpus: data.Corpus, config: Config) -> History:
-    """Train for `train_seconds` or `most_steps`, whichever comes first; validate now and then."""
+def train(trainers: Sequence[Trainer], corpus: data.Corpus, config: Config) -> list[History]:
+    """Train all for `train_seconds` or `most_steps`, whichever comes first; validate at times."""
     heldout = [batch.to(device()) for batch in data.once(corpus.heldout, config.batch_tokens)]
-    history = History(heldout_tokens=[0], heldout_losses=[trainer.evaluate(heldout)])
+    histories = [History(trainer.label) for trainer in trainers]
+    _validate(trainers, histories, heldout)
     endless = data.batches(corpus.train, config.batch_tokens, config.seed)
-    began, done, tokens = perf_counter(), 0.0, 0
+    began, done, steps = perf_counter(), 0.0, 0
     with tqdm(total=100, desc="train", bar_format="{l_bar}{bar}| {elapsed}{postfix}") as bar:
         while done < 1.0:
             batch = next(endless).to(device())
-            history.losses.append(trainer.step(batch, rate(done)))
-            tokens += batch.tokens
-            history.tokens.append(tokens)
-            before, done = done, _progress(began, len(history.losses), config)
+            for trainer, history in zip(trainers, histories, strict=True):
+                _timed_step(trainer, history, batch, rate(done))
+            steps += 1
+            before, done = done, _progress(began, steps, config)
             if int(before * config.validations) < int(done * config.validations):
-                history.heldout_tokens.append(tokens)
-                history.heldout_losses.append(trainer.evaluate(heldout))
-            bar.set_postfix(loss=f"{history.losses[-1]:.2f}", **_latest(history))
+                _validate(trainers, histories, heldout)
+            bar.set_postfix_str(_latest(histories, steps))
             bar.update(100 * done - bar.n)
-    history.seconds = perf_counter() - began
-    return history
+    return histories
+
+
+def loss_gap(history: History, reference: History) -> float:
+    """How far the last held-out loss is above the reference's, as a share of it."""
+    return history.heldout_losses[-1] / reference.heldout_losses[-1] - 1.0
+
+
+def _timed_step(trainer: Trainer, history: History, batch: data.Batch, rate: float) -> None:
+    began = perf_counter()
+    history.losses.append(trainer.step(batch, rate))  # its item() waits for the device
+    history.seconds += perf_counter() - began
+    history.tokens.append((history.tokens or [0])[-1] + batch.tokens)
+
+
+def _validate(
+    trainers: Sequence[Trainer], histories: list[History], heldout: list[data.Batch]
+) -> None:
+    for trainer, history in zip(trainers, histories, strict=True):
+        history.heldout_tokens.append((history.tokens or [0])[-1])
+        history.heldout_losses.append(trainer.evaluate(heldout))
 
 
 def rate(done: float, climb: float = 0.04) -> float:
@@ -131,5 +165,9 @@ def _progress(began: float, steps: int, config: Config) -> float:
     return min(1.0, max(elapsed, steps / config.most_steps))
 
 
-def _latest(history: History) -> dict[str, str]:
-    return {"heldout": f"{history.heldout_losses[-1]:.2f}", "steps": str(len(history.losses))}
+def _latest(histories: list[History], steps: int) -> str:
+    losses = (
+        f"{history.label} {history.losses[-1]:.2f} (held out {history.heldout_losses[-1]:.2f})"
+        for history in histories
+    )
+    return ", ".join((f"step {steps}", *losses))

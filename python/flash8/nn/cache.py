@@ -10,6 +10,9 @@ device::
     step.commit()                                         # the sequences are longer now
     cache.remove_sequence(row)
 
+A cache of dtype float8_e4m3fn is quantized by the append, with one descale per layer and head that
+is fixed when the cache is made: x ~ descale * x_fp8.
+
 The paging scheme is that of Kwon et al., "PagedAttention" (arXiv 2309.06180).
 """
 
@@ -20,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash8.arguments import require_int
+from flash8.arguments import require_int, require_shape, require_tensor
+from flash8.float8 import E4M3
 
 
 class OutOfPagesError(RuntimeError):
@@ -79,6 +83,7 @@ class LayerCache:
     cache_seqlens: (rows,) int32, the lengths before this step.
     cache_batch_idx: (rows,) int32, dense only; page_table: (rows, max_pages) int32, paged only.
     max_seqlen: the longest a sequence may become.
+    k_descale, v_descale: fp32 (rows, heads_kv), of an e4m3 cache that has descales.
     """
 
     k: Tensor
@@ -87,6 +92,8 @@ class LayerCache:
     cache_batch_idx: Tensor | None
     page_table: Tensor | None
     max_seqlen: int
+    k_descale: Tensor | None = None
+    v_descale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,12 @@ class CacheStep:
             self.cache_batch_idx,
             self.page_table,
             self.cache.max_seqlen,
+            self._descale(self.cache.k_descale, index),
+            self._descale(self.cache.v_descale, index),
         )
+
+    def _descale(self, descale: Tensor | None, index: int) -> Tensor | None:
+        return None if descale is None else descale[index].expand(len(self.rows), -1)
 
     def commit(self) -> None:
         """Count the new tokens, once every layer has appended them."""
@@ -121,6 +133,8 @@ class _KVCache(ABC):
 
     k: Tensor
     v: Tensor
+    k_descale: Tensor | None
+    v_descale: Tensor | None
 
     def __init__(self, max_batch: int, max_seqlen: int) -> None:
         self.max_batch = require_int("max_batch", max_batch, minimum=1)
@@ -178,6 +192,24 @@ class _KVCache(ABC):
         for row, count in zip(rows, new_tokens, strict=True):
             self._lengths[row] += count
 
+    def _allocate(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        descales: tuple[Tensor | None, Tensor | None],
+    ) -> None:
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        for name, descale in zip(("k_descale", "v_descale"), descales, strict=True):
+            if descale is not None:
+                if dtype != E4M3:
+                    raise ValueError(f"{name} needs a cache of dtype {E4M3}, got dtype {dtype}")
+                require_tensor(name, descale, torch.float32, self.k)
+                layers_and_heads = (shape[0], shape[-2])
+                require_shape(name, descale, layers_and_heads, "(num_layers, num_heads_kv)")
+            setattr(self, name, descale)
+
     @abstractmethod
     def _reserve(self, lengths: dict[int, int]) -> None: ...
 
@@ -214,6 +246,7 @@ class DenseKVCache(_KVCache):
     """``max_batch`` rows with room for ``max_seqlen`` tokens each, allocated at once.
 
     ``k`` and ``v`` are (num_layers, max_batch, max_seqlen, num_heads_kv, head_dim).
+    dtype float8_e4m3fn takes k_descale and v_descale, fp32 (num_layers, num_heads_kv); None: 1.
     """
 
     def __init__(
@@ -226,11 +259,12 @@ class DenseKVCache(_KVCache):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        k_descale: Tensor | None = None,
+        v_descale: Tensor | None = None,
     ) -> None:
         super().__init__(max_batch, max_seqlen)
         shape = (num_layers, max_batch, max_seqlen, num_heads_kv, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self._allocate(shape, dtype, device, (k_descale, v_descale))
 
     def _reserve(self, lengths: dict[int, int]) -> None:
         """Every row already has its space."""
@@ -247,6 +281,7 @@ class PagedKVCache(_KVCache):
 
     ``k`` and ``v`` are (num_layers, num_pages, page_size, num_heads_kv, head_dim). One page number
     stands for the same place in every layer, so all layers share a page table.
+    dtype float8_e4m3fn takes k_descale and v_descale, fp32 (num_layers, num_heads_kv); None: 1.
     """
 
     def __init__(
@@ -261,14 +296,15 @@ class PagedKVCache(_KVCache):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        k_descale: Tensor | None = None,
+        v_descale: Tensor | None = None,
     ) -> None:
         super().__init__(max_batch, max_seqlen)
         self.page_size = require_int("page_size", page_size, minimum=1)
         self.allocator = PageAllocator(num_pages)
         self._held: dict[int, list[int]] = {}
         shape = (num_layers, num_pages, page_size, num_heads_kv, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self._allocate(shape, dtype, device, (k_descale, v_descale))
 
     def pages_of(self, row: int) -> tuple[int, ...]:
         """The pages of sequence ``row``, first tokens first."""

@@ -129,8 +129,8 @@ class FlashMHA(AlibiModule):
                 The output is 0 there (and its gradient unused). Waits for the device once.
             position_ids: integers, one per token of x, for the rotary embedding; by default
                 tokens count from 0 in each sequence. Not with a cache, which knows them.
-            cache: keys and values of the tokens before x; those of x are appended in place.
-                Causal only; no gradients; dropout does not apply.
+            cache: keys and values of the tokens before x, in x's dtype or e4m3; those of x are
+                appended in place. Causal only; no gradients; dropout does not apply.
 
         Returns:
             The shape of x.
@@ -151,7 +151,7 @@ class FlashMHA(AlibiModule):
         if cache is None:
             attended = self.attend(q, k, v, cu_seqlens, max_seqlen)
         else:
-            attended = self._attend_cached(q, k, v, cu_seqlens, max_seqlen, cache)
+            attended = self.attend_cached(q, k, v, cu_seqlens, max_seqlen, cache)
         out: Tensor = self.out_proj(attended.flatten(-2))
         return out
 
@@ -176,28 +176,7 @@ class FlashMHA(AlibiModule):
             q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options
         )
 
-    def _options(self) -> dict[str, Any]:
-        return {
-            "softmax_scale": self.softmax_scale,
-            "causal": self.causal,
-            "window_size": self.window_size,
-            "softcap": self.softcap,
-            "s_aux": self.sinks,
-            "alibi_slopes": self.alibi_slopes,
-        }
-
-    def _forward_padded(
-        self, x: Tensor, key_padding_mask: Tensor, position_ids: Tensor | None
-    ) -> Tensor:
-        kept, indices, cu_seqlens, max_seqlen, _ = unpad_input(x, ~key_padding_mask)
-        if position_ids is not None:
-            position_ids = position_ids.expand(x.shape[:2]).reshape(-1)[indices]
-        out = self.forward(
-            kept, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, position_ids=position_ids
-        )
-        return pad_input(out, indices, x.shape[0], x.shape[1])
-
-    def _attend_cached(
+    def attend_cached(
         self,
         q: Tensor,
         k: Tensor,
@@ -206,6 +185,8 @@ class FlashMHA(AlibiModule):
         max_seqlen: int | None,
         cache: LayerCache,
     ) -> Tensor:
+        """The core attention over a cache, which takes up k and v first: as `attend`, for q, k
+        and v that are not rotated yet."""
         options = self._options()
         if self.rotary is not None:
             dtype = torch.promote_types(q.dtype, torch.float32)
@@ -230,8 +211,31 @@ class FlashMHA(AlibiModule):
             cache_seqlens=cache.cache_seqlens,
             cache_batch_idx=cache.cache_batch_idx,
             page_table=cache.page_table,
+            k_descale=cache.k_descale,
+            v_descale=cache.v_descale,
             **options,
         )
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "softmax_scale": self.softmax_scale,
+            "causal": self.causal,
+            "window_size": self.window_size,
+            "softcap": self.softcap,
+            "s_aux": self.sinks,
+            "alibi_slopes": self.alibi_slopes,
+        }
+
+    def _forward_padded(
+        self, x: Tensor, key_padding_mask: Tensor, position_ids: Tensor | None
+    ) -> Tensor:
+        kept, indices, cu_seqlens, max_seqlen, _ = unpad_input(x, ~key_padding_mask)
+        if position_ids is not None:
+            position_ids = position_ids.expand(x.shape[:2]).reshape(-1)[indices]
+        out = self.forward(
+            kept, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, position_ids=position_ids
+        )
+        return pad_input(out, indices, x.shape[0], x.shape[1])
 
     def _check_inputs(
         self,
