@@ -1,114 +1,152 @@
-"""Attention forward and backward beside its peers, correctness first, in one run.
+"""Attention beside its peers, correctness first, in one run; then a table and plots from the JSON.
 
-On a GPU the shapes are those of the FlashAttention-3 paper and of Llama-3 in BF16; on a CPU small
-ones in float32. Writes bench/results/attention_<device>.json and a Markdown table beside it.
+On a GPU: the FlashAttention-3 paper's shapes, Llama-3's, packed documents and decoding, in BF16
+and FP8; without one: small shapes in float32, and what is committed of a GPU is only drawn.
+Writes bench/results/attention_<device>.json, .md and .png.
 """
 
 import argparse
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import attention_report
 import environment
 import torch
-from attention_peers import Peer, peers, reference
+from attention_cases import Call, Case, cpu_cases, gpu_cases, inputs, reference
+from attention_peers import Absent, Attention, Peer, RefusedError, peers
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
-_HIDDEN = 2048
-_TOKENS = 16384
-_MAX_CHECKED = 2048  # the reference materialises scores: longer shapes are checked at this length
+Clock = Callable[[Callable[[], object]], dict[str, Any]]
+_MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One row of the benchmark."""
-
-    batch: int
-    seqlen: int
-    heads: int
-    heads_kv: int
-    head_dim: int
-    causal: bool
-
-    def flops(self, *, backward: bool) -> float:
-        """Matrix FLOPs: 4 * b * h * s^2 * d, half if causal; 3.5 times that with the backward."""
-        forward = 4.0 * self.batch * self.heads * self.seqlen**2 * self.head_dim
-        forward *= 0.5 if self.causal else 1.0
-        return forward * (3.5 if backward else 1.0)
-
-
-def gpu_shapes() -> list[Shape]:
-    paper = [
-        Shape(max(1, _TOKENS // seqlen), seqlen, _HIDDEN // d, _HIDDEN // d, d, causal)
-        for d in (64, 128, 256)
-        for seqlen in (512, 2048, 8192, 16384)
-        for causal in (False, True)
-    ]
-    llama = [Shape(1, 8192, 32, 8, 128, True), Shape(1, 8192, 64, 8, 128, True)]
-    return paper + llama
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--suite", help="only the cases of one suite; prints, writes nothing")
+    options = parser.parse_args()
+    device = options.device
+    if device != "cuda":
+        print("bench_attention: torch sees no CUDA device; the GPU's cases are not measured here")
+    os.environ.setdefault("FLASH8_KERNELS", "on")
+    cases = gpu_cases() if device == "cuda" else cpu_cases()
+    cases = [case for case in cases if options.suite in (None, case.suite)]
+    results = run(cases, list(peers(device)), device, clock(device))
+    if options.suite is not None:
+        print(attention_report.tables(results))
+        return
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"attention_{device}.json").write_text(json.dumps(results, indent=1) + "\n")
+    attention_report.main()
 
 
-def cpu_shapes() -> list[Shape]:
-    return [
-        Shape(8, 256, 8, 8, 64, True),
-        Shape(1, 1024, 8, 8, 64, True),
-        Shape(1, 1024, 8, 2, 64, True),
-        Shape(1, 4096, 4, 4, 64, True),
-        Shape(1, 4096, 4, 4, 64, False),
-    ]
+def run(
+    cases: list[Case], candidates: list[Peer | Absent], device: str, time_call: Clock
+) -> dict[str, Any]:
+    """Every peer on every case; the matrix rate before and after, in the same run."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rate = matrix_rate(device, dtype, time_call)
+    present = [peer for peer in candidates if isinstance(peer, Peer)]
+    work = [(case, peer) for case in cases for peer in present if case.kind in peer.kinds]
+    rows = [measure(peer, case, device, dtype, time_call) for case, peer in progress(work)]
+    return {
+        "environment": environment.describe(),
+        "dtype": str(dtype),
+        "matrix_tflops": {"before": rate, "after": matrix_rate(device, dtype, time_call)},
+        "absent": {peer.name: peer.reason for peer in candidates if isinstance(peer, Absent)},
+        "rows": rows,
+    }
 
 
-def inputs(shape: Shape, device: str, dtype: torch.dtype, seqlen: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator(device=device).manual_seed(0)
-
-    def draw(heads: int) -> Tensor:
-        size = (shape.batch, seqlen, heads, shape.head_dim)
-        x = torch.randn(size, generator=generator, device=device, dtype=dtype)
-        return x.transpose(1, 2).requires_grad_()
-
-    return draw(shape.heads), draw(shape.heads_kv), draw(shape.heads_kv)
-
-
-def error(peer: Peer, shape: Shape, device: str, dtype: torch.dtype) -> float:
-    """Relative error of O on fresh random data, |o - ref| / |ref|."""
-    q, k, v = (
-        x.detach()[:1] for x in inputs(shape, device, dtype, min(shape.seqlen, _MAX_CHECKED))
-    )
-    expected = reference(q, k, v, shape.causal)
-    with torch.no_grad():
-        actual = peer.call(q, k, v, shape.causal).float()
-    return ((actual - expected).norm() / expected.norm()).item()
-
-
-def measure(peer: Peer, shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    row: dict[str, Any] = {"peer": peer.name, **asdict(shape)}
+def progress(work: list[tuple[Case, Peer]]) -> Iterator[tuple[Case, Peer]]:
+    """A bar if tqdm is there, and a line per case if it is not."""
     try:
-        row["error"] = error(peer, shape, device, dtype)
-        q, k, v = inputs(shape, device, dtype, shape.seqlen)
-        dout = torch.randn_like(q)
+        from tqdm import tqdm
+    except ImportError:
+        for number, (case, peer) in enumerate(work, 1):
+            print(f"[{number}/{len(work)}] {attention_report.label(asdict(case))} {peer.name}")
+            yield case, peer
+        return
+    with tqdm(work, unit="case") as bar:
+        for case, peer in bar:
+            bar.set_postfix_str(f"{attention_report.label(asdict(case))} {peer.name}")
+            yield case, peer
 
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return peer.call(q, k, v, shape.causal)
 
-        def both() -> object:
-            return torch.autograd.grad(peer.call(q, k, v, shape.causal), (q, k, v), dout)
-
-        for name, call, backward in (("forward", forward, False), ("both", both, True)):
-            timing = timer(device)(call)
-            rate = shape.flops(backward=backward) / timing["median_ms"] * 1e-9
-            row[name] = {**timing, "tflops": rate}
-    except (RuntimeError, ValueError, TypeError) as refusal:
-        row["refused"] = str(refusal).splitlines()[0][:200]
+def measure(
+    peer: Peer, case: Case, device: str, dtype: torch.dtype, time_call: Clock
+) -> dict[str, Any]:
+    """One row. What is wrong is not timed; what a peer cannot do is written down."""
+    size = dtype.itemsize
+    row: dict[str, Any] = {"peer": peer.name, **asdict(case)}
+    row |= {"least_bytes": case.least_bytes(size), "score_bytes": case.score_bytes(size)}
+    try:
+        row["error"] = error(peer, case.checked(), device, dtype)
+        if not row["error"] <= peer.tolerance:
+            row["refused"] = f"wrong: relative error {row['error']:.2g}, above {peer.tolerance}"
+            return row
+        call = inputs(case, device, dtype)
+        attend = peer.prepare(call)
+        for name, function in timed_calls(peer, call, attend):
+            row[name] = timing = time_call(function)
+            flops = case.flops(backward=name == "both")
+            timing["tflops"] = flops / timing["median_ms"] * 1e-9
+            timing["peak_bytes"] = peak_bytes(function, device)
+    except (RefusedError, RuntimeError, ValueError, TypeError) as refusal:
+        row["refused"] = f"{type(refusal).__name__}: {refusal}".splitlines()[0][:200]
     return row
 
 
-def timer(device: str) -> Callable[[Callable[[], object]], dict[str, Any]]:
+def timed_calls(
+    peer: Peer, call: Call, attend: Attention
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The forward, and with the backward where a peer has one."""
+    q, k, v = call.q, call.k, call.v
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return attend(q, k, v)
+
+    yield "forward", forward
+    if peer.backward and call.case.kind != "decode":
+        dout = torch.randn_like(q)
+        yield "both", lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
+
+
+@torch.no_grad()
+def error(peer: Peer, case: Case, device: str, dtype: torch.dtype) -> float:
+    """Relative error of O on fresh random data, |o - ref| / |ref|."""
+    call = inputs(case, device, dtype, seed=1)
+    expected = reference(call)
+    actual = peer.prepare(call)(call.q, call.k, call.v).float()
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def peak_bytes(function: Callable[[], object], device: str) -> int | None:
+    """What a call allocates at most above what is there; None where torch does not count."""
+    if device != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def matrix_rate(device: str, dtype: torch.dtype, time_call: Clock) -> float:
+    """TFLOP/s of a large square product in the type of the benchmark."""
+    size = _MATRIX_SIZE[device]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / time_call(lambda: a @ b)["median_ms"] * 1e-9
+
+
+def clock(device: str) -> Clock:
     if device == "cuda":
         from gpu_timing import time_call
 
@@ -123,42 +161,10 @@ def _time_on_cpu(call: Callable[[], object], runs: int = 7) -> dict[str, Any]:
         start = time.perf_counter()
         call()
         times.append((time.perf_counter() - start) * 1e3)
-    return {"median_ms": statistics.median(times), "best_ms": min(times), "runs": runs}
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| shape (b, s, h/hk, d) | causal | peer | forward ms | fwd+bwd ms | relL2 |"]
-    lines.append("|---|---|---|---|---|---|")
-    for row in rows:
-        shape = (
-            f"{row['batch']}, {row['seqlen']}, {row['heads']}/{row['heads_kv']}, {row['head_dim']}"
-        )
-        if "refused" in row:
-            cells = ["refused", "", ""]
-        else:
-            cells = [f"{row[name]['median_ms']:.2f}" for name in ("forward", "both")]
-            cells.append(f"{row['error']:.1e}")
-        lines.append(f"| {shape} | {row['causal']} | {row['peer']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device = parser.parse_args().device
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    shapes = gpu_shapes() if device == "cuda" else cpu_shapes()
-    rows = []
-    for number, shape in enumerate(shapes, 1):
-        for peer in peers(device):
-            print(f"[{number}/{len(shapes)}] {shape} {peer.name}", flush=True)
-            rows.append(measure(peer, shape, device, dtype))
-    results = {"environment": environment.describe(), "dtype": str(dtype), "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"attention_{device}.json").write_text(json.dumps(results, indent=2) + "\n")
-    text = table(rows)
-    (RESULTS / f"attention_{device}.md").write_text(text)
-    print(text)
+    times.sort()
+    quintiles = statistics.quantiles(times, n=5)
+    median = statistics.median(times)
+    return {"median_ms": median, "p20_ms": quintiles[0], "p80_ms": quintiles[3], "runs": runs}
 
 
 if __name__ == "__main__":
