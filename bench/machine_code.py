@@ -35,10 +35,16 @@ _MULTIPLY_ADDS, _EXPONENTIALS, _ISSUES = 2048, 16, 4  # a cycle and SM
 TILES = {
     (64, 64): (192, 128),
     (96, 96): (128, 128),
-    (128, 128): (128, 128),
+    (128, 128): (128, 176),
     (192, 128): (128, 128),
     (192, 192): (128, 96),
-    (256, 256): (128, 64),
+    (256, 256): (128, 80),
+}
+#: With a mask that makes the difference.
+MASKED_TILES = {
+    (128, 128, "causal"): (128, 128),
+    (128, 128, "local"): (128, 128),
+    (256, 256, "local"): (128, 64),
 }
 
 #: FlashAttention-3's kernels, nvcc 13.0.88: (unmasked, masked) instructions per KV tile, kBlockN.
@@ -139,8 +145,10 @@ class Row:
     classes: dict[str, int]
 
 
-def block_n(variant: ForwardVariant) -> int:
-    return TILES[(variant.head_dim, variant.head_dim_v)][1]
+def tile(variant: ForwardVariant) -> tuple[int, int]:
+    """(kBlockM, kBlockN) of a variant."""
+    heads = (variant.head_dim, variant.head_dim_v)
+    return MASKED_TILES.get((*heads, variant.mask), TILES[heads])
 
 
 def row(variant: ForwardVariant) -> Row:
@@ -150,7 +158,7 @@ def row(variant: ForwardVariant) -> Row:
     key = (variant.head_dim, variant.head_dim_v, variant.mask)
     peer = (None, None, None) if variant.softcap else FLASH_ATTENTION_3.get(key, (None,) * 3)
     registers, spills = _cost(compiled)
-    block_m, block_n = TILES[(variant.head_dim, variant.head_dim_v)]
+    block_m, block_n = tile(variant)
     warpgroups = block_m // 64
     scores = block_m * block_n
     exponentials = scores * (2 if variant.softcap else 1)  # tanh takes the same unit

@@ -21,7 +21,9 @@ CAUSAL = ForwardVariant("bf16", 128, 128, mask="causal")
 LOCAL = ForwardVariant("bf16", 64, 64, mask="local")
 CAPPED = ForwardVariant("fp16", 64, 64, softcap=True)
 MLA = ForwardVariant("bf16", 192, 128, mask="causal")
-DEFAULT = (CAUSAL, LOCAL, CAPPED, MLA)
+DENSE = ForwardVariant("bf16", 128, 128)
+WIDE = ForwardVariant("bf16", 256, 256, mask="causal")
+DEFAULT = (CAUSAL, LOCAL, CAPPED, MLA, DENSE, WIDE)
 SLOW = tuple(variant for variant in SHIPPED if variant not in DEFAULT)
 VARIANTS = [pytest.param(v, id=v.name) for v in DEFAULT] + [
     pytest.param(v, id=v.name, marks=pytest.mark.slow) for v in SLOW
@@ -35,6 +37,9 @@ SHAPES = [
     (1, 200, 50, 1, 1),
     (1, 64, 257, 3, 1),
     (2, 3, 0, 1, 1),
+    (1, 60, 175, 1, 1),
+    (1, 33, 81, 2, 1),
+    (1, 61, 353, 1, 1),
 ]
 
 

@@ -7,6 +7,7 @@
 #include "../params.h"
 #include "../pipeline.cuh"
 #include "../tile_scheduler.cuh"
+#include "../wgmma_shapes.cuh"
 
 #include <cutlass/numeric_types.h>
 #include <cute/arch/mma_sm90.hpp>
@@ -23,11 +24,17 @@ enum class ElementChoice : int { kFp16 = 0, kBf16 = 1, kE4m3 = 2 };
 constexpr int block_m(int head_dim) {
     return head_dim <= 64 ? 192 : 128;
 }
-constexpr int block_n(int head_dim, int head_dim_v) {
+constexpr int block_n(int head_dim, int head_dim_v, MaskMode mask) {
+    if (head_dim == 128 && head_dim_v == 128 && mask == MaskMode::kNone) {
+        return 176;
+    }
     if (head_dim_v <= 128 && head_dim <= 192) {
         return 128;
     }
-    return head_dim <= 192 && head_dim_v <= 192 ? 96 : 64;
+    if (head_dim <= 192 && head_dim_v <= 192) {
+        return 96;
+    }
+    return mask == MaskMode::kLocal ? 64 : 80;
 }
 
 // TMA writes a tile in panels of one swizzle row: 64 elements (128 bytes), or 32 where 64 does not divide.
@@ -52,7 +59,7 @@ struct ForwardConfig {
 
     static constexpr int kWidestHead = kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV;
     static constexpr int kBlockM = block_m(kWidestHead);
-    static constexpr int kBlockN = block_n(kHeadDim, kHeadDimV);
+    static constexpr int kBlockN = block_n(kHeadDim, kHeadDimV, kMask);
     static constexpr int kStages = 2;
 
     using TileMask = Mask<kMask, kBlockM, kBlockN, kPackGqa>;
@@ -85,9 +92,7 @@ struct ForwardConfig {
         MnMajorAtom<kPanelV>{}, cute::Shape<cute::Int<kHeadDimV>, cute::Int<kBlockN>, cute::Int<kStages>>{},
         cute::Step<cute::_2, cute::_1, cute::_3>{}));
 
-    using MmaQK = decltype(cute::make_tiled_mma(
-        cute::GMMA::ss_op_selector<Element, Element, float,
-                                   cute::Shape<cute::_64, cute::Int<kBlockN>, cute::Int<kHeadDim>>>()));
+    using MmaQK = decltype(scores_mma<Element, kBlockN, kHeadDim>());
     using MmaPV = decltype(cute::make_tiled_mma(
         cute::GMMA::rs_op_selector<Element, Element, float,
                                    cute::Shape<cute::_64, cute::Int<kHeadDimV>, cute::Int<kBlockN>>,

@@ -1,0 +1,130 @@
+// Matrix products of widths that CuTe declares only with all its extended shapes, which would cost every
+// compilation seconds: 64 x 80 and 64 x 176 scores, 16-bit operands, K-major, both in shared memory.
+
+#pragma once
+
+#include <cutlass/numeric_types.h>
+#include <cstdint>
+#include <cute/arch/mma_sm90.hpp>
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <type_traits>
+
+namespace flash8 {
+
+template <class Element, int kN>
+struct WideScores {
+    using DRegisters = void;
+    using ARegisters = uint64_t[1];
+    using BRegisters = uint64_t[1];
+    using CRegisters = float[kN / 2];
+};
+
+// The accumulator's registers as operands, and their names in the text of the instruction.
+#define FLASH8_FLOATS_8(c, i)                                                                   \
+    "+f"(c(i)), "+f"(c(i + 1)), "+f"(c(i + 2)), "+f"(c(i + 3)), "+f"(c(i + 4)), "+f"(c(i + 5)), \
+        "+f"(c(i + 6)), "+f"(c(i + 7))
+#define FLASH8_FLOATS_40(c)                                                                       \
+    FLASH8_FLOATS_8(c, 0), FLASH8_FLOATS_8(c, 8), FLASH8_FLOATS_8(c, 16), FLASH8_FLOATS_8(c, 24), \
+        FLASH8_FLOATS_8(c, 32)
+#define FLASH8_FLOATS_88(c)                                                                      \
+    FLASH8_FLOATS_40(c), FLASH8_FLOATS_8(c, 40), FLASH8_FLOATS_8(c, 48), FLASH8_FLOATS_8(c, 56), \
+        FLASH8_FLOATS_8(c, 64), FLASH8_FLOATS_8(c, 72), FLASH8_FLOATS_8(c, 80)
+#define FLASH8_NAMES_40                        \
+    "%0, %1, %2, %3, %4, %5, %6, %7, "         \
+    "%8, %9, %10, %11, %12, %13, %14, %15, "   \
+    "%16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39"
+#define FLASH8_NAMES_88                        \
+    "%0, %1, %2, %3, %4, %5, %6, %7, "         \
+    "%8, %9, %10, %11, %12, %13, %14, %15, "   \
+    "%16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, " \
+    "%40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, " \
+    "%56, %57, %58, %59, %60, %61, %62, %63, " \
+    "%64, %65, %66, %67, %68, %69, %70, %71, " \
+    "%72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87"
+
+// `names` are the accumulator's registers, then come the descriptors and whether to accumulate.
+#define FLASH8_WGMMA(shape, type, names, a_name, b_name, accumulate_name, floats)                       \
+    asm volatile(                                                                                       \
+        "{\n"                                                                                           \
+        ".reg .pred accumulate;\n"                                                                      \
+        "setp.ne.b32 accumulate, " accumulate_name                                                      \
+        ", 0;\n"                                                                                        \
+        "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" names "}, " a_name ", " b_name \
+        ", accumulate, 1, 1, 0, 0;\n"                                                                   \
+        "}\n"                                                                                           \
+        : floats                                                                                        \
+        : "l"(a), "l"(b), "r"(accumulate))
+
+template <class Element, int kN, class Accumulator>
+__device__ __forceinline__ void issue(uint64_t a, uint64_t b, Accumulator&& c, int accumulate) {
+    constexpr bool kHalf = std::is_same_v<Element, cutlass::half_t>;
+    static_assert(kHalf || std::is_same_v<Element, cutlass::bfloat16_t>, "float16 or bfloat16");
+    static_assert(kN == 80 || kN == 176, "the widths that are spelt out");
+    if constexpr (kN == 80 && kHalf) {
+        FLASH8_WGMMA("m64n80k16", "f16", FLASH8_NAMES_40, "%40", "%41", "%42", FLASH8_FLOATS_40(c));
+    } else if constexpr (kN == 80) {
+        FLASH8_WGMMA("m64n80k16", "bf16", FLASH8_NAMES_40, "%40", "%41", "%42", FLASH8_FLOATS_40(c));
+    } else if constexpr (kHalf) {
+        FLASH8_WGMMA("m64n176k16", "f16", FLASH8_NAMES_88, "%88", "%89", "%90", FLASH8_FLOATS_88(c));
+    } else {
+        FLASH8_WGMMA("m64n176k16", "bf16", FLASH8_NAMES_88, "%88", "%89", "%90", FLASH8_FLOATS_88(c));
+    }
+}
+
+#undef FLASH8_WGMMA
+#undef FLASH8_NAMES_88
+#undef FLASH8_NAMES_40
+#undef FLASH8_FLOATS_88
+#undef FLASH8_FLOATS_40
+#undef FLASH8_FLOATS_8
+
+// What CuTe calls to run the operation, found by its arguments.
+template <class Element, int kN, class D, class LayoutD, class A, class LayoutA, class B, class LayoutB,
+          class C, class LayoutC>
+__device__ __forceinline__ void mma_unpack(cute::MMA_Traits<WideScores<Element, kN>> const& traits,
+                                           cute::Tensor<D, LayoutD>& d, cute::Tensor<A, LayoutA> const& a,
+                                           cute::Tensor<B, LayoutB> const& b,
+                                           cute::Tensor<C, LayoutC> const&) {
+    auto registers = cute::recast<float>(d);
+    issue<Element, kN>(cute::recast<uint64_t>(a)(0), cute::recast<uint64_t>(b)(0), registers,
+                       static_cast<int>(traits.accumulate_));
+}
+
+// The tiled product of 64 x kN scores.
+template <class Element, int kN, int kHeadDim>
+constexpr auto scores_mma() {
+    using namespace cute;
+    if constexpr (kN == 80 || kN == 176) {
+        return make_tiled_mma(WideScores<Element, kN>{});
+    } else {
+        return make_tiled_mma(
+            GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kN>, Int<kHeadDim>>>());
+    }
+}
+
+}  // namespace flash8
+
+template <class Element, int kN>
+struct cute::MMA_Traits<flash8::WideScores<Element, kN>> {
+    using ValTypeD = float;
+    using ValTypeA = Element;
+    using ValTypeB = Element;
+    using ValTypeC = float;
+
+    using FrgTypeA = GMMA::smem_desc<GMMA::Major::K>;
+    using FrgTypeB = GMMA::smem_desc<GMMA::Major::K>;
+
+    using Shape_MNK = Shape<_64, Int<kN>, _16>;
+    using ThrID = Layout<_128>;
+    using ALayout = GMMA::ABLayout<64, 16>;
+    using BLayout = GMMA::ABLayout<kN, 16>;
+    using CLayout = GMMA::CLayout_64xN<kN>;
+
+    GMMA::ScaleOut accumulate_ = GMMA::ScaleOut::One;
+};
