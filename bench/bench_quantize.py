@@ -18,7 +18,8 @@ from quantizer_traffic import traffic
 from flash8.backends import quantizer
 from flash8.fp8 import portable
 from flash8.fp8.hadamard import Rotation
-from flash8.fp8.request import Request, Rope
+from flash8.fp8.request import Request
+from flash8.rotary import Rope
 
 HEADS = 8
 

@@ -14,7 +14,8 @@ import torch
 
 from flash8.backends import quantizer
 from flash8.fp8.hadamard import Rotation
-from flash8.fp8.request import Request, Rope
+from flash8.fp8.request import Request
+from flash8.rotary import Rope
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TOKENS, HEADS, HEAD_DIM = 16384, 8, 128

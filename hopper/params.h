@@ -189,6 +189,7 @@ enum class KernelKind : std::uint32_t {
     kQuantizeAmax = 7,
     kQuantizeMean = 8,
     kQuantizeMeanFinish = 9,
+    kQuantizeAppend = 10,
     kOther = 255,
 };
 

@@ -76,7 +76,8 @@ def test_layout_of_abi_version_1():
         "ForwardParams": (1280, 64),
         "BackwardParams": (1792, 64),
         "GroupRef": (32, 8),
-        "QuantizeParams": (312, 8),
+        "AppendParams": (48, 8),
+        "QuantizeParams": (360, 8),
         "TmaBox": (32, 4),
         "KernelInfo": (400, 4),
     }

@@ -9,7 +9,7 @@ from cases import cumulative, int32
 from flash8 import _native, fp8
 from flash8.backends import hopper
 from flash8.compiler import Unit, compile_unit, cutlass_root
-from flash8.fp8.request import Rope
+from flash8.rotary import Rope
 from quantizer_device import device
 from simulated_device import missing_compiler
 from test_quantizer_kernels import assert_equal, draw, tables

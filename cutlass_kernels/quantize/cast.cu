@@ -21,16 +21,9 @@ __device__ __forceinline__ void store_rows(QuantizeParams const& params, TokenTi
 #pragma unroll
     for (int j = 0; j < Config::kRows; ++j) {
         int const row = tile.first + rows.token(j);
-        uint32_t words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            words[i] = pack<Config::kE5m2>(
-                multiply(rows.x[j][4 * i], inverse), multiply(rows.x[j][4 * i + 1], inverse),
-                multiply(rows.x[j][4 * i + 2], inverse), multiply(rows.x[j][4 * i + 3], inverse));
-        }
         if (rows.inside && row < tile.capacity) {
             *reinterpret_cast<uint4*>(out + (tile.offset + row) * params.out.row_stride) =
-                make_uint4(words[0], words[1], words[2], words[3]);
+                pack_row(rows.x[j], inverse);
         }
     }
 }

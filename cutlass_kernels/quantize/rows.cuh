@@ -91,6 +91,17 @@ __device__ __forceinline__ void rotate(QuantizeParams const& params, int lane,
     }
 }
 
+// The sixteen bytes of a row that a thread has.
+__device__ __forceinline__ uint4 pack_row(float const (&x)[Config::kChannels], float inverse) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        words[i] = pack<Config::kE5m2>(multiply(x[4 * i], inverse), multiply(x[4 * i + 1], inverse),
+                                       multiply(x[4 * i + 2], inverse), multiply(x[4 * i + 3], inverse));
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 // Thread t holds channels 16 (t % kLanes) and up of four tokens.
 struct Rows {
     float x[Config::kRows][Config::kChannels];

@@ -196,7 +196,19 @@ class ForwardParams:
     @property
     def scheduler(self) -> SchedulerParams: ...
 
+class AppendParams:
+    cache_seqlens: int
+    page_table: int
+    kv_batch_idx: int
+    page_table_stride: int
+    max_pages: int
+    num_slots: int
+    slot_tokens: int
+    descale_by_slot: int
+
 class QuantizeParams:
+    @property
+    def append(self) -> AppendParams: ...
     x: tuple[int, int, int, int]
     out: tuple[int, int, int, int]
     mean: tuple[int, int, int]

@@ -5,12 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8 import checks
+from flash8 import backends, checks
 from flash8.arguments import require_rank, require_shape, require_tensor
 from flash8.descales import BLOCK
 from flash8.float8 import E4M3, saturating_cast
 from flash8.options import Options
-from flash8.rotary import apply_rotary, token_positions, token_sequences
+from flash8.rotary import (
+    Rope,
+    apply_rotary,
+    embed_position,
+    token_positions,
+    token_sequences,
+)
 
 
 class NewKeys:
@@ -47,8 +53,8 @@ class NewKeys:
         self._quantizes = k.dtype != E4M3 and k_cache.dtype == E4M3
         if k_cache.dtype == E4M3 and (v.dtype == E4M3) == self._quantizes:
             raise TypeError(f"v must have k's dtype {k.dtype}, got {v.dtype}")
-        # Rotated and shifted in fp32: rows that are quantized are rounded once.
-        self._k, self._v = (k.float(), v.float()) if self._quantizes else (k, v)
+        self._k, self._v = k, v
+        self._rope: Rope | None = None
 
     def _check_new(self, name: str, new: Any, head_dim: int, geometry: checks.Geometry) -> None:
         dtype = self._k_cache.dtype
@@ -99,7 +105,10 @@ class NewKeys:
         k_positions = token_positions(self._k, offsets, self._cu_seqlens)
         for positions in (q_positions, k_positions):
             _check_positions(positions, cos)
-        self._k = apply_rotary(self._k, cos, sin, k_positions, interleaved=interleaved)
+        if self._quantizes:  # rotated with the cast: rounded once
+            self._rope = Rope(cos, sin, offsets, interleaved)
+        else:
+            self._k = apply_rotary(self._k, cos, sin, k_positions, interleaved=interleaved)
         return apply_rotary(q, cos, sin, q_positions, interleaved=interleaved)
 
     def lengthen(self, options: Options) -> Options:
@@ -112,20 +121,49 @@ class NewKeys:
 
     def append(self, geometry: checks.Geometry, options: Options) -> None:
         """Writes the new rows behind the used ones, quantized if the cache is and they are not."""
+        k, v = self._k, self._v
         if self._quantizes:
+            if self._appended_by_kernels(options):
+                return
             places = self._places(geometry, options)
-            self._k = places.quantize(self._k, options.k_descale, options.k_mean)
-            self._v = places.quantize(self._v, options.v_descale, options.v_mean)
+            k, v = k.float(), v.float()
+            if self._rope is not None:
+                k = embed_position(k, self._rope, geometry.batch, self._cu_seqlens)
+            k = places.quantize(k, options.k_descale, options.k_mean)
+            v = places.quantize(v, options.v_descale, options.v_mean)
         torch.ops.flash8.append_kv(
             self._k_cache,
             self._v_cache,
-            self._k,
-            self._v,
+            k,
+            v,
             self._starts,
             self._cu_seqlens,
             options.page_table,
             options.kv_batch_idx,
         )
+
+    def _appended_by_kernels(self, options: Options) -> bool:
+        """Whether compiled kernels have rotated, quantized and written the new rows."""
+        if not backends.kernels_wanted(self._k_cache):
+            return False
+        from flash8.backends import appender
+        from flash8.fp8 import kernels
+        from flash8.fp8.request import Appended
+
+        where = (self._starts, self._cu_seqlens, options.page_table, options.kv_batch_idx)
+        both = (
+            Appended(self._k_cache, self._k, *where, options.k_descale, options.k_mean, self._rope),
+            Appended(self._v_cache, self._v, *where, options.v_descale, options.v_mean),
+        )
+        for appended in both:
+            reason = appender.refusal(appended)
+            if reason is not None:
+                if not torch.compiler.is_compiling():
+                    backends.tell_about_refusal(reason)
+                return False
+        for appended in both:
+            kernels.append(appended)
+        return True
 
     def _places(self, geometry: checks.Geometry, options: Options) -> "_Places":
         positions = token_positions(self._k, self._starts, self._cu_seqlens)

@@ -3,10 +3,30 @@
 Plain torch operations: they trace, and run on any device.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from flash8.float8 import E4M3, saturating_cast
+
+
+class Rope(NamedTuple):
+    """Rotary embedding by position. cos, sin: (seqlen_rotary, rotary_dim / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+    offsets: Tensor | None = None  # int (batch,): the position of each sequence's first token
+    interleaved: bool = True
+
+
+def embed_position(x: Tensor, rope: Rope, batch: int, cu_seqlens: Tensor | None) -> Tensor:
+    """x, (batch, seqlen, heads, d) or packed, rotated; rows without a position take the last."""
+    offsets = rope.offsets
+    if offsets is None:
+        offsets = torch.zeros(batch, dtype=torch.int64, device=x.device)
+    positions = token_positions(x, offsets, cu_seqlens).clamp(max=rope.cos.shape[0] - 1)
+    return apply_rotary(x, rope.cos, rope.sin, positions, interleaved=rope.interleaved)
 
 
 def token_positions(

@@ -109,6 +109,13 @@ StructLayout group_ref() {
     return layout<T>("GroupRef", {FIELD(ptr), FIELD(batch_stride), FIELD(head_stride), FIELD(block_stride)});
 }
 
+StructLayout append_params() {
+    using T = AppendParams;
+    return layout<T>("AppendParams",
+                     {FIELD(cache_seqlens), FIELD(page_table), FIELD(kv_batch_idx), FIELD(page_table_stride),
+                      FIELD(max_pages), FIELD(num_slots), FIELD(slot_tokens), FIELD(descale_by_slot)});
+}
+
 StructLayout quantize_params() {
     using T = QuantizeParams;
     return layout<T>("QuantizeParams", {FIELD(x),
@@ -123,6 +130,7 @@ StructLayout quantize_params() {
                                         FIELD(rope_offsets),
                                         FIELD(cu_seqlens),
                                         FIELD(seqused),
+                                        FIELD(append),
                                         FIELD(total),
                                         FIELD(batch),
                                         FIELD(seqlen),
@@ -173,9 +181,9 @@ StructLayout kernel_info() {
 }  // namespace
 
 std::vector<StructLayout> struct_layouts() {
-    return {tensor_map(),      tensor_ref(),       descale_ref(),    row_ref(),         sequence_params(),
-            score_params(),    scheduler_params(), forward_params(), backward_params(), group_ref(),
-            quantize_params(), tma_box(),          kernel_info()};
+    return {tensor_map(),    tensor_ref(),       descale_ref(),    row_ref(),         sequence_params(),
+            score_params(),  scheduler_params(), forward_params(), backward_params(), group_ref(),
+            append_params(), quantize_params(),  tma_box(),        kernel_info()};
 }
 
 }  // namespace flash8

@@ -26,6 +26,7 @@ from flash8.quantize_variants import (
     QuantizeVariant,
     tile_head_dim,
 )
+from flash8.rotary import Rope
 
 _DTYPES: dict[torch.dtype, Input] = {
     torch.float16: "fp16",
@@ -38,7 +39,13 @@ _FROM_TILE, _FROM_AMAX, _GIVEN = range(3)  # ScaleSource
 
 def refusal(request: Request) -> str | None:
     """Why no quantizer kernel serves this call, or None."""
-    x = request.x
+    if request.x.numel() == 0 or request.batch == 0:
+        return "there is nothing to quantize"
+    return refusal_of(request.x, request.rope)
+
+
+def refusal_of(x: Tensor, rope: Rope | None) -> str | None:
+    """Why no quantizer kernel takes such an x, or None."""
     if x.dtype not in _DTYPES:
         return f"there is no quantizer kernel for {x.dtype}"
     if x.shape[-1] % _CHANNELS != 0 or x.shape[-1] > TILE_HEAD_DIMS[-1]:
@@ -46,14 +53,12 @@ def refusal(request: Request) -> str | None:
             f"head_dim is {x.shape[-1]}; quantizer kernels take multiples of {_CHANNELS} up to "
             f"{TILE_HEAD_DIMS[-1]}"
         )
-    if request.rope is not None:
-        rotary_dim = 2 * request.rope.cos.shape[1]
+    if rope is not None:
+        rotary_dim = 2 * rope.cos.shape[1]
         # Pairs that lie apart are exchanged between threads.
-        unit = _CHANNELS if request.rope.interleaved else 2 * _CHANNELS
+        unit = _CHANNELS if rope.interleaved else 2 * _CHANNELS
         if rotary_dim % unit != 0:
             return f"rotary_dim is {rotary_dim}, which is not a multiple of {unit}"
-    if x.numel() == 0 or request.batch == 0:
-        return "there is nothing to quantize"
     return None
 
 
@@ -92,111 +97,127 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
+class Launcher:
+    """Parameters for the quantizer kernels, and the tensors that they point to."""
+
+    def __init__(self, x: Tensor, rope: Rope | None, **indices: Tensor | None) -> None:
+        """indices: cu_seqlens and seqused."""
+        self._kept: list[Tensor] = []
+        self.x = self.keep(_aligned(x))
+        self.params = params = _native.QuantizeParams()
+        params.x = tensor_ref(self.x)
+        params.heads, params.head_dim = x.shape[-2:]
+        cu_seqlens = indices["cu_seqlens"]
+        if cu_seqlens is None:
+            params.batch, params.seqlen = x.shape[:2]
+        else:
+            params.batch, params.total = cu_seqlens.shape[0] - 1, x.shape[0]
+        for name, index in indices.items():
+            if index is not None:
+                setattr(params, name, self.keep(index.contiguous()).data_ptr())
+        if rope is not None and rope.cos.numel() > 0:
+            self._set_position(rope)
+
+    def _set_position(self, rope: Rope) -> None:
+        params = self.params
+        params.rope_cos = self.keep(floats(rope.cos)).data_ptr()
+        params.rope_sin = self.keep(floats(rope.sin)).data_ptr()
+        if rope.offsets is not None:
+            params.rope_offsets = self.keep(rope.offsets.int().contiguous()).data_ptr()
+        params.rope_rows, params.rotary_dim = rope.cos.shape[0], 2 * rope.cos.shape[1]
+        params.interleaved = int(rope.interleaved)
+
+    def set_mean(self, mean: Tensor) -> None:
+        """(batch, heads, d) or (heads, d); what it is, or, in fp32, where it is to be written."""
+        self.params.mean = _row_ref(self.keep(floats(mean)))
+
+    def keep(self, x: Tensor) -> Tensor:
+        """x, alive until the launches are enqueued; the stream does the rest."""
+        self._kept.append(x)
+        return x
+
+    def launch(self, job: Job, out: Output = "e4m3", transposed: bool = False) -> None:
+        dtype = "fp32" if job == "mean_finish" else _DTYPES[self.x.dtype]
+        variant = _variant(job, dtype, tile_head_dim(self.x.shape[-1]), out, transposed)
+        device = self.x.device.index or 0
+        stream = torch.cuda.current_stream(self.x.device).cuda_stream if self.x.is_cuda else 0
+        _native.launch_quantize(hopper.kernel(variant, device), device, stream, self.params)
+
+
 class _Call:
-    """The parameters of a request's launches, which share them, and the tensors they point to."""
+    """The launches of a request; they share their parameters."""
 
     def __init__(self, request: Request) -> None:
-        x = _aligned(request.x)
-        self._request, self._x = request, x
-        self._kept: list[Tensor] = [x]
+        self._request = request
+        self._launcher = Launcher(
+            request.x, request.rope, cu_seqlens=request.cu_seqlens, seqused=request.seqused
+        )
+        x = self._launcher.x
         self.data = allocate(request.data_shape(), request.dtype, x)
         self.descale = allocate(
             (0,) if request.descale is not None else request.descale_shape(), torch.float32, x
         )
         self.mean = allocate(request.mean_shape(), torch.float32, x)
-        self._params = _native.QuantizeParams()
-        self._describe_tensors()
-        self._describe_position()
+        self._describe_data()
         self._describe_mean()
         self._describe_rotation()
         self._describe_scales()
 
     def launch(self, job: Job) -> None:
-        request, params = self._request, self._params
+        request = self._request
         casts = job == "cast"
         # The pass before has left the last tiles in the cache.
-        params.reverse = int(casts and len(jobs(request)) > 1)
-        variant = _variant(
-            job,
-            "fp32" if job == "mean_finish" else _DTYPES[self._x.dtype],
-            tile_head_dim(self._x.shape[-1]),
-            "e4m3" if request.dtype == E4M3 or not casts else "e5m2",
-            casts and request.transpose,
-        )
-        device = self._x.device.index or 0
-        stream = torch.cuda.current_stream(self._x.device).cuda_stream if self._x.is_cuda else 0
-        _native.launch_quantize(hopper.kernel(variant, device), device, stream, params)
-
-    def _keep(self, x: Tensor) -> Tensor:
-        """x, alive until the launches are enqueued; the stream does the rest."""
-        self._kept.append(x)
-        return x
-
-    def _describe_tensors(self) -> None:
-        request, params, x = self._request, self._params, self._x
-        params.x, params.out = _tensor_ref(x), _tensor_ref(self.data)
-        if request.transpose:
-            batch_stride = 0 if request.packed else self.data.stride(0)
-            steps = (batch_stride, self.data.stride(-2), self.data.stride(-3))
-            params.out = (self.data.data_ptr(), *steps)
-        params.heads, params.head_dim = x.shape[-2:]
-        params.batch = request.batch
-        if request.packed:
-            params.total = x.shape[0]
+        self._launcher.params.reverse = int(casts and len(jobs(request)) > 1)
+        if casts:
+            out: Output = "e4m3" if request.dtype == E4M3 else "e5m2"
+            self._launcher.launch(job, out, request.transpose)
         else:
-            params.seqlen = x.shape[1]
-        for name in ("cu_seqlens", "seqused"):
-            index = getattr(request, name)
-            if index is not None:
-                setattr(params, name, self._keep(index.contiguous()).data_ptr())
+            self._launcher.launch(job)
 
-    def _describe_position(self) -> None:
-        rope, params = self._request.rope, self._params
-        if rope is None or rope.cos.numel() == 0:
-            return
-        params.rope_cos = self._keep(rope.cos.float().contiguous()).data_ptr()
-        params.rope_sin = self._keep(rope.sin.float().contiguous()).data_ptr()
-        if rope.offsets is not None:
-            params.rope_offsets = self._keep(rope.offsets.int().contiguous()).data_ptr()
-        params.rope_rows, params.rotary_dim = rope.cos.shape[0], 2 * rope.cos.shape[1]
-        params.interleaved = int(rope.interleaved)
+    def _describe_data(self) -> None:
+        params, data = self._launcher.params, self.data
+        params.out = tensor_ref(data)
+        if self._request.transpose:
+            batch_stride = 0 if self._request.packed else data.stride(0)
+            params.out = (data.data_ptr(), batch_stride, data.stride(-2), data.stride(-3))
 
     def _describe_mean(self) -> None:
-        request, params, x = self._request, self._params, self._x
+        request, launcher = self._request, self._launcher
         mean = request.mean
         if request.smooth:
-            rotated = request.rotation is not None
+            rotated, x = request.rotation is not None, launcher.x
             mean = allocate(request.mean_shape(), torch.float32, x) if rotated else self.mean
             partial = allocate(partial_mean_shape(request), torch.float32, x)
-            params.mean_partial = self._keep(partial).data_ptr()
+            launcher.params.mean_partial = launcher.keep(partial).data_ptr()
         if mean is None:
             return
-        params.mean = _row_ref(self._keep(mean.float().contiguous()))
+        launcher.set_mean(mean)
         if request.rotation is not None:
-            params.mean_rotated = _row_ref(self.mean)
+            launcher.params.mean_rotated = _row_ref(self.mean)
 
     def _describe_rotation(self) -> None:
-        rotation, params = self._request.rotation, self._params
+        rotation, params = self._request.rotation, self._launcher.params
         if rotation is not None:
             params.hadamard_block = rotation.block
             params.hadamard_scale = rotation.block**-0.5
             params.hadamard_signs = list(_sign_bits(rotation))
 
     def _describe_scales(self) -> None:
-        request, params, x = self._request, self._params, self._x
+        request, launcher = self._request, self._launcher
+        params = launcher.params
         params.scale_source = _scale_source(request)
         descale = self.descale
         if request.descale is not None:
-            descale = self._keep(request.descale.contiguous())
+            descale = launcher.keep(request.descale.contiguous())
             if request.amax is not None:
                 params.amax = (request.amax.data_ptr(), 0, 0, 0)
         elif params.scale_source == _FROM_AMAX:
-            amax = allocate(request.descale_shape(), torch.float32, x).zero_()
-            params.amax = _group_ref(self._keep(amax), request.packed)
-        params.descale = _group_ref(descale, request.packed)
+            amax = allocate(request.descale_shape(), torch.float32, launcher.x).zero_()
+            params.amax = group_ref(launcher.keep(amax), request.packed)
+        params.descale = group_ref(descale, request.packed)
 
 
-def _tensor_ref(x: Tensor) -> tuple[int, int, int, int]:
+def tensor_ref(x: Tensor) -> tuple[int, int, int, int]:
     """Address and strides of (batch, tokens, heads, d) or (tokens, heads, d).
 
     torch gives a dimension of one any stride; here it is 0.
@@ -210,7 +231,7 @@ def _row_ref(mean: Tensor) -> tuple[int, int, int]:
     return mean.data_ptr(), mean.stride(0) if mean.dim() == 3 else 0, mean.stride(-2)
 
 
-def _group_ref(values: Tensor, packed: bool) -> tuple[int, int, int, int]:
+def group_ref(values: Tensor, packed: bool) -> tuple[int, int, int, int]:
     """Contiguous values of a shape of `flash8.descales`."""
     if values.dim() == 0:
         return values.data_ptr(), 0, 0, 0
@@ -220,9 +241,15 @@ def _group_ref(values: Tensor, packed: bool) -> tuple[int, int, int, int]:
     return values.data_ptr(), batch_stride, blocks, by_block
 
 
+def floats(x: Tensor) -> Tensor:
+    """x in fp32, contiguous, where 16-byte loads meet its rows."""
+    y = x.float().contiguous()
+    return y if y.data_ptr() % 16 == 0 else y.clone()
+
+
 def _aligned(x: Tensor) -> Tensor:
     """x itself, or a copy where the kernels' 16-byte loads would not meet its rows."""
-    _, *steps = _tensor_ref(x)
+    _, *steps = tensor_ref(x)
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps)
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 

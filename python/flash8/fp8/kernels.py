@@ -1,13 +1,14 @@
-"""`flash8::quantize`, the torch op behind `flash8.fp8.quantize` where compiled kernels serve it."""
+"""The torch ops of compiled quantizers: behind `flash8.fp8.quantize`, and behind an append."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash8.backends import quantizer
+from flash8.backends import appender, quantizer
 from flash8.fp8.hadamard import Rotation
-from flash8.fp8.request import Request, Rope
+from flash8.fp8.request import Appended, Request
+from flash8.rotary import Rope
 
 _library = torch.library.Library("flash8", "FRAGMENT")
 _library.define(
@@ -15,6 +16,11 @@ _library.define(
     "Tensor? mean, Tensor? cos, Tensor? sin, Tensor? offsets, bool interleaved, "
     "Tensor? cu_seqlens, Tensor? seqused, Tensor? descale, Tensor(a!)? amax, bool transpose) "
     "-> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "append_quantized(Tensor(a!) cache, Tensor x, Tensor starts, Tensor? cu_seqlens, "
+    "Tensor? page_table, Tensor? kv_batch_idx, Tensor? descale, Tensor? mean, Tensor? cos, "
+    "Tensor? sin, Tensor? offsets, bool interleaved) -> ()"
 )
 
 
@@ -71,6 +77,38 @@ def _quantize_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("quantize", _quantize, _key)
-torch.library.register_fake("flash8::quantize", _quantize_fake, lib=_library)
+def append(appended: Appended) -> None:
+    """Writes new rows into an e4m3 cache."""
+    a = appended
+    rope = (None, None, None, True) if a.rope is None else a.rope
+    indices = (a.starts, a.cu_seqlens, a.page_table, a.kv_batch_idx)
+    torch.ops.flash8.append_quantized(a.cache, a.x, *indices, a.descale, a.mean, *rope)
+
+
+def _append(
+    cache: Tensor,
+    x: Tensor,
+    starts: Tensor,
+    cu_seqlens: Tensor | None,
+    page_table: Tensor | None,
+    kv_batch_idx: Tensor | None,
+    descale: Tensor | None,
+    mean: Tensor | None,
+    *position: Any,
+) -> None:
+    rope = None if position[0] is None else Rope(*position)
+    where = (starts, cu_seqlens, page_table, kv_batch_idx)
+    appender.append(Appended(cache, x, *where, descale, mean, rope))
+
+
+def _append_fake(*_: Any) -> None:
+    return None
+
+
+for _name, _implementation, _fake in (
+    ("quantize", _quantize, _quantize_fake),
+    ("append_quantized", _append, _append_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _implementation, _key)
+    torch.library.register_fake(f"flash8::{_name}", _fake, lib=_library)

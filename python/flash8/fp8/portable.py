@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from flash8.float8 import E4M3, MAX, saturating_cast
-from flash8.fp8.request import Request, Rope
+from flash8.fp8.request import Request
 from flash8.fp8.transposed import transpose
-from flash8.rotary import apply_rotary, token_positions
+from flash8.rotary import embed_position
 
 _SMALLEST_DESCALE = 2.0**-126
 
@@ -16,7 +16,7 @@ def quantize(request: Request) -> tuple[Tensor, Tensor, Tensor]:
     x, tokens, rotation = request.x, request.tokens, request.rotation
     y = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if request.rope is not None:
-        y = _rotate_by_position(y, request, request.rope)
+        y = embed_position(y, request.rope, request.batch, request.cu_seqlens)
     mean = None if request.mean is None else request.mean.to(y.dtype)
     if request.smooth:
         mean = tokens.finite_mean(y)
@@ -43,12 +43,3 @@ def descale_of(amax: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
     """The fp32 descale of values up to amax: 1 where amax is 0, never so small as to overflow."""
     descale = (amax.double() / MAX[dtype]).clamp_min(_SMALLEST_DESCALE)
     return torch.where(amax == 0.0, 1.0, descale).float()
-
-
-def _rotate_by_position(y: Tensor, request: Request, rope: Rope) -> Tensor:
-    offsets = rope.offsets
-    if offsets is None:
-        offsets = torch.zeros(request.batch, dtype=torch.int64, device=y.device)
-    positions = token_positions(y, offsets, request.cu_seqlens)
-    positions = positions.clamp(max=rope.cos.shape[0] - 1)  # rows behind the last sequence
-    return apply_rotary(y, rope.cos, rope.sin, positions, interleaved=rope.interleaved)

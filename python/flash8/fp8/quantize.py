@@ -29,8 +29,9 @@ from flash8.float8 import E4M3, E5M2, MAX
 from flash8.fp8 import kernels, portable
 from flash8.fp8.hadamard import Rotation, rotation_for
 from flash8.fp8.portable import descale_of
-from flash8.fp8.request import Request, Rope
+from flash8.fp8.request import Request
 from flash8.fp8.tokens import GRANULARITIES, Tokens
+from flash8.rotary import Rope
 from flash8.scaled_tensor import ScaledTensor
 
 __all__ = ["Rope", "dequantize", "descale_of", "quantize"]

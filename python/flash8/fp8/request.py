@@ -1,7 +1,6 @@
 """What is asked of a quantizer, and the shapes of what it returns."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,15 +10,7 @@ from flash8.float8 import E4M3
 from flash8.fp8.hadamard import Rotation
 from flash8.fp8.tokens import Tokens
 from flash8.fp8.transposed import transposed_shape
-
-
-class Rope(NamedTuple):
-    """Rotary embedding before quantization. cos, sin: (seqlen_rotary, rotary_dim / 2)."""
-
-    cos: Tensor
-    sin: Tensor
-    offsets: Tensor | None = None  # int (batch,): the position of each sequence's first token
-    interleaved: bool = True
+from flash8.rotary import Rope
 
 
 @dataclass(frozen=True)
@@ -80,3 +71,22 @@ class Request:
         if self.mean is None or self.rotation is None:
             return (0,)
         return tuple(self.mean.shape)
+
+
+@dataclass(frozen=True)
+class Appended:
+    """New rows x, (batch, seqlen_new, heads, d) or packed, and where they go in `cache`.
+
+    cache: e4m3 (rows, seqlen, heads, d) or (pages, page_size, heads, d). Sequence b's rows go to
+    positions starts[b] and up. descale, mean: as the cache has them.
+    """
+
+    cache: Tensor
+    x: Tensor
+    starts: Tensor  # int32 (batch,)
+    cu_seqlens: Tensor | None = None
+    page_table: Tensor | None = None
+    kv_batch_idx: Tensor | None = None
+    descale: Tensor | None = None
+    mean: Tensor | None = None
+    rope: Rope | None = None
