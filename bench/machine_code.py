@@ -30,7 +30,8 @@ _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);")
 _BRANCH = re.compile(r"BRA(?:\.\w+)*\s+(?:\w+,\s*)?0x([0-9a-f]+)")
 _CLASSES = ("FFMA", "FMUL", "FADD", "FMNMX", "MUFU", "F2FP", "FSEL", "ISETP")
 
-_MULTIPLY_ADDS, _EXPONENTIALS, _ISSUES = 2048, 16, 4  # a cycle and SM
+_EXPONENTIALS, _ISSUES = 16, 4  # a cycle and SM
+_MULTIPLY_ADDS = {"fp16": 2048, "bf16": 2048, "e4m3": 4096}
 #: kBlockM x kBlockN by head_dim and head_dim_v, as hopper/forward/config.cuh chooses them.
 TILES = {
     (64, 64): (192, 128),
@@ -46,6 +47,15 @@ MASKED_TILES = {
     (128, 128, "local"): (128, 128),
     (256, 256, "local"): (128, 64),
 }
+#: The same for e4m3, with one descale per head; with one per block, kBlockN is that block, 128.
+TILES_FP8 = {
+    (64, 64): (192, 128),
+    (96, 96): (128, 192),
+    (128, 128): (128, 192),
+    (192, 128): (128, 192),
+    (192, 192): (128, 128),
+    (256, 256): (128, 128),
+}
 
 #: FlashAttention-3's kernels, nvcc 13.0.88: (unmasked, masked) instructions per KV tile, kBlockN.
 FLASH_ATTENTION_3 = {
@@ -55,6 +65,8 @@ FLASH_ATTENTION_3 = {
     (192, 128, "causal"): (483, 631, 128),
     (256, 256, "causal"): (455, 551, 80),
 }
+#: With one descale per head, without promotion.
+FLASH_ATTENTION_3_FP8 = {(128, 128, "causal"): (675, 920, 224)}
 
 
 @dataclass(frozen=True)
@@ -148,7 +160,10 @@ class Row:
 def tile(variant: ForwardVariant) -> tuple[int, int]:
     """(kBlockM, kBlockN) of a variant."""
     heads = (variant.head_dim, variant.head_dim_v)
-    return MASKED_TILES.get((*heads, variant.mask), TILES[heads])
+    if variant.dtype != "e4m3":
+        return MASKED_TILES.get((*heads, variant.mask), TILES[heads])
+    block_m, block_n = TILES_FP8[heads]
+    return block_m, 128 if variant.scales == "block" else block_n
 
 
 def row(variant: ForwardVariant) -> Row:
@@ -156,7 +171,9 @@ def row(variant: ForwardVariant) -> Row:
     code = MachineCode.of(compiled.cubin)
     unmasked, masked = code.mainloops
     key = (variant.head_dim, variant.head_dim_v, variant.mask)
-    peer = (None, None, None) if variant.softcap else FLASH_ATTENTION_3.get(key, (None,) * 3)
+    peers = FLASH_ATTENTION_3_FP8 if variant.scales == "head" else FLASH_ATTENTION_3
+    comparable = not variant.softcap and variant.scales != "block"  # it has neither
+    peer = peers.get(key, (None,) * 3) if comparable else (None, None, None)
     registers, spills = _cost(compiled)
     block_m, block_n = tile(variant)
     warpgroups = block_m // 64
@@ -167,7 +184,7 @@ def row(variant: ForwardVariant) -> Row:
         f"{block_m} x {block_n}",
         registers,
         spills,
-        scores * (variant.head_dim + variant.head_dim_v) // _MULTIPLY_ADDS,
+        scores * (variant.head_dim + variant.head_dim_v) // _MULTIPLY_ADDS[variant.dtype],
         exponentials // _EXPONENTIALS,
         unmasked.instructions * warpgroups * 4 // _ISSUES,
         unmasked.instructions,

@@ -1,4 +1,4 @@
-// Rounding of accumulators to the 16-bit types, two at a time.
+// Rounding of accumulators to the types of operands and outputs.
 
 #pragma once
 
@@ -18,6 +18,20 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
         static_assert(std::is_same_v<Element, cutlass::bfloat16_t>, "float16 or bfloat16");
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
     }
+    return word;
+}
+
+// Four floats as one register of e4m3, x0 in the lowest byte, rounded to nearest even, saturated at 448.
+__device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
+    uint32_t word;
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n"
+        "}\n"
+        : "=r"(word)
+        : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
     return word;
 }
 

@@ -9,7 +9,7 @@ namespace flash8 {
 enum class NamedBarrier : int {
     // Consumer warpgroup i may issue its products: WarpgroupTurn + i.
     kWarpgroupTurn = 1,  // and 2, 3
-    // All consumer warpgroups have cleared their share of V's tail rows.
+    // All consumer warpgroups, or all warps that transpose V, have cleared their share of V's tail rows.
     kTailCleared = 4,
 };
 

@@ -13,7 +13,7 @@
 
 namespace flash8 {
 
-inline constexpr std::uint32_t kAbiVersion = 1;
+inline constexpr std::uint32_t kAbiVersion = 2;
 
 // What the driver calls CUtensorMap: opaque, encoded by the host, read by TMA.
 struct alignas(64) TensorMap {
@@ -32,19 +32,26 @@ struct TensorRef {
 
 // fp32 factors that turn stored values back into real ones: x ~ descale * x_fp8. Granularity is in the
 // strides: all zero is one factor per tensor, block_stride zero is one per (batch, head). A block is
-// KernelInfo::scale_block rows of the tensor; the blocks of a packed sequence start at cu_blocks[batch].
-// Paged tensors have one block per page: batch_stride steps over a page.
+// KernelInfo::scale_block rows of the tensor; the first block of packed sequence b is number
+// cu_seqlens[b] / scale_block + b, and batch_stride is unused. Paged tensors have one block per page:
+// batch_stride steps over a page. A null pointer stands for 1.
 struct DescaleRef {
     const float* ptr;
     std::int64_t batch_stride;
     std::int64_t head_stride;
     std::int64_t block_stride;
-    const std::int32_t* cu_blocks;  // (batch + 1) or null
 };
 
 // Per-row fp32 statistics: (batch, heads, seqlen), or (heads, total) when packed. Rows are contiguous.
 struct RowRef {
     float* ptr;
+    std::int64_t batch_stride;
+    std::int64_t head_stride;
+};
+
+// fp32 per channel: (batch, heads, head_dim), the innermost stride is 1. Null: the call has none.
+struct ChannelRef {
+    const float* ptr;
     std::int64_t batch_stride;
     std::int64_t head_stride;
 };
@@ -97,6 +104,14 @@ struct SchedulerParams {
     std::int32_t num_ctas;             // persistent CTAs, sm_margin already taken off
 };
 
+// The element types of tensors that TMA moves; the values are the driver's CUtensorMapDataType.
+enum class ElementType : std::uint32_t {
+    kUint8 = 0,
+    kFloat16 = 6,
+    kFloat32 = 7,
+    kBfloat16 = 9,
+};
+
 struct ForwardParams {
     TensorMap tma_q;
     TensorMap tma_k;
@@ -121,6 +136,8 @@ struct ForwardParams {
     DescaleRef q_descale;
     DescaleRef k_descale;
     DescaleRef v_descale;
+    ChannelRef v_mean;   // what V lacks: added to O, times the weight that the keys have beside the sink
+    RowRef score_shift;  // softmax_scale * q . k_mean, what every score of a row lacks; null: none
 
     SequenceParams sequences;
     ScoreParams scores;
@@ -130,7 +147,8 @@ struct ForwardParams {
     std::int32_t heads_kv;
     std::int32_t head_dim;
     std::int32_t head_dim_v;
-    std::int64_t reserved[4];  // zero: fills the struct up to its 64-byte alignment
+    ElementType o_type;                // kFloat16 or kBfloat16; for 16-bit inputs the type of q
+    std::int32_t heads_per_q_descale;  // query heads that share a descale: 1, or heads_q / heads_kv
 };
 
 struct BackwardParams {
@@ -176,7 +194,7 @@ struct BackwardParams {
     std::int32_t head_dim;
     std::int32_t head_dim_v;
     std::int32_t deterministic;
-    std::int32_t reserved[15];  // zero: fills the struct up to its 64-byte alignment
+    std::int32_t reserved[7];  // zero: fills the struct up to its 64-byte alignment
 };
 
 enum class KernelKind : std::uint32_t {
@@ -191,14 +209,6 @@ enum class KernelKind : std::uint32_t {
     kQuantizeMeanFinish = 9,
     kQuantizeAppend = 10,
     kOther = 255,
-};
-
-// The element types of tensors that TMA moves; the values are the driver's CUtensorMapDataType.
-enum class ElementType : std::uint32_t {
-    kUint8 = 0,
-    kFloat16 = 6,
-    kFloat32 = 7,
-    kBfloat16 = 9,
 };
 
 // The driver's CUtensorMapSwizzle.

@@ -7,6 +7,9 @@
 //
 // full completes when the expected bytes have landed; empty completes when every consumer warp has
 // released the stage. Both sides walk the same sequence of stages and flip the parity at each wrap.
+//
+// Where warps and not TMA fill the stages, a producer warp waits with wait_empty and ends with commit, and
+// full completes when every one of them has.
 
 #pragma once
 
@@ -38,9 +41,9 @@ struct Pipeline {
     uint64_t full[kStages];
     uint64_t empty[kStages];
 
-    __device__ void init(int consumer_warps) {
+    __device__ void init(int consumer_warps, int producers = 1) {
         for (int stage = 0; stage < kStages; ++stage) {
-            ptx::mbarrier_init(&full[stage], 1);
+            ptx::mbarrier_init(&full[stage], producers);
             ptx::mbarrier_init(&empty[stage], consumer_warps);
         }
     }
@@ -48,9 +51,22 @@ struct Pipeline {
     // A fresh barrier counts as having completed the phase before its first, so the first round of
     // acquires passes: the producer waits with the opposite parity.
     __device__ __forceinline__ uint64_t* acquire(State const& state, int bytes) {
-        ptx::mbarrier_wait(&empty[state.stage], state.parity ^ 1);
+        wait_empty(state);
         ptx::mbarrier_expect_tx(&full[state.stage], bytes);
         return &full[state.stage];
+    }
+
+    __device__ __forceinline__ void wait_empty(State const& state) {
+        ptx::mbarrier_wait(&empty[state.stage], state.parity ^ 1);
+    }
+
+    // By all lanes of a warp whose writes to the stage are made: they become visible to the tensor core.
+    __device__ __forceinline__ void commit(State const& state) {
+        ptx::fence_proxy_async();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            ptx::mbarrier_arrive(&full[state.stage]);
+        }
     }
 
     __device__ __forceinline__ void wait(State const& state) {
@@ -67,7 +83,7 @@ struct Pipeline {
     // The producer's last act: wait until everything it sent has been consumed.
     __device__ void drain(State state) {
         for (int stage = 0; stage < kStages; ++stage) {
-            ptx::mbarrier_wait(&empty[state.stage], state.parity ^ 1);
+            wait_empty(state);
             state.advance();
         }
     }

@@ -1,5 +1,5 @@
 // The few PTX instructions that CuTe does not spell as one call: mbarriers, TMA loads, named barriers,
-// register reallocation and the fast exponential. One function each, nothing else.
+// register reallocation, matrix moves and the fast exponential. One function each, nothing else.
 
 #pragma once
 
@@ -89,6 +89,22 @@ __device__ __forceinline__ void release_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void acquire_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Four 8 x 8 matrices of 16-bit elements, transposed; lane l gives the shared address of row l % 8 of matrix
+// l / 8.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&words)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+// The converse, not transposed.
+__device__ __forceinline__ void store_matrices(uint32_t row, uint32_t const (&words)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
 }
 
 __device__ __forceinline__ float exp2(float x) {

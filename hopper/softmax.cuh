@@ -13,6 +13,46 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kRowsPerThread = 2;
 
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(0xffffffff, x, 1);
+    return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+// What a thread's rows have come to after the last tile.
+struct RowStatistics {
+    float normalise[kRowsPerThread];  // what O is multiplied with; 0 where a row has seen nothing
+    float weight[kRowsPerThread];     // of the keys, beside the sink
+    float lse[kRowsPerThread];        // natural log
+};
+
+// row_sum holds this thread's part of the sum of 2^(s - reference + offset); maximum is that of the scores,
+// in log2 units like reference. A sink (natural log, -inf: none) is one more logit without a value.
+__device__ inline RowStatistics finish_rows(float const (&reference)[kRowsPerThread],
+                                            float const (&maximum)[kRowsPerThread],
+                                            float const (&row_sum)[kRowsPerThread], float offset,
+                                            float const (&sink)[kRowsPerThread]) {
+    RowStatistics rows;
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+        float const logit = sink[r] * kLog2E;
+        float const top = fmaxf(maximum[r], logit);
+        float const safe = top == -INFINITY ? 0.0f : top;
+        float const factor = ptx::exp2(reference[r] - safe);
+        float const sum = quad_sum(row_sum[r]) * factor;
+        float const total = sum + ptx::exp2(logit - safe + offset);
+        bool const empty = total == 0.0f;
+        rows.normalise[r] = empty ? 0.0f : factor / total;
+        rows.weight[r] = empty ? 0.0f : sum / total;
+        rows.lse[r] = empty ? -INFINITY : (safe - offset + ptx::log2(total)) * kLn2;
+    }
+    return rows;
+}
+
 class OnlineSoftmax {
   public:
     // Scores are multiplied by scale_log2 = softmax_scale * log2(e) inside the exponential.
@@ -45,41 +85,16 @@ class OnlineSoftmax {
         }
     }
 
-    // After the last tile: the factor that normalises each row of O, and its LSE (natural log). A sink is one
-    // more logit without a value; -inf is none.
-    __device__ void finish(float const (&sinks)[kRowsPerThread], float (&normalise)[kRowsPerThread],
-                           float (&lse)[kRowsPerThread]) {
+    __device__ RowStatistics finish(float const (&sink)[kRowsPerThread]) const {
+        float maximum[kRowsPerThread];
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
-            float const sum = quad_sum(row_sum_[r]);
-            float const maximum = row_max_[r] * scale_log2_;  // log2 units from here on
-            float reference = maximum;
-            float total = sum;
-            normalise[r] = 1.0f;
-            if (sinks[r] != -INFINITY) {
-                float const logit = sinks[r] * kLog2E;
-                reference = fmaxf(maximum, logit);
-                float const safe = reference == -INFINITY ? 0.0f : reference;
-                normalise[r] = ptx::exp2(maximum - safe);
-                total = sum * normalise[r] + ptx::exp2(logit - safe);
-            }
-            bool const empty = total == 0.0f;
-            normalise[r] = empty ? 0.0f : normalise[r] / total;
-            lse[r] = empty ? -INFINITY : (reference + ptx::log2(total)) * kLn2;
+            maximum[r] = row_max_[r] * scale_log2_;
         }
+        return finish_rows(maximum, maximum, row_sum_, 0.0f, sink);
     }
 
   private:
-    __device__ __forceinline__ static float quad_max(float x) {
-        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-        return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
-    }
-
-    __device__ __forceinline__ static float quad_sum(float x) {
-        x += __shfl_xor_sync(0xffffffff, x, 1);
-        return x + __shfl_xor_sync(0xffffffff, x, 2);
-    }
-
     float scale_log2_;
     float row_max_[kRowsPerThread] = {-INFINITY, -INFINITY};
     float row_sum_[kRowsPerThread] = {0.0f, 0.0f};

@@ -18,7 +18,7 @@ from flash8.variants import ForwardVariant
 from forward_launch import Call, ForwardKernel, Schedule
 from simulated_device import SimulatedDevice
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.float8_e4m3fn}
 #: A few units of fp32's last place.
 LSE_BOUND = {"atol": 3e-6, "rtol": 5e-7}
 
@@ -37,15 +37,18 @@ def draw(
     variant: ForwardVariant, rows_q, rows_k, heads, heads_kv, *, batch=None, seed=0, scale=1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normal q, k, v; packed without `batch`. q is multiplied by `scale`."""
+    unit = 32.0 if variant.dtype == "e4m3" else 1.0  # uses e4m3's range; `descales` takes it back
     generator = torch.Generator().manual_seed(seed)
     lead = () if batch is None else (batch,)
 
     def tensor(rows: int, heads: int, head_dim: int) -> Tensor:
         x = torch.randn((*lead, rows, heads, head_dim), generator=generator)
-        return x.to(DTYPES[variant.dtype])
+        return x * unit
 
     q, k = tensor(rows_q, heads, variant.head_dim), tensor(rows_k, heads_kv, variant.head_dim)
-    return q * scale, k, tensor(rows_k, heads_kv, variant.head_dim_v)
+    v = tensor(rows_k, heads_kv, variant.head_dim_v)
+    q, k, v = (x.to(DTYPES[variant.dtype]) for x in (q * scale, k, v))
+    return q, k, v
 
 
 def masks(variant: ForwardVariant) -> dict:
@@ -109,10 +112,35 @@ def sequences(call: Call) -> Iterator[Used]:
         )
 
 
+def real(call: Call, name: str, used: Used, dtype: torch.dtype) -> Tensor:
+    """The used rows of q, k or v of one sequence, times their descales."""
+    x = getattr(call, name)[used.queries if name == "q" else used.keys].to(dtype)
+    descale = call.descales.get(f"{name}_descale")
+    if descale is None or descale.dim() == 0:
+        return x if descale is None else x * descale
+    if descale.dim() == 2:
+        factor = descale[used.index, :, None].expand(-1, x.shape[0])
+    else:
+        factor = _block_descales(call, name, used, descale, x.shape[0])
+    heads = factor.repeat_interleave(x.shape[1] // factor.shape[0], dim=0)
+    return x * heads.T[..., None]
+
+
+def _block_descales(call: Call, name: str, used: Used, descale: Tensor, rows: int) -> Tensor:
+    """(heads, rows): blocks of 128 rows from the start of the sequence."""
+    cu_seqlens = call.indices.get(f"cu_seqlens_{'q' if name == 'q' else 'k'}")
+    if cu_seqlens is None:
+        return descale[(used.queries if name == "q" else used.keys)[0]].repeat_interleave(128, 1)[
+            :, :rows
+        ]
+    first = int(cu_seqlens[used.index]) // 128 + used.index
+    return descale[0, :, first:].repeat_interleave(128, 1)[:, :rows]
+
+
 def poisoned(call: Call) -> Call:
     """The same call with NaN wherever nobody may look."""
     wanted = {"q": call.q, "k": call.k, "v": call.v}
-    given = {name: torch.full_like(x, math.nan) for name, x in wanted.items()}
+    given = {name: torch.full(x.shape, math.nan).to(x.dtype) for name, x in wanted.items()}
     for used in sequences(call):
         for name, at in (("q", used.queries), ("k", used.keys), ("v", used.keys)):
             given[name][at] = wanted[name][at]
@@ -125,12 +153,12 @@ def reference(call: Call, dtype: torch.dtype = torch.float64) -> tuple[Tensor, T
     o = torch.zeros(shape, dtype=dtype)
     lse = torch.full(shape[:-1], -math.inf, dtype=torch.float64).transpose(-1, -2).contiguous()
     for used in sequences(call):
-        q, k, v = call.q[used.queries], call.k[used.keys], call.v[used.keys]
+        q, k, v = (real(call, name, used, dtype) for name in "qkv")
         slopes = call.alibi_slopes
         o[used.queries], rows_lse = oracle.attend(
-            q.to(dtype),
-            k.to(dtype),
-            v.to(dtype),
+            q,
+            k,
+            v,
             oracle.visible(q.shape[0], k.shape[0], call.causal, call.window, call.attention_chunk),
             call.softmax_scale,
             call.softcap,
@@ -142,15 +170,22 @@ def reference(call: Call, dtype: torch.dtype = torch.float64) -> tuple[Tensor, T
 
 
 def compare(call: Call, o: Tensor, lse: Tensor) -> None:
-    """FA3's rule for O, a few units of the last place for LSE, over every row."""
+    """16 bit: FA3's rule for O, a few units of the last place for LSE. FP8: the bounds of
+    tolerances.py. Over every row.
+    """
     exact, exact_lse = reference(call)
     assert not o.isnan().any(), "a row of O was not written, or NaN leaked"
-    emulation, _ = reference(call, o.dtype)
-    factor = tolerances.FA3_FACTOR_SOFTCAP if call.softcap else tolerances.FA3_FACTOR
-    tolerances.check_fa3("O", o, exact, emulation, factor=factor, ulps=1.0)
     empty = exact_lse == -math.inf
     assert torch.equal(lse == -math.inf, empty)
-    torch.testing.assert_close(lse.double()[~empty], exact_lse[~empty], **LSE_BOUND)
+    if call.q.dtype == DTYPES["e4m3"]:
+        tolerances.FP8_REL_L2.check("O", tolerances.rel_l2(o, exact))
+        tolerances.FP8_ROW_REL_L2.check("row of O", tolerances.row_rel_l2(o, exact))
+        tolerances.check_fp8_lse("LSE", lse, exact_lse)
+    else:
+        emulation, _ = reference(call, o.dtype)
+        factor = tolerances.FA3_FACTOR_SOFTCAP if call.softcap else tolerances.FA3_FACTOR
+        tolerances.check_fa3("O", o, exact, emulation, factor=factor, ulps=1.0)
+        torch.testing.assert_close(lse.double()[~empty], exact_lse[~empty], **LSE_BOUND)
     unused = ~torch.isfinite(exact_lse.transpose(-1, -2))
     assert not o[unused].any(), "a row without keys is not zero"
 

@@ -12,6 +12,10 @@ from torch import Tensor
 from flash8 import _native
 
 _GUARD_BYTES = 4096
+_TYPES = {
+    torch.float16: _native.ElementType.FLOAT16,
+    torch.bfloat16: _native.ElementType.BFLOAT16,
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class Call:
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
     s_aux: Tensor | None = None
+    # e4m3 only. descales by name: scalar, (batch, heads) or (batch, heads, blocks)
+    descales: dict[str, Tensor] = field(default_factory=dict)
+    v_mean: Tensor | None = None  # (batch, heads_kv, head_dim_v)
+    score_shift: Tensor | None = None  # like LSE
+    out_dtype: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,9 @@ class ForwardKernel:
         self._memory: list[_native.DeviceMemory] = []
         params = _native.ForwardParams()
         rows, heads = call.q.shape[-3:-1]
-        o = call.q.new_full((*call.q.shape[:-1], call.v.shape[-1]), float("nan"))
+        o_dtype = call.out_dtype if call.q.element_size() == 1 else call.q.dtype
+        params.o_type = _TYPES[o_dtype]
+        o = torch.full((*call.q.shape[:-1], call.v.shape[-1]), float("nan"), dtype=o_dtype)
         lse = torch.full((*call.q.shape[:-3], heads, rows), float("nan"), dtype=torch.float32)
         for name in ("q", "k", "v"):
             self._tensor(params, name, getattr(call, name))
@@ -70,6 +81,7 @@ class ForwardKernel:
         params.head_dim, params.head_dim_v = call.q.shape[-1], call.v.shape[-1]
         self._sequences(params.sequences, call)
         self._scores(params.scores, call)
+        self._descales(params, call)
         counter = self._upload(torch.tensor([schedule.first_draw], dtype=torch.int32))
         params.scheduler.tile_count = counter.address if schedule.dynamic else 0
         params.scheduler.heads_per_section = schedule.heads_per_section
@@ -105,6 +117,25 @@ class ForwardKernel:
             scores.alibi_batch_stride = 0 if shared else call.alibi_slopes.shape[1]
         if call.s_aux is not None:
             scores.sinks = self._upload(call.s_aux).address
+
+    def _descales(self, params: _native.ForwardParams, call: Call) -> None:
+        heads = call.q.shape[-2]
+        params.heads_per_q_descale = 1
+        for name, descale in call.descales.items():
+            steps = [
+                0 if n == 1 else s for n, s in zip(descale.shape, descale.stride(), strict=True)
+            ]
+            steps += [0] * (3 - len(steps))
+            setattr(params, name, (self._upload(descale.reshape(-1)).address, *steps))
+            if name == "q_descale" and descale.dim() > 1:
+                params.heads_per_q_descale = heads // descale.shape[1]
+        if call.v_mean is not None:
+            address = self._upload(call.v_mean).address
+            params.v_mean = (address, call.v_mean.stride(0), call.v_mean.stride(1))
+        if call.score_shift is not None:
+            shift = call.score_shift
+            batch_stride = 0 if shift.dim() == 2 else shift.stride(0)
+            params.score_shift = (self._upload(shift).address, batch_stride, shift.stride(-2))
 
     def _upload(self, x: Tensor) -> _native.DeviceMemory:
         data = x.contiguous().view(torch.uint8).numpy().tobytes()

@@ -10,6 +10,7 @@ import pytest
 from flash8.compiler import compile_unit
 from simulated_device import missing_compiler
 from test_forward_kernel import DEFAULT
+from test_forward_kernel_fp8 import DEFAULT as DEFAULT_FP8
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
@@ -24,7 +25,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("variant", DEFAULT, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", [*DEFAULT, *DEFAULT_FP8], ids=lambda variant: variant.name)
 def test_lean(variant):
     compiled = compile_unit(variant.unit())
     code = machine_code.MachineCode.of(compiled.cubin)

@@ -8,6 +8,7 @@
 #include "../pipeline.cuh"
 #include "../tile_scheduler.cuh"
 #include "../wgmma_shapes.cuh"
+#include "descales.cuh"
 
 #include <cutlass/numeric_types.h>
 #include <cute/arch/mma_sm90.hpp>
@@ -20,7 +21,7 @@ namespace flash8 {
 enum class ElementChoice : int { kFp16 = 0, kBf16 = 1, kE4m3 = 2 };
 
 // kBlockM x kBlockN: the largest tiles whose accumulators fit the registers without spilling and whose stages
-// fit shared memory.
+// fit shared memory. Descales per block of keys want tiles of just such a block.
 constexpr int block_m(int head_dim) {
     return head_dim <= 64 ? 192 : 128;
 }
@@ -36,86 +37,156 @@ constexpr int block_n(int head_dim, int head_dim_v, MaskMode mask) {
     }
     return mask == MaskMode::kLocal ? 64 : 80;
 }
-
-// TMA writes a tile in panels of one swizzle row: 64 elements (128 bytes), or 32 where 64 does not divide.
-constexpr int panel(int head_dim) {
-    return head_dim % 64 == 0 ? 64 : 32;
+constexpr int block_n_fp8(int head_dim, int head_dim_v, ScaleGranularity scales) {
+    bool const wide = scales != ScaleGranularity::kBlock && head_dim > 64 && head_dim_v <= 128;
+    return wide ? 192 : kScaleBlock;
 }
+
+// TMA writes a tile in panels of one swizzle row: the widest of 128, 64 and 32 bytes that divides its rows.
+constexpr int panel_bytes(int row_bytes) {
+    return row_bytes % 128 == 0 ? 128 : row_bytes % 64 == 0 ? 64 : 32;
+}
+
+template <class Element, int kPanelBytes>
+struct SwizzleAtoms;
+template <class Element>
+struct SwizzleAtoms<Element, 128> {
+    using KMajor = cute::GMMA::Layout_K_SW128_Atom<Element>;
+    using MnMajor = cute::GMMA::Layout_MN_SW128_Atom<Element>;
+    static constexpr Swizzle kSwizzle = Swizzle::k128B;
+};
+template <class Element>
+struct SwizzleAtoms<Element, 64> {
+    using KMajor = cute::GMMA::Layout_K_SW64_Atom<Element>;
+    using MnMajor = cute::GMMA::Layout_MN_SW64_Atom<Element>;
+    static constexpr Swizzle kSwizzle = Swizzle::k64B;
+};
+template <class Element>
+struct SwizzleAtoms<Element, 32> {
+    using KMajor = cute::GMMA::Layout_K_SW32_Atom<Element>;
+    using MnMajor = cute::GMMA::Layout_MN_SW32_Atom<Element>;
+    static constexpr Swizzle kSwizzle = Swizzle::k32B;
+};
 
 struct ForwardConfig {
     static constexpr auto kElement = static_cast<ElementChoice>(FLASH8_DTYPE);
-    using Element =
-        std::conditional_t<kElement == ElementChoice::kFp16, cutlass::half_t, cutlass::bfloat16_t>;
+    static constexpr bool kFp8 = kElement == ElementChoice::kE4m3;
+    using Element = std::conditional_t<
+        kFp8, cutlass::float_e4m3_t,
+        std::conditional_t<kElement == ElementChoice::kFp16, cutlass::half_t, cutlass::bfloat16_t>>;
     static constexpr int kHeadDim = FLASH8_HEAD_DIM;
     static constexpr int kHeadDimV = FLASH8_HEAD_DIM_V;
     static constexpr auto kMask = static_cast<MaskMode>(FLASH8_MASK);
     static constexpr bool kSoftcap = FLASH8_SOFTCAP;
     static constexpr bool kAlibi = FLASH8_ALIBI;
     static constexpr bool kPackGqa = FLASH8_PACK_GQA;
-    static_assert(kElement != ElementChoice::kE4m3, "this kernel takes 16-bit elements");
-    static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0, "tiles are made of panels of 32 or 64 columns");
-    static_assert(!FLASH8_KV && !FLASH8_SPLIT && !FLASH8_SCALES,
-                  "paged KV, KV splits and descales have no kernel yet");
+    static constexpr auto kScales = static_cast<ScaleGranularity>(FLASH8_SCALES);
+    static constexpr bool kBlockScales = kScales == ScaleGranularity::kBlock;
+    static_assert(kFp8 == (kScales != ScaleGranularity::kNone), "e4m3 has descales, 16-bit types have none");
+    static_assert(!(kFp8 && kAlibi), "ALiBi has no FP8 kernel");
+    static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0,
+                  "tiles are made of panels of at least 32 columns");
+    static_assert(!FLASH8_KV && !FLASH8_SPLIT, "paged KV and KV splits have no kernel yet");
 
     static constexpr int kWidestHead = kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV;
     static constexpr int kBlockM = block_m(kWidestHead);
-    static constexpr int kBlockN = block_n(kHeadDim, kHeadDimV, kMask);
+    static constexpr int kBlockN =
+        kFp8 ? block_n_fp8(kHeadDim, kHeadDimV, kScales) : block_n(kHeadDim, kHeadDimV, kMask);
     static constexpr int kStages = 2;
 
     using TileMask = Mask<kMask, kBlockM, kBlockN, kPackGqa>;
 
     static constexpr int kRowsPerWarpgroup = 64;
     static constexpr int kConsumerWarpgroups = kBlockM / kRowsPerWarpgroup;
+    static constexpr int kConsumerWarps = kConsumerWarpgroups * 4;
     static constexpr int kThreads = (kConsumerWarpgroups + 1) * 128;
-    // Times 128 threads each: together at most the 64K registers of a multiprocessor.
-    static constexpr int kProducerRegisters = kConsumerWarpgroups == 2 ? 40 : 32;
-    static constexpr int kConsumerRegisters = kConsumerWarpgroups == 2 ? 232 : 160;
-    // Taking turns pays while a block's products are not much longer than its softmax.
-    static constexpr bool kTakeTurns = kWidestHead <= 128;
+    // FP8: warps of the producer warpgroup that transpose V; the first one issues TMA.
+    static constexpr int kTransposerWarps = kFp8 ? 3 : 0;
+    // Times 128 threads each: together at most the 64K registers of a multiprocessor. Transposing takes more
+    // than loading.
+    static constexpr int kProducerRegisters = kConsumerWarpgroups == 2 ? (kFp8 ? 48 : 40) : (kFp8 ? 56 : 32);
+    static constexpr int kConsumerRegisters = kConsumerWarpgroups == 2 ? 232 : (kFp8 ? 152 : 160);
+    // Taking turns pays while a block's products are not much longer than its softmax. The FP8 mainloop
+    // overlaps nothing within a warpgroup and needs it.
+    static constexpr bool kTakeTurns = kFp8 || kWidestHead <= 128;
 
-    static constexpr int kPanel = panel(kHeadDim);
-    static constexpr int kPanelV = panel(kHeadDimV);
+    static constexpr int kPanel = panel_bytes(kHeadDim * sizeof(Element)) / sizeof(Element);
+    static constexpr int kPanelV = panel_bytes(kHeadDimV * sizeof(Element)) / sizeof(Element);
+    using Atoms = SwizzleAtoms<Element, kPanel * sizeof(Element)>;
+    using AtomsV = SwizzleAtoms<Element, kPanelV * sizeof(Element)>;
 
-    template <int kColumns>
-    using KMajorAtom = std::conditional_t<kColumns == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
-                                          cute::GMMA::Layout_K_SW64_Atom<Element>>;
-    template <int kColumns>
-    using MnMajorAtom = std::conditional_t<kColumns == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
-                                           cute::GMMA::Layout_MN_SW64_Atom<Element>>;
-
-    using SmemLayoutQ = decltype(cute::tile_to_shape(KMajorAtom<kPanel>{},
+    using SmemLayoutQ = decltype(cute::tile_to_shape(Atoms::KMajor{},
                                                      cute::Shape<cute::Int<kBlockM>, cute::Int<kHeadDim>>{}));
     using SmemLayoutK = decltype(cute::tile_to_shape(
-        KMajorAtom<kPanel>{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
-    // V as the product wants it: (head_dim_v, key, stage), head_dim_v contiguous.
-    using SmemLayoutVt = decltype(cute::tile_to_shape(
-        MnMajorAtom<kPanelV>{}, cute::Shape<cute::Int<kHeadDimV>, cute::Int<kBlockN>, cute::Int<kStages>>{},
-        cute::Step<cute::_2, cute::_1, cute::_3>{}));
+        Atoms::KMajor{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
+    // V as the product wants it, (head_dim_v, key, stage). 16 bit: head_dim_v is contiguous, as TMA writes
+    // it. FP8: keys are contiguous, and transpose.cuh says in which order they and the channels stand.
+    using ShapeVt = cute::Shape<cute::Int<kHeadDimV>, cute::Int<kBlockN>, cute::Int<kStages>>;
+    using AtomsVt = SwizzleAtoms<Element, panel_bytes(kBlockN * sizeof(Element))>;
+    using SmemLayoutVt =
+        std::conditional_t<kFp8, decltype(cute::tile_to_shape(AtomsVt::KMajor{}, ShapeVt{})),
+                           decltype(cute::tile_to_shape(AtomsV::MnMajor{}, ShapeVt{},
+                                                        cute::Step<cute::_2, cute::_1, cute::_3>{}))>;
+    // FP8: V as TMA writes it, (key, head_dim_v, stage).
+    using SmemLayoutV = decltype(cute::tile_to_shape(
+        AtomsV::KMajor{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDimV>, cute::Int<kStages>>{}));
 
+    // Columns of O that one product makes. FP8 promotes T = P V into O: wide heads in quarters, since O and a
+    // whole T would not fit the registers.
+    static constexpr int kColumnsPV = kFp8 && kHeadDimV > 192 ? 64 : kHeadDimV;
+    static constexpr auto kMajorV = kFp8 ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
     using MmaQK = decltype(scores_mma<Element, kBlockN, kHeadDim>());
     using MmaPV = decltype(cute::make_tiled_mma(
         cute::GMMA::rs_op_selector<Element, Element, float,
-                                   cute::Shape<cute::_64, cute::Int<kHeadDimV>, cute::Int<kBlockN>>,
-                                   cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+                                   cute::Shape<cute::_64, cute::Int<kColumnsPV>, cute::Int<kBlockN>>,
+                                   cute::GMMA::Major::K, kMajorV>()));
+    // A thread's part of 64 x kColumns accumulators: ((2 columns, 2 rows, kColumns / 8), 1, 1).
+    template <int kColumns>
+    using LayoutC = cute::Layout<
+        cute::Shape<cute::Shape<cute::_2, cute::_2, cute::Int<kColumns / 8>>, cute::_1, cute::_1>>;
 
     static constexpr int kBytesQ = kBlockM * kHeadDim * sizeof(Element);
     static constexpr int kBytesK = kBlockN * kHeadDim * sizeof(Element);
     static constexpr int kBytesV = kBlockN * kHeadDimV * sizeof(Element);
 };
 
-struct SharedStorage {
-    using Config = ForwardConfig;
+// FP8: V between TMA and the warps that transpose it.
+template <class Config, bool kUsed>
+struct TransposeStorage {};
+template <class Config>
+struct TransposeStorage<Config, true> {
+    alignas(1024) typename Config::Element v_rows[Config::kStages * Config::kBlockN * Config::kHeadDimV];
+    Pipeline<Config::kStages> pipeline_v_rows;
+};
 
-    alignas(1024) Config::Element q[Config::kBlockM * Config::kHeadDim];
-    alignas(1024) Config::Element k[Config::kStages * Config::kBlockN * Config::kHeadDim];
-    alignas(1024) Config::Element v[Config::kStages * Config::kBlockN * Config::kHeadDimV];
+template <class Config>
+struct SharedStorage : TransposeStorage<Config, Config::kFp8> {
+    using Element = typename Config::Element;
+
+    alignas(1024) Element q[Config::kBlockM * Config::kHeadDim];
+    alignas(1024) Element k[Config::kStages * Config::kBlockN * Config::kHeadDim];
+    alignas(1024) Element v[Config::kStages * Config::kBlockN * Config::kHeadDimV];
     TileQueue tiles;
     Pipeline<1> pipeline_q;
     Pipeline<Config::kStages> pipeline_k;
     Pipeline<Config::kStages> pipeline_v;
+
+    // Every arrival count. Q, K and 16-bit V are filled by one thread's TMA; FP8 V goes through the warps
+    // that transpose it.
+    __device__ void init_pipelines() {
+        tiles.init(Config::kConsumerWarps + Config::kTransposerWarps);
+        pipeline_q.init(Config::kConsumerWarps);
+        pipeline_k.init(Config::kConsumerWarps);
+        if constexpr (Config::kFp8) {
+            this->pipeline_v_rows.init(Config::kTransposerWarps);
+            pipeline_v.init(Config::kConsumerWarps, Config::kTransposerWarps);
+        } else {
+            pipeline_v.init(Config::kConsumerWarps);
+        }
+    }
 };
 
-constexpr int kSharedBytes = sizeof(SharedStorage);
+constexpr int kSharedBytes = sizeof(SharedStorage<ForwardConfig>);
 static_assert(kSharedBytes <= 227 * 1024, "the tiles do not fit shared memory");
 
 }  // namespace flash8

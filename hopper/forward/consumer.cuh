@@ -8,6 +8,7 @@
 #include "config.cuh"
 #include "epilogue.cuh"
 #include "mainloop.cuh"
+#include "mainloop_fp8.cuh"
 #include "tail_rows.cuh"
 
 namespace flash8 {
@@ -18,7 +19,7 @@ class Consumer {
     using Turns = WarpgroupTurns<Config::kConsumerWarpgroups>;
 
   public:
-    __device__ Consumer(ForwardParams const& params, SharedStorage& shared, int warpgroup)
+    __device__ Consumer(ForwardParams const& params, SharedStorage<Config>& shared, int warpgroup)
         : params_(params), shared_(shared), warpgroup_(warpgroup) {}
 
     __device__ void run() {
@@ -43,21 +44,49 @@ class Consumer {
         SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch);
         TileMask const mask(params_, info);
         KeyBlocks const blocks = mask.key_blocks(tile.m_block);
-        // (MMA, MMA_M, MMA_N): ((2 columns, 2 rows, kHeadDimV / 8), 1, 1)
-        auto o = cute::partition_fragment_C(typename Config::MmaPV{},
-                                            cute::Shape<cute::_64, cute::Int<Config::kHeadDimV>>{});
-        cute::clear(o);
-        // With softcap the scores are tanh of something, and the cap is their scale.
-        float const scale =
-            Config::kSoftcap ? params_.scores.softcap * kLog2E : params_.scores.softmax_scale_log2;
-        OnlineSoftmax softmax(scale);
         int const row = first_row(tile.m_block);
-        if (!blocks.empty()) {
-            Scores<Config> const scores(params_, info, mask, tile, row);
-            Mainloop<Config> mainloop(params_, shared_, state_, scores, warpgroup_, info.seqlen_k);
-            mainloop.run(o, softmax, blocks);
+        // ((2 columns, 2 rows, kHeadDimV / 8), 1, 1)
+        auto o = cute::make_tensor<float>(typename Config::template LayoutC<Config::kHeadDimV>{});
+        cute::clear(o);
+        if constexpr (Config::kFp8) {
+            work_fp8(o, info, mask, blocks, tile, row);
+        } else {
+            // With softcap the scores are tanh of something, and the cap is their scale.
+            OnlineSoftmax softmax(Config::kSoftcap ? params_.scores.softcap * kLog2E
+                                                   : params_.scores.softmax_scale_log2);
+            if (!blocks.empty()) {
+                Scores<Config> const scores(params_, info, mask, tile, row);
+                Mainloop<Config> mainloop(params_, shared_, state_, scores, warpgroup_, info.seqlen_k);
+                mainloop.run(o, softmax, blocks);
+            }
+            Epilogue<Config>::store(params_, info, tile, row, o, softmax, 1.0f);
         }
-        Epilogue<Config>::store(params_, info, tile, row, o, softmax);
+    }
+
+    template <class Accumulator>
+    __device__ __forceinline__ void work_fp8(Accumulator& o, SeqlenInfo const& info, TileMask const& mask,
+                                             KeyBlocks const& blocks, WorkTile const& tile, int row) {
+        using Descale = KeyDescale<Config::kBlockScales>;
+        BlockLocalSoftmax softmax;
+        float v_scale = 1.0f;
+        if (!blocks.empty()) {
+            bool const packed = params_.sequences.cu_seqlens_k != nullptr;
+            int const head_kv = kv_head<Config::kPackGqa>(params_, tile);
+            Descale const k_descale(params_.k_descale, info, packed, tile.batch, head_kv);
+            Descale const v_descale(params_.v_descale, info, packed, tile.batch, head_kv);
+            float score_scale[kRowsPerThread];
+#pragma unroll
+            for (int r = 0; r < kRowsPerThread; ++r) {
+                QueryRow const query = query_row<Config::kPackGqa>(params_, tile, row + 8 * r);
+                score_scale[r] = (Config::kSoftcap ? params_.scores.softmax_scale / params_.scores.softcap
+                                                   : params_.scores.softmax_scale_log2) *
+                                 q_descale<Config::kBlockScales>(params_, info, tile.batch, query);
+            }
+            Scores<Config> const scores(params_, info, mask, tile, row);
+            MainloopFp8<Config> mainloop(params_, shared_, state_, scores, warpgroup_);
+            v_scale = mainloop.run(o, softmax, blocks, score_scale, k_descale, v_descale);
+        }
+        Epilogue<Config>::store(params_, info, tile, row, o, softmax, v_scale);
     }
 
     // The first of this thread's two rows.
@@ -67,7 +96,7 @@ class Consumer {
     }
 
     ForwardParams const& params_;
-    SharedStorage& shared_;
+    SharedStorage<Config>& shared_;
     int warpgroup_;
     PipelineState<1> tiles_state_;
     ConsumerState<Config> state_;

@@ -3,6 +3,7 @@
 
 #include "consumer.cuh"
 #include "producer.cuh"
+#include "transpose.cuh"
 
 namespace flash8 {
 
@@ -29,23 +30,23 @@ constexpr KernelInfo describe() {
     info.shared_bytes = kSharedBytes;
     info.producer_registers = Config::kProducerRegisters;
     info.consumer_registers = Config::kConsumerRegisters;
-    constexpr bool kHalf = Config::kElement == ElementChoice::kFp16;
-    auto const box = [](int panel, int rows) {
-        return TmaBox{4,
-                      {static_cast<uint32_t>(panel), static_cast<uint32_t>(rows), 1, 1, 1},
-                      kHalf ? ElementType::kFloat16 : ElementType::kBfloat16,
-                      panel == 64 ? Swizzle::k128B : Swizzle::k64B};
+    info.scale_block = Config::kBlockScales ? kScaleBlock : 0;
+    constexpr auto kType = Config::kFp8                               ? ElementType::kUint8
+                           : Config::kElement == ElementChoice::kFp16 ? ElementType::kFloat16
+                                                                      : ElementType::kBfloat16;
+    auto const box = [](unsigned panel, unsigned rows, Swizzle swizzle) {
+        return TmaBox{4, {panel, rows, 1, 1, 1}, kType, swizzle};
     };
     info.pack_gqa = Config::kPackGqa;
-    info.tma[0] = box(Config::kPanel, Config::kBlockM);
+    info.tma[0] = box(Config::kPanel, Config::kBlockM, Config::Atoms::kSwizzle);
     if (Config::kPackGqa) {
         // One query head as it stands here; the host folds the heads of a KV head into the rows.
         info.tma[0].rank = 5;
         info.tma[0].box[1] = 1;
         info.tma[0].box[2] = Config::kBlockM;
     }
-    info.tma[1] = box(Config::kPanel, Config::kBlockN);
-    info.tma[2] = box(Config::kPanelV, Config::kBlockN);
+    info.tma[1] = box(Config::kPanel, Config::kBlockN, Config::Atoms::kSwizzle);
+    info.tma[2] = box(Config::kPanelV, Config::kBlockN, Config::AtomsV::kSwizzle);
     return info;
 }
 
@@ -57,18 +58,14 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
     flash8_forward(flash8::ForwardParams const __grid_constant__ params) {
     using namespace flash8;
     extern __shared__ __align__(1024) char dynamic_shared[];
-    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(dynamic_shared);
+    auto& shared = *reinterpret_cast<SharedStorage<Config>*>(dynamic_shared);
 
     int const warpgroup = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x / 128), 0);
     if (threadIdx.x == 0) {
         ptx::prefetch_tensor_map(&params.tma_q);
         ptx::prefetch_tensor_map(&params.tma_k);
         ptx::prefetch_tensor_map(&params.tma_v);
-        constexpr int kConsumerWarps = Config::kConsumerWarpgroups * 4;
-        shared.tiles.init(kConsumerWarps);
-        shared.pipeline_q.init(kConsumerWarps);
-        shared.pipeline_k.init(kConsumerWarps);
-        shared.pipeline_v.init(kConsumerWarps);
+        shared.init_pipelines();
         ptx::fence_barrier_init();
     }
     __syncthreads();
@@ -77,6 +74,12 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
         ptx::release_registers<Config::kProducerRegisters>();
         if (threadIdx.x < 32) {
             Producer<Config>(params, shared).run();
+        }
+        if constexpr (Config::kFp8) {
+            int const warp = threadIdx.x / 32;
+            if (warp > 0) {
+                Transposer<Config>(params, shared, warp - 1).run();
+            }
         }
     } else {
         ptx::acquire_registers<Config::kConsumerRegisters>();

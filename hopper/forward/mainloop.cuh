@@ -9,6 +9,7 @@
 #include "../named_barriers.cuh"
 #include "../softmax.cuh"
 #include "../wgmma.cuh"
+#include "clear_tail.cuh"
 #include "config.cuh"
 #include "scores.cuh"
 
@@ -22,6 +23,12 @@ struct ConsumerState {
     PipelineState<Config::kStages> v;
 };
 
+template <class P, class State>
+__device__ __forceinline__ void release(P& pipeline, State& state) {
+    pipeline.release(state);
+    state.advance();
+}
+
 template <class Config>
 class Mainloop {
     using Element = typename Config::Element;
@@ -29,7 +36,7 @@ class Mainloop {
     static constexpr int kBlockN = Config::kBlockN;
 
   public:
-    __device__ __forceinline__ Mainloop(ForwardParams const& params, SharedStorage& shared,
+    __device__ __forceinline__ Mainloop(ForwardParams const& params, SharedStorage<Config>& shared,
                                         ConsumerState<Config>& state, Scores<Config> const& scores,
                                         int warpgroup, int seqlen_k)
         : params_(params),
@@ -57,7 +64,8 @@ class Mainloop {
         // P as the A operand: eight scores of an accumulator are one k-step's fragment, in the same order.
         Tensor p = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockN / 16>>>{});
         float alpha[kRowsPerThread];
-        float const inner = params_.scores.softmax_scale / params_.scores.softcap;
+        float const cap = params_.scores.softmax_scale / params_.scores.softcap;
+        float const inner[kRowsPerThread] = {cap, cap};
 
         shared_.pipeline_q.wait(state_.q);
         shared_.pipeline_k.wait(state_.k);
@@ -137,39 +145,19 @@ class Mainloop {
         }
     }
 
-    // Rows of V behind the last key belong to nobody: P is zero there, but 0 * NaN is NaN. The consumers
-    // clear them once, in the rightmost block, before anyone multiplies with it.
     __device__ void clear_tail(int n_block) {
         int const used = seqlen_k_ - n_block * kBlockN;
         if (used >= kBlockN) {
             return;
         }
         shared_.pipeline_v.wait(state_.v);
-        uint4* const stage =
-            reinterpret_cast<uint4*>(shared_.v + state_.v.stage * kBlockN * Config::kHeadDimV);
-        constexpr int kThreads = Config::kConsumerWarpgroups * 128;
-        constexpr int kVectorsPerRow = Config::kPanelV * sizeof(Element) / sizeof(uint4);
-        constexpr int kPanels = Config::kHeadDimV / Config::kPanelV;
-        int const count = (kBlockN - used) * kVectorsPerRow;
-        for (int panel = 0; panel < kPanels; ++panel) {
-            // The swizzle permutes within rows of a panel, so whole rows stay whole.
-            uint4* const tail = stage + (panel * kBlockN + used) * kVectorsPerRow;
-            for (int i = threadIdx.x - 128; i < count; i += kThreads) {
-                tail[i] = make_uint4(0, 0, 0, 0);
-            }
-        }
-        ptx::fence_proxy_async();
-        ptx::named_barrier_sync(static_cast<int>(NamedBarrier::kTailCleared), kThreads);
-    }
-
-    template <class P, class State>
-    __device__ __forceinline__ static void release(P& pipeline, State& state) {
-        pipeline.release(state);
-        state.advance();
+        flash8::clear_tail<kBlockN, Config::kPanelV * sizeof(Element), Config::kHeadDimV / Config::kPanelV,
+                           Config::kConsumerWarpgroups * 128>(
+            shared_.v + state_.v.stage * kBlockN * Config::kHeadDimV, used, threadIdx.x - 128);
     }
 
     ForwardParams const& params_;
-    SharedStorage& shared_;
+    SharedStorage<Config>& shared_;
     ConsumerState<Config>& state_;
     Scores<Config> const& scores_;
     int warpgroup_;

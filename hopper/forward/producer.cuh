@@ -14,7 +14,7 @@ class Producer {
     using Element = typename Config::Element;
 
   public:
-    __device__ Producer(ForwardParams const& params, SharedStorage& shared)
+    __device__ Producer(ForwardParams const& params, SharedStorage<Config>& shared)
         : params_(params), shared_(shared) {}
 
     // By the whole warp.
@@ -35,7 +35,11 @@ class Producer {
             shared_.tiles.publish(tiles_state_, tile);
             // A CTA must not end while its TMA writes or its consumers' arrivals are still to come.
             shared_.pipeline_k.drain(kv_state_);
-            shared_.pipeline_v.drain(kv_state_);
+            if constexpr (Config::kFp8) {
+                shared_.pipeline_v_rows.drain(kv_state_);
+            } else {
+                shared_.pipeline_v.drain(kv_state_);
+            }
         }
     }
 
@@ -82,20 +86,33 @@ class Producer {
         q_state_.advance();
     }
 
-    __device__ void load_k(PipelineState<Config::kStages> const& state, SeqlenInfo const& info, int head,
-                           int n_block) {
-        uint64_t* const full = shared_.pipeline_k.acquire(state, Config::kBytesK);
-        Element* const stage = shared_.k + state.stage * Config::kBlockN * Config::kHeadDim;
-        load_panels<Config::kPanel, Config::kHeadDim, Config::kBlockN>(
-            stage, &params_.tma_k, full, info.offset_k + n_block * Config::kBlockN, head, info.batch_k);
+    using KvState = PipelineState<Config::kStages>;
+
+    __device__ void load_k(KvState const& state, SeqlenInfo const& info, int head, int n_block) {
+        load_keys<Config::kPanel, Config::kHeadDim>(shared_.pipeline_k, state, shared_.k, &params_.tma_k,
+                                                    info, head, n_block);
     }
 
-    __device__ void load_v(PipelineState<Config::kStages> const& state, SeqlenInfo const& info, int head,
-                           int n_block) {
-        uint64_t* const full = shared_.pipeline_v.acquire(state, Config::kBytesV);
-        Element* const stage = shared_.v + state.stage * Config::kBlockN * Config::kHeadDimV;
-        load_panels<Config::kPanelV, Config::kHeadDimV, Config::kBlockN>(
-            stage, &params_.tma_v, full, info.offset_k + n_block * Config::kBlockN, head, info.batch_k);
+    // FP8: to the warps that transpose it.
+    __device__ void load_v(KvState const& state, SeqlenInfo const& info, int head, int n_block) {
+        if constexpr (Config::kFp8) {
+            load_keys<Config::kPanelV, Config::kHeadDimV>(shared_.pipeline_v_rows, state, shared_.v_rows,
+                                                          &params_.tma_v, info, head, n_block);
+        } else {
+            load_keys<Config::kPanelV, Config::kHeadDimV>(shared_.pipeline_v, state, shared_.v,
+                                                          &params_.tma_v, info, head, n_block);
+        }
+    }
+
+    template <int kPanel, int kColumns>
+    __device__ static void load_keys(Pipeline<Config::kStages>& pipeline, KvState const& state,
+                                     Element* stages, TensorMap const* map, SeqlenInfo const& info, int head,
+                                     int n_block) {
+        constexpr int kElements = Config::kBlockN * kColumns;
+        uint64_t* const full = pipeline.acquire(state, kElements * sizeof(Element));
+        load_panels<kPanel, kColumns, Config::kBlockN>(stages + state.stage * kElements, map, full,
+                                                       info.offset_k + n_block * Config::kBlockN, head,
+                                                       info.batch_k);
     }
 
     // kRows x kColumns elements as panels of kPanel columns, one TMA box each.
@@ -109,7 +126,7 @@ class Producer {
     }
 
     ForwardParams const& params_;
-    SharedStorage& shared_;
+    SharedStorage<Config>& shared_;
     PipelineState<1> tiles_state_;
     PipelineState<1> q_state_;
     PipelineState<Config::kStages> kv_state_;  // V's: K is one stage ahead inside a tile

@@ -34,14 +34,15 @@ class Scores {
 
     // With softcap the scores become tanh(inner * s), and the cap is left to the softmax scale.
     template <bool kMasked, class Accumulator>
-    __device__ __forceinline__ void apply(Accumulator& s, int n_block, float inner) const {
+    __device__ __forceinline__ void apply(Accumulator& s, int n_block,
+                                          float const (&inner)[kRowsPerThread]) const {
         auto rows = rows_of(s);
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
             if constexpr (Config::kSoftcap) {
 #pragma unroll
                 for (int i = 0; i < cute::size<1>(rows); ++i) {
-                    rows(r, i) = ptx::tanh(rows(r, i) * inner);
+                    rows(r, i) = ptx::tanh(rows(r, i) * inner[r]);
                 }
             }
             auto row = cute::make_tensor(rows(r, cute::_).data(), cute::get<1>(rows.layout()));

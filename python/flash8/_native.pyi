@@ -185,10 +185,17 @@ class ForwardParams:
     v: tuple[int, int, int, int]
     o: tuple[int, int, int, int]
     lse: tuple[int, int, int]
+    q_descale: tuple[int, int, int, int]
+    k_descale: tuple[int, int, int, int]
+    v_descale: tuple[int, int, int, int]
+    v_mean: tuple[int, int, int]
+    score_shift: tuple[int, int, int]
     heads_q: int
     heads_kv: int
     head_dim: int
     head_dim_v: int
+    o_type: ElementType
+    heads_per_q_descale: int
     @property
     def sequences(self) -> SequenceParams: ...
     @property

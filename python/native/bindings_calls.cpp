@@ -56,13 +56,20 @@ void bind_forward(py::module_& module) {
     def_tensor(type, "v", &P::v);
     def_tensor(type, "o", &P::o);
     def_rows(type, "lse", &P::lse);
+    def_descale(type, "q_descale", &P::q_descale);
+    def_descale(type, "k_descale", &P::k_descale);
+    def_descale(type, "v_descale", &P::v_descale);
+    def_rows(type, "v_mean", &P::v_mean);
+    def_rows(type, "score_shift", &P::score_shift);
     type.def_property_readonly("sequences", [](P& self) { return &self.sequences; })
         .def_property_readonly("scores", [](P& self) { return &self.scores; })
         .def_property_readonly("scheduler", [](P& self) { return &self.scheduler; })
         .def_readwrite("heads_q", &P::heads_q)
         .def_readwrite("heads_kv", &P::heads_kv)
         .def_readwrite("head_dim", &P::head_dim)
-        .def_readwrite("head_dim_v", &P::head_dim_v);
+        .def_readwrite("head_dim_v", &P::head_dim_v)
+        .def_readwrite("o_type", &P::o_type)
+        .def_readwrite("heads_per_q_descale", &P::heads_per_q_descale);
     module.def("launch_forward", &launch_forward, py::arg("kernel"), py::arg("device"), py::arg("stream"),
                py::arg("call"), py::arg("sm_margin") = 0, py::call_guard<py::gil_scoped_release>(),
                "Enqueue the forward kernel on a stream. Fills in tensor maps, scheduler and grid. Raises "

@@ -50,17 +50,36 @@ void def_tensor(py::class_<Struct>& type, const char* name, TensorRef Struct::* 
         });
 }
 
-template <class Struct>
-void def_rows(py::class_<Struct>& type, const char* name, RowRef Struct::* member) {
+// RowRef or ChannelRef.
+template <class Struct, class Ref>
+void def_rows(py::class_<Struct>& type, const char* name, Ref Struct::* member) {
     type.def_property(
         name,
         [member](const Struct& self) {
-            const RowRef& ref = self.*member;
+            const Ref& ref = self.*member;
             return RowTuple(reinterpret_cast<std::uintptr_t>(ref.ptr), ref.batch_stride, ref.head_stride);
         },
         [member](Struct& self, const RowTuple& given) {
             const auto& [address, batch, head] = given;
-            self.*member = {reinterpret_cast<float*>(address), batch, head};
+            self.*member = {reinterpret_cast<decltype(Ref::ptr)>(address), batch, head};
+        });
+}
+
+// A descale is (address, batch stride, head stride, block stride).
+using DescaleTuple = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
+
+template <class Struct>
+void def_descale(py::class_<Struct>& type, const char* name, DescaleRef Struct::* member) {
+    type.def_property(
+        name,
+        [member](const Struct& self) {
+            const DescaleRef& ref = self.*member;
+            return DescaleTuple(reinterpret_cast<std::uintptr_t>(ref.ptr), ref.batch_stride, ref.head_stride,
+                                ref.block_stride);
+        },
+        [member](Struct& self, const DescaleTuple& given) {
+            const auto& [address, batch, head, block] = given;
+            self.*member = {reinterpret_cast<const float*>(address), batch, head, block};
         });
 }
 

@@ -48,7 +48,8 @@ void check_sequences(const SequenceParams& sequences) {
     check("total_k", sequences.total_k);
 }
 
-void check_output(const ForwardParams& call, int element) {
+void check_output(const ForwardParams& call) {
+    constexpr std::int64_t element = 2;
     const auto check = [&](const char* name, std::int64_t elements) {
         require(elements * element % kStoreBytes == 0, "forward: ", name, " is ", elements,
                 " elements; it must be a multiple of ", kStoreBytes, " bytes");
@@ -60,6 +61,24 @@ void check_output(const ForwardParams& call, int element) {
     check("the batch stride of o", call.o.batch_stride);
     check("the row stride of o", call.o.row_stride);
     check("the head stride of o", call.o.head_stride);
+}
+
+void check_descales(const ForwardParams& call, const KernelInfo& info) {
+    if (element_bytes(info.tma[0].element_type) != 1) {
+        return;
+    }
+    require(call.o_type == ElementType::kFloat16 || call.o_type == ElementType::kBfloat16,
+            "forward: o_type is ", static_cast<std::uint32_t>(call.o_type),
+            "; supported are FLOAT16 and BFLOAT16");
+    const std::int32_t group = call.heads_q / call.heads_kv;
+    require(call.heads_per_q_descale == 1 || call.heads_per_q_descale == group,
+            "forward: heads_per_q_descale is ", call.heads_per_q_descale, "; supported are 1 and ", group,
+            ", the query heads of a KV head");
+    const bool blocks = call.q_descale.block_stride != 0 || call.k_descale.block_stride != 0 ||
+                        call.v_descale.block_stride != 0;
+    require(!blocks || info.scale_block > 0, "forward: this kernel has one descale per head, not per block");
+    require(info.scale_block == 0 || call.sequences.leftpad_k == nullptr,
+            "forward: leftpad_k is not supported with descales per block");
 }
 
 // The (head_dim, row, head, batch) tensor behind a TensorRef. A tensor without rows has no address to speak
@@ -159,7 +178,8 @@ void launch_forward(Kernel& kernel, int device, std::uint64_t stream, const Forw
         return;
     }
     const TileCounts counts = count_tiles(call, info);
-    check_output(call, element_bytes(info.tma[0].element_type));
+    check_output(call);
+    check_descales(call, info);
 
     ForwardParams params = call;
     encode_maps(kernel.driver(), info, params);

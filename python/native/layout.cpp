@@ -27,13 +27,18 @@ StructLayout tensor_ref() {
 
 StructLayout descale_ref() {
     using T = DescaleRef;
-    return layout<T>("DescaleRef", {FIELD(ptr), FIELD(batch_stride), FIELD(head_stride), FIELD(block_stride),
-                                    FIELD(cu_blocks)});
+    return layout<T>("DescaleRef",
+                     {FIELD(ptr), FIELD(batch_stride), FIELD(head_stride), FIELD(block_stride)});
 }
 
 StructLayout row_ref() {
     using T = RowRef;
     return layout<T>("RowRef", {FIELD(ptr), FIELD(batch_stride), FIELD(head_stride)});
+}
+
+StructLayout channel_ref() {
+    using T = ChannelRef;
+    return layout<T>("ChannelRef", {FIELD(ptr), FIELD(batch_stride), FIELD(head_stride)});
 }
 
 StructLayout sequence_params() {
@@ -80,6 +85,8 @@ StructLayout forward_params() {
                                        FIELD(q_descale),
                                        FIELD(k_descale),
                                        FIELD(v_descale),
+                                       FIELD(v_mean),
+                                       FIELD(score_shift),
                                        FIELD(sequences),
                                        FIELD(scores),
                                        FIELD(scheduler),
@@ -87,7 +94,8 @@ StructLayout forward_params() {
                                        FIELD(heads_kv),
                                        FIELD(head_dim),
                                        FIELD(head_dim_v),
-                                       FIELD(reserved)});
+                                       FIELD(o_type),
+                                       FIELD(heads_per_q_descale)});
 }
 
 StructLayout backward_params() {
@@ -181,9 +189,9 @@ StructLayout kernel_info() {
 }  // namespace
 
 std::vector<StructLayout> struct_layouts() {
-    return {tensor_map(),    tensor_ref(),       descale_ref(),    row_ref(),         sequence_params(),
-            score_params(),  scheduler_params(), forward_params(), backward_params(), group_ref(),
-            append_params(), quantize_params(),  tma_box(),        kernel_info()};
+    return {tensor_map(),      tensor_ref(),    descale_ref(),      row_ref(),        channel_ref(),
+            sequence_params(), score_params(),  scheduler_params(), forward_params(), backward_params(),
+            group_ref(),       append_params(), quantize_params(),  tma_box(),        kernel_info()};
 }
 
 }  // namespace flash8

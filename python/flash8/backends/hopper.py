@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
-from flash8.backends import heuristics
+from flash8.backends import heuristics, hopper_fp8
 from flash8.compiler import compile_unit
+from flash8.float8 import E4M3
 from flash8.options import Options
 from flash8.quantize_variants import QuantizeVariant
-from flash8.variants import Element, ForwardVariant, Mask
+from flash8.variants import Element, ForwardVariant, Mask, Scales
 
 Variant = ForwardVariant | QuantizeVariant
 
-_DTYPES: dict[torch.dtype, Element] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_DTYPES: dict[torch.dtype, Element] = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    E4M3: "e4m3",
+}
 #: The head dimensions that tiles are made for; others are filled up with zeros by TMA.
 _HEAD_DIMS = (64, 96, 128, 192, 256)
 _PER_THREAD_STREAM = 2  # CU_STREAM_PER_THREAD
@@ -50,7 +55,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: Options
             return f"{name} has no kernel yet"
     if not all(_tma_can_read(x) for x in (q, k, v)):
         return "q, k or v is not aligned to 16 bytes in address and strides"
-    return None
+    return hopper_fp8.refusal(options) if q.dtype == E4M3 else None
 
 
 def _tma_can_read(x: Tensor) -> bool:
@@ -89,11 +94,13 @@ def forward(
         options.softcap > 0.0,
         options.alibi_slopes is not None,
         pack_gqa,
+        hopper_fp8.scales(options) if q.dtype == E4M3 else "none",
     )
     kernel = _registry().get(key, device)
     given = {name: getattr(options, name) for name in _INDEX_FIELDS}
     indices = {name: x.contiguous() for name, x in given.items() if x is not None}
     call = _describe(q, k, v, indices, options, out, lse)
+    held = hopper_fp8.describe(call, q, k, out, options) if q.dtype == E4M3 else []
     if s_aux is not None:
         sinks = s_aux.float().contiguous()
         call.scores.sinks = sinks.data_ptr()
@@ -112,6 +119,7 @@ def forward(
             1 if pack_gqa else ratio,
         )
     _native.launch_forward(kernel, device, stream, call, options.sm_margin)
+    del held  # what the call points to; freed memory is not reused before the kernel on this stream
 
 
 def _tile_count(device: torch.device, stream: int) -> Tensor:
@@ -191,6 +199,7 @@ def _key(
     softcap: bool,
     alibi: bool,
     pack_gqa: bool,
+    scales: Scales,
 ) -> str:
     """The registry's key of the variant for these choices, made once per process."""
     variant = ForwardVariant(
@@ -201,6 +210,7 @@ def _key(
         softcap=softcap,
         alibi=alibi,
         pack_gqa=pack_gqa,
+        scales=scales,
     )
     _VARIANTS[variant.name] = variant
     return variant.name

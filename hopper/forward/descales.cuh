@@ -1,0 +1,68 @@
+// The descales of a work tile, x ~ descale * x_fp8, as the mainloop needs them.
+//
+// Nothing is multiplied into the operands: Q's and K's join the softmax scale, V's joins the factor that
+// rescales O from block to block.
+
+#pragma once
+
+#include "../seqlen_info.cuh"
+#include "query_row.cuh"
+
+namespace flash8 {
+
+// The words of flash8.variants, by their position there.
+enum class ScaleGranularity : int { kNone = 0, kHead = 1, kBlock = 2 };
+
+// Tokens that share a descale of granularity kBlock.
+constexpr int kScaleBlock = 128;
+
+// K's or V's descale of one head of one sequence: one value, or one per block of keys.
+template <bool kBlocks>
+class KeyDescale {
+  public:
+    __device__ KeyDescale(DescaleRef const& ref, SeqlenInfo const& info, bool packed, int batch, int head)
+        : values_(ref.ptr), block_stride_(ref.block_stride) {
+        if (values_ == nullptr) {
+            return;
+        }
+        values_ += head * ref.head_stride;
+        if constexpr (kBlocks) {
+            values_ += packed ? (info.offset_k / kScaleBlock + batch) * ref.block_stride
+                              : info.batch_k * ref.batch_stride;
+        } else {
+            values_ += batch * ref.batch_stride;
+        }
+    }
+
+    __device__ __forceinline__ float of(int n_block) const {
+        if (values_ == nullptr) {
+            return 1.0f;
+        }
+        return kBlocks ? __ldg(values_ + n_block * block_stride_) : __ldg(values_);
+    }
+
+  private:
+    float const* values_;
+    int64_t block_stride_;
+};
+
+template <bool kBlocks>
+__device__ float q_descale(ForwardParams const& params, SeqlenInfo const& info, int batch,
+                           QueryRow const& row) {
+    DescaleRef const& ref = params.q_descale;
+    int const query = min(row.query, info.seqlen_q - 1);  // rows behind the end have no descale
+    if (ref.ptr == nullptr || query < 0) {
+        return 1.0f;
+    }
+    int const head = min(row.head, params.heads_q - 1) / params.heads_per_q_descale;
+    float const* const values = ref.ptr + head * ref.head_stride;
+    if constexpr (kBlocks) {
+        bool const packed = params.sequences.cu_seqlens_q != nullptr;
+        int const first = packed ? info.offset_q / kScaleBlock + batch : 0;
+        return values[info.batch_q * ref.batch_stride + (first + query / kScaleBlock) * ref.block_stride];
+    } else {
+        return values[batch * ref.batch_stride];
+    }
+}
+
+}  // namespace flash8

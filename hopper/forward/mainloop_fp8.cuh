@@ -1,0 +1,175 @@
+// The FP8 mainloop of a consumer warpgroup: 64 rows of S = Q K^T, softmax, T = P V, O = alpha O + T.
+//
+// FP8 products accumulate in fewer bits than fp32, so every block of keys starts from a fresh T, which the
+// rescaling of O promotes to fp32 with no instruction more: an FFMA in place of the FMUL. T takes the
+// registers of S, which is dead once P is made; so a warpgroup overlaps nothing by itself, and the turns
+// (named_barriers.cuh) let its softmax overlap the products of another.
+
+#pragma once
+
+#include "../convert.cuh"
+#include "../named_barriers.cuh"
+#include "../softmax_fp8.cuh"
+#include "../wgmma.cuh"
+#include "config.cuh"
+#include "descales.cuh"
+#include "mainloop.cuh"
+#include "scores.cuh"
+
+namespace flash8 {
+
+template <class Config>
+class MainloopFp8 {
+    using Turns = WarpgroupTurns<Config::kConsumerWarpgroups>;
+    using Descale = KeyDescale<Config::kBlockScales>;
+    static constexpr int kBlockN = Config::kBlockN;
+    static constexpr int kChunks = Config::kHeadDimV / Config::kColumnsPV;
+
+  public:
+    __device__ __forceinline__ MainloopFp8(ForwardParams const& params, SharedStorage<Config>& shared,
+                                           ConsumerState<Config>& state, Scores<Config> const& scores,
+                                           int warpgroup)
+        : shared_(shared),
+          state_(state),
+          scores_(scores),
+          warpgroup_(warpgroup),
+          cap_log2_{params.scores.softcap * kLog2E, params.scores.softcap * kLog2E} {}
+
+    // score_scale, of each row: softmax_scale_log2 times Q's descale, or with softcap what tanh's argument is
+    // scaled with but for K's descale. Returns V's descale that O is still to be multiplied with.
+    template <class Accumulator>
+    __device__ __forceinline__ float run(Accumulator& o, BlockLocalSoftmax& softmax, KeyBlocks const& blocks,
+                                         float const (&score_scale)[kRowsPerThread], Descale const& k_descale,
+                                         Descale const& v_descale) {
+        using namespace cute;
+        typename Config::MmaQK mma_qk;
+        auto thread_qk = mma_qk.get_slice(threadIdx.x % 128);
+        Tensor sQ = make_tensor(make_smem_ptr(shared_.q), typename Config::SmemLayoutQ{});
+        Tensor sQ_rows = local_tile(sQ, Shape<_64, Int<Config::kHeadDim>>{}, make_coord(warpgroup_, 0));
+        Tensor sK = make_tensor(make_smem_ptr(shared_.k), typename Config::SmemLayoutK{});
+        Tensor rQ = thread_qk.partition_fragment_A(sQ_rows);  // (MMA, MMA_M, MMA_K)
+        Tensor rK = thread_qk.partition_fragment_B(sK);       // (MMA, MMA_N, MMA_K, stage)
+        float k_scale = k_descale.of(blocks.end - 1);
+        float v_scale = v_descale.of(blocks.end - 1);
+        float v_scale_before = v_scale;
+
+        auto attend = [&](auto masked, int n_block) {
+            constexpr bool kMasked = decltype(masked)::value;
+            Tensor s = make_tensor<float>(typename Config::template LayoutC<kBlockN>{});
+            shared_.pipeline_k.wait(state_.k);
+            multiply<true>(mma_qk, rQ, rK(_, _, _, state_.k.stage), s);
+            Turns::pass_on(warpgroup_);
+            float k_scale_next = k_scale;
+            float v_scale_next = v_scale;
+            if constexpr (Config::kBlockScales) {
+                // The next block's descales are under way while this one is worked on.
+                int const next = max(n_block - 1, blocks.begin);
+                k_scale_next = k_descale.of(next);
+                v_scale_next = v_descale.of(next);
+            }
+            warpgroup_wait<0>();
+            warpgroup_fence_operand(s);
+            release(shared_.pipeline_k, state_.k);
+            float const scale[kRowsPerThread] = {score_scale[0] * k_scale, score_scale[1] * k_scale};
+            scores_.template apply<kMasked>(s, n_block, scale);
+            float alpha[kRowsPerThread];
+            softmax.template step<Config::kMask != MaskMode::kNone>(
+                rows_of(s), Config::kSoftcap ? cap_log2_ : scale, alpha);
+            // P as the A operand: (4 keys, 2 rows, 2 halves) of 32 keys, in the order of transpose.cuh.
+            Tensor p = make_tensor<typename Config::Element>(
+                Layout<Shape<Shape<_4, _2, _2>, _1, Int<kBlockN / 32>>>{});
+            round(s, p);
+            if constexpr (Config::kBlockScales) {
+                float const ratio = __fdividef(v_scale_before, v_scale);
+                alpha[0] *= ratio;
+                alpha[1] *= ratio;
+                v_scale_before = v_scale;
+            }
+            Turns::wait(warpgroup_);
+            add_values(o, p, alpha);
+            k_scale = k_scale_next;
+            v_scale = v_scale_next;
+        };
+
+        shared_.pipeline_q.wait(state_.q);
+        Turns::wait(warpgroup_);
+        int n_block = blocks.end - 1;
+        int const unmasked_begin = max(blocks.begin, blocks.left_end);
+        for (; n_block >= max(blocks.right_begin, blocks.begin); --n_block) {
+            attend(true_type{}, n_block);
+        }
+        for (; n_block >= unmasked_begin; --n_block) {
+            attend(false_type{}, n_block);
+        }
+        if constexpr (Config::kMask == MaskMode::kLocal) {
+            for (; n_block >= blocks.begin; --n_block) {
+                attend(true_type{}, n_block);
+            }
+        }
+        Turns::pass_on(warpgroup_);
+        release(shared_.pipeline_q, state_.q);
+        return v_scale_before;
+    }
+
+  private:
+    // O = alpha O + P V. Where O is made in chunks of columns, the next chunk's product is under way while
+    // one is promoted.
+    template <class Accumulator, class Operand>
+    __device__ __forceinline__ void add_values(Accumulator& o, Operand const& p,
+                                               float const (&alpha)[kRowsPerThread]) {
+        using namespace cute;
+        constexpr int kInFlight = kChunks > 1 ? 2 : 1;
+        typename Config::MmaPV mma_pv;
+        auto thread_pv = mma_pv.get_slice(threadIdx.x % 128);
+        Tensor sVt = make_tensor(make_smem_ptr(shared_.v), typename Config::SmemLayoutVt{});
+        Tensor rV = thread_pv.partition_fragment_B(sVt);  // (MMA, MMA_N, MMA_K, stage)
+        using Chunk = decltype(make_tensor<float>(typename Config::template LayoutC<Config::kColumnsPV>{}));
+        Chunk t[kInFlight];
+        auto const issue = [&](int chunk) {
+            Tensor values = rV(_, chunk, _, state_.v.stage);  // (MMA, MMA_K)
+            auto const layout =
+                make_layout(get<0>(values.layout()), Layout<_1, _0>{}, get<1>(values.layout()));
+            multiply<true>(mma_pv, p, make_tensor(values.data(), layout), t[chunk % kInFlight]);
+        };
+        shared_.pipeline_v.wait(state_.v);
+        issue(0);
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+            if (chunk + 1 < kChunks) {
+                issue(chunk + 1);
+                warpgroup_wait<1>();
+            } else {
+                warpgroup_wait<0>();
+            }
+            Chunk& ready = t[chunk % kInFlight];
+            warpgroup_fence_operand(ready);
+            if (chunk + 1 == kChunks) {
+                release(shared_.pipeline_v, state_.v);
+            }
+#pragma unroll
+            for (int i = 0; i < size(ready); ++i) {
+                float& sum = o(chunk * size(ready) + i);
+                sum = alpha[i / 2 % 2] * sum + ready(i);
+            }
+        }
+    }
+
+    // Scores are (2 columns, 2 rows, kBlockN / 8); a word of P takes a row of two column groups.
+    template <class Accumulator, class Operand>
+    __device__ __forceinline__ static void round(Accumulator const& s, Operand& p) {
+        auto words = cute::recast<uint32_t>(p);  // ((1, 2 rows, 2 halves), 1, kBlockN / 32)
+#pragma unroll
+        for (int i = 0; i < cute::size(words); ++i) {
+            int const first = 8 * (i / 2) + 2 * (i % 2);
+            words(i) = pack_e4m3(s(first), s(first + 1), s(first + 4), s(first + 5));
+        }
+    }
+
+    SharedStorage<Config>& shared_;
+    ConsumerState<Config>& state_;
+    Scores<Config> const& scores_;
+    int warpgroup_;
+    float const cap_log2_[kRowsPerThread];
+};
+
+}  // namespace flash8

@@ -1,0 +1,125 @@
+// FP8 products read both operands with the contraction contiguous, so V (key, channel) must become
+// (channel, key). Three warps of the producer warpgroup do that, tile by tile, between TMA and the consumers.
+//
+//   TMA -> v_rows -> ldmatrix.trans, byte permutes, stmatrix -> v -> wgmma
+//
+// ldmatrix transposes pairs of bytes. Taking the pairs apart leaves two permutations, and both suit us:
+//   - Keys, within each 16: place 4 t + 2 j + c holds key 8 j + 2 t + c. A thread's scores, columns 2 t + c
+//   of
+//     column group j, are then in the order in which the product P V wants its A operand.
+//   - Channels, within each 16: row 8 h + g holds channel 2 g + h. No stmatrix row shares a bank with
+//   another,
+//     and a thread's accumulators of two column groups are four neighbouring channels of O (epilogue.cuh).
+
+#pragma once
+
+#include "../ptx.cuh"
+#include "../tile_scheduler.cuh"
+#include "clear_tail.cuh"
+#include "config.cuh"
+
+namespace flash8 {
+
+// Byte offsets in a tile of kRows rows, in panels of kPanel bytes with the swizzle that TMA and wgmma know:
+// the 16-byte chunks of a panel's row are permuted by an exclusive or.
+template <int kRows, int kPanel>
+struct SwizzledTile {
+    __device__ __forceinline__ static int offset(int row, int byte) {
+        int const twist = row * kPanel / 128 % (kPanel / 16);
+        return byte / kPanel * kRows * kPanel + row * kPanel + (byte % kPanel ^ twist * 16);
+    }
+
+    // The same row, `columns` bytes further: both offset's byte and `columns` in different bits.
+    __device__ __forceinline__ static int advance(int offset, int columns) {
+        return (offset ^ columns % kPanel) + columns / kPanel * kRows * kPanel;
+    }
+};
+
+template <class Config>
+class Transposer {
+    static constexpr int kBlockN = Config::kBlockN;
+    static constexpr int kKeys = 32;  // of one ldmatrix: a lane names the row of one key
+    static constexpr int kChannels = 16;
+    static constexpr int kInFlight = 2;  // loads before the first store that waits for one
+    using TileV = SwizzledTile<kBlockN, Config::kPanelV>;
+    using TileVt = SwizzledTile<Config::kHeadDimV, panel_bytes(kBlockN)>;
+
+  public:
+    // warp: 0 .. kTransposerWarps - 1.
+    __device__ Transposer(ForwardParams const& params, SharedStorage<Config>& shared, int warp)
+        : params_(params), shared_(shared), warp_(warp) {}
+
+    __device__ void run() {
+        for (WorkTile tile = shared_.tiles.take(tiles_); tile.valid(); tile = shared_.tiles.take(tiles_)) {
+            SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch);
+            typename Config::TileMask const mask(params_, info);
+            KeyBlocks const blocks = mask.key_blocks(tile.m_block);
+#pragma unroll 1
+            for (int n_block = blocks.end - 1; n_block >= blocks.begin; --n_block) {
+                transpose(info.seqlen_k - n_block * kBlockN);
+            }
+        }
+    }
+
+  private:
+    // used: keys of this block that there are.
+    __device__ __forceinline__ void transpose(int used) {
+        shared_.pipeline_v_rows.wait(rows_);
+        if (used < kBlockN) {
+            constexpr int kPanelBytes = Config::kPanelV;  // elements are bytes
+            clear_tail<kBlockN, kPanelBytes, Config::kHeadDimV / kPanelBytes, Config::kTransposerWarps * 32>(
+                shared_.v_rows + rows_.stage * Config::kBytesV, used, threadIdx.x - 32);
+        }
+        shared_.pipeline_v.wait_empty(state_);
+        int const lane = threadIdx.x % 32;
+        int const matrix = lane / 8;
+        uint32_t const from = ptx::shared_address(shared_.v_rows) + rows_.stage * Config::kBytesV;
+        uint32_t const to = ptx::shared_address(shared_.v) + state_.stage * Config::kBytesV;
+#pragma unroll 1
+        for (int channel = warp_ * kChannels; channel < Config::kHeadDimV;
+             channel += Config::kTransposerWarps * kChannels) {
+            uint32_t const source = from + TileV::offset(lane, channel);
+            uint32_t const target =
+                to + TileVt::offset(channel + 8 * (matrix % 2) + lane % 8, 16 * (matrix / 2));
+#pragma unroll
+            for (int first = 0; first < kBlockN; first += kInFlight * kKeys) {
+                uint32_t words[kInFlight][4];
+#pragma unroll
+                for (int i = 0; i < kInFlight && first + i * kKeys < kBlockN; ++i) {
+                    int const key = first + i * kKeys;
+                    ptx::load_matrices_transposed(words[i], source + key * Config::kPanelV);
+                }
+#pragma unroll
+                for (int i = 0; i < kInFlight && first + i * kKeys < kBlockN; ++i) {
+                    take_apart(words[i]);
+                    ptx::store_matrices(TileVt::advance(target, first + i * kKeys), words[i]);
+                }
+            }
+        }
+        shared_.pipeline_v.commit(state_);
+        shared_.pipeline_v_rows.release(rows_);
+        state_.advance();
+        rows_.advance();
+    }
+
+    // In lane 4 g + t, words[i] holds channels 2 g and 2 g + 1 of keys 8 i + 2 t and 8 i + 2 t + 1.
+    // Afterwards words[0] and words[1] hold channel 2 g and channel 2 g + 1 of keys {2 t, 2 t + 1, 8 + 2 t, 9
+    // + 2 t}, words[2] and words[3] those of the 16 keys behind them.
+    __device__ __forceinline__ static void take_apart(uint32_t (&words)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            uint32_t const first = words[i];
+            words[i] = __byte_perm(first, words[i + 1], 0x6420);
+            words[i + 1] = __byte_perm(first, words[i + 1], 0x7531);
+        }
+    }
+
+    ForwardParams const& params_;
+    SharedStorage<Config>& shared_;
+    int warp_;
+    PipelineState<1> tiles_;
+    PipelineState<Config::kStages> rows_;   // v_rows, where TMA fills
+    PipelineState<Config::kStages> state_;  // v, which these warps fill
+};
+
+}  // namespace flash8

@@ -1,0 +1,344 @@
+"""The FP8 forward kernel on the simulated device, whose tensor cores accumulate as Hopper's do."""
+
+import math
+import shutil
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+import flash8
+import oracle
+from flash8 import fp8
+from flash8.backends.cpu import operands
+from flash8.compiler import Unit, compile_unit, kernel_root
+from flash8.variants import SHIPPED, ForwardVariant
+from forward_cases import check, compare, device, draw, int32, kernel, launch, masks, packed
+from forward_launch import Call, ForwardKernel, Schedule
+from fp8_model import quantise
+from simulated_device import missing_compiler
+from tolerances import (
+    FP8_ACCUMULATION,
+    FP8_REL_L2,
+    FP8_SINK_KEY,
+    FP8_UNQUANTISED,
+    Bound,
+    check_fp8_lse,
+    rel_l2,
+)
+
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+
+DENSE = ForwardVariant("e4m3", 128, 128, scales="head")
+CAUSAL = ForwardVariant("e4m3", 128, 128, mask="causal", scales="block")
+LOCAL = ForwardVariant("e4m3", 64, 64, mask="local", softcap=True, scales="block")
+MLA = ForwardVariant("e4m3", 192, 128, mask="causal", scales="head")
+WIDE = ForwardVariant("e4m3", 256, 256, mask="causal", scales="head")
+DEFAULT = (DENSE, CAUSAL, LOCAL, MLA, WIDE)
+SLOW = tuple(v for v in SHIPPED if v.dtype == "e4m3" and v not in DEFAULT)
+VARIANTS = [pytest.param(v, id=v.name) for v in DEFAULT] + [
+    pytest.param(v, id=v.name, marks=pytest.mark.slow) for v in SLOW
+]
+#: NUMERICS allows .012 against a block-exact emulator; the CPU backend can be one.
+SPECIFIED = Bound(0.001, 1.8e-5, "kernel against the CPU backend that emulates its tensor cores")
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (1, 127, 129, 1, 1),
+    (1, 113, 203, 2, 1),
+    (2, 193, 131, 2, 2),
+    (1, 200, 50, 1, 1),
+    (1, 64, 577, 3, 1),
+    (2, 3, 0, 1, 1),
+]
+
+
+def descales(variant, batch, heads, heads_kv, blocks_q, blocks_k, *, packed=False, seed=7):
+    """Descales around 1/32, different for every head, or for every block of a head."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(heads: int, blocks: int) -> torch.Tensor:
+        shape = (batch, heads) if variant.scales == "head" else (batch, heads, blocks)
+        shape = (1, *shape[1:]) if packed and variant.scales == "block" else shape
+        return torch.empty(shape).uniform_(0.5, 1.1, generator=generator) / 32
+
+    # FA3's q_descale has KV heads; ours may also have query heads.
+    heads_q = heads if variant.scales == "block" or heads_kv == 1 else heads_kv
+    return {
+        "q_descale": tensor(heads_q, blocks_q),
+        "k_descale": tensor(heads_kv, blocks_k),
+        "v_descale": tensor(heads_kv, blocks_k),
+    }
+
+
+def dense_call(variant, batch, seqlen_q, seqlen_k, heads, heads_kv, **given) -> Call:
+    q, k, v = draw(variant, seqlen_q, seqlen_k, heads, heads_kv, batch=batch)
+    blocks = (-(-seqlen_q // 128), max(1, -(-seqlen_k // 128)))
+    given = {"descales": descales(variant, batch, heads, heads_kv, *blocks), **given}
+    return Call(q, k, v, variant.head_dim**-0.5, **masks(variant), **given)
+
+
+def from_tensors(q, k, v, **given) -> Call:
+    """A call on wide tensors (batch, seqlen, heads, d), quantised per head."""
+    (q8, qd), (k8, kd), (v8, vd) = quantise(q, q.shape[2] // k.shape[2]), quantise(k), quantise(v)
+    scales = {"q_descale": qd, "k_descale": kd, "v_descale": vd}
+    return Call(q8, k8, v8, q.shape[-1] ** -0.5, descales=scales, **given)
+
+
+def wide(seqlen_q, seqlen_k, *, mean_v=0.0, seed=0, d=128):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, n, 1, d, generator=g) for n in (seqlen_q, seqlen_k, seqlen_k))
+    return q, k, v + mean_v
+
+
+def oracle_of(call: Call):
+    options = {"causal": call.causal, "softmax_scale": call.softmax_scale}
+    return oracle.attention(call.q, call.k, call.v, **options, **call.descales)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dense(variant, shape):
+    check(variant, dense_call(variant, *shape))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_with_used_lengths(variant):
+    offsets = packed([5, 0, 130, 1, 64])
+    total = int(offsets[-1])
+    q, k, v = draw(variant, total, total, 2, 1)
+    blocks = total // 128 + 5
+    scales = descales(variant, 5, 2, 1, blocks, blocks, packed=True)
+    indices = {
+        "cu_seqlens_q": offsets,
+        "cu_seqlens_k": offsets,
+        "seqused_q": int32([5, 0, 99, 0, 64]),
+        "seqused_k": int32([3, 0, 77, 1, 0]),
+    }
+    given = {"indices": indices, "max_seqlen_q": 130, "max_seqlen_k": 130, "descales": scales}
+    call = Call(q, k, v, variant.head_dim**-0.5, **masks(variant), **given)
+    check(variant, call, Schedule(num_ctas=3))
+
+
+def test_left_padding_and_cache_rows():
+    given = {"leftpad_k": [7, 0], "seqused_k": [150, 33], "kv_batch_idx": [1, 0]}
+    indices = {name: int32(values) for name, values in given.items()}
+    check(MLA, dense_call(MLA, 2, 40, 150, 2, 2, indices=indices))
+
+
+@pytest.mark.parametrize("mask", ["none", "causal"])
+def test_packed_query_heads(mask):
+    """Rows of one tile belong to heads with descales of their own."""
+    variant = ForwardVariant("e4m3", 128, 128, mask=mask, scales="head", pack_gqa=True)
+    call = dense_call(variant, 2, 37, 300, 8, 2, s_aux=torch.linspace(-1.0, 6.0, 8))
+    q_descale = torch.linspace(0.5, 1.1, 16).reshape(2, 8) / 32
+    check(variant, replace(call, descales={**call.descales, "q_descale": q_descale}))
+
+
+@pytest.mark.parametrize("variant", [CAUSAL, LOCAL], ids=lambda v: v.name)
+def test_sinks(variant):
+    check(variant, dense_call(variant, 1, 70, 330, 2, 1, s_aux=torch.tensor([0.5, 9.0])))
+
+
+def test_head_dim_is_filled_with_zeros():
+    call = dense_call(CAUSAL, 1, 100, 140, 2, 1)
+    check(CAUSAL, replace(call, **{x: getattr(call, x)[..., :80].contiguous() for x in "qkv"}))
+
+
+def test_many_seeds_give_the_same_bits():
+    check(CAUSAL, dense_call(CAUSAL, 1, 130, 260, 1, 1), seeds=range(12))
+
+
+# ------------------------------------------------------------------- the bounds of the numerics
+
+
+def specified(call: Call, block_n: int):
+    """What the CPU backend computes with tiles of the kernel and tensor cores like Hopper's."""
+    with fp8.study(accumulation="hopper"), mock.patch.object(operands, "FP8_BLOCK_N", block_n):
+        return flash8.flash_attn_func(
+            call.q, call.k, call.v, causal=call.causal, return_attn_probs=True, **call.descales
+        )
+
+
+@pytest.mark.parametrize("variant", [DENSE, CAUSAL, WIDE], ids=lambda v: v.name)
+def test_the_cpu_backend_specifies_it(variant):
+    call = dense_call(variant, 1, 140, 700, 2, 1)
+    want, want_lse = specified(call, kernel(variant).info.block_n)
+    o, lse = launch(variant, call)
+    SPECIFIED.check("O", rel_l2(o, want))
+    torch.testing.assert_close(lse, want_lse, atol=2e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize("variant", [DENSE, CAUSAL], ids=lambda v: v.name)
+@pytest.mark.parametrize(
+    "keys", [16384, pytest.param(131072, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+)
+def test_accumulation_over_many_keys(variant, keys):
+    """V of mean 0.5: without promotion the error is 0.11 at 16k keys and 0.46 at 128k."""
+    call = from_tensors(*wide(16, keys, mean_v=0.5), causal=variant.mask == "causal")
+    o, lse = launch(variant, call)
+    exact, exact_lse = oracle_of(call)
+    FP8_ACCUMULATION.check("O", rel_l2(o, exact))
+    check_fp8_lse("LSE", lse, exact_lse)
+
+
+@pytest.mark.parametrize("position", [0, 1023, 2047])
+def test_one_key_far_above_the_rest(position):
+    q, k, v = wide(32, 2048, mean_v=0.5)
+    q[..., 0], k[..., 0] = 8.0, 0.0
+    k[:, position, :, 0] = 13.0 * 128**0.5 / 8.0
+    v[:, position] = 0.0
+    call = from_tensors(q, k, v)
+    FP8_SINK_KEY.check("O", rel_l2(launch(DENSE, call)[0], oracle_of(call)[0]))
+
+
+def test_against_the_unquantised_inputs():
+    q, k, v = wide(200, 1024)
+    o, _ = launch(DENSE, from_tensors(q, k, v))
+    FP8_UNQUANTISED.check("O", rel_l2(o, oracle.attention(q, k, v)[0]))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
+def test_one_visible_key_is_exact(out_dtype):
+    variant = ForwardVariant("e4m3", 64, 64, mask="local", scales="head")
+    call = dense_call(variant, 1, 200, 200, 2, 1, out_dtype=out_dtype)
+    o, _ = launch(variant, replace(call, window=(0, 0)))
+    want = (call.v.float() * call.descales["v_descale"].item()).to(out_dtype)
+    assert torch.equal(o, want.expand_as(o))
+
+
+def test_nan_reaches_the_output_where_it_is_visible():
+    call = dense_call(CAUSAL, 1, 40, 40, 1, 1)
+    call.v[0, 20, 0, 5] = math.nan
+    o, _ = launch(CAUSAL, call)
+    assert o[0, 20:, 0, 5].isnan().all()
+    assert not o[..., :5].isnan().any()
+    assert not o[0, :20].isnan().any()
+
+
+# ------------------------------------------------------------------------------ what must not pass
+
+
+def changed_kernel(folder, *edits: tuple[str, str, str]) -> ForwardKernel:
+    """DENSE compiled from sources with (file, old, new) edits."""
+    root = folder / "hopper"
+    shutil.copytree(kernel_root(), root)
+    for name, old, new in edits:
+        path = root / name
+        text = path.read_text()
+        assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
+        path.write_text(text.replace(old, new))
+    unit = Unit(root / "forward" / "kernel.cu", DENSE.defines, "changed")
+    return ForwardKernel(device().driver, compile_unit(unit).ptx.read_bytes() + b"\0")
+
+
+def test_the_bounds_catch_swapped_descales():
+    call = dense_call(DENSE, 1, 100, 300, 2, 1)
+    scales = {**call.descales, "k_descale": call.descales["v_descale"]}
+    scales["v_descale"] = call.descales["k_descale"]
+    o, lse = launch(DENSE, replace(call, descales=scales))
+    with pytest.raises(AssertionError):
+        compare(call, o, lse)
+
+
+def test_the_bounds_catch_an_offset_that_lse_keeps(tmp_path):
+    changed = changed_kernel(tmp_path, ("softmax.cuh", "(safe - offset + ", "(safe + "))
+    call = dense_call(DENSE, 1, 100, 300, 2, 1)
+    with pytest.raises(AssertionError, match="LSE"):
+        compare(call, *changed(call, Schedule()))
+
+
+def test_the_bounds_catch_unscaled_p(tmp_path):
+    changed = changed_kernel(tmp_path, ("softmax_fp8.cuh", "kOffset = 8.0f;", "kOffset = 0.0f;"))
+    q, k, v = wide(100, 600)
+    call = from_tensors(2.0 * q, k, v)
+    want, _ = specified(call, changed.info.block_n)
+    SPECIFIED.check("O", rel_l2(launch(DENSE, call)[0], want))
+    with pytest.raises(AssertionError):
+        SPECIFIED.check("O", rel_l2(changed(call, Schedule())[0], want))
+
+
+def test_the_bounds_catch_a_missing_promotion(tmp_path):
+    mainloop = "forward/mainloop_fp8.cuh"
+    changed = changed_kernel(
+        tmp_path,
+        (mainloop, "multiply<true>(mma_pv, p,", "multiply<false>(mma_pv, p,"),
+        (mainloop, "issue(0);", "for (int i = 0; i < size(t[0]); ++i) {\n"
+         "t[0](i) = alpha[i / 2 % 2] * o(i);\n}\nissue(0);"),
+        (mainloop, "sum = alpha[i / 2 % 2] * sum + ready(i);", "sum = ready(i);"),
+    )  # fmt: skip
+    call = from_tensors(*wide(16, 8192, mean_v=0.5))
+    exact = oracle_of(call)[0]
+    FP8_ACCUMULATION.check("O", rel_l2(launch(DENSE, call)[0], exact))
+    with pytest.raises(AssertionError):
+        FP8_ACCUMULATION.check("O", rel_l2(changed(call, Schedule())[0], exact))
+
+
+# ----------------------------------------------------------------------------- public functions
+
+
+def ran_on_the_kernel() -> bool:
+    return device().report()["kernel"] == "flash8_forward"
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "head", "block"])
+def test_scaled_tensors(granularity, monkeypatch):
+    """Rotated, both means taken off, with a sink."""
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 200, h, 128, generator=g) for h in (4, 2, 2))
+    k[..., :3] += 8.0
+    sinks = torch.tensor([0.5, 9.0, -1.0, 3.0])
+    scaled = (
+        fp8.quantize(q, granularity, hadamard=True),
+        fp8.quantize(k, granularity, hadamard=True, smooth_k=True),
+        fp8.quantize(v, granularity, smooth_v=True),
+    )
+    options = {"causal": True, "s_aux": sinks, "return_attn_probs": True}
+    want, want_lse = flash8.flash_attn_func(*scaled, **options)
+    with device().serving_cpu_tensors(monkeypatch, seed=3):
+        o, lse = flash8.flash_attn_func(*scaled, **options)
+    assert ran_on_the_kernel()
+    # Tiles of the head kernel are wider than the CPU's blocks: other references, other roundings.
+    assert rel_l2(o, want) <= (0.012 if granularity == "block" else FP8_REL_L2.limit)
+    check_fp8_lse("LSE", lse, want_lse)
+
+
+@pytest.mark.parametrize("granularity", ["head", "block"])
+def test_packed_scaled_tensors_with_a_mean_per_sequence(granularity, monkeypatch):
+    cu_seqlens = packed([100, 0, 170, 30])
+    g = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(300, h, 64, generator=g) for h in (4, 2, 2))
+    k[..., :3] += 8.0
+    scaled = (
+        fp8.quantize(q, granularity, cu_seqlens=cu_seqlens),
+        fp8.quantize(k, granularity, smooth_k=True, cu_seqlens=cu_seqlens),
+        fp8.quantize(v, granularity, cu_seqlens=cu_seqlens),
+    )
+    options = {"max_seqlen_q": 170, "max_seqlen_k": 170, "causal": True, "return_attn_probs": True}
+    call = (*scaled, cu_seqlens, cu_seqlens)
+    want, want_lse = flash8.flash_attn_varlen_func(*call, **options)
+    with device().serving_cpu_tensors(monkeypatch):
+        o, lse = flash8.flash_attn_varlen_func(*call, **options)
+    assert ran_on_the_kernel()
+    assert rel_l2(o, want) <= 0.012
+    check_fp8_lse("LSE", lse, want_lse)
+
+
+def test_fp8_attention_trains_through_the_kernel(monkeypatch):
+    g = torch.Generator().manual_seed(3)
+    tensors = [torch.randn(1, 150, h, 128, generator=g).bfloat16() for h in (2, 1, 1)]
+    dout = torch.randn(1, 150, 2, 128, generator=g).bfloat16()
+    recipe = fp8.BlockScaling(smooth_k=True)
+
+    def gradients():
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        o = flash8.fp8_attention(*leaves, recipe, causal=True)
+        return o, torch.autograd.grad(o, leaves, dout)
+
+    want, want_gradients = gradients()
+    with device().serving_cpu_tensors(monkeypatch):
+        o, have = gradients()
+    assert ran_on_the_kernel()
+    assert rel_l2(o, want) <= 0.012
+    for name, a, b in zip("qkv", have, want_gradients, strict=True):
+        assert rel_l2(a, b) <= 0.012, name
