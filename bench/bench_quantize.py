@@ -5,7 +5,6 @@ bench/quantizer_traffic.py; "needed" bytes over time is the rate to compare with
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from bench_ceilings import copy_rate
 from gpu_timing import time_call
 from quantizer_traffic import traffic
 
-from flash8.backends import quantizer
-from flash8.fp8 import portable
+from flash8.fp8 import portable, quantizer
 from flash8.fp8.hadamard import Rotation
 from flash8.fp8.request import Request
 from flash8.rotary import Rope
@@ -24,12 +22,12 @@ from flash8.rotary import Rope
 HEADS = 8
 
 
-def cases(tokens: int, head_dim: int) -> dict[str, Request]:
-    x = torch.randn(1, tokens, HEADS, head_dim, dtype=torch.bfloat16, device="cuda")
-    tables = torch.rand(tokens, head_dim // 2, device="cuda")
+def cases(tokens: int, head_dim: int, device: str = "cuda") -> dict[str, Request]:
+    x = torch.randn(1, tokens, HEADS, head_dim, dtype=torch.bfloat16, device=device)
+    tables = torch.rand(tokens, head_dim // 2, device=device)
     rotation = Rotation(head_dim)
-    mean = torch.randn(HEADS, head_dim, device="cuda")
-    one, amax = torch.ones((), device="cuda"), torch.zeros((), device="cuda")
+    mean = torch.randn(HEADS, head_dim, device=device)
+    one, amax = torch.ones((), device=device), torch.zeros((), device=device)
     pages = x.view(tokens // 64, 64, HEADS, head_dim)
     steps = {"rotation": rotation, "mean": mean}
     return {
@@ -67,7 +65,6 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("bench_quantize: torch sees no CUDA device, nothing to measure")
         return
-    os.environ["FLASH8_KERNELS"] = "on"
     ceiling = copy_rate()
     found = []
     for tokens, head_dim in ((16384, 128), (131072, 64), (131072, 128), (131072, 256)):

@@ -1,6 +1,6 @@
 """Bytes that the quantizer's launches move, against the bytes that any quantizer must move.
 
-Counted from the launches that `flash8.backends.quantizer` plans, not measured: every pass reads x
+Counted from the launches that `flash8.fp8.quantizer` plans, not measured: every pass reads x
 once, the cast writes the result. Needed: x once, the result once, descales, tables and means.
 
 usage: python bench/quantizer_traffic.py    (writes bench/results/quantizer_traffic.*)
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from flash8.backends import quantizer
+from flash8.fp8 import quantizer
 from flash8.fp8.hadamard import Rotation
 from flash8.fp8.request import Request
 from flash8.rotary import Rope

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8.backends import quantizer
+from flash8.fp8 import quantizer
 from simulated_device import SimulatedDevice
 
 _POISON = 0xA5

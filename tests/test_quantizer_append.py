@@ -8,8 +8,8 @@ from torch import Tensor
 
 import flash8
 from cases import cumulative, int32
-from flash8.backends import appender
 from flash8.float8 import E4M3
+from flash8.fp8 import appender
 from flash8.fp8.request import Appended
 from flash8.rotary import Rope
 from quantizer_device import device, kernels

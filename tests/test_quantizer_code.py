@@ -11,10 +11,13 @@ import pytest
 
 from flash8.compiler import compile_unit
 from flash8.quantize_variants import SHIPPED_QUANTIZERS
+from quantizer_device import device
 from simulated_device import missing_compiler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
+import bench_quantize
+import gpu_timing
 import machine_code
 import quantizer_traffic
 
@@ -70,3 +73,17 @@ def test_what_granularity_allows_is_one_pass():
             assert row["moved"] == row["needed"]
         else:
             assert row["moved"] <= 2.4 * row["needed"]
+
+
+@pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+def test_every_case_of_the_gpu_benchmark_runs(monkeypatch):
+    def call_once(call, **_):
+        call()
+        return gpu_timing.Timing(1.0, 1.0, 1.0, 1)
+
+    monkeypatch.setattr(bench_quantize, "time_call", call_once)
+    with device().serving_cpu_tensors(monkeypatch):
+        for name, request in bench_quantize.cases(256, 64, "cpu").items():
+            row = bench_quantize.measure(name, request)
+            assert row["bytes_needed"] <= row["bytes_moved"]
+            assert row["needed_gb_per_s"] == row["bytes_needed"] * 1e-6

@@ -146,8 +146,7 @@ class NewKeys:
         """Whether compiled kernels have rotated, quantized and written the new rows."""
         if not backends.kernels_wanted(self._k_cache):
             return False
-        from flash8.backends import appender
-        from flash8.fp8 import kernels
+        from flash8.fp8 import appender, kernels
         from flash8.fp8.request import Appended
 
         where = (self._starts, self._cu_seqlens, options.page_table, options.kv_batch_idx)

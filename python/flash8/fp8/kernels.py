@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8.backends import appender, quantizer
+from flash8.fp8 import appender, quantizer
 from flash8.fp8.hadamard import Rotation
 from flash8.fp8.request import Appended, Request
 from flash8.rotary import Rope

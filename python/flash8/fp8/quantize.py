@@ -24,9 +24,8 @@ from flash8.arguments import (
     require_shape,
     require_tensor,
 )
-from flash8.backends import quantizer
 from flash8.float8 import E4M3, E5M2, MAX
-from flash8.fp8 import kernels, portable
+from flash8.fp8 import kernels, portable, quantizer
 from flash8.fp8.hadamard import Rotation, rotation_for
 from flash8.fp8.portable import descale_of
 from flash8.fp8.request import Request

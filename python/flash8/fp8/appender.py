@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from flash8.backends.quantizer import Launcher, group_ref, refusal_of, tensor_ref
 from flash8.float8 import E4M3
+from flash8.fp8.quantizer import Launcher, group_ref, refusal_of, tensor_ref
 from flash8.fp8.request import Appended
 
 
