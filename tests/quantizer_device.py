@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash8.backends import hopper
 from flash8.fp8 import quantizer
 from simulated_device import SimulatedDevice
 
@@ -18,6 +19,14 @@ _GUARD_BYTES = 256
 @functools.cache
 def device() -> SimulatedDevice:
     return SimulatedDevice()
+
+
+@contextmanager
+def quantizers_only(monkeypatch: Any, *, seed: int = 0) -> Iterator[None]:
+    """Inside, quantizers run on kernels and attention does not."""
+    with device().serving_cpu_tensors(monkeypatch, seed=seed), monkeypatch.context() as patch:
+        patch.setattr(hopper, "refusal", lambda *_: "only quantizers are under test")
+        yield
 
 
 @contextmanager
@@ -37,7 +46,7 @@ def kernels(monkeypatch: Any, *inputs: Tensor | None, seed: int = 0) -> Iterator
         device().register(inner)
         return inner.view(dtype).view(shape)
 
-    with device().serving_cpu_tensors(monkeypatch, seed=seed), monkeypatch.context() as patch:
+    with quantizers_only(monkeypatch, seed=seed), monkeypatch.context() as patch:
         device().configure(seed=seed, strict_global=True)
         patch.setattr(quantizer, "allocate", allocate)
         for x in given:

@@ -18,7 +18,7 @@ from flash8.float8 import E4M3, E5M2
 from flash8.fp8 import quantizer
 from flash8.fp8.request import Request
 from flash8.rotary import Rope
-from quantizer_device import device, kernels
+from quantizer_device import device, kernels, quantizers_only
 from simulated_device import missing_compiler
 
 pytestmark = [
@@ -345,7 +345,7 @@ def test_fp8_attention_on_kernels_eager_and_compiled(monkeypatch, delayed):
 
     kinds = [recipe() for _ in range(3)]
     want = attend(kinds[0])
-    with device().serving_cpu_tensors(monkeypatch):
+    with quantizers_only(monkeypatch):
         assert torch.equal(attend(kinds[1]), want)
         compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(kinds[2]), want)
