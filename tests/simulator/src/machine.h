@@ -198,6 +198,12 @@ struct WgmmaItem {
     Clock clock, proxy_clock;     // of the issue, for the checks when the operands are read
 };
 
+// An operand as lanes (wgmma.h says in which order), with the exponents of its values.
+struct WgmmaOperand {
+    std::vector<float> values;
+    std::vector<int32_t> exponents;
+};
+
 struct Warpgroup {
     std::array<Warp*, 4> warps{};
     std::vector<WgmmaItem> items;  // since the launch; done ones are kept cheap
@@ -205,8 +211,7 @@ struct Warpgroup {
     uint32_t agent = 0;
     // The operand B of one item, decoded once for the four warps.
     uint32_t decoded_item = kNone;
-    std::vector<float> b_values;
-    std::vector<float> a_values;
+    WgmmaOperand a, b;
 };
 
 struct Cta {

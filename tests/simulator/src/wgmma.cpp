@@ -38,18 +38,24 @@ void compute_rows(Warp& w, uint32_t item_index) {
     WgmmaItem& item = group.items[item_index];
     const WgmmaShape& shape = shape_of(w, item);
     const Cta& cta = *w.cta;
+    const Config& config = cta.cluster->launch->config;
+    const bool exact = bytes_of(shape.a) == 1 ? config.exact_8bit : config.exact_16bit;
     if (group.decoded_item != item_index) {
-        load_b(cta, shape, item.b, item.op->line, group.b_values);
+        load_b(cta, shape, item.b, item.op->line, group.b.values);
+        if (exact) {
+            fill_exponents(group.b, shape.b);
+        }
         group.decoded_item = item_index;
     }
     if (shape.a_in_registers) {
-        load_a_registers(w, shape, group.a_values);
+        load_a_registers(w, shape, group.a.values);
     } else {
-        load_a_shared(cta, shape, item.a, static_cast<int>(warp_in_group(w)), item.op->line, group.a_values);
+        load_a_shared(cta, shape, item.a, static_cast<int>(warp_in_group(w)), item.op->line, group.a.values);
     }
-    const Config& config = cta.cluster->launch->config;
-    const bool exact = bytes_of(shape.a) == 1 ? config.exact_8bit : config.exact_16bit;
-    multiply(w, shape, item.scale_d, group.a_values, group.b_values, exact);
+    if (exact) {
+        fill_exponents(group.a, shape.a);
+    }
+    multiply(w, shape, item.scale_d, group.a, group.b, exact);
     item.done |= 1u << warp_in_group(w);
 }
 

@@ -44,8 +44,10 @@ void load_a_shared(const Cta& cta, const WgmmaShape& shape, uint64_t descriptor,
 void load_a_registers(const Warp& warp, const WgmmaShape& shape, std::vector<float>& values);
 
 // --- arithmetic ---
+// The exponents of an operand's values, which the exact accumulation needs.
+void fill_exponents(WgmmaOperand& operand, Type type);
 // D = A * B (+ D), in the registers of one warp.
-void multiply(Warp& warp, const WgmmaShape& shape, bool scale_d, const std::vector<float>& a,
-              const std::vector<float>& b, bool exact);
+void multiply(Warp& warp, const WgmmaShape& shape, bool scale_d, const WgmmaOperand& a, const WgmmaOperand& b,
+              bool exact);
 
 }  // namespace sim

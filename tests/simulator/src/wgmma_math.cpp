@@ -50,11 +50,16 @@ float one_element(const float* a, size_t a_step, const float* b, size_t b_step, 
                   int smallest_a, int smallest_b, const Format& format) {
     double plain = c;
     int top = exponent_of(c);
+    bool zero = c == 0.0f;
     for (int k = 0; k < k_count; ++k) {
         const float x = a[static_cast<size_t>(k) * a_step];
         const float y = b[static_cast<size_t>(k) * b_step];
         plain += static_cast<double>(x) * y;
+        zero = zero && x * y == 0.0f;
         top = std::max(top, operand_exponent(x, smallest_a) + operand_exponent(y, smallest_b));
+    }
+    if (zero) {  // masked keys are common
+        return 0.0f;
     }
     if (std::isnan(plain)) {
         return as_float(kCanonicalNan);
@@ -81,24 +86,10 @@ float one_element(const float* a, size_t a_step, const float* b, size_t b_step, 
     return as_float(format.short_result ? bits & ~0x3ffu : bits);
 }
 
-struct Exponents {
-    std::vector<int32_t> a, b;
-};
-
-void fill_exponents(const std::vector<float>& values, int smallest, std::vector<int32_t>& exponents) {
-    exponents.resize(values.size());
-    const float* from = values.data();
-    int32_t* to = exponents.data();
-    for (size_t i = 0; i < values.size(); ++i) {
-        const int32_t field = static_cast<int32_t>((as_bits(from[i]) >> 23) & 0xff) - 127;
-        const int32_t bounded = field < smallest ? smallest : field;
-        to[i] = from[i] == 0.0f ? kZeroExponent : bounded;
-    }
-}
-
 using Floats = float __attribute__((vector_size(64)));
 using Integers = int32_t __attribute__((vector_size(64)));
 using Doubles = double __attribute__((vector_size(128)));
+using Longs = int64_t __attribute__((vector_size(128)));
 
 template <class V, class T>
 V load_vector(const T* from) {
@@ -117,49 +108,68 @@ Integers exponent_field(Floats value) {
     return ((bits >> 23) & 0xff) - 127;
 }
 
+template <class Half, class V>
+Half or_halves(V value) {
+    Half halves[2];
+    std::memcpy(halves, &value, sizeof value);
+    return halves[0] | halves[1];
+}
+
+bool any_lane(Integers value) {
+    using Eight = int32_t __attribute__((vector_size(32)));
+    using Four = int32_t __attribute__((vector_size(16)));
+    const Four four = or_halves<Four>(or_halves<Eight>(value));
+    int64_t two[2];
+    std::memcpy(two, &four, sizeof four);
+    return (two[0] | two[1]) != 0;
+}
+
 Floats as_floats(Integers bits) {
     Floats value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-// Toward zero, to 23 or 13 mantissa bits.
-void round_sums(Integers sum0, Integers sum1, Floats scale, const Format& format, float* c) {
-    const Doubles exact = (__builtin_convertvector(sum0, Doubles) + __builtin_convertvector(sum1, Doubles)) /
-                          __builtin_convertvector(scale, Doubles);
-    for (int l = 0; l < 16; ++l) {
-        const float rounded = static_cast<float>(exact[l]);
-        const bool away = std::fabs(static_cast<double>(rounded)) > std::fabs(exact[l]);
-        const uint32_t bits = as_bits(rounded) - (away ? 1u : 0u);
-        c[l] = as_float(format.short_result ? bits & ~0x3ffu : bits);
-    }
+// (sum0 + sum1) / 2^shift toward zero to 23 or 13 mantissa bits. The sum is exact as a double; without the
+// bits of its mantissa that a float has no room for, it is exact as a float.
+Floats round_sums(Integers sum0, Integers sum1, Integers shift, const Format& format) {
+    const Floats inverse = as_floats((127 - shift) << 23);
+    const Doubles exact = (__builtin_convertvector(sum0, Doubles) + __builtin_convertvector(sum1, Doubles)) *
+                          __builtin_convertvector(inverse, Doubles);
+    const int dropped = format.short_result ? 52 - 13 : 52 - 23;
+    Longs bits;
+    std::memcpy(&bits, &exact, sizeof bits);
+    bits &= Longs{} + ~((int64_t{1} << dropped) - 1);
+    Doubles truncated;
+    std::memcpy(&truncated, &bits, sizeof truncated);
+    return __builtin_convertvector(truncated, Floats);
 }
 
 // Sum of truncated products for 16 lanes; false when an exponent is out of the fast path's range.
-bool exact_lanes(const float* a, const int32_t* ea, const float* b, const int32_t* eb, int k_count, float* c,
+template <int k_count>
+bool exact_lanes(const float* a, const int32_t* ea, const float* b, const int32_t* eb, float* c,
                  const Format& format) {
     const Floats old = load_vector<Floats>(c);
     Integers top = larger(exponent_field(old), Integers{} + kZeroExponent);
+#pragma GCC unroll 8
     for (int k = 0; k < k_count; ++k) {
         top = larger(top, load_vector<Integers>(ea + k * 32) + load_vector<Integers>(eb + k * 32));
     }
-    const Integers outside = (top < -90) | (top > 90);
-    int any = 0;
-    for (int l = 0; l < 16; ++l) {
-        any |= outside[l];
-    }
-    if (any != 0) {
+    if (any_lane((top < -90) | (top > 90))) {
         return false;
     }
-    const Floats scale = as_floats((format.fraction + 127 - top) << 23);
+    const Integers shift = format.fraction - top;
+    const Floats scale = as_floats((shift + 127) << 23);
     Integers sum0 = __builtin_convertvector(old * scale, Integers), sum1{};
+#pragma GCC unroll 8
     for (int k = 0; k < k_count; k += 2) {
         const Floats product0 = load_vector<Floats>(a + k * 32) * load_vector<Floats>(b + k * 32);
         const Floats product1 = load_vector<Floats>(a + k * 32 + 32) * load_vector<Floats>(b + k * 32 + 32);
         sum0 += __builtin_convertvector(product0 * scale, Integers);
         sum1 += __builtin_convertvector(product1 * scale, Integers);
     }
-    round_sums(sum0, sum1, scale, format, c);
+    const Floats rounded = round_sums(sum0, sum1, shift, format);
+    std::memcpy(c, &rounded, sizeof rounded);
     return true;
 }
 
@@ -204,18 +214,56 @@ void write_accumulator(Warp& w, const WgmmaShape& shape, int index, const float*
     }
 }
 
+// 32 lanes of one accumulator register: the fast path where it holds, else the definition.
+template <int k_count>
+void exact_register(const WgmmaOperand& a, size_t a_at, const WgmmaOperand& b, size_t b_at,
+                    const WgmmaShape& shape, const Format& format, float* c) {
+    for (size_t at = 0; at < 32; at += 16) {
+        const float* a_lanes = a.values.data() + a_at + at;
+        const float* b_lanes = b.values.data() + b_at;
+        if (!format.f16_result && exact_lanes<k_count>(a_lanes, a.exponents.data() + a_at + at, b_lanes,
+                                                       b.exponents.data() + b_at, c + at, format)) {
+            continue;
+        }
+        const int smallest_a = smallest_exponent(shape.a), smallest_b = smallest_exponent(shape.b);
+        for (size_t l = 0; l < 16; ++l) {
+            c[at + l] = one_element(a_lanes + l, 32, b_lanes + l, 32, k_count, c[at + l], smallest_a,
+                                    smallest_b, format);
+        }
+    }
+}
+
+void plain_register(const WgmmaOperand& a, size_t a_at, const WgmmaOperand& b, size_t b_at,
+                    const WgmmaShape& shape, float* c) {
+    plain_lanes(a.values.data() + a_at, b.values.data() + b_at, shape.k, c);
+    if (shape.d == Type::kF16) {
+        for (int l = 0; l < 32; ++l) {
+            c[l] = half_to_float(float_to_half(c[l]));
+        }
+    }
+}
+
 }  // namespace
 
-void multiply(Warp& w, const WgmmaShape& shape, bool scale_d, const std::vector<float>& a,
-              const std::vector<float>& b, bool exact) {
+void fill_exponents(WgmmaOperand& operand, Type type) {
+    const int smallest = smallest_exponent(type);
+    operand.exponents.resize(operand.values.size());
+    const float* from = operand.values.data();
+    int32_t* to = operand.exponents.data();
+    for (size_t i = 0; i < operand.values.size(); ++i) {
+        const int32_t field = static_cast<int32_t>((as_bits(from[i]) >> 23) & 0xff) - 127;
+        const int32_t bounded = field < smallest ? smallest : field;
+        to[i] = from[i] == 0.0f ? kZeroExponent : bounded;
+    }
+}
+
+void multiply(Warp& w, const WgmmaShape& shape, bool scale_d, const WgmmaOperand& a, const WgmmaOperand& b,
+              bool exact) {
     const bool eight_bit = bytes_of(shape.a) == 1;
     const Format format{eight_bit ? 13 : 25, shape.d == Type::kF16, eight_bit && shape.d == Type::kF32};
-    const int smallest_a = smallest_exponent(shape.a), smallest_b = smallest_exponent(shape.b);
-    static thread_local Exponents exponents;
-    if (exact) {
-        fill_exponents(a, smallest_a, exponents.a);
-        fill_exponents(b, smallest_b, exponents.b);
-    }
+    const auto multiply_register = shape.k == 8    ? exact_register<8>
+                                   : shape.k == 16 ? exact_register<16>
+                                                   : exact_register<32>;
     const int registers = shape.n / 2;
     for (int r = 0; r < registers; ++r) {
         const int octet = r / 4, half = r / 2 % 2, parity = r % 2;
@@ -223,26 +271,10 @@ void multiply(Warp& w, const WgmmaShape& shape, bool scale_d, const std::vector<
         const size_t b_at = (static_cast<size_t>(octet * shape.k) * 2 + static_cast<size_t>(parity)) * 16;
         alignas(64) float c[32];
         read_accumulator(w, shape, r, scale_d, c);
-        if (!exact) {
-            plain_lanes(a.data() + a_at, b.data() + b_at, shape.k, c);
-            if (shape.d == Type::kF16) {
-                for (float& value : c) {
-                    value = half_to_float(float_to_half(value));
-                }
-            }
+        if (exact) {
+            multiply_register(a, a_at, b, b_at, shape, format, c);
         } else {
-            for (int at = 0; at < 32; at += 16) {
-                const float* a_lanes = a.data() + a_at + at;
-                const float* b_lanes = b.data() + b_at;
-                if (!format.f16_result && exact_lanes(a_lanes, exponents.a.data() + a_at + at, b_lanes,
-                                                      exponents.b.data() + b_at, shape.k, c + at, format)) {
-                    continue;
-                }
-                for (int l = 0; l < 16; ++l) {
-                    c[at + l] = one_element(a_lanes + l, 32, b_lanes + l, 32, shape.k, c[at + l], smallest_a,
-                                            smallest_b, format);
-                }
-            }
+            plain_register(a, a_at, b, b_at, shape, c);
         }
         write_accumulator(w, shape, r, c);
     }
