@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flash8 import _native
 from flash8.backends import heuristics, hopper_fp8
-from flash8.compiler import compile_unit
+from flash8.compiler import kernel_image
 from flash8.float8 import E4M3
 from flash8.options import Options
 from flash8.quantize_variants import QuantizeVariant
@@ -233,7 +233,6 @@ _VARIANTS: dict[str, Variant] = {}
 @functools.cache
 def _registry() -> _native.Registry:
     def image(key: str, kind: str) -> bytes:
-        compiled = compile_unit(variant_of(key).unit())
-        return (compiled.cubin if kind == "cubin" else compiled.ptx).read_bytes()
+        return kernel_image(variant_of(key).unit(), kind)
 
     return _native.Registry(_native.Driver.process(), image)

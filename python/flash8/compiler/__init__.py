@@ -1,5 +1,6 @@
 """Kernels from source to cubin: one path, cached on disk.
 
+`kernel_image` gives what the registry loads: a cubin that the package brought, or a compiled one.
 `compile_unit` gives the PTX, the cubin and the report of a .cu file with its defines. It looks into
 the cache first; FLASH8_COMPILE=never makes it look there only. The cache is FLASH8_CACHE, or
 flash8/ in the user's cache folder.
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from flash8.compiler.build import NVCC_FLAGS, PTXAS_FLAGS, BuildResult, Unit, build
 from flash8.compiler.errors import CompileError, CompilerNotFoundError, MissingVariantError
+from flash8.compiler.packaged import packaged_cubin, write_package
 from flash8.compiler.progress import progress_line
 from flash8.compiler.report import CompileReport, KernelCost, parse_log
 from flash8.compiler.store import Store, cache_root, digest
@@ -30,8 +32,11 @@ __all__ = [
     "compile_unit",
     "cutlass_root",
     "find_toolchain",
+    "kernel_image",
     "kernel_root",
+    "packaged_cubin",
     "parse_log",
+    "write_package",
 ]
 
 _ATTEMPTS = 3
@@ -92,6 +97,18 @@ def compile_unit(unit: Unit, *, step: str = "") -> Compiled:
         if entry is not None:
             return Compiled(unit, entry, 0.0)
         return _compile(unit, toolchain, store, request, step)
+
+
+def kernel_image(unit: Unit, kind: str) -> bytes:
+    """The "cubin" or the "ptx" of `unit`: the package's own cubin, else what `compile_unit` gives.
+
+    Raises what `compile_unit` does.
+    """
+    shipped = packaged_cubin(unit) if kind == "cubin" else None
+    if shipped is not None:
+        return shipped.read_bytes()
+    compiled = compile_unit(unit)
+    return (compiled.cubin if kind == "cubin" else compiled.ptx).read_bytes()
 
 
 def _mode() -> str:

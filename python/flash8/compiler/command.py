@@ -13,6 +13,7 @@ from flash8.compiler import (
     MissingVariantError,
     Unit,
     compile_unit,
+    write_package,
 )
 
 HEADER = (
@@ -33,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("source", nargs="?", type=Path, metavar="FILE.cu", help="a kernel's source")
     what.add_argument("--all", action="store_true", help="every variant that a release ships")
     parser.add_argument(
+        "--into",
+        type=Path,
+        metavar="DIR",
+        help="with --all: also write the cubins and a manifest there, as a wheel carries them",
+    )
+    parser.add_argument(
         "-D", dest="defines", action="append", default=[], metavar="NAME[=VALUE]", type=_define
     )
     parser.set_defaults(run=run)
@@ -40,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compile what `options` name and print the table. 1 when a kernel fails or has a problem."""
+    if options.into and not options.all:
+        print("flash8 compile: --into goes with --all", file=sys.stderr)
+        return 2
     units = _shipped() if options.all else [Unit(options.source, tuple(options.defines))]
     if not units:
         print("This release ships no compiled kernel.")
@@ -58,6 +68,9 @@ def run(options: argparse.Namespace) -> int:
         print(*[f"{result.unit.label}: {result.folder}" for result in compiled], sep="\n")
     for result in compiled:
         problems += [f"{result.unit.label}: {text}" for text in result.report.problems()]
+    if options.into and not problems:
+        write_package(compiled, options.into)
+        print(f"{len(compiled)} cubins are in {options.into}")
     for problem in problems:
         print(f"flash8 compile: {problem}", file=sys.stderr)
     return 1 if problems else 0

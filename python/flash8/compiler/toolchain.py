@@ -34,7 +34,7 @@ def kernel_root() -> Path:
     package = Path(__file__).resolve().parent.parent
     for root in (package / "hopper", package.parent.parent / "hopper"):
         if (root / "params.h").is_file():
-            return root
+            return root.resolve()
     raise CompilerNotFoundError(f"the device code is missing from {package}; install flash8 again")
 
 
