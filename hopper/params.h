@@ -98,7 +98,7 @@ struct SchedulerParams {
     const std::int32_t* num_m_blocks;  // (batch) or null: written by the prepare step of varlen
     const std::int32_t* num_splits;    // (batch) or null: KV splits of every sequence
     const std::int32_t* batch_order;   // (batch) or null: longest sequence first
-    std::int32_t max_m_blocks;         // over the batch, in tiles of the kernel's kBlockM
+    std::int32_t max_m_blocks;         // over the batch, in tiles of kBlockM times the cluster
     std::int32_t max_splits;           // 1 is no split
     std::int32_t heads_per_section;    // (batch, head) pairs whose KV fits in L2 together
     std::int32_t num_ctas;             // persistent CTAs, sm_margin already taken off

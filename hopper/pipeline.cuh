@@ -80,6 +80,16 @@ struct Pipeline {
         }
     }
 
+    // The same, to the pipelines of all CTAs of the cluster: their producers fill each other's stages.
+    template <int kCtas>
+    __device__ __forceinline__ void release_to_cluster(State const& state) {
+        int const lane = threadIdx.x % 32;
+        if (lane < kCtas) {
+            // One stage's barrier is 8 bytes behind the other's in every CTA.
+            ptx::mbarrier_arrive_cluster(ptx::cluster_address(&empty[0], lane) + 8 * state.stage);
+        }
+    }
+
     // The producer's last act: wait until everything it sent has been consumed.
     __device__ void drain(State state) {
         for (int stage = 0; stage < kStages; ++stage) {

@@ -105,18 +105,20 @@ class PackedTiles {
 };
 
 // What a CTA does next; all calls by the whole producer warp. The host keeps the number of tiles below 2^31.
-template <int kBlockM, bool kPackGqa>
+// The CTAs of a cluster take neighbouring blocks of rows: to this class they are one CTA with kClusterM times
+// the rows, and draw nothing.
+template <int kBlockM, bool kPackGqa, int kClusterM>
 class TileScheduler {
   public:
     __device__ explicit TileScheduler(ForwardParams const& params)
-        : params_(params), packed_tiles_(params), index_(blockIdx.x) {}
+        : params_(params), packed_tiles_(params), index_(blockIdx.x / kClusterM) {}
 
-    __device__ WorkTile first() { return tile(); }
+    __device__ WorkTile first() { return in_cluster(tile()); }
 
     // After every tile, once: begins to find out the next one, which `next` waits for.
     __device__ void draw() {
         if (counter() == nullptr) {
-            index_ += gridDim.x;
+            index_ += gridDim.x / kClusterM;
         } else if (threadIdx.x % 32 == 0) {
             index_ = gridDim.x + atomicAdd(counter(), 1);
         }
@@ -126,7 +128,7 @@ class TileScheduler {
     // of the whole grid. It leaves the counter at zero for the next kernel.
     __device__ WorkTile next() {
         index_ = __shfl_sync(0xffffffff, index_, 0);
-        WorkTile const found = tile();
+        WorkTile const found = in_cluster(tile());
         bool const last = counter() != nullptr && index_ - static_cast<int>(gridDim.x) == count() - 1;
         if (!found.valid() && last && threadIdx.x % 32 == 0) {
             *counter() = 0;
@@ -135,8 +137,15 @@ class TileScheduler {
     }
 
   private:
-    __device__ int* counter() const { return params_.scheduler.tile_count; }
+    __device__ int* counter() const { return kClusterM == 1 ? params_.scheduler.tile_count : nullptr; }
     __device__ bool packed() const { return params_.sequences.cu_seqlens_q != nullptr; }
+
+    __device__ static WorkTile in_cluster(WorkTile tile) {
+        if constexpr (kClusterM > 1) {
+            tile.m_block = tile.m_block * kClusterM + ptx::cluster_rank();
+        }
+        return tile;
+    }
 
     // The heads of all sequences, when all have the same length.
     __device__ int dense_heads() const { return tile_heads<kPackGqa>(params_) * params_.sequences.batch; }
@@ -161,7 +170,7 @@ class TileScheduler {
     }
 
     ForwardParams const& params_;
-    PackedTiles<kBlockM, kPackGqa> packed_tiles_;
+    PackedTiles<kBlockM * kClusterM, kPackGqa> packed_tiles_;
     int index_;
 };
 

@@ -20,7 +20,10 @@ def every_variant():
             flags,
             flags,
         ):
-            yield ForwardVariant(dtype, *dims, mask, softcap, kv, split, pack_gqa, scales, alibi)
+            choices = (dtype, *dims, mask, softcap, kv, split, pack_gqa, scales, alibi)
+            yield ForwardVariant(*choices)
+            if mask == "none" and dtype != "e4m3":
+                yield ForwardVariant(*choices, cluster=True)
 
 
 def test_names_and_defines_tell_variants_apart():
@@ -44,6 +47,7 @@ def test_names_and_defines_of_one():
         "FLASH8_PACK_GQA": "1",
         "FLASH8_SCALES": "0",
         "FLASH8_ALIBI": "0",
+        "FLASH8_CLUSTER": "0",
     }
     assert variant.unit().label == variant.name
 
@@ -58,6 +62,7 @@ def test_names_and_defines_of_one():
         ({"head_dim": 0}, "head_dim is 0; supported are the multiples of 8 up to 512"),
         ({"head_dim": 100}, "head_dim is 100"),
         ({"head_dim_v": 520}, "head_dim_v is 520"),
+        ({"cluster": True, "mask": "causal"}, "cluster is True with mask 'causal'"),
         ({"scales": "head"}, "scales is 'head' with dtype 'bf16'"),
         ({"dtype": "e4m3"}, "scales is 'none' with dtype 'e4m3'"),
     ],

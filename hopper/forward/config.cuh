@@ -80,10 +80,12 @@ struct ForwardConfig {
     static constexpr bool kSoftcap = FLASH8_SOFTCAP;
     static constexpr bool kAlibi = FLASH8_ALIBI;
     static constexpr bool kPackGqa = FLASH8_PACK_GQA;
+    // CTAs that load each K and V tile together, each a share of its rows, for all of them.
+    static constexpr int kClusterM = FLASH8_CLUSTER ? 2 : 1;
     static constexpr auto kScales = static_cast<ScaleGranularity>(FLASH8_SCALES);
     static constexpr bool kBlockScales = kScales == ScaleGranularity::kBlock;
     static_assert(kFp8 == (kScales != ScaleGranularity::kNone), "e4m3 has descales, 16-bit types have none");
-    static_assert(!(kFp8 && kAlibi), "ALiBi has no FP8 kernel");
+    static_assert(!(kFp8 && (kAlibi || kClusterM > 1)), "ALiBi and clusters have no FP8 kernel");
     static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0,
                   "tiles are made of panels of at least 32 columns");
     static_assert(!FLASH8_KV && !FLASH8_SPLIT, "paged KV and KV splits have no kernel yet");
@@ -93,6 +95,8 @@ struct ForwardConfig {
     static constexpr int kBlockN =
         kFp8 ? block_n_fp8(kHeadDim, kHeadDimV, kScales) : block_n(kHeadDim, kHeadDimV, kMask);
     static constexpr int kStages = 2;
+    static_assert(kClusterM == 1 || kMask == MaskMode::kNone, "the CTAs of a cluster need the same keys");
+    static_assert(kBlockN / kClusterM % 8 == 0, "a share is made of whole swizzle atoms");
 
     using TileMask = Mask<kMask, kBlockM, kBlockN, kPackGqa>;
 
@@ -176,12 +180,12 @@ struct SharedStorage : TransposeStorage<Config, Config::kFp8> {
     __device__ void init_pipelines() {
         tiles.init(Config::kConsumerWarps + Config::kTransposerWarps);
         pipeline_q.init(Config::kConsumerWarps);
-        pipeline_k.init(Config::kConsumerWarps);
+        pipeline_k.init(Config::kConsumerWarps * Config::kClusterM);
         if constexpr (Config::kFp8) {
             this->pipeline_v_rows.init(Config::kTransposerWarps);
             pipeline_v.init(Config::kConsumerWarps, Config::kTransposerWarps);
         } else {
-            pipeline_v.init(Config::kConsumerWarps);
+            pipeline_v.init(Config::kConsumerWarps * Config::kClusterM);
         }
     }
 };

@@ -43,7 +43,7 @@ class Consumer {
     __device__ void work(WorkTile const& tile) {
         SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch);
         TileMask const mask(params_, info);
-        KeyBlocks const blocks = mask.key_blocks(tile.m_block);
+        KeyBlocks const blocks = mask.key_blocks(first_of_cluster<Config::kClusterM>(tile));
         int const row = first_row(tile.m_block);
         // ((2 columns, 2 rows, kHeadDimV / 8), 1, 1)
         auto o = cute::make_tensor<float>(typename Config::template LayoutC<Config::kHeadDimV>{});

@@ -26,7 +26,8 @@ constexpr KernelInfo describe() {
     info.kStages = Config::kStages;
     info.threads = Config::kThreads;
     info.min_ctas_per_sm = 1;
-    info.cluster[0] = info.cluster[1] = info.cluster[2] = 1;
+    info.cluster[0] = Config::kClusterM;
+    info.cluster[1] = info.cluster[2] = 1;
     info.shared_bytes = kSharedBytes;
     info.producer_registers = Config::kProducerRegisters;
     info.consumer_registers = Config::kConsumerRegisters;
@@ -45,8 +46,8 @@ constexpr KernelInfo describe() {
         info.tma[0].box[1] = 1;
         info.tma[0].box[2] = Config::kBlockM;
     }
-    info.tma[1] = box(Config::kPanel, Config::kBlockN, Config::Atoms::kSwizzle);
-    info.tma[2] = box(Config::kPanelV, Config::kBlockN, Config::AtomsV::kSwizzle);
+    info.tma[1] = box(Config::kPanel, Config::kBlockN / Config::kClusterM, Config::Atoms::kSwizzle);
+    info.tma[2] = box(Config::kPanelV, Config::kBlockN / Config::kClusterM, Config::AtomsV::kSwizzle);
     return info;
 }
 
@@ -68,7 +69,11 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
         shared.init_pipelines();
         ptx::fence_barrier_init();
     }
-    __syncthreads();
+    if constexpr (Config::kClusterM > 1) {
+        ptx::cluster_sync();  // the other CTA's loads count on the barriers here
+    } else {
+        __syncthreads();
+    }
 
     if (warpgroup == 0) {
         ptx::release_registers<Config::kProducerRegisters>();
@@ -84,5 +89,8 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
     } else {
         ptx::acquire_registers<Config::kConsumerRegisters>();
         Consumer<Config>(params, shared, warpgroup - 1).run();
+    }
+    if constexpr (Config::kClusterM > 1) {
+        ptx::cluster_sync();  // the other CTA's consumers arrive at the barriers here
     }
 }

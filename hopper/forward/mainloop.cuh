@@ -23,9 +23,13 @@ struct ConsumerState {
     PipelineState<Config::kStages> v;
 };
 
-template <class P, class State>
+template <int kCtas = 1, class P, class State>
 __device__ __forceinline__ void release(P& pipeline, State& state) {
-    pipeline.release(state);
+    if constexpr (kCtas > 1) {
+        pipeline.template release_to_cluster<kCtas>(state);
+    } else {
+        pipeline.release(state);
+    }
     state.advance();
 }
 
@@ -72,7 +76,7 @@ class Mainloop {
         multiply<true>(mma_qk, rQ, rK(_, _, _, state_.k.stage), s);
         warpgroup_wait<0>();
         warpgroup_fence_operand(s);
-        release(shared_.pipeline_k, state_.k);
+        release<Config::kClusterM>(shared_.pipeline_k, state_.k);
         int n_block = blocks.end - 1;
         scores_.template apply<true>(s, n_block, inner);
         softmax.template step<true, true>(rows_of(s), alpha);
@@ -94,12 +98,12 @@ class Mainloop {
             }
             warpgroup_wait<1>();  // S is there, P V may still run
             warpgroup_fence_operand(s);
-            release(shared_.pipeline_k, state_.k);
+            release<Config::kClusterM>(shared_.pipeline_k, state_.k);
             scores_.template apply<kMasked>(s, n_block, inner);
             softmax.template step<false, Config::kMask != MaskMode::kNone>(rows_of(s), alpha);
             warpgroup_wait<0>();
             warpgroup_fence_operand(o);
-            release(shared_.pipeline_v, state_.v);
+            release<Config::kClusterM>(shared_.pipeline_v, state_.v);
             round(s, p);
             rescale(o, alpha);
         };
@@ -120,7 +124,7 @@ class Mainloop {
         multiply<false>(mma_pv, p, rV(_, _, _, state_.v.stage), o);
         warpgroup_wait<0>();
         warpgroup_fence_operand(o);
-        release(shared_.pipeline_v, state_.v);
+        release<Config::kClusterM>(shared_.pipeline_v, state_.v);
     }
 
   private:

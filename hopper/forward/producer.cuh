@@ -20,7 +20,7 @@ class Producer {
     // By the whole warp.
     __device__ void run() {
         bool const leader = threadIdx.x == 0;
-        TileScheduler<Config::kBlockM, Config::kPackGqa> scheduler(params_);
+        TileScheduler<Config::kBlockM, Config::kPackGqa, Config::kClusterM> scheduler(params_);
         WorkTile tile = scheduler.first();
         while (tile.valid()) {
             scheduler.draw();
@@ -48,7 +48,7 @@ class Producer {
     __device__ void load_tile(WorkTile const& tile) {
         SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch);
         typename Config::TileMask const mask(params_, info);
-        KeyBlocks const blocks = mask.key_blocks(tile.m_block);
+        KeyBlocks const blocks = mask.key_blocks(first_of_cluster<Config::kClusterM>(tile));
         if (blocks.empty()) {
             return;
         }
@@ -104,15 +104,27 @@ class Producer {
         }
     }
 
+    // A KV tile of this CTA, of which a cluster's CTAs load a share each and send it to all. A stage is empty
+    // when the consumers of all of them have released it; it is full when all bytes have come.
     template <int kPanel, int kColumns>
     __device__ static void load_keys(Pipeline<Config::kStages>& pipeline, KvState const& state,
                                      Element* stages, TensorMap const* map, SeqlenInfo const& info, int head,
                                      int n_block) {
         constexpr int kElements = Config::kBlockN * kColumns;
         uint64_t* const full = pipeline.acquire(state, kElements * sizeof(Element));
-        load_panels<kPanel, kColumns, Config::kBlockN>(stages + state.stage * kElements, map, full,
-                                                       info.offset_k + n_block * Config::kBlockN, head,
-                                                       info.batch_k);
+        Element* const stage = stages + state.stage * kElements;
+        int const row = info.offset_k + n_block * Config::kBlockN;
+        if constexpr (Config::kClusterM == 1) {
+            load_panels<kPanel, kColumns, Config::kBlockN>(stage, map, full, row, head, info.batch_k);
+        } else {
+            constexpr uint16_t kAll = (1 << Config::kClusterM) - 1;
+            int const share = ptx::cluster_rank() * (Config::kBlockN / Config::kClusterM);
+#pragma unroll
+            for (int column = 0; column < kColumns; column += kPanel) {
+                ptx::tma_multicast_4d(stage + column * Config::kBlockN + share * kPanel, map, full, kAll,
+                                      column, row + share, head, info.batch_k);
+            }
+        }
     }
 
     // kRows x kColumns elements as panels of kPanel columns, one TMA box each.

@@ -24,6 +24,12 @@ __device__ __forceinline__ QueryRow query_row(ForwardParams const& params, WorkT
     return {row, tile.head};
 }
 
+// The CTAs of a cluster walk the same keys, also one behind the last row: those of the first of them.
+template <int kClusterM>
+__device__ __forceinline__ int first_of_cluster(WorkTile const& tile) {
+    return tile.m_block - tile.m_block % kClusterM;
+}
+
 template <bool kPackGqa>
 __device__ __forceinline__ int kv_head(ForwardParams const& params, WorkTile const& tile) {
     return kPackGqa ? tile.head : tile.head / (params.heads_q / params.heads_kv);

@@ -33,6 +33,7 @@ class ForwardVariant:
         pack_gqa: Whether the query heads of one KV head share a tile.
         scales: Granularity of the descales of e4m3: one per (batch, head), or one per block.
         alibi: Whether scores fall with the distance between query and key.
+        cluster: Whether two CTAs load K and V together; without a mask only.
 
     Raises:
         ValueError: A choice is unknown, or the choices exclude each other.
@@ -48,6 +49,7 @@ class ForwardVariant:
     pack_gqa: bool = False
     scales: Scales = "none"
     alibi: bool = False
+    cluster: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -66,6 +68,12 @@ class ForwardVariant:
                 f"'block', the 16-bit types 'none'"
             )
 
+        if self.cluster and (self.mask != "none" or self.dtype == "e4m3"):
+            raise ValueError(
+                f"cluster is True with mask {self.mask!r} and dtype {self.dtype!r}; supported are "
+                f"mask 'none' and the 16-bit types"
+            )
+
     @property
     def name(self) -> str:
         """A name that no other variant has, fit for a file: forward_bf16_d128_causal."""
@@ -77,6 +85,7 @@ class ForwardVariant:
         parts += ["paged"] if self.kv == "paged" else []
         parts += ["split"] if self.split else []
         parts += ["packgqa"] if self.pack_gqa else []
+        parts += ["cluster"] if self.cluster else []
         parts += [f"{self.scales}scales"] if self.scales != "none" else []
         return "_".join(["forward", *parts])
 
@@ -104,7 +113,9 @@ SHIPPED: tuple[ForwardVariant, ...] = (
     ForwardVariant("fp16", 64, 64, softcap=True),
     ForwardVariant("bf16", 96, 96),
     ForwardVariant("bf16", 128, 128),
+    ForwardVariant("bf16", 128, 128, cluster=True),
     ForwardVariant("bf16", 128, 128, mask="causal"),
+    ForwardVariant("bf16", 128, 128, mask="causal", pack_gqa=True),
     ForwardVariant("fp16", 128, 128, mask="causal"),
     ForwardVariant("bf16", 128, 128, mask="local"),
     ForwardVariant("bf16", 192, 128, mask="causal"),

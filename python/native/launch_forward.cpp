@@ -142,8 +142,8 @@ void encode_maps(const Driver& driver, const KernelInfo& info, ForwardParams& pa
     params.tma_v = encode(params.v, params.head_dim_v, rows_k, params.heads_kv, batch_k, info.tma[2]);
 }
 
-// The blocks of rows and the heads that tiles are made of: of all query heads, or of the KV heads with their
-// query heads folded into the rows.
+// The blocks of rows of a cluster, and the heads that tiles are made of: of all query heads, or of the KV
+// heads with their query heads folded into the rows.
 struct TileCounts {
     std::int64_t max_m_blocks;  // of the longest sequence
     std::int64_t heads;
@@ -154,8 +154,9 @@ TileCounts count_tiles(const ForwardParams& call, const KernelInfo& info) {
     const SequenceParams& sequences = call.sequences;
     const std::int64_t rows_per_query = info.pack_gqa ? call.heads_q / call.heads_kv : 1;
     const std::int64_t heads = info.pack_gqa ? call.heads_kv : call.heads_q;
-    const auto full_blocks = [&](std::int64_t rows) { return rows * rows_per_query / info.kBlockM; };
-    const std::int64_t max_m_blocks = full_blocks(sequences.max_seqlen_q + info.kBlockM / rows_per_query - 1);
+    const std::int64_t block = std::int64_t{info.kBlockM} * info.cluster[0];
+    const auto full_blocks = [&](std::int64_t rows) { return rows * rows_per_query / block; };
+    const std::int64_t max_m_blocks = full_blocks(sequences.max_seqlen_q + block / rows_per_query - 1);
     const std::int64_t packed = full_blocks(sequences.total_q) + sequences.batch;
     const std::int64_t blocks = sequences.cu_seqlens_q ? packed : max_m_blocks * sequences.batch;
     require(blocks <= kMaxTiles / heads && max_m_blocks <= kMaxTiles,
@@ -185,8 +186,10 @@ void launch_forward(Kernel& kernel, int device, std::uint64_t stream, const Forw
     encode_maps(kernel.driver(), info, params);
     params.scores.softmax_scale_log2 = call.scores.softmax_scale * kLog2E;
     const int multiprocessors = kernel.driver().primary(device).multiprocessors;
+    const int cluster = info.cluster[0];
     const std::int64_t ctas =
-        std::clamp<std::int64_t>(counts.tiles, 1, std::max(1, multiprocessors - sm_margin));
+        cluster *
+        std::clamp<std::int64_t>(counts.tiles, 1, std::max(1, (multiprocessors - sm_margin) / cluster));
     SchedulerParams& scheduler = params.scheduler;
     scheduler.max_m_blocks = static_cast<std::int32_t>(counts.max_m_blocks);
     scheduler.max_splits = 1;

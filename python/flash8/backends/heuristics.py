@@ -52,3 +52,14 @@ def tile_rows(head_dim: int) -> int:
 
 def _used(rows: int, block: int) -> float:
     return rows / (block * max(1, -(-rows // block)))
+
+
+@functools.lru_cache(maxsize=4096)
+def loads_in_clusters(seqlen_q: int, ratio: int, head_dim: int) -> bool:
+    """Whether two CTAs share the loads of K and V, for dense calls without a mask.
+
+    `ratio` is the query heads in a tile (1 if not packed). As in FA3: for wide heads, and if no
+    CTA of the last cluster would be idle.
+    """
+    tiles = -(-seqlen_q * ratio // tile_rows(head_dim))
+    return head_dim >= 128 and tiles % 2 == 0

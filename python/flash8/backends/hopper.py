@@ -80,11 +80,18 @@ def forward(
     """Fills out and lse on q's stream, without a synchronisation."""
     device = q.device.index or 0
     ratio = q.shape[-2] // k.shape[-2]
+    widest = max(q.shape[-1], v.shape[-1])
     pack_gqa = heuristics.packs_query_heads(
         q.shape[1] if options.cu_seqlens_q is None else None,
         ratio,
-        max(q.shape[-1], v.shape[-1]),
+        widest,
         options.pack_gqa,
+    )
+    uneven = heuristics.has_uneven_tiles(options)
+    cluster = (
+        not uneven
+        and q.dtype != E4M3
+        and heuristics.loads_in_clusters(q.shape[1], ratio if pack_gqa else 1, widest)
     )
     key = _key(
         q.dtype,
@@ -95,6 +102,7 @@ def forward(
         options.alibi_slopes is not None,
         pack_gqa,
         hopper_fp8.scales(options) if q.dtype == E4M3 else "none",
+        cluster,
     )
     kernel = _registry().get(key, device)
     given = {name: getattr(options, name) for name in _INDEX_FIELDS}
@@ -110,7 +118,7 @@ def forward(
         call.scores.alibi_batch_stride = slopes.shape[-1] if slopes.dim() == 2 else 0
     stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
     call.scheduler.heads_per_section = 1
-    if heuristics.has_uneven_tiles(options):
+    if uneven:
         tile_count = _tile_count(q.device, stream)
         call.scheduler.tile_count = tile_count.data_ptr()
         call.scheduler.heads_per_section = heuristics.heads_per_section(
@@ -200,6 +208,7 @@ def _key(
     alibi: bool,
     pack_gqa: bool,
     scales: Scales,
+    cluster: bool,
 ) -> str:
     """The registry's key of the variant for these choices, made once per process."""
     variant = ForwardVariant(
@@ -211,6 +220,7 @@ def _key(
         alibi=alibi,
         pack_gqa=pack_gqa,
         scales=scales,
+        cluster=cluster,
     )
     _VARIANTS[variant.name] = variant
     return variant.name
