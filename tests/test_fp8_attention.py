@@ -243,7 +243,8 @@ def test_packed_sequences_are_dense_ones(backward, recipe):
             continue
         dense = [x[None, rows] for x in (q, k, v, dout)]
         dense_out, dense_gradients = run(*dense, recipe, causal=True, s_aux=SINK)
-        torch.testing.assert_close(out[rows], dense_out[0], atol=1e-4, rtol=1e-4)
+        # The means are sums in another order: a value on a boundary may round the other way.
+        assert (out[rows] - dense_out[0]).norm() <= 1e-3 * dense_out[0].norm()
         for x, y in zip(gradients, dense_gradients, strict=True):
             assert (x[rows] - y[0]).norm() <= 3e-3 * y.norm() + 1e-5
 

@@ -1,8 +1,8 @@
 """`fp8_attention`: FP8 attention for training. Quantizes inside, differentiable.
 
-q', k'   = q M, k M            if the recipe rotates: plain, differentiable operations
-Q8, K8, V8 = quantize(q', k', v)     by the recipe, without gradient
-O, LSE   = attention(Q8, K8, V8)     one op, whose gradients pass straight through to q', k', v
+Q8, K8, V8 = quantize(q M, k M, v)    by the recipe, without gradient; M only if it rotates
+O, LSE     = attention(Q8, K8, V8)    one op; its gradients pass straight through to q M, k M, v
+dq, dk     = d(q M) M^T, d(k M) M^T   the quantizer rotates, so only the gradient is rotated here
 """
 
 from typing import Any
@@ -93,10 +93,11 @@ def fp8_attention(
         )
         options = options._replace(dropout_seed=seed)
     rotation = rotation_for(chosen.hadamard, q.shape[-1])
-    q, k = _rotated(q, rotation), _rotated(k, rotation)
     q8 = chosen.quantize("q", q.detach(), cu_seqlens_q)
     k8 = chosen.quantize("k", k.detach(), cu_seqlens_k)
     v8 = chosen.quantize("v", v.detach(), cu_seqlens_k)
+    if rotation is not None:
+        q, k = (_GradientOfRotation.apply(x, rotation.seed) for x in (q, k))
     out, lse = ops.forward(
         q,
         k,
@@ -124,11 +125,19 @@ def _with_scales(options: Options, q8: ScaledTensor, k8: ScaledTensor, v8: Scale
     )
 
 
-def _rotated(x: Tensor, rotation: Rotation | None) -> Tensor:
-    """x M in fp32 (fp64 for fp64): rounded once, when it is quantized."""
-    if rotation is None:
-        return x
-    return rotation.apply(x.to(torch.float64 if x.dtype == torch.float64 else torch.float32))
+class _GradientOfRotation(torch.autograd.Function):
+    """x itself; a gradient of x M becomes one of x, in fp32 (fp64 for fp64) and rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: int) -> Tensor:
+        ctx.seed = seed
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        compute = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        rotation = Rotation(gradient.shape[-1], ctx.seed)
+        return rotation.invert(gradient.to(compute)).to(gradient.dtype), None
 
 
 def _refuse_quantized(**tensors: Any) -> None:

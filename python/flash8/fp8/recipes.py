@@ -48,7 +48,7 @@ class Recipe(Protocol):
     def gradient_dtype(self) -> torch.dtype: ...
 
     def quantize(self, name: str, x: Tensor, cu_seqlens: Tensor | None) -> ScaledTensor:
-        """q, k or v (`name`), already rotated, in FP8."""
+        """q, k or v (`name`) in FP8; q and k rotated if the recipe says so."""
 
     def gradient_descale(self) -> Tensor | None:
         """The scalar descale of dO; None: from its own amax, by head or by 128 tokens."""
@@ -245,6 +245,7 @@ def _quantize(
     return quantize(
         x,
         granularity,
+        hadamard=recipe.hadamard if name in ("q", "k") else None,
         smooth_k=recipe.smooth_k and name == "k",
         smooth_v=recipe.smooth_v and name == "v",
         cu_seqlens=cu_seqlens,
