@@ -216,6 +216,19 @@ def test_nan_reaches_the_output_where_it_is_visible():
     assert not o[0, :20].isnan().any()
 
 
+@pytest.mark.parametrize("every", [4, 1])
+def test_exponentials_by_polynomial(every):
+    """One in four, which a GPU may want; and all, where e4m3 still hides the difference."""
+    unit = DENSE.unit()
+    defines = (*unit.defines, ("FLASH8_POLYNOMIAL_EVERY", str(every)))
+    compiled = compile_unit(replace(unit, defines=defines, name=f"polynomial {every}"))
+    polynomial = ForwardKernel(device().driver, compiled.ptx.read_bytes() + b"\0")
+    call = dense_call(DENSE, 1, 100, 700, 2, 1)
+    o, lse = polynomial(call, Schedule())
+    assert not torch.equal(o, launch(DENSE, call)[0])
+    compare(call, o, lse)
+
+
 # ------------------------------------------------------------------------------ what must not pass
 
 

@@ -15,6 +15,11 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
+// FP8: one exponential in so many is a polynomial on the FMA units, 0 is none. To be tuned on a GPU.
+#ifndef FLASH8_POLYNOMIAL_EVERY
+#define FLASH8_POLYNOMIAL_EVERY 0
+#endif
+
 namespace flash8 {
 
 // The words of flash8.variants, by their position there.
@@ -39,7 +44,7 @@ constexpr int block_n(int head_dim, int head_dim_v, MaskMode mask) {
 }
 constexpr int block_n_fp8(int head_dim, int head_dim_v, ScaleGranularity scales) {
     bool const wide = scales != ScaleGranularity::kBlock && head_dim > 64 && head_dim_v <= 128;
-    return wide ? 192 : kScaleBlock;
+    return !wide ? kScaleBlock : head_dim_v == 128 ? 224 : 192;
 }
 
 // TMA writes a tile in panels of one swizzle row: the widest of 128, 64 and 32 bytes that divides its rows.
@@ -84,6 +89,7 @@ struct ForwardConfig {
     static constexpr int kClusterM = FLASH8_CLUSTER ? 2 : 1;
     static constexpr auto kScales = static_cast<ScaleGranularity>(FLASH8_SCALES);
     static constexpr bool kBlockScales = kScales == ScaleGranularity::kBlock;
+    static constexpr int kPolynomialEvery = FLASH8_POLYNOMIAL_EVERY;
     static_assert(kFp8 == (kScales != ScaleGranularity::kNone), "e4m3 has descales, 16-bit types have none");
     static_assert(!(kFp8 && (kAlibi || kClusterM > 1)), "ALiBi and clusters have no FP8 kernel");
     static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0,

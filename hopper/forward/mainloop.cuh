@@ -100,7 +100,7 @@ class Mainloop {
             warpgroup_fence_operand(s);
             release<Config::kClusterM>(shared_.pipeline_k, state_.k);
             scores_.template apply<kMasked>(s, n_block, inner);
-            softmax.template step<false, Config::kMask != MaskMode::kNone>(rows_of(s), alpha);
+            softmax.template step<false, kMasked && Config::kMask != MaskMode::kNone>(rows_of(s), alpha);
             warpgroup_wait<0>();
             warpgroup_fence_operand(o);
             release<Config::kClusterM>(shared_.pipeline_v, state_.v);

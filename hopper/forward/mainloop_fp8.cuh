@@ -73,7 +73,9 @@ class MainloopFp8 {
             float const scale[kRowsPerThread] = {score_scale[0] * k_scale, score_scale[1] * k_scale};
             scores_.template apply<kMasked>(s, n_block, scale);
             float alpha[kRowsPerThread];
-            softmax.template step<Config::kMask != MaskMode::kNone>(
+            // A polynomial is never quite 0, and what a mask hides must be.
+            constexpr int kPolynomialEvery = kMasked ? 0 : Config::kPolynomialEvery;
+            softmax.template step<kMasked && Config::kMask != MaskMode::kNone, kPolynomialEvery>(
                 rows_of(s), Config::kSoftcap ? cap_log2_ : scale, alpha);
             // P as the A operand: (4 keys, 2 rows, 2 halves) of 32 keys, in the order of transpose.cuh.
             Tensor p = make_tensor<typename Config::Element>(
