@@ -48,22 +48,21 @@ void require_aligned(uint64_t address, uint32_t alignment, const char* what, int
     }
 }
 
-template <class Item>
-uint32_t fill_tensor(Warp& w, const Op& op, const uint32_t* places, int lane, Item& item) {
+void fill_tensor(Warp& w, const Op& op, const uint32_t* places, int lane, Transfer& item) {
     Cluster& cluster = *w.cta->cluster;
     const uint64_t at = address_at(w, places + kMap, lane);
     const uint8_t* pointer = resolve_global(cluster, at, sizeof(TensorMap), op.line, "reading a tensor map");
     item.map = tensor_map_at(pointer, op.code2, op.line);
-    item.tiled = true;
     for (uint32_t i = 0; i < op.code2; ++i) {
         item.coordinates[i] = source<int32_t>(w, places[kCoordinates + i])[lane];
     }
-    return box_shape(item.map).bytes;
+    item.bytes = box_shape(item.map).bytes;
 }
 
-void issue_in(Warp& w, const Op& op, const uint32_t* places, int lane) {
-    Cluster& cluster = *w.cta->cluster;
-    auto item = std::make_unique<TransferIn>();
+// What does not depend on the direction.
+template <class Item>
+std::unique_ptr<Item> start(Warp& w, const Op& op, const uint32_t* places, int lane) {
+    auto item = std::make_unique<Item>();
     item->cta = w.cta;
     item->warp_index = w.index;
     item->line = op.line;
@@ -71,86 +70,94 @@ void issue_in(Warp& w, const Op& op, const uint32_t* places, int lane) {
     item->reduces = (op.target & kReduces) != 0;
     item->reduce_op = static_cast<ReduceOp>(op.target2 >> 8);
     item->reduce_type = static_cast<Type>(op.target2 & 0xff);
-    const bool tiled = (op.target & kTiled) != 0;
-    if (tiled) {
-        item->bytes = fill_tensor(w, op, places, lane, *item);
+    item->tiled = (op.target & kTiled) != 0;
+    if (item->tiled) {
+        fill_tensor(w, op, places, lane, *item);
     } else {
         item->bytes = source<uint32_t>(w, places[kSize])[lane];
         require_aligned(item->bytes, 16, "the size of a bulk copy,", op.line);
     }
+    return item;
+}
+
+template <class Item>
+void hand_over(Warp& w, BytePath path, std::unique_ptr<Item> item) {
+    Cluster& cluster = *w.cta->cluster;
+    if (cluster.launch->config.check_races) {
+        fork(w, item->clock, item->proxy);
+    }
+    count_bytes(cluster, path, item->bytes);
+    submit(cluster, std::move(item));
+}
+
+uint32_t target_ranks(const Warp& w, const Op& op, const uint32_t* places, int lane, uint32_t to) {
+    if ((op.target & kMulticast) == 0) {
+        return 1u << (to >> kRankShift);
+    }
+    const size_t ctas = w.cta->cluster->ctas.size();
+    const uint32_t targets = source<uint16_t>(w, places[kMask])[lane];
+    if (targets == 0 || targets >> ctas != 0) {
+        throw SimError(
+            ErrorKind::kInvalidValue,
+            format("multicast mask 0x%x names CTAs that a cluster of %zu does not have", targets, ctas),
+            op.line);
+    }
+    return targets;
+}
+
+TransferIn::Destination destination_in(Warp& w, const Op& op, uint32_t to, uint32_t barrier, uint32_t bytes) {
+    TransferIn::Destination destination{};
+    destination.cta = &shared_target(w, to, bytes, true, op.line, &destination.offset);
+    Cta& announced = shared_target(w, barrier, 8, true, op.line, &destination.barrier);
+    if (&announced != destination.cta) {
+        throw SimError(ErrorKind::kBarrier, "the mbarrier is in another CTA than the destination", op.line);
+    }
+    destination.phase = mbarrier_at(announced, destination.barrier, op.line).phase;
+    return destination;
+}
+
+void issue_in(Warp& w, const Op& op, const uint32_t* places, int lane) {
+    Cluster& cluster = *w.cta->cluster;
+    auto item = start<TransferIn>(w, op, places, lane);
     const uint32_t to = shared_address(address_at(w, places + kTo, lane));
-    require_aligned(to, tiled ? 128 : 16, "the shared destination", op.line);
+    require_aligned(to, item->tiled ? 128 : 16, "the shared destination", op.line);
     if (op.code == kSharedToShared) {
         const uint32_t from = shared_address(address_at(w, places + kFrom, lane));
         require_aligned(from, 16, "the shared source", op.line);
         item->shared_source =
             &shared_target(w, from, item->bytes, false, op.line, &item->shared_source_offset);
-    } else if (!tiled) {
+    } else if (!item->tiled) {
         const uint64_t from = address_at(w, places + kFrom, lane);
         require_aligned(from, 16, "the global source", op.line);
         item->plain_source = resolve_global(cluster, from, item->bytes, op.line, "a bulk load");
     }
     const uint32_t barrier = shared_address(address_at(w, places + kBarrier, lane));
-    uint32_t targets = 1u << (to >> kRankShift);
-    if ((op.target & kMulticast) != 0) {
-        targets = source<uint16_t>(w, places[kMask])[lane];
-        if (targets == 0 || targets >> cluster.ctas.size() != 0) {
-            throw SimError(ErrorKind::kInvalidValue,
-                           format("multicast mask 0x%x names CTAs that a cluster of %zu does not have",
-                                  targets, cluster.ctas.size()),
-                           op.line);
-        }
-    }
+    const uint32_t targets = target_ranks(w, op, places, lane, to);
+    const bool multicast = (op.target & kMulticast) != 0;
+    const auto in_cta = [&](uint32_t address, uint32_t rank) {
+        return multicast ? (address & ((1u << kRankShift) - 1)) | rank << kRankShift : address;
+    };
     for (uint32_t rank = 0; rank < cluster.ctas.size(); ++rank) {
-        if (((targets >> rank) & 1) == 0) {
-            continue;
+        if (((targets >> rank) & 1) != 0) {
+            item->destinations.push_back(
+                destination_in(w, op, in_cta(to, rank), in_cta(barrier, rank), item->bytes));
         }
-        TransferIn::Destination destination{};
-        const uint32_t offset_mask = (1u << kRankShift) - 1;
-        const bool multicast = (op.target & kMulticast) != 0;
-        const uint32_t to_here = multicast ? (to & offset_mask) | rank << kRankShift : to;
-        const uint32_t barrier_here = multicast ? (barrier & offset_mask) | rank << kRankShift : barrier;
-        destination.cta = &shared_target(w, to_here, item->bytes, true, op.line, &destination.offset);
-        Cta& announced = shared_target(w, barrier_here, 8, true, op.line, &destination.barrier);
-        if (&announced != destination.cta) {
-            throw SimError(ErrorKind::kBarrier, "the mbarrier is in another CTA than the destination",
-                           op.line);
-        }
-        destination.phase = mbarrier_at(announced, destination.barrier, op.line).phase;
-        item->destinations.push_back(destination);
     }
-    if (cluster.launch->config.check_races) {
-        fork(w, item->clock, item->proxy);
-    }
-    count_bytes(cluster, tiled ? BytePath::kTensorLoad : BytePath::kBulkLoad, item->bytes);
-    submit(cluster, std::move(item));
+    const BytePath path = item->tiled ? BytePath::kTensorLoad : BytePath::kBulkLoad;
+    hand_over(w, path, std::move(item));
 }
 
 void issue_out(Warp& w, const Op& op, const uint32_t* places, int lane) {
-    Cluster& cluster = *w.cta->cluster;
-    auto item = std::make_unique<TransferOut>();
-    item->cta = w.cta;
-    item->warp_index = w.index;
-    item->line = op.line;
-    item->issue_time = w.time;
-    item->reduces = (op.target & kReduces) != 0;
-    item->reduce_op = static_cast<ReduceOp>(op.target2 >> 8);
-    item->reduce_type = static_cast<Type>(op.target2 & 0xff);
-    const bool tiled = (op.target & kTiled) != 0;
-    if (tiled) {
-        item->bytes = fill_tensor(w, op, places, lane, *item);
-        if (item->reduces) {
-            item->reduce_type = reduction_type(item->map, op.line);
-        }
-    } else {
-        item->bytes = source<uint32_t>(w, places[kSize])[lane];
-        require_aligned(item->bytes, 16, "the size of a bulk copy,", op.line);
+    auto item = start<TransferOut>(w, op, places, lane);
+    if (item->tiled && item->reduces) {
+        item->reduce_type = reduction_type(item->map, op.line);
+    } else if (!item->tiled) {
         item->global = address_at(w, places + kTo, lane);
         require_aligned(item->global, 16, "the global destination", op.line);
-        resolve_global(cluster, item->global, item->bytes, op.line, "a bulk store");
+        resolve_global(*w.cta->cluster, item->global, item->bytes, op.line, "a bulk store");
     }
     const uint32_t from = shared_address(address_at(w, places + kFrom, lane));
-    require_aligned(from, tiled ? 128 : 16, "the shared source", op.line);
+    require_aligned(from, item->tiled ? 128 : 16, "the shared source", op.line);
     shared_target(w, from, item->bytes, false, op.line, &item->offset);
     if (!w.open_bulk_group) {
         w.open_bulk_group = std::make_shared<BulkGroup>();
@@ -162,14 +169,10 @@ void issue_out(Warp& w, const Op& op, const uint32_t* places, int lane) {
     w.last_bulk_store_line = op.line;
     item->agent = warp_bulk_agent(w);
     item->group_number = w.bulk_groups_committed + 1;
-    if (cluster.launch->config.check_races) {
-        fork(w, item->clock, item->proxy);
-    }
-    const BytePath path = !tiled          ? (item->reduces ? BytePath::kBulkReduce : BytePath::kBulkStore)
+    const BytePath path = !item->tiled    ? (item->reduces ? BytePath::kBulkReduce : BytePath::kBulkStore)
                           : item->reduces ? BytePath::kTensorReduce
                                           : BytePath::kTensorStore;
-    count_bytes(cluster, path, item->bytes);
-    submit(cluster, std::move(item));
+    hand_over(w, path, std::move(item));
 }
 
 Step bulk(Warp& w, const Op& op, uint32_t mask) {

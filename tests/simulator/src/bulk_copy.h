@@ -8,8 +8,21 @@
 
 namespace sim {
 
+// What both directions have: a reduction perhaps, and a tensor map or a plain run of bytes.
+class Transfer : public AsyncItem {
+  public:
+    uint32_t bytes = 0;
+    bool reduces = false;
+    ReduceOp reduce_op = ReduceOp::kAdd;
+    Type reduce_type = Type::kNone;
+    bool tiled = false;
+    TensorMap map;
+    int32_t coordinates[5] = {};
+    Clock clock, proxy;
+};
+
 // Global (or another CTA's shared) memory into shared memory; announces itself on an mbarrier.
-class TransferIn : public AsyncItem {
+class TransferIn : public Transfer {
   public:
     bool perform(Cluster& cluster) override;
     std::string describe() const override { return "a load into shared memory"; }
@@ -20,17 +33,9 @@ class TransferIn : public AsyncItem {
         uint64_t phase;            // of the barrier at the issue
     };
     std::vector<Destination> destinations;
-    uint32_t bytes = 0;
     const uint8_t* plain_source = nullptr;  // bulk: contiguous
     Cta* shared_source = nullptr;           // bulk from shared memory
     uint32_t shared_source_offset = 0;
-    bool reduces = false;
-    ReduceOp reduce_op = ReduceOp::kAdd;
-    Type reduce_type = Type::kNone;
-    bool tiled = false;
-    TensorMap map;
-    int32_t coordinates[5] = {};
-    Clock clock, proxy;
 
   private:
     void gather(Cluster& cluster, std::vector<uint8_t>& box) const;
@@ -38,23 +43,15 @@ class TransferIn : public AsyncItem {
 };
 
 // Shared memory to global, in two steps: the read, later the write.
-class TransferOut : public AsyncItem {
+class TransferOut : public Transfer {
   public:
     bool perform(Cluster& cluster) override;
     std::string describe() const override { return "a store from shared memory"; }
 
     uint32_t offset = 0;
-    uint32_t bytes = 0;
     uint64_t global = 0;
-    bool reduces = false;
-    ReduceOp reduce_op = ReduceOp::kAdd;
-    Type reduce_type = Type::kNone;
-    bool tiled = false;
-    TensorMap map;
-    int32_t coordinates[5] = {};
     std::shared_ptr<BulkGroup> group;
     uint32_t agent = 0, group_number = 0;
-    Clock clock, proxy;
 
   private:
     void read(Cluster& cluster);

@@ -28,7 +28,9 @@ const TypeInfo kTypes[] = {
 const DecodeTable& table() {
     static const DecodeTable all = [] {
         DecodeTable t;
-        register_integer(t);
+        register_multiply(t);
+        register_logic(t);
+        register_bits(t);
         register_float(t);
         register_moves(t);
         register_compare(t);

@@ -88,7 +88,9 @@ class Decoder {
 using DecodeFunction = void (*)(Decoder&);
 using DecodeTable = std::unordered_map<std::string, DecodeFunction>;
 
-void register_integer(DecodeTable& table);
+void register_multiply(DecodeTable& table);
+void register_logic(DecodeTable& table);
+void register_bits(DecodeTable& table);
 void register_float(DecodeTable& table);
 void register_moves(DecodeTable& table);
 void register_compare(DecodeTable& table);
