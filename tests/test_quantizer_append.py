@@ -1,7 +1,5 @@
 """Appending to an e4m3 cache on the simulated device against the portable append, bit by bit."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
@@ -165,7 +163,7 @@ def test_is_caught(monkeypatch, mutation):
         mean=draw(HEADS_KV, D, dtype=torch.float32, seed=8),
         rope=Rope(*tables(64), int32((60, 0, 70))),
     )
-    wrong = dataclasses.replace(right, cache=cache.clone(), **MUTATIONS[mutation](right))
+    wrong = right._replace(cache=cache.clone(), **MUTATIONS[mutation](right))
     with device().serving_cpu_tensors(monkeypatch):
         appender.append(right)
         appender.append(wrong)

@@ -4,6 +4,7 @@ Rotary embedding, mean, rotation, packed sequences and the granularity of the sc
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 from flash8.compiler import Unit, cutlass_root
@@ -49,7 +50,7 @@ class QuantizeVariant:
         if self.job != "cast" and (self.out != "e4m3" or self.transposed):
             raise ValueError(f"job is {self.job!r}; only 'cast' has out and transposed")
 
-    @property
+    @cached_property
     def name(self) -> str:
         """A name that no other variant has: quantize_cast_bf16_d128."""
         parts = [self.job, self.dtype, f"d{self.head_dim}"]

@@ -102,10 +102,9 @@ class Launcher:
 
     def __init__(self, x: Tensor, rope: Rope | None, **indices: Tensor | None) -> None:
         """indices: cu_seqlens and seqused."""
-        self._kept: list[Tensor] = []
-        self.x = self.keep(_aligned(x))
         self.params = params = _native.QuantizeParams()
-        params.x = tensor_ref(self.x)
+        self.x, params.x = _aligned(x)
+        self._kept = [self.x]
         params.heads, params.head_dim = x.shape[-2:]
         cu_seqlens = indices["cu_seqlens"]
         if cu_seqlens is None:
@@ -222,8 +221,10 @@ def tensor_ref(x: Tensor) -> tuple[int, int, int, int]:
 
     torch gives a dimension of one any stride; here it is 0.
     """
-    steps = [0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True)]
-    return x.data_ptr(), steps[0] if x.dim() == 4 else 0, steps[-3], steps[-2]
+    shape, steps = x.shape, x.stride()
+    batch_step = steps[0] if len(shape) == 4 and shape[0] != 1 else 0
+    row_step = 0 if shape[-3] == 1 else steps[-3]
+    return x.data_ptr(), batch_step, row_step, 0 if shape[-2] == 1 else steps[-2]
 
 
 def _row_ref(mean: Tensor) -> tuple[int, int, int]:
@@ -247,11 +248,14 @@ def floats(x: Tensor) -> Tensor:
     return y if y.data_ptr() % 16 == 0 else y.clone()
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """x itself, or a copy where the kernels' 16-byte loads would not meet its rows."""
-    _, *steps = tensor_ref(x)
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps)
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+def _aligned(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """x, or a copy where the kernels' 16-byte loads would not meet its rows, and its tensor_ref."""
+    ref = tensor_ref(x)
+    address, *steps = ref
+    if x.stride(-1) == 1 and address % 16 == 0 and all(step % 8 == 0 for step in steps):
+        return x, ref
+    copy = x.clone(memory_format=torch.contiguous_format)
+    return copy, tensor_ref(copy)
 
 
 @functools.cache

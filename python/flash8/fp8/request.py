@@ -1,6 +1,6 @@
 """What is asked of a quantizer, and the shapes of what it returns."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from flash8.fp8.transposed import transposed_shape
 from flash8.rotary import Rope
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One checked call of `flash8.fp8.quantize`: who serves it returns data, descale and mean."""
 
     x: Tensor
@@ -73,8 +72,7 @@ class Request:
         return tuple(self.mean.shape)
 
 
-@dataclass(frozen=True)
-class Appended:
+class Appended(NamedTuple):
     """New rows x, (batch, seqlen_new, heads, d) or packed, and where they go in `cache`.
 
     cache: e4m3 (rows, seqlen, heads, d) or (pages, page_size, heads, d). Sequence b's rows go to
