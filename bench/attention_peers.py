@@ -6,6 +6,7 @@ and v, in the call's layout, that is timed.
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,23 +96,22 @@ def _flash8(call: Call) -> Attention:
 
 
 def _flash8_fp8(on_gpu: bool) -> Iterator[Peer | Absent]:
-    names = ("flash8 e4m3", "flash8 e4m3, with quantization")
-    if not on_gpu:
-        for name in names:
+    for granularity, inside in itertools.product(("head", "block"), (False, True)):
+        name = f"flash8 e4m3 {granularity}" + (", with quantization" if inside else "")
+        if not on_gpu:
             yield Absent(name, "FP8 products are emulated on a CPU: their time says nothing")
-        return
-    for name, inside in zip(names, (False, True), strict=True):
-        prepare = functools.partial(_quantized, inside=inside)
+            continue
+        prepare = functools.partial(_quantized, granularity=granularity, inside=inside)
         yield Peer(name, prepare, ("dense", "packed"), backward=False, tolerance=0.1)
 
 
-def _quantized(call: Call, *, inside: bool) -> Attention:
-    """Block scales; `inside`: quantization is part of what is timed."""
+def _quantized(call: Call, *, granularity: str, inside: bool) -> Attention:
+    """`inside`: quantization is part of what is timed."""
     import flash8
     from flash8 import fp8
 
     def quantize(*tensors: Tensor) -> list[Any]:
-        return [fp8.quantize(x, "block", cu_seqlens=call.cu_seqlens) for x in tensors]
+        return [fp8.quantize(x, granularity, cu_seqlens=call.cu_seqlens) for x in tensors]
 
     def attend(*tensors: Any) -> Any:
         if call.cu_seqlens is None:

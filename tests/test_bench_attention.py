@@ -187,8 +187,10 @@ GPU_PEERS = {
     "flash_attn_3": ("dense", "packed", "decode"),
     "flash_attn_4": ("dense", "packed"),
     "flashinfer": ("dense", "packed", "decode"),
-    "flash8 e4m3": ("dense", "packed"),
-    "flash8 e4m3, with quantization": ("dense", "packed"),
+    "flash8 e4m3 head": ("dense", "packed"),
+    "flash8 e4m3 head, with quantization": ("dense", "packed"),
+    "flash8 e4m3 block": ("dense", "packed"),
+    "flash8 e4m3 block, with quantization": ("dense", "packed"),
 }
 
 

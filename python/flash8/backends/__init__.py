@@ -104,11 +104,11 @@ def describe() -> list[Service]:
 def _describe_cuda(name: str) -> list[Service]:
     portable = f"{name}: the tiled PyTorch code runs there too"
     if os.environ.get("FLASH8_KERNELS") != "on":
-        asked = f"{portable}; FLASH8_KERNELS=on lets kernels serve 16-bit forwards and fp8.quantize"
+        asked = f"{portable}; FLASH8_KERNELS=on lets kernels serve forwards and fp8.quantize"
         return [Service("CUDA tensors, every call", "cpu", asked)]
     kernel = f"{name}: FLASH8_KERNELS=on; compiled when first used"
     return [
-        Service("CUDA tensors, fp16 / bf16 forward, no paging or splits", "hopper", kernel),
+        Service("CUDA tensors, fp16 / bf16 / e4m3 forward, no pages or splits", "hopper", kernel),
         Service("CUDA tensors, fp8.quantize of fp16 / bf16 / fp32", "hopper", kernel),
         Service("CUDA tensors, every other call", "cpu", portable),
     ]
