@@ -258,7 +258,9 @@ static_assert(sizeof(TensorMap) == 128 && alignof(TensorMap) == 64);
 static_assert(kIsPlain<ForwardParams> && alignof(ForwardParams) == 64);
 static_assert(kIsPlain<BackwardParams> && alignof(BackwardParams) == 64);
 static_assert(kIsPlain<KernelInfo> && alignof(KernelInfo) == 4);
+#ifndef __CUDACC_RTC__  // whose offsetof is no constant
 static_assert(offsetof(KernelInfo, abi_version) == 0 && offsetof(KernelInfo, info_bytes) == 4);
+#endif
 static_assert(sizeof(ForwardParams) <= 4096 && sizeof(BackwardParams) <= 4096,
               "the parameter space that every driver accepts");
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flash8.compiler import nvrtc
 from flash8.compiler.errors import CompileError
 from flash8.compiler.toolchain import Toolchain, kernel_root
 
@@ -57,10 +58,13 @@ def build(unit: Unit, toolchain: Toolchain, folder: Path, tick: Tick) -> BuildRe
     """
     start = time.monotonic()
     ptx, cubin, depfile = (folder / f"kernel.{suffix}" for suffix in ("ptx", "cubin", "d"))
+    back: list[str | Path] = [toolchain.ptxas, *PTXAS_FLAGS, ptx, "-o", cubin]
+    if toolchain.nvrtc:
+        front_end = nvrtc.compile_ptx(unit, toolchain, ptx, tick)
+        return BuildResult(front_end.headers, front_end.log + _run(back, unit, start, tick))
     includes = [f"-I{path}" for path in (kernel_root(), *toolchain.include_dirs)]
     front: list[str | Path] = [toolchain.nvcc, *NVCC_FLAGS, *unit.define_options(), *includes]
     front += ["-MD", "-MF", depfile, "-o", ptx, unit.source]
-    back: list[str | Path] = [toolchain.ptxas, *PTXAS_FLAGS, ptx, "-o", cubin]
     log = "".join(_run(command, unit, start, tick) for command in (front, back))
     headers = _parse_depfile(depfile.read_text())
     depfile.unlink()

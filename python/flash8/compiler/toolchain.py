@@ -20,13 +20,17 @@ DEFAULT_CUDA = Path("/usr/local/cuda")
 
 @dataclass(frozen=True)
 class Toolchain:
-    """A CUDA compiler. `include_dirs` are searched after the kernels' own headers."""
+    """A CUDA compiler. `include_dirs` are searched after the kernels' own headers.
+
+    With `nvrtc` the front end is NVRTC: nvcc would need a host compiler, and there is none.
+    """
 
     nvcc: Path
     ptxas: Path
     include_dirs: tuple[Path, ...]
     version: str
     origin: str
+    nvrtc: bool = False
 
 
 def kernel_root() -> Path:
@@ -72,7 +76,20 @@ def _at(nvcc: Path, origin: str) -> Toolchain:
     for tool in (nvcc, ptxas):
         if not os.access(tool, os.X_OK):
             raise CompilerNotFoundError(f"{tool} (from {origin}) is not an executable file")
-    return Toolchain(nvcc, ptxas, _include_dirs(), _version(nvcc), origin)
+    nvrtc = not has_host_compiler() and _has_nvrtc()
+    version = ("NVRTC beside " if nvrtc else "") + _version(nvcc)
+    return Toolchain(nvcc, ptxas, _include_dirs(), version, origin, nvrtc)
+
+
+def has_host_compiler() -> bool:
+    """Whether nvcc will find one: NVCC_CCBIN, or g++ on PATH."""
+    return bool(os.environ.get("NVCC_CCBIN")) or shutil.which("g++") is not None
+
+
+def _has_nvrtc() -> bool:
+    from flash8.compiler import nvrtc
+
+    return nvrtc.is_installed()
 
 
 def _include_dirs() -> tuple[Path, ...]:
