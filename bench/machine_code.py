@@ -99,6 +99,11 @@ class MachineCode:
         return self._count(r"\b(LDL|STL)\b")
 
     @property
+    def products(self) -> set[str]:
+        """The kinds of matrix products: HGMMA is 16-bit, QGMMA 8-bit."""
+        return {_mnemonic(text) for _, text in self.lines if "GMMA" in text}
+
+    @property
     def group_closings(self) -> int:
         """Products that close a group; each needs one WARPGROUP.ARRIVE and one wait."""
         return self._count(r"GMMA.*gsb0")

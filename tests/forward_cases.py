@@ -19,6 +19,15 @@ from forward_launch import Call, ForwardKernel, Schedule
 from simulated_device import SimulatedDevice
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.float8_e4m3fn}
+#: (batch, seqlen_q, seqlen_k, heads, heads_kv) of dense calls.
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (1, 127, 129, 1, 1),
+    (1, 113, 203, 2, 1),
+    (2, 193, 131, 2, 2),
+    (1, 200, 50, 1, 1),
+    (2, 3, 0, 1, 1),
+]
 #: A few units of fp32's last place.
 LSE_BOUND = {"atol": 3e-6, "rtol": 5e-7}
 

@@ -11,7 +11,7 @@ import torch
 
 import flash8
 from flash8.variants import SHIPPED, ForwardVariant
-from forward_cases import check, compare, device, draw, int32, launch, masks, packed
+from forward_cases import SHAPES, check, compare, device, draw, int32, launch, masks, packed
 from forward_launch import Call, Schedule
 from simulated_device import missing_compiler
 
@@ -23,23 +23,12 @@ CAPPED = ForwardVariant("fp16", 64, 64, softcap=True)
 MLA = ForwardVariant("bf16", 192, 128, mask="causal")
 DENSE = ForwardVariant("bf16", 128, 128)
 WIDE = ForwardVariant("bf16", 256, 256, mask="causal")
+#: Around the widths of the tiles.
+WIDTHS = [(1, 64, 257, 3, 1), (1, 60, 175, 1, 1), (1, 33, 81, 2, 1), (1, 61, 353, 1, 1)]
 DEFAULT = (CAUSAL, LOCAL, CAPPED, MLA, DENSE, WIDE)
 SLOW = tuple(variant for variant in SHIPPED if variant not in DEFAULT)
 VARIANTS = [pytest.param(v, id=v.name) for v in DEFAULT] + [
     pytest.param(v, id=v.name, marks=pytest.mark.slow) for v in SLOW
-]
-
-SHAPES = [
-    (1, 1, 1, 1, 1),
-    (1, 127, 129, 1, 1),
-    (1, 113, 203, 2, 1),
-    (2, 193, 131, 2, 2),
-    (1, 200, 50, 1, 1),
-    (1, 64, 257, 3, 1),
-    (2, 3, 0, 1, 1),
-    (1, 60, 175, 1, 1),
-    (1, 33, 81, 2, 1),
-    (1, 61, 353, 1, 1),
 ]
 
 
@@ -48,7 +37,7 @@ def scale(variant: ForwardVariant) -> float:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *WIDTHS], ids=str)
 def test_dense(variant, shape):
     batch, seqlen_q, seqlen_k, heads, heads_kv = shape
     q, k, v = draw(variant, seqlen_q, seqlen_k, heads, heads_kv, batch=batch)

@@ -38,6 +38,7 @@ def test_lean(variant):
     code = machine_code.MachineCode.of(compiled.cubin)
     assert code.local_accesses == 0, "spills or local arrays"
     assert not compiled.report.serialized
+    assert code.products == ({"QGMMA"} if variant.dtype == "e4m3" else {"HGMMA"})
     groups = compiled.ptx.read_text().count("wgmma.commit_group")
     assert code.group_closings == code.arrivals == code.waits == groups
     row = machine_code.row(variant)
