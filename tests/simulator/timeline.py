@@ -20,12 +20,14 @@ WARPS = 4  # of a warpgroup
 _DECIDING = (
     ("issue copies", ("tma", "cp_async")),
     ("issue wgmma", ("wgmma",)),
-    ("store", ("store_global", "store_shared", "matrix_move")),
+    ("ldmatrix, stmatrix", ("matrix_move",)),
+    ("store", ("store_global", "store_shared")),
     ("softmax", ("special_function", "float", "convert")),
 )
 COLORS = {
     "issue copies": "#7b4ea3",
     "issue wgmma": "#2166ac",
+    "ldmatrix, stmatrix": "#c51b7d",
     "store": "#1b7837",
     "softmax": "#e08214",
     "other": "#d9d9d9",
@@ -56,7 +58,7 @@ class Lane:
 
 
 def lanes(trace: dict[str, Any], *, cta: int = 0) -> list[Lane]:
-    """Rows for one CTA: copies, then each warpgroup's busiest warp and its products.
+    """Rows for one CTA: copies; of each warpgroup its products, and who loads or does most.
 
     Raises ValueError when the trace has no events of that CTA.
     """
@@ -70,8 +72,11 @@ def lanes(trace: dict[str, Any], *, cta: int = 0) -> list[Lane]:
         products = _merged(_phase(event["name"], event) for event in _of(mine, "tensor"))
         if products:
             result.append(Lane(f"tensor cores for warpgroup {group}", tuple(products)))
-        warp = max({event["tid"] for event in mine}, key=lambda tid: _instructions(mine, tid))
-        result.append(Lane(f"warpgroup {group}, warp {warp}", tuple(_warp_phases(mine, warp))))
+        busiest = max({event["tid"] for event in mine}, key=lambda tid: _instructions(mine, tid))
+        loading = {event["tid"] for event in mine if "tma" in event["args"]}
+        for warp in sorted(loading | {busiest}):
+            phases = tuple(_warp_phases(mine, warp))
+            result.append(Lane(f"warpgroup {group}, warp {warp}", phases))
     return result
 
 
