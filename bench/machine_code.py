@@ -6,7 +6,8 @@ two smallest loops of the disassembly that contain the tile's matrix products. B
 figures of FlashAttention-3's kernels, compiled with the same compiler.
 
 Cycles are arithmetic on those counts, not a measurement: for one KV tile and all consumer
-warpgroups, 2048 16-bit multiply-adds, 16 exponentials and 4 issued instructions a cycle and SM.
+warpgroups, 2048 16-bit multiply-adds, 16 exponentials, 4 warp instructions issued, as many fp32
+ones of the FMA pipe, and 128 bytes of shared memory a cycle and SM.
 
 usage: python bench/machine_code.py    (writes bench/results/machine_code.*)
 """
@@ -30,7 +31,7 @@ _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);")
 _BRANCH = re.compile(r"BRA(?:\.\w+)*\s+(?:\w+,\s*)?0x([0-9a-f]+)")
 _CLASSES = ("FFMA", "FMUL", "FADD", "FMNMX", "MUFU", "F2FP", "FSEL", "ISETP")
 
-_EXPONENTIALS, _ISSUES = 16, 4  # a cycle and SM
+_EXPONENTIALS, _ISSUES, _SHARED_BYTES = 16, 4, 128  # a cycle and SM
 _MULTIPLY_ADDS = {"fp16": 2048, "bf16": 2048, "e4m3": 4096}
 #: kBlockM x kBlockN by head_dim and head_dim_v, as hopper/forward/config.cuh chooses them.
 TILES = {
@@ -153,6 +154,8 @@ class Row:
     spill_bytes: int
     tensor_cycles: int
     exponential_cycles: int
+    fma_cycles: int
+    shared_cycles: int
     issue_cycles: int
     unmasked: int
     masked: int
@@ -177,7 +180,7 @@ def row(variant: ForwardVariant) -> Row:
     unmasked, masked = code.mainloops
     key = (variant.head_dim, variant.head_dim_v, variant.mask)
     peers = FLASH_ATTENTION_3_FP8 if variant.scales == "head" else FLASH_ATTENTION_3
-    comparable = not variant.softcap and variant.scales != "block"  # it has neither
+    comparable = not (variant.softcap or variant.alibi or variant.scales == "block")
     peer = peers.get(key, (None,) * 3) if comparable else (None, None, None)
     registers, spills = _cost(compiled)
     block_m, block_n = tile(variant)
@@ -191,12 +194,24 @@ def row(variant: ForwardVariant) -> Row:
         spills,
         scores * (variant.head_dim + variant.head_dim_v) // _MULTIPLY_ADDS[variant.dtype],
         exponentials // _EXPONENTIALS,
+        sum(unmasked.classes[c] for c in ("FFMA", "FMUL", "FADD")) * warpgroups * 4 // _ISSUES,
+        _shared_bytes(variant) // _SHARED_BYTES,
         unmasked.instructions * warpgroups * 4 // _ISSUES,
         unmasked.instructions,
         masked.instructions,
         *peer,
         unmasked.classes,
     )
+
+
+def _shared_bytes(variant: ForwardVariant) -> int:
+    """Shared memory that one KV tile moves: TMA writes it, and every warpgroup reads it all, and
+    its 64 rows of Q once more. FP8's V is read and written in between, to be transposed."""
+    block_m, block_n = tile(variant)
+    fp8 = variant.dtype == "e4m3"
+    k, v = block_n * variant.head_dim, block_n * variant.head_dim_v
+    elements = k + v + block_m // 64 * (64 * variant.head_dim + k + v) + (2 * v if fp8 else 0)
+    return elements * (1 if fp8 else 2)
 
 
 def _cost(compiled: Compiled) -> tuple[int, int]:
@@ -207,14 +222,15 @@ def _cost(compiled: Compiled) -> tuple[int, int]:
 def table(rows: list[Row]) -> str:
     lines = [
         "| kernel | tile | registers | spills | unmasked | masked | FA3 (its kBlockN) "
-        "| tensor | exp | issue cycles |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| tensor | exp | FMA | shared | issue |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         peer = "" if r.peer_unmasked is None else f"{r.peer_unmasked} / {r.peer_masked or ''}"
         peer += "" if r.peer_block_n is None else f" ({r.peer_block_n})"
         counts = (r.registers, r.spill_bytes, r.unmasked, r.masked, peer)
-        cells = (r.name, r.tile, *counts, r.tensor_cycles, r.exponential_cycles, r.issue_cycles)
+        cycles = (r.tensor_cycles, r.exponential_cycles, r.fma_cycles, r.shared_cycles)
+        cells = (r.name, r.tile, *counts, *cycles, r.issue_cycles)
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -28,8 +28,8 @@ SHAPES = [
     (1, 200, 50, 1, 1),
     (2, 3, 0, 1, 1),
 ]
-#: A few units of fp32's last place.
-LSE_BOUND = {"atol": 3e-6, "rtol": 5e-7}
+#: Eight units of fp32's last place: scores of the size of LSE are summed over head_dim.
+LSE_BOUND = {"atol": 3e-6, "rtol": 1e-6}
 
 
 @functools.cache
