@@ -1,0 +1,109 @@
+"""Addresses beyond 2^31 elements: the forward kernel over sparse memory, on the simulated device.
+
+Rows, heads or batch entries stand so far apart that 32 bits cannot count the elements between them;
+only the pages that are touched exist. O and LSE must be those of the same call on dense tensors, to
+the bit, and a stride that has lost its upper half must give something else.
+"""
+
+import math
+import mmap
+import tempfile
+
+import pytest
+import torch
+
+import forward_cases
+from flash8 import _native
+from flash8.backends import hopper
+from flash8.options import Options
+from flash8.variants import ForwardVariant
+from simulated_device import missing_compiler
+
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+
+VARIANT = ForwardVariant(dtype="bf16", head_dim=64, head_dim_v=64, mask="causal")
+BATCH, ROWS, HEADS, DIM = 2, 150, 2, 64
+#: Elements between neighbours. Truncated to 32 bits it stays a stride that is in bounds.
+FAR = 2**32 + 4096
+STEP = 2**25 + 256  # between rows: the last ones are beyond 2^32
+STRIDES = {
+    "batch": (FAR, HEADS * DIM, DIM),
+    "head": (ROWS * DIM, DIM, FAR),
+    "row": (HEADS * DIM, STEP, DIM),
+}
+LSE_STRIDES = {"batch": (FAR, ROWS, 1), "head": (ROWS, FAR, 1), "row": (HEADS * ROWS, ROWS, 1)}
+
+
+def sparse(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of zeros with these strides; memory is there only where it is written."""
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    size = (extent + DIM) * dtype.itemsize + mmap.PAGESIZE
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.truncate(size)
+            memory = mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        pytest.skip(f"a sparse file of {size} bytes cannot be mapped here: {error}")
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
+
+
+def call_on(tensors: dict[str, torch.Tensor]) -> _native.ForwardParams:
+    q, k, v, o, lse = (tensors[name] for name in ("q", "k", "v", "o", "lse"))
+    return hopper._describe(q, k, v, {}, Options(window_right=0), o, lse)
+
+
+def run(tensors: dict[str, torch.Tensor], call: _native.ForwardParams) -> list[torch.Tensor]:
+    device = forward_cases.device()
+    tensors["o"].fill_(math.nan)
+    tensors["lse"].fill_(math.nan)
+    device.configure(seed=3, strict_global=False)
+    try:
+        library = _native.Library(device.driver, device.ptx(VARIANT))
+        _native.launch_forward(library.kernel(), 0, 0, call)
+        device.driver.synchronize()
+    finally:
+        device.configure()
+    return [tensors[name].clone(memory_format=torch.contiguous_format) for name in ("o", "lse")]
+
+
+@pytest.fixture(scope="module")
+def dense() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    shape = (BATCH, ROWS, HEADS, DIM)
+    drawn = {n: torch.randn(shape, generator=generator).bfloat16() for n in ("q", "k", "v")}
+    return {**drawn, "o": torch.empty(shape).bfloat16(), "lse": torch.empty(BATCH, HEADS, ROWS)}
+
+
+def spread(dense: dict[str, torch.Tensor], far: str) -> dict[str, torch.Tensor]:
+    """The same tensors with a large stride in one dimension, LSE with its own."""
+    result = {}
+    for name, x in dense.items():
+        strides = LSE_STRIDES[far] if name == "lse" else (*STRIDES[far], 1)
+        result[name] = sparse(tuple(x.shape), strides, x.dtype).copy_(x)
+    return result
+
+
+@pytest.mark.parametrize("far", STRIDES)
+def test_addresses_beyond_2_to_the_31_elements(dense, far):
+    expected = run(dense, call_on(dense))
+    assert not any(x.isnan().any() for x in expected)
+    tensors = spread(dense, far)
+    call = call_on(tensors)
+    index = {"batch": 1, "head": 3, "row": 2}[far]
+    last = {"batch": BATCH, "head": HEADS, "row": ROWS}[far] - 1
+    for name in ("q", "k", "v", "o"):
+        assert getattr(call, name)[index] * last > 2**31
+    for got, want in zip(run(tensors, call), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "o", "lse"])
+@pytest.mark.parametrize("far", ["batch", "head"])
+def test_a_stride_of_32_bits_is_noticed(dense, far, name):
+    expected = run(dense, call_on(dense))
+    tensors = spread(dense, far)
+    call = call_on(tensors)
+    address, *strides = getattr(call, name)
+    setattr(call, name, (address, *(stride % 2**32 for stride in strides)))
+    results = run(tensors, call)
+    assert not all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
