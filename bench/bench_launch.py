@@ -1,64 +1,95 @@
-"""Microseconds per kernel launch from Python, against a driver that does nothing.
+"""Microseconds of CPU time per call, from the public function to the launch, against a driver that
+does nothing.
 
-What is left is flash8's own cost: argument conversion, checks, tensor maps, the context, the launch
-structure. On a GPU the driver's own time comes on top.
+What is left is flash8's own cost: argument conversion, checks, outputs, tensor maps, the context,
+the launch structure. On a GPU the driver's own time comes on top, and torch.cuda.current_stream.
+Beside it the same of torch's SDPA for one query and one key on a CPU, kernel included. Writes
+bench/results/launch.json.
 """
 
+import json
 import sys
 import tempfile
+import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import environment
+import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from fake_driver import control
-from fake_driver.cubin import LAYOUT, fake_cubin, tma_boxes
-from flash8 import _native
+from fake_driver.cubin import fake_cubin, tma_boxes
+from flash8 import _native, backends, flash_attn_func, flash_attn_varlen_func
+from flash8.backends import hopper
 
-REPEAT, NUMBER = 15, 5_000
+RESULTS = Path(__file__).resolve().parent / "results"
+REPEAT, NUMBER = 25, 1_000
 BOX = (4, (64, 128, 1, 1), _native.ElementType.BFLOAT16, _native.Swizzle.B128)
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    """The best of several runs: the others were disturbed."""
-    return min(timeit.repeat(call, repeat=REPEAT, number=NUMBER)) / NUMBER * 1e6
+    """CPU time of the best of several runs: the others were disturbed."""
+    call()
+    times = timeit.repeat(call, repeat=REPEAT, number=NUMBER, timer=time.process_time)
+    return min(times) / NUMBER * 1e6
 
 
-def forward_call() -> _native.ForwardParams:
-    """A dense causal call: batch 2, 4096 tokens, 16 heads of 128."""
-    call = _native.ForwardParams()
-    call.q = call.k = call.v = call.o = (4096, 4096 * 2048, 2048, 128)
-    call.lse = (4096, 4096 * 16, 4096)
-    call.heads_q = call.heads_kv = 16
-    call.head_dim = call.head_dim_v = 128
-    sequences, scores = call.sequences, call.scores
-    sequences.batch = sequences.batch_k = 2
-    sequences.max_seqlen_q = sequences.max_seqlen_k = 4096
-    scores.softmax_scale, scores.window_left, scores.window_right = 0.1, -1, 0
-    return call
-
-
-def main() -> None:
+@contextmanager
+def kernels_on_a_fake_driver() -> Iterator[None]:
+    """CPU tensors take the Hopper backend, as CUDA tensors do, and nothing runs."""
     with tempfile.TemporaryDirectory() as folder:
         path = control.build(Path(folder))
         fake = control.FakeDriver(path)
         fake.reset()
         fake.record(False)
-        driver = _native.Driver(str(path))
-        image = fake_cubin(cluster=(2, 1, 1), tma=tma_boxes(BOX, BOX, BOX))
-        registry = _native.Registry(driver, lambda key, kind: image)
-        kernel = registry.get("forward")
-        grid, parameters = (132, 1, 1), [bytearray(LAYOUT["ForwardParams"]["size"])]
-        call = forward_call()
-        rows = {
-            "registry lookup": lambda: registry.get("forward"),
-            "any kernel: launch": lambda: kernel.launch(grid, parameters, stream=7),
-            "forward: describe": forward_call,
-            "forward: tensor maps and launch": lambda: _native.launch_forward(kernel, 0, 7, call),
-        }
-        for name, function in rows.items():
-            print(f"{name:32} {microseconds(function):6.2f} us")
+        image = fake_cubin(cluster=(1, 1, 1), tma=tma_boxes(BOX, BOX, BOX))
+        registry = _native.Registry(_native.Driver(str(path)), lambda key, kind: image)
+        wanted, real = backends.kernels_wanted, hopper._registry
+        backends.kernels_wanted = lambda tensor: not backends._kernels_asked_for()
+        hopper._registry = lambda: registry
+        try:
+            yield
+        finally:
+            backends.kernels_wanted, hopper._registry = wanted, real
+
+
+def calls() -> dict[str, Callable[[], object]]:
+    q = torch.randn(2, 64, 8, 128).bfloat16()
+    k, v = (torch.randn(2, 64, 2, 128).bfloat16() for _ in range(2))
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    ends = torch.tensor([0, 64, 128], dtype=torch.int32)
+    out = torch.empty_like(q)
+    trained = [x.clone().requires_grad_() for x in (q, k, v)]
+    one = torch.randn(1, 1, 1, 64).bfloat16()
+
+    def training() -> object:
+        with torch.enable_grad():
+            return flash_attn_func(*trained, causal=True)
+
+    return {
+        "flash_attn_func": lambda: flash_attn_func(q, k, v, causal=True),
+        "flash_attn_varlen_func": lambda: flash_attn_varlen_func(
+            *packed, ends, ends, 64, 64, causal=True
+        ),
+        "flash_attn_func with out=": lambda: flash_attn_func(q, k, v, causal=True, out=out),
+        "flash_attn_func with gradients": training,
+        "torch SDPA, one query, one key": lambda: F.scaled_dot_product_attention(one, one, one),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with kernels_on_a_fake_driver(), torch.no_grad():
+        rows = {name: round(microseconds(call), 2) for name, call in calls().items()}
+    for name, value in rows.items():
+        print(f"{name:32} {value:6.2f} us")
+    results = {"environment": environment.describe(), "microseconds": rows}
+    (RESULTS / "launch.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

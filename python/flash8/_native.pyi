@@ -247,3 +247,18 @@ def launch_quantize(kernel: Kernel, device: int, stream: int, call: QuantizePara
 def launch_forward(
     kernel: Kernel, device: int, stream: int, call: ForwardParams, sm_margin: int = 0
 ) -> None: ...
+def launch_forward_on(
+    kernel: Kernel,
+    device: int,
+    stream: int,
+    call: ForwardParams,
+    sm_margin: int,
+    q: int,
+    k: int,
+    v: int,
+    o: int,
+    lse: int,
+    tile_count: int,
+    cu_seqlens_q: int,
+    cu_seqlens_k: int,
+) -> None: ...

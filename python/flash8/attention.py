@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flash8 import checks, ops, scaled_tensor
 from flash8.arguments import require_bool
+from flash8.backends import repeated
 from flash8.dropout import draw_seed
 from flash8.options import Options
 from flash8.scaled_tensor import Input
@@ -211,6 +212,13 @@ def _attend(
 ) -> Output:
     """Checks the call, completes its options and runs it."""
     require_bool("return_attn_probs", return_lse)
+    known_as = None
+    if dropout_seed is None:
+        known_as = repeated.key_of(q, k, v, qv, s_aux, out, options, window_size)
+    if known_as is not None:
+        done = repeated.run(known_as, q, k, v, options)  # type: ignore[arg-type]
+        if done is not None:
+            return done if return_lse else done[0]  # type: ignore[no-any-return]
     query, key, value, options = scaled_tensor.unwrap(q, k, v, options)
     window_left, window_right = checks.window(window_size)
     options = options._replace(window_left=window_left, window_right=window_right)
@@ -222,4 +230,6 @@ def _attend(
         options = options._replace(dropout_seed=draw_seed(query.device) if seed is None else seed)
     options = ops.resolve_num_splits(query, geometry, options)
     o, lse, _, _ = ops.run_forward(query, key, value, qv, s_aux, out, options)
+    if known_as is not None:
+        repeated.remember(known_as, query, key, value, options)
     return (o, lse) if return_lse else o

@@ -58,7 +58,13 @@ def kernels_wanted(tensor: Tensor) -> bool:
 
     They are proven on a simulated device only, so far, and therefore have to be asked for.
     """
-    return tensor.is_cuda and os.environ.get("FLASH8_KERNELS") == "on"
+    return tensor.is_cuda and _kernels_asked_for()
+
+
+@functools.cache
+def _kernels_asked_for() -> bool:
+    """Read once: reading the environment takes longer than everything else of a small check."""
+    return os.environ.get("FLASH8_KERNELS") == "on"
 
 
 @functools.cache
@@ -103,7 +109,7 @@ def describe() -> list[Service]:
 
 def _describe_cuda(name: str) -> list[Service]:
     portable = f"{name}: the tiled PyTorch code runs there too"
-    if os.environ.get("FLASH8_KERNELS") != "on":
+    if not _kernels_asked_for():
         asked = f"{portable}; FLASH8_KERNELS=on lets kernels serve forwards and fp8.quantize"
         return [Service("CUDA tensors, every call", "cpu", asked)]
     kernel = f"{name}: FLASH8_KERNELS=on; compiled when first used"

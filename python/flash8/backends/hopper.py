@@ -6,6 +6,7 @@ are: the kernel gets their addresses and strides.
 
 import functools
 import threading
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +79,45 @@ def forward(
     lse_partial: Tensor,
 ) -> None:
     """Fills out and lse on q's stream, without a synchronisation."""
+    given = {name: getattr(options, name) for name in _INDEX_FIELDS}
+    indices = {name: x.contiguous() for name, x in given.items() if x is not None}
+    planned = plan(q, k, v, indices, options, out, lse)
+    call = planned.call
+    held = hopper_fp8.describe(call, q, k, out, options) if q.dtype == E4M3 else []
+    if s_aux is not None:
+        sinks = s_aux.float().contiguous()
+        call.scores.sinks = sinks.data_ptr()
+    if options.alibi_slopes is not None:
+        slopes = options.alibi_slopes.contiguous()
+        call.scores.alibi_slopes = slopes.data_ptr()
+        call.scores.alibi_batch_stride = slopes.shape[-1] if slopes.dim() == 2 else 0
+    stream = _stream(q)
+    tile_count = _tile_count(q.device, stream) if planned.draws_tiles else None
+    call.scheduler.tile_count = 0 if tile_count is None else tile_count.data_ptr()
+    _native.launch_forward(planned.kernel, planned.device, stream, call, options.sm_margin)
+    del held  # what the call points to; freed memory is not reused before the kernel on this stream
+
+
+class Plan(NamedTuple):
+    """What of a launch follows from sizes, strides and options alone; addresses are in `call`."""
+
+    kernel: _native.Kernel
+    device: int
+    call: _native.ForwardParams
+    sm_margin: int
+    draws_tiles: bool
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: dict[str, Tensor],
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+) -> Plan:
+    """The kernel and the parameters of a call. `indices`: index tensors, contiguous."""
     device = q.device.index or 0
     ratio = q.shape[-2] // k.shape[-2]
     widest = max(q.shape[-1], v.shape[-1])
@@ -104,30 +144,50 @@ def forward(
         hopper_fp8.scales(options) if q.dtype == E4M3 else "none",
         cluster,
     )
-    kernel = _registry().get(key, device)
-    given = {name: getattr(options, name) for name in _INDEX_FIELDS}
-    indices = {name: x.contiguous() for name, x in given.items() if x is not None}
     call = _describe(q, k, v, indices, options, out, lse)
-    held = hopper_fp8.describe(call, q, k, out, options) if q.dtype == E4M3 else []
-    if s_aux is not None:
-        sinks = s_aux.float().contiguous()
-        call.scores.sinks = sinks.data_ptr()
-    if options.alibi_slopes is not None:
-        slopes = options.alibi_slopes.contiguous()
-        call.scores.alibi_slopes = slopes.data_ptr()
-        call.scores.alibi_batch_stride = slopes.shape[-1] if slopes.dim() == 2 else 0
-    stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
     call.scheduler.heads_per_section = 1
     if uneven:
-        tile_count = _tile_count(q.device, stream)
-        call.scheduler.tile_count = tile_count.data_ptr()
         call.scheduler.heads_per_section = heuristics.heads_per_section(
             call.sequences.max_seqlen_k,
             k.element_size() * (k.shape[-1] + v.shape[-1]),
             1 if pack_gqa else ratio,
         )
-    _native.launch_forward(kernel, device, stream, call, options.sm_margin)
-    del held  # what the call points to; freed memory is not reused before the kernel on this stream
+    return Plan(_registry().get(key, device), device, call, options.sm_margin, uneven)
+
+
+def launch(
+    planned: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> None:
+    """A planned 16-bit call on tensors of the same sizes and strides that lie elsewhere."""
+    kernel, device, call, sm_margin, draws_tiles = planned
+    stream = _stream(q)
+    tile_count = _tile_count(q.device, stream) if draws_tiles else None
+    _native.launch_forward_on(
+        kernel,
+        device,
+        stream,
+        call,
+        sm_margin,
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        0 if tile_count is None else tile_count.data_ptr(),
+        0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
+        0 if cu_seqlens_k is None else cu_seqlens_k.data_ptr(),
+    )
+
+
+def _stream(q: Tensor) -> int:
+    return torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
 
 
 def _tile_count(device: torch.device, stream: int) -> Tensor:
