@@ -3,10 +3,10 @@
 Needs a GPU, nvcc and a Python with torch, pytest, numpy, cmake, pybind11 and scikit-build-core;
 no network; the kernels want the CUTLASS headers in FLASH8_CUTLASS, unless pip has brought them.
 Builds flash8 from the checkout into build/gpu, runs the GPU tests, once on the portable code and
-once with FLASH8_KERNELS=on, runs compute-sanitizer on the small CUDA programs, settles the
-hardware facts, and measures ceilings and attention beside every peer found. Each step leaves its
-own JSON; the summary, with the outcome and seconds of every step, is bench/results/gpu_check.json.
-A step that fails does not stop the others.
+once with FLASH8_KERNELS=on, runs compute-sanitizer on the small CUDA programs and on small calls
+of the kernels, settles the hardware facts, and measures ceilings and attention beside every peer
+found. Each step leaves its own JSON; the summary, with the outcome and seconds of every step, is
+bench/results/gpu_check.json. A step that fails does not stop the others.
 """
 
 import json
@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 RESULTS = ROOT / "bench" / "results"
 _SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+#: GPU tests of one launch or two, for tools that slow kernels down a hundredfold.
+_SMALL_TESTS = "packed_sequences or 113-203-True or (fp8_matches and 64-)"
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,14 @@ def steps() -> list[Step]:
         for tool in _SANITIZER_TOOLS:
             command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *facts]
             done.append(run(f"compute-sanitizer {tool}", *command, "--quick"))
+        small = [python, "-P", "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+        for tool in ("memcheck", "racecheck", "synccheck"):  # torch's own kernels fail initcheck
+            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *small]
+            label = f"compute-sanitizer {tool} on kernels"
+            done.append(run(label, *command, "-k", _SMALL_TESTS, FLASH8_KERNELS="on"))
     done.append(run("ceilings", python, "bench/bench_ceilings.py"))
-    done.append(run("attention", python, "bench/bench_attention.py"))
-    done.append(run("quantizer", python, "bench/bench_quantize.py"))
+    for name in ("attention", "quantize"):
+        done.append(run(name, python, f"bench/bench_{name}.py", FLASH8_KERNELS="on"))
     return done
 
 
