@@ -1,4 +1,4 @@
-"""What must be true of the machine code of the kernels that the default tests run."""
+"""What must be true of the machine code of every kernel that ships."""
 
 import shutil
 import sys
@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 from flash8.compiler import compile_unit
-from flash8.variants import ForwardVariant
+from flash8.variants import SHIPPED
 from simulated_device import missing_compiler
-from test_forward_kernel import DEFAULT
-from test_forward_kernel_fp8 import DEFAULT as DEFAULT_FP8
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
@@ -26,13 +24,7 @@ pytestmark = [
 ]
 
 
-#: The FP8 kernel that FlashAttention-3 has a figure for.
-FP8_PEER = ForwardVariant("e4m3", 128, 128, mask="causal", scales="head")
-
-
-@pytest.mark.parametrize(
-    "variant", [*DEFAULT, *DEFAULT_FP8, FP8_PEER], ids=lambda variant: variant.name
-)
+@pytest.mark.parametrize("variant", SHIPPED, ids=lambda variant: variant.name)
 def test_lean(variant):
     compiled = compile_unit(variant.unit())
     code = machine_code.MachineCode.of(compiled.cubin)

@@ -5,7 +5,13 @@ import re
 import pytest
 
 from flash8 import _native
-from flash8.compiler import CompilerNotFoundError, Unit, compile_unit, find_toolchain
+from flash8.compiler import (
+    CompilerNotFoundError,
+    Unit,
+    compile_unit,
+    cutlass_root,
+    find_toolchain,
+)
 from flash8.variants import ForwardVariant
 
 try:
@@ -111,7 +117,8 @@ def test_spills_are_found_in_a_real_log(compile_text):
 
 
 def test_device_and_host_agree_on_every_offset(compile_text):
-    lines = ['#include "params.h"']
+    quantizer = cutlass_root() / "quantize" / "quantize_params.h"
+    lines = ['#include "params.h"', f'#include "{quantizer}"']
     for name, struct in _native.layout().items():
         full = f"flash8::{name}"
         lines.append(f"static_assert(sizeof({full}) == {struct['size']});")
