@@ -15,6 +15,7 @@ usage: python bench/machine_code.py    (writes bench/results/machine_code.*)
 import json
 import os
 import re
+import shutil
 import subprocess
 import sysconfig
 from collections import Counter
@@ -79,6 +80,18 @@ class Loop:
     classes: dict[str, int]
 
 
+def _search_path() -> str:
+    """Where cuobjdump may be, and where it looks for nvdisasm: pip's, the system's, PATH."""
+    tools = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
+    return os.pathsep.join((str(tools), "/usr/local/cuda/bin", os.environ.get("PATH", "")))
+
+
+def missing_disassembler() -> str | None:
+    """Why cubins cannot be disassembled on this machine, or None."""
+    found = shutil.which("cuobjdump", path=_search_path())
+    return None if found else "cuobjdump is not installed (compiler.txt)"
+
+
 @dataclass(frozen=True)
 class MachineCode:
     """The disassembly of one cubin."""
@@ -87,9 +100,7 @@ class MachineCode:
 
     @staticmethod
     def of(cubin: Path) -> "MachineCode":
-        tools = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
-        path = os.pathsep.join((str(tools), "/usr/local/cuda/bin", os.environ.get("PATH", "")))
-        environment = {**os.environ, "PATH": path}  # cuobjdump looks for nvdisasm there
+        environment = {**os.environ, "PATH": _search_path()}
         command = ["cuobjdump", "-sass", str(cubin)]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         found = (_INSTRUCTION.match(line) for line in run.stdout.splitlines())

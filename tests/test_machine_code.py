@@ -1,8 +1,6 @@
 """What must be true of the machine code of every kernel that ships."""
 
-import shutil
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -15,12 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
 import machine_code
 
-_TOOLS = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
-_DISASSEMBLER = (_TOOLS / "cuobjdump").exists() or shutil.which("cuobjdump") is not None
+_NO_DISASSEMBLER = machine_code.missing_disassembler()
 
 pytestmark = [
     pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler())),
-    pytest.mark.skipif(not _DISASSEMBLER, reason="cuobjdump is not installed (compiler.txt)"),
+    pytest.mark.skipif(_NO_DISASSEMBLER is not None, reason=str(_NO_DISASSEMBLER)),
 ]
 
 

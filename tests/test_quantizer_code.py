@@ -2,9 +2,7 @@
 
 import json
 import re
-import shutil
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -22,8 +20,7 @@ import machine_code
 import quantizer_traffic
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-_TOOLS = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
-_DISASSEMBLER = (_TOOLS / "cuobjdump").exists() or shutil.which("cuobjdump") is not None
+_NO_DISASSEMBLER = machine_code.missing_disassembler()
 _REGISTERS = 65536  # of a multiprocessor
 _ROWS = [
     pytest.param(v, id=v.name, marks=() if v.head_dim == 128 else pytest.mark.slow)
@@ -32,7 +29,7 @@ _ROWS = [
 
 
 @pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
-@pytest.mark.skipif(not _DISASSEMBLER, reason="cuobjdump is not installed (compiler.txt)")
+@pytest.mark.skipif(_NO_DISASSEMBLER is not None, reason=str(_NO_DISASSEMBLER))
 @pytest.mark.parametrize("variant", _ROWS)
 def test_lean(variant):
     compiled = compile_unit(variant.unit())

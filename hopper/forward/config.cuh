@@ -156,7 +156,6 @@ struct ForwardConfig {
         cute::Shape<cute::Shape<cute::_2, cute::_2, cute::Int<kColumns / 8>>, cute::_1, cute::_1>>;
 
     static constexpr int kBytesQ = kBlockM * kHeadDim * sizeof(Element);
-    static constexpr int kBytesK = kBlockN * kHeadDim * sizeof(Element);
     static constexpr int kBytesV = kBlockN * kHeadDimV * sizeof(Element);
 };
 

@@ -23,9 +23,9 @@ class Consumer {
         : params_(params), shared_(shared), warpgroup_(warpgroup) {}
 
     __device__ void run() {
-        constexpr int kWarps = Config::kConsumerWarpgroups * 4;
         int const warp = static_cast<int>(threadIdx.x / 32) - 4;
-        clear_tail_rows(params_, blockIdx.x * kWarps + warp, gridDim.x * kWarps);
+        clear_tail_rows(params_, blockIdx.x * Config::kConsumerWarps + warp,
+                        gridDim.x * Config::kConsumerWarps);
         if constexpr (Config::kTakeTurns) {
             Turns::start(warpgroup_);
         }
