@@ -374,6 +374,29 @@ def test_nan_and_infinity(sim: S.Simulator) -> None:
     np.testing.assert_array_equal(got.view(np.uint32)[2], np.full(8, 0x7FFFFFFF))
 
 
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        ("e4m3", 0x7F),
+        ("e5m2", 0x7F),
+        ("e5m2", 0x7C),
+        ("f16", 0x7E00),
+        ("f16", 0x7C00),
+        ("bf16", 0x7FC0),
+        ("bf16", 0x7F80),
+    ],
+)
+def test_zero_times_what_is_not_finite_is_nan(sim: S.Simulator, kind: str, code: int) -> None:
+    """Masked probabilities are zero, and rows of V that nobody wrote may hold anything."""
+    k, dtype = 32 // SIZE[kind], np.uint8 if SIZE[kind] == 1 else np.uint16
+    a, b = np.zeros((64, k), dtype), np.zeros((8, k), dtype)
+    b[5, 3] = code
+    for first in (0, draw((1, 1), kind, np.random.default_rng(9))[0, 0]):
+        a[:, 0] = first  # with and without a product that is not zero
+        got = run(sim, 8, kind, kind, a, b, np.zeros((64, 8), np.float32))
+        assert np.all(np.isnan(got[:, 5])) and not np.any(np.isnan(np.delete(got, 5, axis=1)))
+
+
 def test_plain_accumulation_is_close(sim: S.Simulator) -> None:
     rng = np.random.default_rng(8)
     a, b = draw((64, 16), "bf16", rng), draw((64, 16), "bf16", rng)

@@ -15,6 +15,8 @@ namespace sim {
 namespace {
 
 constexpr int kZeroExponent = -126;
+// Of infinity and NaN in an operand: no zero beside it brings it back into the fast path.
+constexpr int kNonFiniteExponent = 1024;
 
 int exponent_of(float value) {
     const int field = static_cast<int>((as_bits(value) >> 23) & 0xff);
@@ -253,7 +255,7 @@ void fill_exponents(WgmmaOperand& operand, Type type) {
     for (size_t i = 0; i < operand.values.size(); ++i) {
         const int32_t field = static_cast<int32_t>((as_bits(from[i]) >> 23) & 0xff) - 127;
         const int32_t bounded = field < smallest ? smallest : field;
-        to[i] = from[i] == 0.0f ? kZeroExponent : bounded;
+        to[i] = from[i] == 0.0f ? kZeroExponent : field == 128 ? kNonFiniteExponent : bounded;
     }
 }
 
