@@ -96,22 +96,30 @@ def _flash8(call: Call) -> Attention:
 
 
 def _flash8_fp8(on_gpu: bool) -> Iterator[Peer | Absent]:
-    for granularity, inside in itertools.product(("head", "block"), (False, True)):
-        name = f"flash8 e4m3 {granularity}" + (", with quantization" if inside else "")
+    choices = itertools.product(("head", "block"), (False, True), (False, True))
+    for granularity, by_keys, inside in choices:
+        name = f"flash8 e4m3 {granularity}" + (", v by keys" if by_keys else "")
+        name += ", with quantization" if inside else ""
         if not on_gpu:
             yield Absent(name, "FP8 products are emulated on a CPU: their time says nothing")
             continue
-        prepare = functools.partial(_quantized, granularity=granularity, inside=inside)
+        prepare = functools.partial(
+            _quantized, granularity=granularity, by_keys=by_keys, inside=inside
+        )
         yield Peer(name, prepare, ("dense", "packed"), backward=False, tolerance=0.1)
 
 
-def _quantized(call: Call, *, granularity: str, inside: bool) -> Attention:
-    """`inside`: quantization is part of what is timed."""
+def _quantized(call: Call, *, granularity: str, by_keys: bool, inside: bool) -> Attention:
+    """`by_keys`: the quantizer transposes v. `inside`: quantization is part of what is timed."""
     import flash8
     from flash8 import fp8
 
     def quantize(*tensors: Tensor) -> list[Any]:
-        return [fp8.quantize(x, granularity, cu_seqlens=call.cu_seqlens) for x in tensors]
+        ends = call.cu_seqlens
+        return [
+            fp8.quantize(x, granularity, cu_seqlens=ends, transpose=by_keys and name == "v")
+            for name, x in zip("qkv", tensors, strict=True)
+        ]
 
     def attend(*tensors: Any) -> Any:
         if call.cu_seqlens is None:
@@ -119,7 +127,7 @@ def _quantized(call: Call, *, granularity: str, inside: bool) -> Attention:
         return flash8.flash_attn_varlen_func(*tensors, **_varlen_arguments(call))
 
     ready = quantize(call.q, call.k, call.v)
-    _refuse_without_kernel(call, *(x.data for x in ready))
+    _refuse_without_kernel(call, *(x.by_token() for x in ready))
     if inside:
         return lambda q, k, v: attend(*quantize(q, k, v))
     return lambda q, k, v: attend(*ready)

@@ -217,11 +217,14 @@ def row(variant: ForwardVariant) -> Row:
 
 def _shared_bytes(variant: ForwardVariant) -> int:
     """Shared memory that one KV tile moves: TMA writes it, and every warpgroup reads it all, and
-    its 64 rows of Q once more. FP8's V is read and written in between, to be transposed."""
+    its 64 rows of Q once more. FP8's V is read and written in between where the kernel transposes
+    it; where it comes so, TMA brings it in panels of 128 keys."""
     block_m, block_n = tile(variant)
     fp8 = variant.dtype == "e4m3"
     k, v = block_n * variant.head_dim, block_n * variant.head_dim_v
-    elements = k + v + block_m // 64 * (64 * variant.head_dim + k + v) + (2 * v if fp8 else 0)
+    brought = k + (-(-block_n // 128) * 128 * variant.head_dim_v if variant.v_transposed else v)
+    turned = 2 * v if fp8 and not variant.v_transposed else 0
+    elements = brought + turned + block_m // 64 * (64 * variant.head_dim + k + v)
     return elements * (1 if fp8 else 2)
 
 

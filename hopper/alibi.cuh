@@ -8,6 +8,7 @@
 namespace flash8 {
 
 // What one row subtracts from its scores: slope * |position - key|, position = query + seqlen_k - seqlen_q.
+// The slope is in units of a score as it stands when it is applied, unless those differ from block to block.
 struct AlibiRow {
     float slope;
     int position;
@@ -19,16 +20,16 @@ struct AlibiRow {
         return {slope / unit, position};
     }
 
-    // Columns as in Mask::apply.
+    // `step` is the slope, in units of these scores. Columns as in Mask::apply.
     template <int kBlockN, class Row>
-    __device__ __forceinline__ void apply(Row&& scores, int n_block) const {
+    __device__ __forceinline__ void apply(Row&& scores, int n_block, float step) const {
         int const thread_column = n_block * kBlockN + 2 * static_cast<int>(threadIdx.x % 4);
         float const distance = static_cast<float>(position - thread_column);  // exact below 2^24
 #pragma unroll
         for (int i = 0; i < kBlockN / 8; ++i) {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                scores(c, i) -= slope * fabsf(distance - static_cast<float>(8 * i + c));
+                scores(c, i) -= step * fabsf(distance - static_cast<float>(8 * i + c));
             }
         }
     }

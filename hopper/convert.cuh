@@ -35,4 +35,28 @@ __device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1, float x2, floa
     return word;
 }
 
+// Four e4m3 values of one register as floats, the lowest byte first.
+__device__ __forceinline__ void unpack_e4m3(uint32_t word, float* values) {
+    uint32_t halves[2];
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, high;\n"
+        "}\n"
+        : "=r"(halves[0]), "=r"(halves[1])
+        : "r"(word));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        asm("{\n"
+            ".reg .b16 low, high;\n"
+            "mov.b32 {low, high}, %2;\n"
+            "cvt.f32.f16 %0, low;\n"
+            "cvt.f32.f16 %1, high;\n"
+            "}\n"
+            : "=f"(values[2 * i]), "=f"(values[2 * i + 1])
+            : "r"(halves[i]));
+    }
+}
+
 }  // namespace flash8

@@ -13,7 +13,10 @@
 
 namespace flash8 {
 
-inline constexpr std::uint32_t kAbiVersion = 2;
+inline constexpr std::uint32_t kAbiVersion = 3;
+
+// Tokens that share a descale of granularity block. Sequences of V by keys start with such a block, too.
+inline constexpr int kScaleBlock = 128;
 
 // What the driver calls CUtensorMap: opaque, encoded by the host, read by TMA.
 struct alignas(64) TensorMap {
@@ -121,7 +124,8 @@ struct ForwardParams {
 
     TensorRef q;   // (batch, seqlen_q, heads_q, head_dim)
     TensorRef k;   // (batch_k, seqlen_k, heads_kv, head_dim)
-    TensorRef v;   // (batch_k, seqlen_k, heads_kv, head_dim_v)
+    TensorRef v;   // (batch_k, seqlen_k, heads_kv, head_dim_v), or with KernelInfo::v_transposed
+                   // (batch_k, heads_kv, head_dim_v, 128 * blocks), where row_stride steps over head_dim_v
     TensorRef qv;  // (batch, seqlen_q, heads_q, head_dim_v)
     TensorRef o;   // (batch, seqlen_q, heads_q, head_dim_v)
     RowRef lse;    // natural log
@@ -136,8 +140,9 @@ struct ForwardParams {
     DescaleRef q_descale;
     DescaleRef k_descale;
     DescaleRef v_descale;
-    ChannelRef v_mean;   // what V lacks: added to O, times the weight that the keys have beside the sink
-    RowRef score_shift;  // softmax_scale * q . k_mean, what every score of a row lacks; null: none
+    ChannelRef k_mean;  // what K lacks: softmax_scale * q . k_mean comes back in LSE
+    ChannelRef v_mean;  // what V lacks: added to O, times the weight that the keys have beside the sink
+    ChannelRef v_channel_descale;  // V's by channel, beside v_descale
 
     SequenceParams sequences;
     ScoreParams scores;
@@ -149,6 +154,7 @@ struct ForwardParams {
     std::int32_t head_dim_v;
     ElementType o_type;                // kFloat16 or kBfloat16; for 16-bit inputs the type of q
     std::int32_t heads_per_q_descale;  // query heads that share a descale: 1, or heads_q / heads_kv
+    std::int32_t reserved[10];         // zero: fills the struct up to its 64-byte alignment
 };
 
 struct BackwardParams {
@@ -244,10 +250,11 @@ struct KernelInfo {
     std::int32_t shared_bytes;  // dynamic shared memory of a CTA
     std::int32_t producer_registers;
     std::int32_t consumer_registers;
-    std::int32_t pack_gqa;     // 1: query heads of one KV head are folded into kBlockM
-    std::int32_t paged_tma;    // 1: a page is loaded by TMA, so page_size must be a multiple of kBlockN
-    std::int32_t scale_block;  // rows that share a descale; 0: no blocks
-    TmaBox tma[kMaxTmaBoxes];  // in the order in which the params struct names its maps
+    std::int32_t pack_gqa;      // 1: query heads of one KV head are folded into kBlockM
+    std::int32_t paged_tma;     // 1: a page is loaded by TMA, so page_size must be a multiple of kBlockN
+    std::int32_t scale_block;   // rows that share a descale; 0: no blocks
+    std::int32_t v_transposed;  // 1: V is read by keys, as the quantizer transposes it
+    TmaBox tma[kMaxTmaBoxes];   // in the order in which the params struct names its maps
 };
 
 template <class T>

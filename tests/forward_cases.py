@@ -122,8 +122,16 @@ def sequences(call: Call) -> Iterator[Used]:
 
 
 def real(call: Call, name: str, used: Used, dtype: torch.dtype) -> Tensor:
-    """The used rows of q, k or v of one sequence, times their descales."""
+    """The used rows of q, k or v of one sequence: what the stored values stand for."""
     x = getattr(call, name)[used.queries if name == "q" else used.keys].to(dtype)
+    x = _descaled(call, name, used, x)
+    if name == "v" and call.v_channel_descale is not None:
+        x = x * call.v_channel_descale[used.index]
+    mean = {"k": call.k_mean, "v": call.v_mean}.get(name)
+    return x if mean is None else x + mean[used.index]
+
+
+def _descaled(call: Call, name: str, used: Used, x: Tensor) -> Tensor:
     descale = call.descales.get(f"{name}_descale")
     if descale is None or descale.dim() == 0:
         return x if descale is None else x * descale

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
+from flash8.fp8 import transposed
+from flash8.fp8.tokens import Tokens
 
 _GUARD_BYTES = 4096
 _TYPES = {
@@ -24,7 +26,7 @@ class Call:
 
     q: Tensor
     k: Tensor
-    v: Tensor
+    v: Tensor  # by token; a kernel that takes it by keys gets it so
     softmax_scale: float
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
@@ -38,7 +40,8 @@ class Call:
     # e4m3 only. descales by name: scalar, (batch, heads) or (batch, heads, blocks)
     descales: dict[str, Tensor] = field(default_factory=dict)
     v_mean: Tensor | None = None  # (batch, heads_kv, head_dim_v)
-    score_shift: Tensor | None = None  # like LSE
+    k_mean: Tensor | None = None  # (batch, heads_kv, head_dim)
+    v_channel_descale: Tensor | None = None  # (batch, heads_kv, head_dim_v)
     out_dtype: torch.dtype = torch.bfloat16
 
 
@@ -73,8 +76,9 @@ class ForwardKernel:
         params.o_type = _TYPES[o_dtype]
         o = torch.full((*call.q.shape[:-1], call.v.shape[-1]), float("nan"), dtype=o_dtype)
         lse = torch.full((*call.q.shape[:-3], heads, rows), float("nan"), dtype=torch.float32)
-        for name in ("q", "k", "v"):
+        for name in ("q", "k"):
             self._tensor(params, name, getattr(call, name))
+        self._tensor(params, "v", _by_keys(call) if self.info.v_transposed else call.v)
         o_memory, lse_memory = self._tensor(params, "o", o), self._upload(lse)
         params.lse = (lse_memory.address, heads * rows, rows)
         params.heads_q, params.heads_kv = heads, call.k.shape[-2]
@@ -129,13 +133,12 @@ class ForwardKernel:
             setattr(params, name, (self._upload(descale.reshape(-1)).address, *steps))
             if name == "q_descale" and descale.dim() > 1:
                 params.heads_per_q_descale = heads // descale.shape[1]
-        if call.v_mean is not None:
-            address = self._upload(call.v_mean).address
-            params.v_mean = (address, call.v_mean.stride(0), call.v_mean.stride(1))
-        if call.score_shift is not None:
-            shift = call.score_shift
-            batch_stride = 0 if shift.dim() == 2 else shift.stride(0)
-            params.score_shift = (self._upload(shift).address, batch_stride, shift.stride(-2))
+        for name in ("k_mean", "v_mean", "v_channel_descale"):
+            given = getattr(call, name)
+            if given is not None:
+                channels = given.contiguous()
+                strides = channels.stride(0), channels.stride(1)
+                setattr(params, name, (self._upload(channels).address, *strides))
 
     def _upload(self, x: Tensor) -> _native.DeviceMemory:
         data = x.contiguous().view(torch.uint8).numpy().tobytes()
@@ -151,6 +154,16 @@ class ForwardKernel:
         batch_stride = x.stride(0) if x.dim() == 4 else 0
         setattr(params, name, (memory.address, batch_stride, x.stride(-3), x.stride(-2)))
         return memory
+
+
+def _by_keys(call: Call) -> Tensor:
+    """V as the quantizer would write it, but with NaN where it writes zeros; (..., d, heads, keys)
+    as the struct has it."""
+    tokens = Tokens(call.indices.get("cu_seqlens_k"))
+    written = transposed.transpose(torch.ones_like(call.v, dtype=torch.uint8), tokens)
+    keys = transposed.transpose(call.v, tokens)
+    keys.view(torch.uint8)[written == 0] = 0x7F
+    return keys.transpose(-3, -2)
 
 
 def _download(memory: _native.DeviceMemory, like: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def test_the_bounds_catch_swapped_shares():
     [(256, 1, 128, True), (300, 1, 128, False), (8192, 1, 64, False), (32, 8, 256, True)],
 )
 def test_when_ctas_share_loads(seqlen_q, ratio, head_dim, clusters):
-    assert heuristics.loads_in_clusters(seqlen_q, ratio, head_dim) == clusters
+    assert heuristics.loads_in_clusters(seqlen_q, ratio, head_dim, False) == clusters
 
 
 def test_the_public_function_uses_clusters(monkeypatch):

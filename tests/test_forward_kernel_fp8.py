@@ -1,7 +1,6 @@
 """The FP8 forward kernel on the simulated device, whose tensor cores accumulate as Hopper's do."""
 
 import math
-import shutil
 from dataclasses import replace
 from unittest import mock
 
@@ -12,11 +11,11 @@ import flash8
 import oracle
 from flash8 import fp8
 from flash8.backends.cpu import operands
-from flash8.compiler import Unit, compile_unit, kernel_root
+from flash8.compiler import compile_unit
 from flash8.variants import SHIPPED, ForwardVariant
-from forward_cases import SHAPES, check, compare, device, draw, int32, kernel, launch, masks, packed
+from forward_cases import SHAPES, check, compare, device, int32, kernel, launch, packed
 from forward_launch import Call, ForwardKernel, Schedule
-from fp8_model import quantise
+from fp8_forward_cases import changed_kernel, dense_call, from_tensors, packed_call, wide
 from simulated_device import missing_compiler
 from tolerances import (
     FP8_ACCUMULATION,
@@ -46,44 +45,6 @@ VARIANTS = [pytest.param(v, id=v.name) for v in DEFAULT] + [
 SPECIFIED = Bound(0.001, 1.8e-5, "kernel against the CPU backend that emulates its tensor cores")
 
 
-def descales(variant, batch, heads, heads_kv, blocks_q, blocks_k, *, packed=False, seed=7):
-    """Descales around 1/32, different for every head, or for every block of a head."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def tensor(heads: int, blocks: int) -> torch.Tensor:
-        shape = (batch, heads) if variant.scales == "head" else (batch, heads, blocks)
-        shape = (1, *shape[1:]) if packed and variant.scales == "block" else shape
-        return torch.empty(shape).uniform_(0.5, 1.1, generator=generator) / 32
-
-    # FA3's q_descale has KV heads; ours may also have query heads.
-    heads_q = heads if variant.scales == "block" or heads_kv == 1 else heads_kv
-    return {
-        "q_descale": tensor(heads_q, blocks_q),
-        "k_descale": tensor(heads_kv, blocks_k),
-        "v_descale": tensor(heads_kv, blocks_k),
-    }
-
-
-def dense_call(variant, batch, seqlen_q, seqlen_k, heads, heads_kv, **given) -> Call:
-    q, k, v = draw(variant, seqlen_q, seqlen_k, heads, heads_kv, batch=batch)
-    blocks = (-(-seqlen_q // 128), max(1, -(-seqlen_k // 128)))
-    given = {"descales": descales(variant, batch, heads, heads_kv, *blocks), **given}
-    return Call(q, k, v, variant.head_dim**-0.5, **masks(variant), **given)
-
-
-def from_tensors(q, k, v, **given) -> Call:
-    """A call on wide tensors (batch, seqlen, heads, d), quantised per head."""
-    (q8, qd), (k8, kd), (v8, vd) = quantise(q, q.shape[2] // k.shape[2]), quantise(k), quantise(v)
-    scales = {"q_descale": qd, "k_descale": kd, "v_descale": vd}
-    return Call(q8, k8, v8, q.shape[-1] ** -0.5, descales=scales, **given)
-
-
-def wide(seqlen_q, seqlen_k, *, mean_v=0.0, seed=0, d=128):
-    g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(1, n, 1, d, generator=g) for n in (seqlen_q, seqlen_k, seqlen_k))
-    return q, k, v + mean_v
-
-
 def oracle_of(call: Call):
     options = {"causal": call.causal, "softmax_scale": call.softmax_scale}
     return oracle.attention(call.q, call.k, call.v, **options, **call.descales)
@@ -97,20 +58,7 @@ def test_dense(variant, shape):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packed_with_used_lengths(variant):
-    offsets = packed([5, 0, 130, 1, 64])
-    total = int(offsets[-1])
-    q, k, v = draw(variant, total, total, 2, 1)
-    blocks = total // 128 + 5
-    scales = descales(variant, 5, 2, 1, blocks, blocks, packed=True)
-    indices = {
-        "cu_seqlens_q": offsets,
-        "cu_seqlens_k": offsets,
-        "seqused_q": int32([5, 0, 99, 0, 64]),
-        "seqused_k": int32([3, 0, 77, 1, 0]),
-    }
-    given = {"indices": indices, "max_seqlen_q": 130, "max_seqlen_k": 130, "descales": scales}
-    call = Call(q, k, v, variant.head_dim**-0.5, **masks(variant), **given)
-    check(variant, call, Schedule(num_ctas=3))
+    check(variant, packed_call(variant), Schedule(num_ctas=3))
 
 
 def test_left_padding_and_cache_rows():
@@ -201,12 +149,12 @@ def test_one_visible_key_is_exact(out_dtype):
 
 
 def test_nan_reaches_the_output_where_it_is_visible():
+    """And stays in its channel. Rows of its tile that do not see it may have it too: 0 * NaN."""
     call = dense_call(CAUSAL, 1, 40, 40, 1, 1)
     call.v[0, 20, 0, 5] = math.nan
     o, _ = launch(CAUSAL, call)
     assert o[0, 20:, 0, 5].isnan().all()
-    assert not o[..., :5].isnan().any()
-    assert not o[0, :20].isnan().any()
+    assert not o[..., :5].isnan().any() and not o[..., 6:].isnan().any()
 
 
 @pytest.mark.parametrize("every", [4, 1])
@@ -225,19 +173,6 @@ def test_exponentials_by_polynomial(every):
 # ------------------------------------------------------------------------------ what must not pass
 
 
-def changed_kernel(folder, *edits: tuple[str, str, str]) -> ForwardKernel:
-    """DENSE compiled from sources with (file, old, new) edits."""
-    root = folder / "hopper"
-    shutil.copytree(kernel_root(), root)
-    for name, old, new in edits:
-        path = root / name
-        text = path.read_text()
-        assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
-        path.write_text(text.replace(old, new))
-    unit = Unit(root / "forward" / "kernel.cu", DENSE.defines, "changed")
-    return ForwardKernel(device().driver, compile_unit(unit).ptx.read_bytes() + b"\0")
-
-
 def test_the_bounds_catch_swapped_descales():
     call = dense_call(DENSE, 1, 100, 300, 2, 1)
     scales = {**call.descales, "k_descale": call.descales["v_descale"]}
@@ -248,14 +183,16 @@ def test_the_bounds_catch_swapped_descales():
 
 
 def test_the_bounds_catch_an_offset_that_lse_keeps(tmp_path):
-    changed = changed_kernel(tmp_path, ("softmax.cuh", "(safe - offset + ", "(safe + "))
+    changed = changed_kernel(tmp_path, DENSE, ("softmax.cuh", "(safe - offset + ", "(safe + "))
     call = dense_call(DENSE, 1, 100, 300, 2, 1)
     with pytest.raises(AssertionError, match="LSE"):
         compare(call, *changed(call, Schedule()))
 
 
 def test_the_bounds_catch_unscaled_p(tmp_path):
-    changed = changed_kernel(tmp_path, ("softmax_fp8.cuh", "kOffset = 8.0f;", "kOffset = 0.0f;"))
+    changed = changed_kernel(
+        tmp_path, DENSE, ("softmax_fp8.cuh", "kOffset = 8.0f;", "kOffset = 0.0f;")
+    )
     q, k, v = wide(100, 600)
     call = from_tensors(2.0 * q, k, v)
     want, _ = specified(call, changed.info.block_n)
@@ -268,6 +205,7 @@ def test_the_bounds_catch_a_missing_promotion(tmp_path):
     mainloop = "forward/mainloop_fp8.cuh"
     changed = changed_kernel(
         tmp_path,
+        DENSE,
         (mainloop, "multiply<true>(mma_pv, p,", "multiply<false>(mma_pv, p,"),
         (mainloop, "issue(0);", "for (int i = 0; i < size(t[0]); ++i) {\n"
          "t[0](i) = alpha[i / 2 % 2] * o(i);\n}\nissue(0);"),

@@ -58,6 +58,22 @@ def test_what_shares_a_descale(granularity):
     assert torch.equal(fp8.dequantize(s), s.data.float() * expected.float())
 
 
+def test_channels_have_descales_of_their_own():
+    lengths = (130, 0, 1)
+    cu = cumulative(lengths)
+    x = torch.randn(134, 2, 16) * torch.logspace(-2, 2, 16)
+    x[131:] = 1e6  # rows that belong to nobody
+    s = fp8.quantize(x, "channel", cu_seqlens=cu, smooth_v=True)
+    assert s.descale.shape == (3, 2, 16)
+    assert (s.data[:130].float().abs().amax(dim=0) == 448.0).all()
+    assert (s.descale[1] == 1.0).all()
+    alone = fp8.quantize(x[None, :130], "channel", smooth_v=True)
+    torch.testing.assert_close(s.descale[:1], alone.descale)  # means are summed in other orders
+    back = fp8.dequantize(s)[:131]
+    bound = (x[:131] - s.mean[[0] * 130 + [2]]).abs() / 16 + s.descale[[0] * 130 + [2]] / 512
+    assert ((back - x[:131]).abs() <= bound * 1.01).all()
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "head", "block"])
 def test_packed_is_dense_sequence_by_sequence(granularity):
     lengths = (130, 0, 1, 256, 200)
@@ -161,6 +177,7 @@ def test_amax_is_raised_beside_a_given_descale():
 # ---------------------------------------------------------------------------- transposed
 
 KEYS_OF_PLACES = [2 * q + r % 2 + 8 * (r // 2) for q in range(4) for r in range(4)]
+CHANNELS_OF_ROWS = [2 * g + h for h in range(2) for g in range(8)]
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "head", "block"])
@@ -177,7 +194,7 @@ def test_transposed_is_by_keys_in_the_order_of_the_accumulators(granularity):
         key = place // 16 * 16 + KEYS_OF_PLACES[place % 16]
         for b, count in enumerate((150, 20)):
             wanted = expected[b, key] if key < count else torch.zeros(3, 16)
-            assert torch.equal(data[b, :, :, place], wanted)
+            assert torch.equal(data[b, :, :, place], wanted[:, CHANNELS_OF_ROWS])
     everything = fp8.quantize(x, granularity, transpose=True)
     assert torch.equal(fp8.dequantize(everything), fp8.dequantize(fp8.quantize(x, granularity)))
 
@@ -204,13 +221,24 @@ def test_transposed_and_packed_is_dense_sequence_by_sequence():
     assert torch.equal(fp8.dequantize(s)[:rows], fp8.dequantize(plain)[:rows])
 
 
-def test_attention_takes_a_transposed_v():
-    q, k, v = (fp8.quantize(torch.randn(2, 140, 2, 32), "block") for _ in range(3))
+@pytest.mark.parametrize("width", [8, 24, 32])
+def test_attention_takes_a_transposed_v(width):
+    q, k = (fp8.quantize(torch.randn(2, 140, 2, 32), "block") for _ in range(2))
+    v = fp8.quantize(torch.randn(2, 140, 2, width), "block")
     by_keys = fp8.quantize(fp8.dequantize(v), descale=v.descale, transpose=True)
     expected = flash8.flash_attn_func(q, k, v, causal=True)
+    assert expected.shape == (2, 140, 2, width)
     assert torch.equal(flash8.flash_attn_func(q, k, by_keys, causal=True), expected)
     with pytest.raises(ValueError, match="k must not be transposed"):
         flash8.flash_attn_func(q, by_keys, v)
+
+
+def test_a_transposed_v_must_be_of_the_keys():
+    q, k, v = (fp8.quantize(torch.randn(2, n, 2, 32), transpose=n == 141) for n in (9, 140, 141))
+    with pytest.raises(ValueError, match=r"transposed v must be of k's 140 tokens.*got 141"):
+        flash8.flash_attn_func(q, k, v)
+    with pytest.raises(ValueError, match="v_cache must lie by token"):
+        flash8.flash_attn_with_kvcache(q, k, v, cache_seqlens=3)
 
 
 # ------------------------------------------------------------------------------ rotation

@@ -48,6 +48,8 @@ MIXES = {
     "mixed blocks": (("head", "tensor", "block"), {}, PLAIN),
     "rotated": (("block",) * 3, dict(hadamard=11), PLAIN),
     "smooth": (("head",) * 3, {}, SMOOTH),
+    "channels": (("block", "block", "channel"), {}, SMOOTH),
+    "channels by keys": (("head", "head", "channel"), {}, ({}, dict(transpose=True))),
     "all": (("block",) * 3, dict(hadamard=True), SMOOTH),
 }
 
@@ -273,6 +275,17 @@ def test_bad_descales_and_means():
     refuse(r"k_mean must have shape.*\(2, 64\).*got \(64,\)", *data, k_mean=torch.ones(64))
     refuse("k_mean needs torch.float8_e4m3fn", *draw(), k_mean=torch.ones(2, 64))
     refuse("k_mean.*softcap = 5.0.*capped", *data, k_mean=torch.ones(2, 64), softcap=5.0)
+    refuse(
+        r"v_channel_descale must have shape.*\(2, 32\).*got \(32,\)",
+        *data,
+        v_channel_descale=torch.ones(32),
+    )
+    channels = fp8.quantize(fp8.dequantize(v), "channel")
+    refuse("v_channel_descale must be None", q, k, channels, v_channel_descale=torch.ones(2, 32))
+    refuse(
+        "k must not have a descale per channel", q, fp8.quantize(fp8.dequantize(k), "channel"), v
+    )
+    refuse("v_channel_descale needs torch.float8", *draw(), v_channel_descale=torch.ones(2, 32))
     refuse("v_mean.*dropout_p = 0.1.*sum to 1", *data, v_mean=torch.ones(2, 32), dropout_p=0.1)
     refuse("q_descale needs.*bfloat16 q", q.data.bfloat16(), k, v, q_descale=torch.ones(()))
     refuse("k_descale must be None where k is a ScaledTensor", q, k, v, k_descale=torch.ones(()))

@@ -56,13 +56,16 @@ def test_packed_sequences_match_the_cpu() -> None:
     assert relative_error(actual, expected) < 1e-2
 
 
+@pytest.mark.parametrize("by_keys", [False, True])
 @pytest.mark.parametrize("granularity", ["head", "block"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_fp8_matches_the_cpu(head_dim: int, granularity: str) -> None:
+def test_fp8_matches_the_cpu(head_dim: int, granularity: str, by_keys: bool) -> None:
     q, k, v = (draw(2, 300, heads, head_dim, seed=s).float() for s, heads in enumerate((4, 2, 2)))
-    scaled = [fp8.quantize(x, granularity) for x in (q, k, v)]
+    choices = ({}, {"smooth_k": True}, {"smooth_v": True, "transpose": by_keys})
+    inputs = list(zip((q, k, v), choices, strict=True))
+    scaled = [fp8.quantize(x, granularity, **chosen) for x, chosen in inputs]
     expected, expected_lse = flash8.flash_attn_func(*scaled, causal=True, return_attn_probs=True)
-    on_gpu = [fp8.quantize(x.cuda(), granularity) for x in (q, k, v)]
+    on_gpu = [fp8.quantize(x.cuda(), granularity, **chosen) for x, chosen in inputs]
     actual, lse = flash8.flash_attn_func(*on_gpu, causal=True, return_attn_probs=True)
     assert relative_error(actual, expected) < 0.035
     assert (lse.cpu() - expected_lse).abs().max() < 1e-3

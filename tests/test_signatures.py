@@ -60,9 +60,10 @@ OWN = {
 }
 KEYWORDS = {"s_aux", "alibi_slopes", "dropout_p", "dropout_seed", "out"}
 MEANS = {"k_mean", "v_mean"}
+CHANNELS = MEANS | {"v_channel_descale"}
 KEYWORD_ONLY = {
-    "flash_attn_func": KEYWORDS | MEANS,
-    "flash_attn_varlen_func": KEYWORDS | MEANS | {"page_table"},
+    "flash_attn_func": KEYWORDS | CHANNELS,
+    "flash_attn_varlen_func": KEYWORDS | CHANNELS | {"page_table"},
     "flash_attn_qkvpacked_func": KEYWORDS,
     "flash_attn_varlen_qkvpacked_func": KEYWORDS,
     "flash_attn_kvpacked_func": KEYWORDS,

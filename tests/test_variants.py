@@ -48,6 +48,7 @@ def test_names_and_defines_of_one():
         "FLASH8_SCALES": "0",
         "FLASH8_ALIBI": "0",
         "FLASH8_CLUSTER": "0",
+        "FLASH8_V_TRANSPOSED": "0",
     }
     assert variant.unit().label == variant.name
 

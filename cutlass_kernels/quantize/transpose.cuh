@@ -1,4 +1,6 @@
-// A tile with its keys contiguous, as the tensor cores want V: (head_dim, 128), through shared memory.
+// A tile with its keys contiguous, as the tensor cores want V: (head_dim, 128), through shared memory. Keys
+// and channels stand in the orders that the forward kernel's own transposition leaves
+// (flash8.fp8.transposed).
 
 #pragma once
 
@@ -44,8 +46,9 @@ struct TransposedTile {
             int const chunk = (threadIdx.x + i * Config::kThreads) % kChunks;
             int const channel = (threadIdx.x + i * Config::kThreads) / kChunks;
             if (channel < params.head_dim) {
+                int const row = channel / 16 * 16 + channel % 2 * 8 + channel % 16 / 2;
                 uint32_t const* const source = &words[channel][permuted(channel, chunk) * 4];
-                *reinterpret_cast<uint4*>(out + channel * params.out.row_stride + chunk * 16) =
+                *reinterpret_cast<uint4*>(out + row * params.out.row_stride + chunk * 16) =
                     *reinterpret_cast<uint4 const*>(source);
             }
         }

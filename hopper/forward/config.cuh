@@ -90,8 +90,11 @@ struct ForwardConfig {
     static constexpr auto kScales = static_cast<ScaleGranularity>(FLASH8_SCALES);
     static constexpr bool kBlockScales = kScales == ScaleGranularity::kBlock;
     static constexpr int kPolynomialEvery = FLASH8_POLYNOMIAL_EVERY;
+    // FP8: V in global memory is by keys, as the quantizer writes it, instead of by channels.
+    static constexpr bool kVTransposed = FLASH8_V_TRANSPOSED;
+    static constexpr bool kTransposesV = kFp8 && !kVTransposed;
     static_assert(kFp8 == (kScales != ScaleGranularity::kNone), "e4m3 has descales, 16-bit types have none");
-    static_assert(!(kFp8 && (kAlibi || kClusterM > 1)), "ALiBi and clusters have no FP8 kernel");
+    static_assert(kFp8 || !kVTransposed, "16-bit products take V as it is");
     static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0,
                   "tiles are made of panels of at least 32 columns");
     static_assert(!FLASH8_KV && !FLASH8_SPLIT, "paged KV and KV splits have no kernel yet");
@@ -110,12 +113,13 @@ struct ForwardConfig {
     static constexpr int kConsumerWarpgroups = kBlockM / kRowsPerWarpgroup;
     static constexpr int kConsumerWarps = kConsumerWarpgroups * 4;
     static constexpr int kThreads = (kConsumerWarpgroups + 1) * 128;
-    // FP8: warps of the producer warpgroup that transpose V; the first one issues TMA.
-    static constexpr int kTransposerWarps = kFp8 ? 3 : 0;
+    // Warps of the producer warpgroup that transpose V; the first one issues TMA.
+    static constexpr int kTransposerWarps = kTransposesV ? 3 : 0;
     // Times 128 threads each: together at most the 64K registers of a multiprocessor. Transposing takes more
     // than loading.
-    static constexpr int kProducerRegisters = kConsumerWarpgroups == 2 ? (kFp8 ? 48 : 40) : (kFp8 ? 56 : 32);
-    static constexpr int kConsumerRegisters = kConsumerWarpgroups == 2 ? 232 : (kFp8 ? 152 : 160);
+    static constexpr int kProducerRegisters =
+        kConsumerWarpgroups == 2 ? (kTransposesV ? 48 : 40) : (kTransposesV ? 56 : 32);
+    static constexpr int kConsumerRegisters = kConsumerWarpgroups == 2 ? 232 : (kTransposesV ? 152 : 160);
     // Taking turns pays while a block's products are not much longer than its softmax. The FP8 mainloop
     // overlaps nothing within a warpgroup and needs it.
     static constexpr bool kTakeTurns = kFp8 || kWidestHead <= 128;
@@ -130,17 +134,18 @@ struct ForwardConfig {
     using SmemLayoutK = decltype(cute::tile_to_shape(
         Atoms::KMajor{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
     // V as the product wants it, (head_dim_v, key, stage). 16 bit: head_dim_v is contiguous, as TMA writes
-    // it. FP8: keys are contiguous, and transpose.cuh says in which order they and the channels stand.
-    using ShapeVt = cute::Shape<cute::Int<kHeadDimV>, cute::Int<kBlockN>, cute::Int<kStages>>;
-    using AtomsVt = SwizzleAtoms<Element, panel_bytes(kBlockN * sizeof(Element))>;
+    // it. FP8: keys are contiguous, and transpose.cuh says in which order they (and, where a warp has
+    // transposed them, the channels) stand.
+    // Keys that TMA brings transposed come in panels. Instead of seven of 32 bytes, 224 keys are two of 128,
+    // the last of which reaches into keys that nobody reads.
+    static constexpr int kKeysVt = kVTransposed && kBlockN == 224 ? 256 : kBlockN;
+    using ShapeVt = cute::Shape<cute::Int<kHeadDimV>, cute::Int<kKeysVt>, cute::Int<kStages>>;
+    static constexpr int kPanelVt = panel_bytes(kKeysVt * sizeof(Element)) / sizeof(Element);
+    using AtomsVt = SwizzleAtoms<Element, kPanelVt * sizeof(Element)>;
     using SmemLayoutVt =
         std::conditional_t<kFp8, decltype(cute::tile_to_shape(AtomsVt::KMajor{}, ShapeVt{})),
                            decltype(cute::tile_to_shape(AtomsV::MnMajor{}, ShapeVt{},
                                                         cute::Step<cute::_2, cute::_1, cute::_3>{}))>;
-    // FP8: V as TMA writes it, (key, head_dim_v, stage).
-    using SmemLayoutV = decltype(cute::tile_to_shape(
-        AtomsV::KMajor{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDimV>, cute::Int<kStages>>{}));
-
     // Columns of O that one product makes. FP8 promotes T = P V into O: wide heads in quarters, since O and a
     // whole T would not fit the registers.
     static constexpr int kColumnsPV = kFp8 && kHeadDimV > 192 ? 64 : kHeadDimV;
@@ -156,38 +161,41 @@ struct ForwardConfig {
         cute::Shape<cute::Shape<cute::_2, cute::_2, cute::Int<kColumns / 8>>, cute::_1, cute::_1>>;
 
     static constexpr int kBytesQ = kBlockM * kHeadDim * sizeof(Element);
-    static constexpr int kBytesV = kBlockN * kHeadDimV * sizeof(Element);
+    static constexpr int kElementsV = kKeysVt * kHeadDimV;  // of a stage
+    static constexpr int kBytesV = kElementsV * sizeof(Element);
 };
 
-// FP8: V between TMA and the warps that transpose it.
+// V between TMA and the warps that transpose it.
 template <class Config, bool kUsed>
 struct TransposeStorage {};
 template <class Config>
 struct TransposeStorage<Config, true> {
-    alignas(1024) typename Config::Element v_rows[Config::kStages * Config::kBlockN * Config::kHeadDimV];
+    alignas(1024) typename Config::Element v_rows[Config::kStages * Config::kElementsV];
     Pipeline<Config::kStages> pipeline_v_rows;
 };
 
 template <class Config>
-struct SharedStorage : TransposeStorage<Config, Config::kFp8> {
+struct SharedStorage : TransposeStorage<Config, Config::kTransposesV> {
     using Element = typename Config::Element;
 
     alignas(1024) Element q[Config::kBlockM * Config::kHeadDim];
     alignas(1024) Element k[Config::kStages * Config::kBlockN * Config::kHeadDim];
-    alignas(1024) Element v[Config::kStages * Config::kBlockN * Config::kHeadDimV];
+    alignas(1024) Element v[Config::kStages * Config::kElementsV];
+    // FP8, with a mean taken off K: what the scores of a row lack, from one end of its mainloop to the other.
+    float score_shift[Config::kFp8 ? Config::kBlockM : 1];
     TileQueue tiles;
     Pipeline<1> pipeline_q;
     Pipeline<Config::kStages> pipeline_k;
     Pipeline<Config::kStages> pipeline_v;
 
-    // Every arrival count. Q, K and 16-bit V are filled by one thread's TMA; FP8 V goes through the warps
-    // that transpose it.
+    // Every arrival count. Q, K and V are filled by one thread's TMA, unless V goes through the warps that
+    // transpose it.
     __device__ void init_pipelines() {
         tiles.init(Config::kConsumerWarps + Config::kTransposerWarps);
         pipeline_q.init(Config::kConsumerWarps);
         pipeline_k.init(Config::kConsumerWarps * Config::kClusterM);
-        if constexpr (Config::kFp8) {
-            this->pipeline_v_rows.init(Config::kTransposerWarps);
+        if constexpr (Config::kTransposesV) {
+            this->pipeline_v_rows.init(Config::kTransposerWarps * Config::kClusterM);
             pipeline_v.init(Config::kConsumerWarps, Config::kTransposerWarps);
         } else {
             pipeline_v.init(Config::kConsumerWarps * Config::kClusterM);

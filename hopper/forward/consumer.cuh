@@ -9,6 +9,7 @@
 #include "epilogue.cuh"
 #include "mainloop.cuh"
 #include "mainloop_fp8.cuh"
+#include "score_shift.cuh"
 #include "tail_rows.cuh"
 
 namespace flash8 {
@@ -59,7 +60,7 @@ class Consumer {
                 Mainloop<Config> mainloop(params_, shared_, state_, scores, warpgroup_, info.seqlen_k);
                 mainloop.run(o, softmax, blocks);
             }
-            Epilogue<Config>::store(params_, info, tile, row, o, softmax, 1.0f);
+            Epilogue<Config>::store(params_, info, tile, row, o, softmax, Leftovers{});
         }
     }
 
@@ -68,7 +69,7 @@ class Consumer {
                                              KeyBlocks const& blocks, WorkTile const& tile, int row) {
         using Descale = KeyDescale<Config::kBlockScales>;
         BlockLocalSoftmax softmax;
-        float v_scale = 1.0f;
+        Leftovers leftovers;
         if (!blocks.empty()) {
             bool const packed = params_.sequences.cu_seqlens_k != nullptr;
             int const head_kv = kv_head<Config::kPackGqa>(params_, tile);
@@ -82,17 +83,43 @@ class Consumer {
                                                    : params_.scores.softmax_scale_log2) *
                                  q_descale<Config::kBlockScales>(params_, info, tile.batch, query);
             }
+            if (params_.k_mean.ptr != nullptr) {
+                keep_score_shift(tile, head_kv, score_scale);
+            }
             Scores<Config> const scores(params_, info, mask, tile, row);
-            MainloopFp8<Config> mainloop(params_, shared_, state_, scores, warpgroup_);
-            v_scale = mainloop.run(o, softmax, blocks, score_scale, k_descale, v_descale);
+            MainloopFp8<Config> mainloop(params_, shared_, state_, scores, warpgroup_, info.seqlen_k);
+            leftovers.v_scale = mainloop.run(o, softmax, blocks, score_scale, k_descale, v_descale);
+            if (params_.k_mean.ptr != nullptr) {
+                leftovers.score_shift[0] = shared_.score_shift[tile_row()];
+                leftovers.score_shift[1] = shared_.score_shift[tile_row() + 8];
+            }
         }
-        Epilogue<Config>::store(params_, info, tile, row, o, softmax, v_scale);
+        Epilogue<Config>::store(params_, info, tile, row, o, softmax, leftovers);
     }
 
-    // The first of this thread's two rows.
-    __device__ __forceinline__ int first_row(int m_block) const {
+    // Before the mainloop gives Q back. Shared memory keeps it, which has room where registers have not.
+    __device__ void keep_score_shift(WorkTile const& tile, int head_kv,
+                                     float const (&log2_scale)[kRowsPerThread]) {
+        shared_.pipeline_q.wait(state_.q);
+        ChannelRef const& mean = params_.k_mean;
+        float shift[kRowsPerThread];
+        score_shift<Config>(shift, shared_.q,
+                            mean.ptr + tile.batch * mean.batch_stride + head_kv * mean.head_stride,
+                            params_.head_dim, tile_row(), log2_scale);
+        if (threadIdx.x % 4 == 0) {
+            shared_.score_shift[tile_row()] = shift[0];
+            shared_.score_shift[tile_row() + 8] = shift[1];
+        }
+        __syncwarp();  // the rows of a warp are its own
+    }
+
+    // The first of this thread's two rows, in the tile and in the sequence.
+    __device__ __forceinline__ int tile_row() const {
         int const warp = (threadIdx.x % 128) / 32;
-        return m_block * Config::kBlockM + warpgroup_ * 64 + warp * 16 + (threadIdx.x % 32) / 4;
+        return warpgroup_ * 64 + warp * 16 + (threadIdx.x % 32) / 4;
+    }
+    __device__ __forceinline__ int first_row(int m_block) const {
+        return m_block * Config::kBlockM + tile_row();
     }
 
     ForwardParams const& params_;

@@ -13,8 +13,10 @@ namespace flash8 {
 // The words of flash8.variants, by their position there.
 enum class ScaleGranularity : int { kNone = 0, kHead = 1, kBlock = 2 };
 
-// Tokens that share a descale of granularity kBlock.
-constexpr int kScaleBlock = 128;
+// The number of a packed sequence's first block of keys.
+__device__ __forceinline__ int first_block(SeqlenInfo const& info, int batch) {
+    return info.offset_k / kScaleBlock + batch;
+}
 
 // K's or V's descale of one head of one sequence: one value, or one per block of keys.
 template <bool kBlocks>
@@ -27,8 +29,7 @@ class KeyDescale {
         }
         values_ += head * ref.head_stride;
         if constexpr (kBlocks) {
-            values_ += packed ? (info.offset_k / kScaleBlock + batch) * ref.block_stride
-                              : info.batch_k * ref.batch_stride;
+            values_ += packed ? first_block(info, batch) * ref.block_stride : info.batch_k * ref.batch_stride;
         } else {
             values_ += batch * ref.batch_stride;
         }

@@ -10,26 +10,29 @@
 
 namespace flash8 {
 
+// What FP8 leaves to the epilogue.
+struct Leftovers {
+    float v_scale = 1.0f;  // what turns O into real values beside the normalisation
+    float score_shift[kRowsPerThread] = {0.0f, 0.0f};  // what the scores of a row lack, natural log
+};
+
 template <class Config>
-struct Epilogue {
+class Epilogue {
     using Element = typename Config::Element;
 
+  public:
     // Every row of the sequence in this tile is written: zero where it is not used or has seen no key.
-    // v_scale: what turns O into real values beside the normalisation.
     template <class Accumulator, class Softmax>
     __device__ static void store(ForwardParams const& params, SeqlenInfo const& info, WorkTile const& tile,
-                                 int first_row, Accumulator& o, Softmax const& softmax, float v_scale) {
+                                 int first_row, Accumulator& o, Softmax const& softmax,
+                                 Leftovers const& leftovers) {
         QueryRow rows[kRowsPerThread];
-        float shift[kRowsPerThread] = {0.0f, 0.0f};
         float sinks[kRowsPerThread];
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
             rows[r] = query_row<Config::kPackGqa>(params, tile, first_row + 8 * r);
-            if constexpr (Config::kFp8) {
-                shift[r] = score_shift(params.score_shift, info, rows[r]);
-            }
             bool const sink = params.scores.sinks != nullptr && rows[r].query < info.capacity_q;
-            sinks[r] = sink ? params.scores.sinks[rows[r].head] - shift[r] : -INFINITY;
+            sinks[r] = sink ? params.scores.sinks[rows[r].head] - leftovers.score_shift[r] : -INFINITY;
         }
         RowStatistics const statistics = softmax.finish(sinks);
         uint16_t* const out = static_cast<uint16_t*>(params.o.ptr) + info.batch_q * params.o.batch_stride;
@@ -41,34 +44,68 @@ struct Epilogue {
             int64_t const target = info.offset_q + static_cast<int64_t>(rows[r].query);
             uint16_t* const out_row =
                 out + target * params.o.row_stride + rows[r].head * params.o.head_stride;
-            float const factor = used ? statistics.normalise[r] * v_scale : 0.0f;
+            RowFactors const factors{used ? statistics.normalise[r] * leftovers.v_scale : 0.0f,
+                                     used ? statistics.weight[r] : 0.0f};
             if constexpr (Config::kFp8) {
-                float const weight = used ? statistics.weight[r] : 0.0f;
-                store_interleaved_row(params, tile, out_row, inside, o, r, factor, weight);
+                store_interleaved_row(out_row, inside, o, r, factors, Channels(params, tile));
             } else {
-                store_row(out_row, inside, o, r, factor, params.head_dim_v);
+                store_row(out_row, inside, o, r, factors.normalise, params.head_dim_v);
             }
             if (inside && threadIdx.x % 4 == 0 && params.lse.ptr != nullptr) {
                 out_lse[rows[r].head * params.lse.head_stride + target] =
-                    used ? statistics.lse[r] + shift[r] : -INFINITY;
+                    used ? statistics.lse[r] + leftovers.score_shift[r] : -INFINITY;
             }
         }
     }
 
   private:
-    // What the scores of a row lack since K lacks its mean; 0 for rows that are not used.
-    __device__ static float score_shift(RowRef const& ref, SeqlenInfo const& info, QueryRow const& row) {
-        if (ref.ptr == nullptr || row.query >= info.seqlen_q) {
-            return 0.0f;
-        }
-        return ref
-            .ptr[info.batch_q * ref.batch_stride + row.head * ref.head_stride + info.offset_q + row.query];
-    }
+    struct RowFactors {
+        float normalise;
+        float weight;  // of the keys, beside the sink
+    };
 
     // A factor of 0 gives 0 whatever was accumulated.
     __device__ __forceinline__ static float scaled(float x, float factor) {
         return factor == 0.0f ? 0.0f : x * factor;
     }
+
+    // FP8: a channel of V gets its factor and its mean back, where it has any, and O has a type of its own.
+    class Channels {
+      public:
+        __device__ Channels(ForwardParams const& params, WorkTile const& tile)
+            : count_(params.head_dim_v),
+              half_(params.o_type == ElementType::kFloat16),
+              descale_(of_head(params.v_channel_descale, params, tile)),
+              mean_(of_head(params.v_mean, params, tile)) {}
+
+        __device__ __forceinline__ int count() const { return count_; }
+
+        __device__ __forceinline__ float restore(float x, int channel, RowFactors const& factors) const {
+            float value = scaled(x, factors.normalise);
+            value *= descale_ != nullptr ? descale_[channel] : 1.0f;
+            value += mean_ != nullptr ? factors.weight * mean_[channel] : 0.0f;
+            return value;
+        }
+
+        __device__ __forceinline__ uint32_t round(float low, float high) const {
+            return half_ ? pack<cutlass::half_t>(low, high) : pack<cutlass::bfloat16_t>(low, high);
+        }
+
+      private:
+        __device__ static float const* of_head(ChannelRef const& ref, ForwardParams const& params,
+                                               WorkTile const& tile) {
+            if (ref.ptr == nullptr) {
+                return nullptr;
+            }
+            return ref.ptr + tile.batch * ref.batch_stride +
+                   kv_head<Config::kPackGqa>(params, tile) * ref.head_stride;
+        }
+
+        int count_;
+        bool half_;
+        float const* descale_;
+        float const* mean_;
+    };
 
     // A quad holds a row: lane q has columns 8 i + 2 q and 8 i + 2 q + 1. Four neighbouring column groups are
     // transposed within the quad, so that lane q stores all eight columns of group 4 g + q: 16 bytes.
@@ -93,40 +130,24 @@ struct Epilogue {
     }
 
     // FP8: by transpose.cuh's order of channels, the column groups 2 i and 2 i + 1 of lane q are the channels
-    // 16 i + 4 q + {0, 2} and 16 i + 4 q + {1, 3}: 8 bytes. V's mean comes back with the weight of the keys.
+    // 16 i + 4 q + {0, 2} and 16 i + 4 q + {1, 3}: 8 bytes.
     template <class Accumulator>
-    __device__ static void store_interleaved_row(ForwardParams const& params, WorkTile const& tile,
-                                                 uint16_t* row, bool inside, Accumulator const& o, int r,
-                                                 float factor, float weight) {
-        bool const half = params.o_type == ElementType::kFloat16;
-        float const* const mean = v_mean(params, tile);
+    __device__ static void store_interleaved_row(uint16_t* row, bool inside, Accumulator const& o, int r,
+                                                 RowFactors const& factors, Channels const& channels) {
 #pragma unroll
         for (int i = 0; i < Config::kHeadDimV / 16; ++i) {
             int const column = 16 * i + 4 * static_cast<int>(threadIdx.x % 4);
-            if (!inside || column >= params.head_dim_v) {
+            if (!inside || column >= channels.count()) {
                 continue;
             }
             float values[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                values[j] = scaled(o(4 * (2 * i + j % 2) + 2 * r + j / 2), factor);
-                values[j] += mean != nullptr ? weight * mean[column + j] : 0.0f;
+                values[j] = channels.restore(o(4 * (2 * i + j % 2) + 2 * r + j / 2), column + j, factors);
             }
-            uint2 const words = half ? make_uint2(pack<cutlass::half_t>(values[0], values[1]),
-                                                  pack<cutlass::half_t>(values[2], values[3]))
-                                     : make_uint2(pack<cutlass::bfloat16_t>(values[0], values[1]),
-                                                  pack<cutlass::bfloat16_t>(values[2], values[3]));
-            *reinterpret_cast<uint2*>(row + column) = words;
+            *reinterpret_cast<uint2*>(row + column) =
+                make_uint2(channels.round(values[0], values[1]), channels.round(values[2], values[3]));
         }
-    }
-
-    __device__ static float const* v_mean(ForwardParams const& params, WorkTile const& tile) {
-        ChannelRef const& ref = params.v_mean;
-        if (ref.ptr == nullptr) {
-            return nullptr;
-        }
-        return ref.ptr + tile.batch * ref.batch_stride +
-               kv_head<Config::kPackGqa>(params, tile) * ref.head_stride;
     }
 
     // words[i] of lane j becomes words[j] of lane i: a butterfly over the two bits of the lane.

@@ -15,23 +15,14 @@
 
 namespace flash8 {
 
-// Where a consumer stands in the pipelines, from tile to tile.
+// Where a consumer stands in the pipelines, from tile to tile. In FP8, where a block's K and V are done
+// before the next block is begun, `k` stands for both.
 template <class Config>
 struct ConsumerState {
     PipelineState<1> q;
     PipelineState<Config::kStages> k;
     PipelineState<Config::kStages> v;
 };
-
-template <int kCtas = 1, class P, class State>
-__device__ __forceinline__ void release(P& pipeline, State& state) {
-    if constexpr (kCtas > 1) {
-        pipeline.template release_to_cluster<kCtas>(state);
-    } else {
-        pipeline.release(state);
-    }
-    state.advance();
-}
 
 template <class Config>
 class Mainloop {
@@ -156,8 +147,8 @@ class Mainloop {
         }
         shared_.pipeline_v.wait(state_.v);
         flash8::clear_tail<kBlockN, Config::kPanelV * sizeof(Element), Config::kHeadDimV / Config::kPanelV,
-                           Config::kConsumerWarpgroups * 128>(
-            shared_.v + state_.v.stage * kBlockN * Config::kHeadDimV, used, threadIdx.x - 128);
+                           Config::kConsumerWarpgroups * 128>(shared_.v + state_.v.stage * Config::kElementsV,
+                                                              used, threadIdx.x - 128);
     }
 
     ForwardParams const& params_;

@@ -11,6 +11,7 @@
 #include "../named_barriers.cuh"
 #include "../softmax_fp8.cuh"
 #include "../wgmma.cuh"
+#include "clear_tail.cuh"
 #include "config.cuh"
 #include "descales.cuh"
 #include "mainloop.cuh"
@@ -28,11 +29,12 @@ class MainloopFp8 {
   public:
     __device__ __forceinline__ MainloopFp8(ForwardParams const& params, SharedStorage<Config>& shared,
                                            ConsumerState<Config>& state, Scores<Config> const& scores,
-                                           int warpgroup)
+                                           int warpgroup, int seqlen_k)
         : shared_(shared),
           state_(state),
           scores_(scores),
           warpgroup_(warpgroup),
+          seqlen_k_(seqlen_k),
           cap_log2_{params.scores.softcap * kLog2E, params.scores.softcap * kLog2E} {}
 
     // score_scale, of each row: softmax_scale_log2 times Q's descale, or with softcap what tanh's argument is
@@ -69,7 +71,7 @@ class MainloopFp8 {
             }
             warpgroup_wait<0>();
             warpgroup_fence_operand(s);
-            release(shared_.pipeline_k, state_.k);
+            give_back<Config::kClusterM>(shared_.pipeline_k, state_.k);
             float const scale[kRowsPerThread] = {score_scale[0] * k_scale, score_scale[1] * k_scale};
             scores_.template apply<kMasked>(s, n_block, scale);
             float alpha[kRowsPerThread];
@@ -93,6 +95,9 @@ class MainloopFp8 {
             v_scale = v_scale_next;
         };
 
+        if constexpr (Config::kVTransposed) {
+            clear_tail(blocks.end - 1);
+        }
         shared_.pipeline_q.wait(state_.q);
         Turns::wait(warpgroup_);
         int n_block = blocks.end - 1;
@@ -128,12 +133,12 @@ class MainloopFp8 {
         using Chunk = decltype(make_tensor<float>(typename Config::template LayoutC<Config::kColumnsPV>{}));
         Chunk t[kInFlight];
         auto const issue = [&](int chunk) {
-            Tensor values = rV(_, chunk, _, state_.v.stage);  // (MMA, MMA_K)
+            Tensor values = rV(_, chunk, _, state_.k.stage);  // (MMA, MMA_K)
             auto const layout =
                 make_layout(get<0>(values.layout()), Layout<_1, _0>{}, get<1>(values.layout()));
             multiply<true>(mma_pv, p, make_tensor(values.data(), layout), t[chunk % kInFlight]);
         };
-        shared_.pipeline_v.wait(state_.v);
+        shared_.pipeline_v.wait(state_.k);
         issue(0);
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -146,7 +151,8 @@ class MainloopFp8 {
             Chunk& ready = t[chunk % kInFlight];
             warpgroup_fence_operand(ready);
             if (chunk + 1 == kChunks) {
-                release(shared_.pipeline_v, state_.v);
+                // Transposed V is this CTA's own, what TMA brings is the cluster's.
+                release<Config::kTransposesV ? 1 : Config::kClusterM>(shared_.pipeline_v, state_.k);
             }
 #pragma unroll
             for (int i = 0; i < size(ready); ++i) {
@@ -154,6 +160,18 @@ class MainloopFp8 {
                 sum = alpha[i / 2 % 2] * sum + ready(i);
             }
         }
+    }
+
+    // Before the first turn, since all warpgroups have to come here; and where registers are free.
+    __device__ __forceinline__ void clear_tail(int n_block) {
+        int const used = seqlen_k_ - n_block * kBlockN;
+        if (used >= kBlockN) {
+            return;
+        }
+        shared_.pipeline_v.wait(state_.k);
+        clear_transposed_tail<Config::kHeadDimV, kBlockN, Config::kPanelVt,
+                              Config::kConsumerWarpgroups * 128>(
+            shared_.v + state_.k.stage * Config::kElementsV, used, threadIdx.x - 128);
     }
 
     // Scores are (2 columns, 2 rows, kBlockN / 8); a word of P takes a row of two column groups.
@@ -171,6 +189,7 @@ class MainloopFp8 {
     ConsumerState<Config>& state_;
     Scores<Config> const& scores_;
     int warpgroup_;
+    int seqlen_k_;
     float const cap_log2_[kRowsPerThread];
 };
 

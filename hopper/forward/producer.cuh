@@ -35,7 +35,7 @@ class Producer {
             shared_.tiles.publish(tiles_state_, tile);
             // A CTA must not end while its TMA writes or its consumers' arrivals are still to come.
             shared_.pipeline_k.drain(kv_state_);
-            if constexpr (Config::kFp8) {
+            if constexpr (Config::kTransposesV) {
                 shared_.pipeline_v_rows.drain(kv_state_);
             } else {
                 shared_.pipeline_v.drain(kv_state_);
@@ -60,28 +60,27 @@ class Producer {
             PipelineState<Config::kStages> ahead = kv_state_;
             ahead.advance();
             load_k(ahead, info, head_kv, n_block);
-            load_v(kv_state_, info, head_kv, n_block + 1);
+            load_v(kv_state_, info, tile.batch, head_kv, n_block + 1);
             kv_state_ = ahead;
         }
-        load_v(kv_state_, info, head_kv, blocks.begin);
+        load_v(kv_state_, info, tile.batch, head_kv, blocks.begin);
         kv_state_.advance();
     }
 
     __device__ void load_q(SeqlenInfo const& info, WorkTile const& tile) {
         uint64_t* const full = shared_.pipeline_q.acquire(q_state_, Config::kBytesQ);
-        if constexpr (Config::kPackGqa) {
-            // The map is (head_dim, ratio, row, KV head, batch), its box all heads of kBlockM / ratio
-            // queries.
-            int const queries = Config::kBlockM / (params_.heads_q / params_.heads_kv);
+        int const ratio = Config::kPackGqa ? params_.heads_q / params_.heads_kv : 1;
+        int const row = info.offset_q + tile.m_block * (Config::kBlockM / ratio);
 #pragma unroll
-            for (int column = 0; column < Config::kHeadDim; column += Config::kPanel) {
-                ptx::tma_load_5d(shared_.q + column * Config::kBlockM, &params_.tma_q, full, column, 0,
-                                 info.offset_q + tile.m_block * queries, tile.head, info.batch_q);
+        for (int column = 0; column < Config::kHeadDim; column += Config::kPanel) {
+            Element* const target = shared_.q + column * Config::kBlockM;
+            if constexpr (Config::kPackGqa) {
+                // The map is (head_dim, ratio, row, KV head, batch), its box all heads of kBlockM / ratio
+                // queries.
+                ptx::tma_load_5d(target, &params_.tma_q, full, column, 0, row, tile.head, info.batch_q);
+            } else {
+                ptx::tma_load_4d(target, &params_.tma_q, full, column, row, tile.head, info.batch_q);
             }
-        } else {
-            int const row = info.offset_q + tile.m_block * Config::kBlockM;
-            load_panels<Config::kPanel, Config::kHeadDim, Config::kBlockM>(shared_.q, &params_.tma_q, full,
-                                                                           row, tile.head, info.batch_q);
         }
         q_state_.advance();
     }
@@ -93,14 +92,34 @@ class Producer {
                                                     info, head, n_block);
     }
 
-    // FP8: to the warps that transpose it.
-    __device__ void load_v(KvState const& state, SeqlenInfo const& info, int head, int n_block) {
-        if constexpr (Config::kFp8) {
+    // To the consumers, or to the warps that transpose it for them.
+    __device__ void load_v(KvState const& state, SeqlenInfo const& info, int batch, int head, int n_block) {
+        if constexpr (Config::kVTransposed) {
+            load_transposed_v(state, info, batch, head, n_block);
+        } else if constexpr (Config::kTransposesV) {
             load_keys<Config::kPanelV, Config::kHeadDimV>(shared_.pipeline_v_rows, state, shared_.v_rows,
                                                           &params_.tma_v, info, head, n_block);
         } else {
             load_keys<Config::kPanelV, Config::kHeadDimV>(shared_.pipeline_v, state, shared_.v,
                                                           &params_.tma_v, info, head, n_block);
+        }
+    }
+
+    // The quantizer's V: keys run along the box's rows, and packed sequences start with a block.
+    __device__ void load_transposed_v(KvState const& state, SeqlenInfo const& info, int batch, int head,
+                                      int n_block) {
+        uint64_t* const full = shared_.pipeline_v.acquire(state, Config::kBytesV);
+        Element* const stage = shared_.v + state.stage * Config::kElementsV;
+        bool const packed = params_.sequences.cu_seqlens_k != nullptr;
+        int const start = packed ? first_block(info, batch) * kScaleBlock : 0;
+        int const first = start + n_block * Config::kBlockN;
+        // A cluster's CTAs load a share of the channels each.
+        constexpr int kShare = Config::kHeadDimV / Config::kClusterM;
+        int const channel = Config::kClusterM == 1 ? 0 : ptx::cluster_rank() * kShare;
+#pragma unroll
+        for (int key = 0; key < Config::kKeysVt; key += Config::kPanelVt) {
+            load_box(stage + key * Config::kHeadDimV + channel * Config::kPanelVt, &params_.tma_v, full,
+                     first + key, channel, head, info.batch_k);
         }
     }
 
@@ -114,26 +133,23 @@ class Producer {
         uint64_t* const full = pipeline.acquire(state, kElements * sizeof(Element));
         Element* const stage = stages + state.stage * kElements;
         int const row = info.offset_k + n_block * Config::kBlockN;
-        if constexpr (Config::kClusterM == 1) {
-            load_panels<kPanel, kColumns, Config::kBlockN>(stage, map, full, row, head, info.batch_k);
-        } else {
-            constexpr uint16_t kAll = (1 << Config::kClusterM) - 1;
-            int const share = ptx::cluster_rank() * (Config::kBlockN / Config::kClusterM);
+        int const share =
+            Config::kClusterM == 1 ? 0 : ptx::cluster_rank() * (Config::kBlockN / Config::kClusterM);
 #pragma unroll
-            for (int column = 0; column < kColumns; column += kPanel) {
-                ptx::tma_multicast_4d(stage + column * Config::kBlockN + share * kPanel, map, full, kAll,
-                                      column, row + share, head, info.batch_k);
-            }
+        for (int column = 0; column < kColumns; column += kPanel) {
+            load_box(stage + column * Config::kBlockN + share * kPanel, map, full, column, row + share, head,
+                     info.batch_k);
         }
     }
 
-    // kRows x kColumns elements as panels of kPanel columns, one TMA box each.
-    template <int kPanel, int kColumns, int kRows>
-    __device__ static void load_panels(Element* target, TensorMap const* map, uint64_t* full, int row,
-                                       int head, int batch) {
-#pragma unroll
-        for (int column = 0; column < kColumns; column += kPanel) {
-            ptx::tma_load_4d(target + column * kRows, map, full, column, row, head, batch);
+    // To all CTAs of the cluster.
+    __device__ __forceinline__ static void load_box(Element* target, TensorMap const* map, uint64_t* full,
+                                                    int c0, int c1, int c2, int c3) {
+        if constexpr (Config::kClusterM == 1) {
+            ptx::tma_load_4d(target, map, full, c0, c1, c2, c3);
+        } else {
+            constexpr uint16_t kAll = (1 << Config::kClusterM) - 1;
+            ptx::tma_multicast_4d(target, map, full, kAll, c0, c1, c2, c3);
         }
     }
 

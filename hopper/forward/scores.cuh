@@ -15,6 +15,8 @@ namespace flash8 {
 template <class Config>
 class Scores {
     using TileMask = typename Config::TileMask;
+    // Without softcap FP8 scores keep their descales, K's of each block among them, until the softmax.
+    static constexpr bool kBlocksDiffer = Config::kFp8 && !Config::kSoftcap;
 
   public:
     // first_row: the first of this thread's two rows.
@@ -25,29 +27,34 @@ class Scores {
             QueryRow const row = query_row<Config::kPackGqa>(params, tile, first_row + 8 * r);
             keys_[r] = mask.visible_keys(row.query);
             if constexpr (Config::kAlibi) {
-                float const unit = Config::kSoftcap ? params.scores.softcap : params.scores.softmax_scale;
+                float const unit = kBlocksDiffer      ? kLn2
+                                   : Config::kSoftcap ? params.scores.softcap
+                                                      : params.scores.softmax_scale;
                 int const position = row.query + info.seqlen_k - info.seqlen_q;
                 alibi_[r] = AlibiRow::read(params.scores, tile.batch, row.head, position, unit);
             }
         }
     }
 
-    // With softcap the scores become tanh(inner * s), and the cap is left to the softmax scale.
+    // With softcap the scores become tanh(scale * s), and the cap is left to the softmax. Without it, FP8
+    // needs `scale` too: what makes a score log2 units.
     template <bool kMasked, class Accumulator>
     __device__ __forceinline__ void apply(Accumulator& s, int n_block,
-                                          float const (&inner)[kRowsPerThread]) const {
+                                          float const (&scale)[kRowsPerThread]) const {
         auto rows = rows_of(s);
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
             if constexpr (Config::kSoftcap) {
 #pragma unroll
                 for (int i = 0; i < cute::size<1>(rows); ++i) {
-                    rows(r, i) = ptx::tanh(rows(r, i) * inner[r]);
+                    rows(r, i) = ptx::tanh(rows(r, i) * scale[r]);
                 }
             }
             auto row = cute::make_tensor(rows(r, cute::_).data(), cute::get<1>(rows.layout()));
             if constexpr (Config::kAlibi) {
-                alibi_[r].template apply<Config::kBlockN>(row, n_block);
+                float const slope = alibi_[r].slope;
+                alibi_[r].template apply<Config::kBlockN>(
+                    row, n_block, kBlocksDiffer ? __fdividef(slope, scale[r]) : slope);
             }
             if constexpr (kMasked) {
                 TileMask::apply(row, keys_[r], n_block);

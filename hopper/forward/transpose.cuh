@@ -14,26 +14,13 @@
 #pragma once
 
 #include "../ptx.cuh"
+#include "../swizzled_tile.cuh"
 #include "../tile_scheduler.cuh"
 #include "clear_tail.cuh"
 #include "config.cuh"
+#include "query_row.cuh"
 
 namespace flash8 {
-
-// Byte offsets in a tile of kRows rows, in panels of kPanel bytes with the swizzle that TMA and wgmma know:
-// the 16-byte chunks of a panel's row are permuted by an exclusive or.
-template <int kRows, int kPanel>
-struct SwizzledTile {
-    __device__ __forceinline__ static int offset(int row, int byte) {
-        int const twist = row * kPanel / 128 % (kPanel / 16);
-        return byte / kPanel * kRows * kPanel + row * kPanel + (byte % kPanel ^ twist * 16);
-    }
-
-    // The same row, `columns` bytes further: both offset's byte and `columns` in different bits.
-    __device__ __forceinline__ static int advance(int offset, int columns) {
-        return (offset ^ columns % kPanel) + columns / kPanel * kRows * kPanel;
-    }
-};
 
 template <class Config>
 class Transposer {
@@ -53,7 +40,7 @@ class Transposer {
         for (WorkTile tile = shared_.tiles.take(tiles_); tile.valid(); tile = shared_.tiles.take(tiles_)) {
             SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch);
             typename Config::TileMask const mask(params_, info);
-            KeyBlocks const blocks = mask.key_blocks(tile.m_block);
+            KeyBlocks const blocks = mask.key_blocks(first_of_cluster<Config::kClusterM>(tile));
 #pragma unroll 1
             for (int n_block = blocks.end - 1; n_block >= blocks.begin; --n_block) {
                 transpose(info.seqlen_k - n_block * kBlockN);
@@ -97,9 +84,8 @@ class Transposer {
             }
         }
         shared_.pipeline_v.commit(state_);
-        shared_.pipeline_v_rows.release(rows_);
+        release<Config::kClusterM>(shared_.pipeline_v_rows, rows_);
         state_.advance();
-        rows_.advance();
     }
 
     // In lane 4 g + t, words[i] holds channels 2 g and 2 g + 1 of keys 8 i + 2 t and 8 i + 2 t + 1.

@@ -116,6 +116,8 @@ class KernelInfo:
     @property
     def stages(self) -> int: ...
     @property
+    def v_transposed(self) -> bool: ...
+    @property
     def threads(self) -> int: ...
     @property
     def cluster(self) -> tuple[int, int, int]: ...
@@ -188,8 +190,9 @@ class ForwardParams:
     q_descale: tuple[int, int, int, int]
     k_descale: tuple[int, int, int, int]
     v_descale: tuple[int, int, int, int]
+    k_mean: tuple[int, int, int]
     v_mean: tuple[int, int, int]
-    score_shift: tuple[int, int, int]
+    v_channel_descale: tuple[int, int, int]
     heads_q: int
     heads_kv: int
     head_dim: int

@@ -57,6 +57,7 @@ def flash_attn_func(
     out: Tensor | None = None,
     k_mean: Tensor | None = None,
     v_mean: Tensor | None = None,
+    v_channel_descale: Tensor | None = None,
 ) -> Output:
     """Attention over dense batches. Differentiable in q, k, v, qv, s_aux and through LSE.
 
@@ -90,6 +91,8 @@ def flash_attn_func(
         out: where to write O, no gradients then.
         k_mean, v_mean: fp32 (heads_kv, d) or (batch, heads_kv, d), only with float8 k and v: what
             was taken from k and v before they were quantized. O and LSE are those of the whole.
+        v_channel_descale: fp32 (heads_kv, head_dim_v) or (batch, heads_kv, head_dim_v), only with
+            float8 v: factors of v's channels, beside v_descale.
 
     Returns:
         O, (batch, seqlen_q, heads, head_dim_v), in q's dtype, bf16 for float8; with
@@ -105,6 +108,7 @@ def flash_attn_func(
         v_descale=v_descale,
         k_mean=k_mean,
         v_mean=v_mean,
+        v_channel_descale=v_channel_descale,
         softmax_scale=softmax_scale,
         causal=causal,
         attention_chunk=attention_chunk,
@@ -152,6 +156,7 @@ def flash_attn_varlen_func(
     out: Tensor | None = None,
     k_mean: Tensor | None = None,
     v_mean: Tensor | None = None,
+    v_channel_descale: Tensor | None = None,
 ) -> Output:
     """Attention over sequences of different lengths, packed one behind the other.
 
@@ -177,6 +182,7 @@ def flash_attn_varlen_func(
         v_descale=v_descale,
         k_mean=k_mean,
         v_mean=v_mean,
+        v_channel_descale=v_channel_descale,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,

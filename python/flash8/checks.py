@@ -114,7 +114,7 @@ def qkv(q: Any, k: Any, v: Any, options: Options, names: Names = _OWN_NAMES) -> 
         heads=q.shape[-2],
         heads_kv=k.shape[-2],
         head_dim=q.shape[-1],
-        head_dim_v=v.shape[-1],
+        head_dim_v=options.head_dim_v(v),
         q_packed=q_packed,
         k_packed=k_packed,
         paged=paged,
@@ -146,7 +146,9 @@ def _check_sizes(
             )
     if k.shape[-1] != head_dim:
         raise ValueError(f"{k_name} must have q's head_dim {head_dim}, got shape {tuple(k.shape)}")
-    if k.shape[:-1] != v.shape[:-1]:
+    if options.v_keys is not None:
+        _check_v_by_keys(k, v, geometry, options, names)
+    elif k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
             f"{v_name} must have {k_name}'s shape but for its last dimension, "
             f"got {k_name} {tuple(k.shape)} and {v_name} {tuple(v.shape)}"
@@ -165,6 +167,26 @@ def _check_sizes(
     if geometry.paged and k.shape[1] < 1:
         raise ValueError(
             f"{k_name} must have a page_size of at least 1, got shape {tuple(k.shape)}"
+        )
+
+
+def _check_v_by_keys(
+    k: Tensor, v: Tensor, geometry: Geometry, options: Options, names: Names
+) -> None:
+    """A transposed v, (batch, heads_kv, head_dim_v, 128 * blocks), belongs to k's tokens."""
+    name = names.get("v", "v")
+    if geometry.paged:
+        raise ValueError(f"a transposed {name} cannot be combined with page_table")
+    tokens, heads = k.shape[-3:-1]
+    if geometry.k_packed:
+        blocks = descales.num_packed_blocks(tokens, geometry.batch)
+    else:
+        blocks = descales.num_blocks(tokens)
+    shape = (*k.shape[:-3], heads, geometry.head_dim_v, descales.BLOCK * blocks)
+    if options.v_keys != tokens or v.shape != shape:
+        raise ValueError(
+            f"a transposed {name} must be of k's {tokens} tokens and {heads} heads, shape {shape}, "
+            f"got {options.v_keys} tokens in shape {tuple(v.shape)}"
         )
 
 

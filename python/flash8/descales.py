@@ -9,6 +9,9 @@ x ~ descale * x_fp8 [+ mean], everything fp32. A descale's rank says what it bel
                                         number cu_seqlens[b] // 128 + b (`block_offsets`)
     (pages, heads, 1)                   a page of a paged cache
 
+V may have another one per channel beside it, (heads_kv, d) or (batch, heads_kv, d), which O is
+multiplied with when it is complete. K's channels have none: they would multiply inside q . k.
+
 Blocks of a packed tensor start with their sequence, so a tile never has two descales. Their
 number depends on shapes only and their place on cu_seqlens only: nothing needs the lengths on the
 host.
@@ -72,7 +75,7 @@ def check(q: Tensor, k: Tensor, geometry: "Geometry", options: "Options") -> Non
                 f"{name} per page needs a page_size of at least {MIN_PAGE_SIZE}, got {k.shape[1]}: "
                 "smaller pages cost a multiply per score"
             )
-    _check_means(q, k, geometry, options)
+    _check_channels(q, k, geometry, options)
 
 
 def _require_float8(name: str, scaled: Tensor) -> None:
@@ -111,19 +114,23 @@ def _wrong_shape(
     return message
 
 
-def _check_means(q: Tensor, k: Tensor, geometry: "Geometry", options: "Options") -> None:
-    widths = {"k_mean": geometry.head_dim, "v_mean": geometry.head_dim_v}
+def _check_channels(q: Tensor, k: Tensor, geometry: "Geometry", options: "Options") -> None:
+    widths = {
+        "k_mean": geometry.head_dim,
+        "v_mean": geometry.head_dim_v,
+        "v_channel_descale": geometry.head_dim_v,
+    }
     for name, width in widths.items():
-        mean: Any = getattr(options, name)
-        if mean is None:
+        given: Any = getattr(options, name)
+        if given is None:
             continue
         _require_float8(name, k)
-        require_tensor(name, mean, torch.float32, q)
+        require_tensor(name, given, torch.float32, q)
         shapes = [(geometry.heads_kv, width), (geometry.batch, geometry.heads_kv, width)]
-        if tuple(mean.shape) not in shapes:
+        if tuple(given.shape) not in shapes:
             raise ValueError(
                 f"{name} must have shape (heads_kv, head_dim) = {shapes[0]} or "
-                f"(batch, heads_kv, head_dim) = {shapes[1]}, got {tuple(mean.shape)}"
+                f"(batch, heads_kv, head_dim) = {shapes[1]}, got {tuple(given.shape)}"
             )
     if options.k_mean is not None and options.softcap > 0.0:
         raise ValueError(

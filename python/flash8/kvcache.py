@@ -139,6 +139,11 @@ def flash_attn_with_kvcache(
     )
     rotated = getattr(k_cache, "rotation", None) is not None
     query, keys, values, options = scaled_tensor.unwrap(q, k_cache, v_cache, options)
+    if options.v_keys is not None or options.v_channel_descale is not None:
+        raise ValueError(
+            "v_cache must lie by token and have no descale per channel: new tokens are written "
+            "to it; quantize it with transpose=False and another granularity than 'channel'"
+        )
     lengths = _lengths(query, keys, cache_seqlens, cu_seqlens_q)
     options = options._replace(seqused_k=lengths)
     geometry, options = checks.attention(query, keys, values, qv, s_aux, out, options, _CACHE_NAMES)

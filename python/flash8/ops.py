@@ -121,7 +121,7 @@ def _combine_backward(
 
 
 def _empty_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> ForwardResult:
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=checks.output_dtype(q))
+    out = q.new_empty((*q.shape[:-1], options.head_dim_v(v)), dtype=checks.output_dtype(q))
     return ForwardResult(out, *_empty_lse_and_partials(q, k, v, options))
 
 
@@ -135,7 +135,7 @@ def _empty_lse_and_partials(
     if options.num_splits == 1:
         return lse, q.new_empty((0,), dtype=dtype), q.new_empty((0,), dtype=dtype)
     splits = (options.num_splits, *shape)
-    out_partial = q.new_empty((*splits, v.shape[-1]), dtype=dtype)
+    out_partial = q.new_empty((*splits, options.head_dim_v(v)), dtype=dtype)
     return lse, out_partial, q.new_empty(splits, dtype=dtype)
 
 

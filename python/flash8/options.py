@@ -18,6 +18,7 @@ class Options(NamedTuple):
     v_descale: Tensor | None = None
     k_mean: Tensor | None = None  # fp32 (heads_kv, d) or (batch, heads_kv, d)
     v_mean: Tensor | None = None
+    v_channel_descale: Tensor | None = None  # fp32 (heads_kv, d_v) or (batch, heads_kv, d_v)
     cu_seqlens_q: Tensor | None = None  # int32 (batch + 1,)
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int | None = None
@@ -40,11 +41,16 @@ class Options(NamedTuple):
     pack_gqa: bool | None = None
     deterministic: bool = False
     sm_margin: int = 0
+    v_keys: int | None = None  # tokens of a v that is by keys (`flash8.fp8.transposed`)
 
     @property
     def is_local(self) -> bool:
         """Whether the mask is a band or chunks rather than none or causal."""
         return self.window_left >= 0 or self.window_right >= 0 or self.attention_chunk > 0
+
+    def head_dim_v(self, v: Tensor) -> int:
+        """The channels of v, whichever way it lies."""
+        return v.shape[-1] if self.v_keys is None else v.shape[-2]
 
 
 _SCHEMA_TYPES: dict[object, str] = {

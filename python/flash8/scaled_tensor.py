@@ -22,7 +22,7 @@ class ScaledTensor:
 
     data: Tensor  # float8, x's shape
     descale: Tensor  # fp32, a shape of `flash8.descales`
-    granularity: str  # "tensor", "head", "block" or "page"
+    granularity: str  # "tensor", "head", "block", "page" or "channel"
     mean: Tensor | None = None  # fp32 (heads, d) or (batch, heads, d), rotated as data is
     rotation: "Rotation | None" = None
     cu_seqlens: Tensor | None = None  # of packed data, int32 (batch + 1,)
@@ -65,16 +65,33 @@ def unwrap(q: Any, k: Any, v: Any, options: Options) -> tuple[Any, Any, Any, Opt
             raise ValueError(
                 f"{name}_descale must be None where {name} is a ScaledTensor: it brings its own"
             )
-        changes: dict[str, Any] = {f"{name}_descale": x.descale}
+        field = f"{name}_descale"
+        if x.granularity == "channel":
+            field = _channel_field(name, options)
+        changes: dict[str, Any] = {field: x.descale}
         options = options._replace(**changes)
         if x.mean is not None:
             options = _with_mean(name, x.mean, options)
     for name in ("q", "k"):
         if name in scaled and scaled[name].keys is not None:
             raise ValueError(f"{name} must not be transposed: only v is read by keys")
-    # No kernel reads v by keys yet.
-    data = [x.by_token() if isinstance(x, ScaledTensor) else x for x in (q, k, v)]
+    if "v" in scaled:
+        options = options._replace(v_keys=scaled["v"].keys)
+    data = [x.data if isinstance(x, ScaledTensor) else x for x in (q, k, v)]
     return data[0], data[1], data[2], options
+
+
+def _channel_field(name: str, options: Options) -> str:
+    if name != "v":
+        raise ValueError(
+            f"{name} must not have a descale per channel, which would have to multiply inside "
+            "q . k: only v may, whose channels are those of O"
+        )
+    if options.v_channel_descale is not None:
+        raise ValueError(
+            "v_channel_descale must be None where v is a ScaledTensor: it brings its own"
+        )
+    return "v_channel_descale"
 
 
 def _with_mean(name: str, mean: Tensor, options: Options) -> Options:

@@ -34,6 +34,7 @@ class ForwardVariant:
         scales: Granularity of the descales of e4m3: one per (batch, head), or one per block.
         alibi: Whether scores fall with the distance between query and key.
         cluster: Whether two CTAs load K and V together; without a mask only.
+        v_transposed: Whether v of e4m3 comes by keys, as the quantizer transposes it.
 
     Raises:
         ValueError: A choice is unknown, or the choices exclude each other.
@@ -50,6 +51,7 @@ class ForwardVariant:
     scales: Scales = "none"
     alibi: bool = False
     cluster: bool = False
+    v_transposed: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -67,12 +69,12 @@ class ForwardVariant:
                 f"scales is {self.scales!r} with dtype {self.dtype!r}; e4m3 needs 'head' or "
                 f"'block', the 16-bit types 'none'"
             )
-
-        if self.cluster and (self.mask != "none" or self.dtype == "e4m3"):
+        if self.v_transposed and self.dtype != "e4m3":
             raise ValueError(
-                f"cluster is True with mask {self.mask!r} and dtype {self.dtype!r}; supported are "
-                f"mask 'none' and the 16-bit types"
+                f"v_transposed is True with dtype {self.dtype!r}; 16-bit products take v as it is"
             )
+        if self.cluster and self.mask != "none":
+            raise ValueError(f"cluster is True with mask {self.mask!r}; supported is mask 'none'")
 
     @property
     def name(self) -> str:
@@ -86,6 +88,7 @@ class ForwardVariant:
         parts += ["split"] if self.split else []
         parts += ["packgqa"] if self.pack_gqa else []
         parts += ["cluster"] if self.cluster else []
+        parts += ["vt"] if self.v_transposed else []
         parts += [f"{self.scales}scales"] if self.scales != "none" else []
         return "_".join(["forward", *parts])
 
@@ -127,10 +130,12 @@ SHIPPED: tuple[ForwardVariant, ...] = (
     ForwardVariant("e4m3", 96, 96, scales="head"),
     ForwardVariant("e4m3", 128, 128, scales="head"),
     ForwardVariant("e4m3", 128, 128, mask="causal", scales="head"),
+    ForwardVariant("e4m3", 128, 128, mask="causal", scales="head", v_transposed=True),
     ForwardVariant("e4m3", 128, 128, scales="block"),
     ForwardVariant("e4m3", 128, 128, mask="causal", scales="block"),
     ForwardVariant("e4m3", 192, 128, mask="causal", scales="head"),
     ForwardVariant("e4m3", 192, 192, mask="local", scales="block"),
     ForwardVariant("e4m3", 256, 256, scales="head"),
     ForwardVariant("e4m3", 256, 256, mask="causal", scales="head"),
+    ForwardVariant("e4m3", 256, 256, mask="causal", scales="head", v_transposed=True),
 )

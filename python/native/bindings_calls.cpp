@@ -76,8 +76,9 @@ void bind_forward(py::module_& module) {
     def_descale(type, "q_descale", &P::q_descale);
     def_descale(type, "k_descale", &P::k_descale);
     def_descale(type, "v_descale", &P::v_descale);
+    def_rows(type, "k_mean", &P::k_mean);
     def_rows(type, "v_mean", &P::v_mean);
-    def_rows(type, "score_shift", &P::score_shift);
+    def_rows(type, "v_channel_descale", &P::v_channel_descale);
     type.def_property_readonly("sequences", [](P& self) { return &self.sequences; })
         .def_property_readonly("scores", [](P& self) { return &self.scores; })
         .def_property_readonly("scheduler", [](P& self) { return &self.scheduler; })

@@ -61,6 +61,7 @@ void bind_kernel_info(py::module_& module) {
         .def_readonly("head_dim", &KernelInfo::kHeadDim)
         .def_readonly("head_dim_v", &KernelInfo::kHeadDimV)
         .def_readonly("stages", &KernelInfo::kStages)
+        .def_property_readonly("v_transposed", [](const KernelInfo& self) { return self.v_transposed != 0; })
         .def_readonly("threads", &KernelInfo::threads)
         .def_property_readonly("cluster",
                                [](const KernelInfo& self) {

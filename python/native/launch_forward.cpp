@@ -77,8 +77,8 @@ void check_descales(const ForwardParams& call, const KernelInfo& info) {
     const bool blocks = call.q_descale.block_stride != 0 || call.k_descale.block_stride != 0 ||
                         call.v_descale.block_stride != 0;
     require(!blocks || info.scale_block > 0, "forward: this kernel has one descale per head, not per block");
-    require(info.scale_block == 0 || call.sequences.leftpad_k == nullptr,
-            "forward: leftpad_k is not supported with descales per block");
+    require((info.scale_block == 0 && info.v_transposed == 0) || call.sequences.leftpad_k == nullptr,
+            "forward: leftpad_k is not supported with descales per block or transposed v");
 }
 
 // The (head_dim, row, head, batch) tensor behind a TensorRef. A tensor without rows has no address to speak
@@ -139,7 +139,15 @@ void encode_maps(const Driver& driver, const KernelInfo& info, ForwardParams& pa
         params.tma_q = encode(params.q, params.head_dim, rows_q, params.heads_q, batch_q, info.tma[0]);
     }
     params.tma_k = encode(params.k, params.head_dim, rows_k, params.heads_kv, batch_k, info.tma[1]);
-    params.tma_v = encode(params.v, params.head_dim_v, rows_k, params.heads_kv, batch_k, info.tma[2]);
+    if (info.v_transposed) {
+        const std::int64_t keys = kScaleBlock * (packed_k ? sequences.total_k / kScaleBlock + sequences.batch
+                                                          : (rows_k + kScaleBlock - 1) / kScaleBlock);
+        const std::int64_t channels = keys == 0 ? 0 : params.head_dim_v;
+        params.tma_v =
+            encode(params.v, keys == 0 ? kScaleBlock : keys, channels, params.heads_kv, batch_k, info.tma[2]);
+    } else {
+        params.tma_v = encode(params.v, params.head_dim_v, rows_k, params.heads_kv, batch_k, info.tma[2]);
+    }
 }
 
 // The blocks of rows of a cluster, and the heads that tiles are made of: of all query heads, or of the KV

@@ -85,8 +85,9 @@ StructLayout forward_params() {
                                        FIELD(q_descale),
                                        FIELD(k_descale),
                                        FIELD(v_descale),
+                                       FIELD(k_mean),
                                        FIELD(v_mean),
-                                       FIELD(score_shift),
+                                       FIELD(v_channel_descale),
                                        FIELD(sequences),
                                        FIELD(scores),
                                        FIELD(scheduler),
@@ -95,7 +96,8 @@ StructLayout forward_params() {
                                        FIELD(head_dim),
                                        FIELD(head_dim_v),
                                        FIELD(o_type),
-                                       FIELD(heads_per_q_descale)});
+                                       FIELD(heads_per_q_descale),
+                                       FIELD(reserved)});
 }
 
 StructLayout backward_params() {
@@ -181,6 +183,7 @@ StructLayout kernel_info() {
                                     FIELD(pack_gqa),
                                     FIELD(paged_tma),
                                     FIELD(scale_block),
+                                    FIELD(v_transposed),
                                     FIELD(tma)});
 }
 

@@ -55,11 +55,12 @@ def _used(rows: int, block: int) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def loads_in_clusters(seqlen_q: int, ratio: int, head_dim: int) -> bool:
+def loads_in_clusters(seqlen_q: int, ratio: int, head_dim: int, float8: bool) -> bool:
     """Whether two CTAs share the loads of K and V, for dense calls without a mask.
 
-    `ratio` is the query heads in a tile (1 if not packed). As in FA3: for wide heads, and if no
-    CTA of the last cluster would be idle.
+    `ratio` is the query heads in a tile (1 if not packed). As in FA3: for wide heads, in FP8 for
+    those of 192 only, and if no CTA of the last cluster would be idle.
     """
     tiles = -(-seqlen_q * ratio // tile_rows(head_dim))
-    return head_dim >= 128 and tiles % 2 == 0
+    wide = 128 < head_dim <= 192 if float8 else head_dim >= 128
+    return wide and tiles % 2 == 0

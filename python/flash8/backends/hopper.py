@@ -43,9 +43,9 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: Options
     """Why no forward kernel serves this call, or None."""
     if q.dtype not in _DTYPES or k.dtype != q.dtype:
         return f"there is no kernel for {q.dtype} q and {k.dtype} k"
-    for name, x in (("head_dim", q), ("head_dim_v", v)):
-        if x.shape[-1] > _HEAD_DIMS[-1] or x.shape[-1] % 8 != 0:
-            return f"{name} is {x.shape[-1]}; kernels take multiples of 8 up to {_HEAD_DIMS[-1]}"
+    for name, size in (("head_dim", q.shape[-1]), ("head_dim_v", options.head_dim_v(v))):
+        if size > _HEAD_DIMS[-1] or size % 8 != 0:
+            return f"{name} is {size}; kernels take multiples of 8 up to {_HEAD_DIMS[-1]}"
     for name, given in (
         ("qv", qv is not None),
         ("page_table", options.page_table is not None),
@@ -56,7 +56,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: Options
             return f"{name} has no kernel yet"
     if not all(_tma_can_read(x) for x in (q, k, v)):
         return "q, k or v is not aligned to 16 bytes in address and strides"
-    return hopper_fp8.refusal(options) if q.dtype == E4M3 else None
+    return hopper_fp8.refusal(v, options) if q.dtype == E4M3 else None
 
 
 def _tma_can_read(x: Tensor) -> bool:
@@ -120,7 +120,8 @@ def plan(
     """The kernel and the parameters of a call. `indices`: index tensors, contiguous."""
     device = q.device.index or 0
     ratio = q.shape[-2] // k.shape[-2]
-    widest = max(q.shape[-1], v.shape[-1])
+    head_dim_v = options.head_dim_v(v)
+    widest = max(q.shape[-1], head_dim_v)
     pack_gqa = heuristics.packs_query_heads(
         q.shape[1] if options.cu_seqlens_q is None else None,
         ratio,
@@ -128,28 +129,27 @@ def plan(
         options.pack_gqa,
     )
     uneven = heuristics.has_uneven_tiles(options)
-    cluster = (
-        not uneven
-        and q.dtype != E4M3
-        and heuristics.loads_in_clusters(q.shape[1], ratio if pack_gqa else 1, widest)
+    cluster = not uneven and heuristics.loads_in_clusters(
+        q.shape[1], ratio if pack_gqa else 1, widest, q.dtype == E4M3
     )
     key = _key(
         q.dtype,
         q.shape[-1],
-        v.shape[-1],
+        head_dim_v,
         _mask(options),
         options.softcap > 0.0,
         options.alibi_slopes is not None,
         pack_gqa,
         hopper_fp8.scales(options) if q.dtype == E4M3 else "none",
         cluster,
+        options.v_keys is not None,
     )
     call = _describe(q, k, v, indices, options, out, lse)
     call.scheduler.heads_per_section = 1
     if uneven:
         call.scheduler.heads_per_section = heuristics.heads_per_section(
             call.sequences.max_seqlen_k,
-            k.element_size() * (k.shape[-1] + v.shape[-1]),
+            k.element_size() * (k.shape[-1] + head_dim_v),
             1 if pack_gqa else ratio,
         )
     return Plan(_registry().get(key, device), device, call, options.sm_margin, uneven)
@@ -229,10 +229,11 @@ def _describe(
     lse: Tensor,
 ) -> _native.ForwardParams:
     call = _native.ForwardParams()
-    call.q, call.k, call.v, call.o = (_tensor_ref(x) for x in (q, k, v, out))
+    call.q, call.k, call.o = (_tensor_ref(x) for x in (q, k, out))
+    call.v = _tensor_ref(v) if options.v_keys is None else _tensor_ref(v.transpose(-3, -2))
     call.lse = (lse.data_ptr(), 0 if lse.dim() == 2 else lse.stride(0), lse.stride(-2))
     call.heads_q, call.heads_kv = q.shape[-2], k.shape[-2]
-    call.head_dim, call.head_dim_v = q.shape[-1], v.shape[-1]
+    call.head_dim, call.head_dim_v = q.shape[-1], options.head_dim_v(v)
     sequences, scores = call.sequences, call.scores
     for name, index in indices.items():
         setattr(sequences, name, index.data_ptr())
@@ -269,6 +270,7 @@ def _key(
     pack_gqa: bool,
     scales: Scales,
     cluster: bool,
+    v_transposed: bool,
 ) -> str:
     """The registry's key of the variant for these choices, made once per process."""
     variant = ForwardVariant(
@@ -281,6 +283,7 @@ def _key(
         pack_gqa=pack_gqa,
         scales=scales,
         cluster=cluster,
+        v_transposed=v_transposed,
     )
     _VARIANTS[variant.name] = variant
     return variant.name

@@ -49,17 +49,19 @@ def key_of(
         and backends.kernels_wanted(q)
     ):
         return None
-    q_descale, k_descale, v_descale, k_mean, v_mean, cu_q, cu_k, longest_q, longest_k = options[:9]
-    used_q, used_k, leftpad, pages, rows, slopes, seed = options[9:16]
+    q_descale, k_descale, v_descale, k_mean, v_mean, v_channels = options[:6]
+    cu_q, cu_k, longest_q, longest_k = options[6:10]
+    used_q, used_k, leftpad, pages, rows, slopes, seed = options[10:17]
     if not (
         (qv is s_aux is out is q_descale is k_descale is v_descale is k_mean is v_mean is None)
+        and v_channels is None
         and (used_q is used_k is leftpad is pages is rows is slopes is seed is None)
         and type(window_size) is tuple
     ):
         return None
     if _is_watched(q, k, v):
         return None
-    scalars = (longest_q, longest_k, *options[16:], *window_size)
+    scalars = (longest_q, longest_k, *options[17:], *window_size)
     registry = _hopper()._registry()
     try:
         tensors: Key = (

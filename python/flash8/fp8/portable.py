@@ -31,7 +31,7 @@ def quantize(request: Request) -> tuple[Tensor, Tensor, Tensor]:
     descale = request.descale
     if descale is None:
         descale = descale_of(tokens.finite_amax(y, request.granularity), request.dtype)
-    scaled = y * tokens.spread_descale(descale, y).reciprocal()
+    scaled = y * tokens.spread_descale(descale, y, request.granularity).reciprocal()
     data = saturating_cast(scaled, request.dtype)
     if request.transpose:
         data = transpose(data, tokens)

@@ -59,8 +59,8 @@ def quantize(
         x: (batch, seqlen, heads, d), (total, heads, d) with cu_seqlens, or for "page"
             (pages, page_size, heads, d); bf16, fp16, fp32 or fp64.
         granularity: what has a descale of its own: "tensor", "head" (of a sequence), "block" (128
-            tokens of a head) or "page" (of a head). A descale per token is refused: for K it would
-            cost a multiply per score.
+            tokens of a head), "page" (of a head) or, for v only, "channel" (of a head of a
+            sequence). A descale per token is refused: for K it would cost a multiply per score.
         dtype: float8_e4m3fn, or float8_e5m2 for gradients.
         hadamard: rotate heads, for q and k alike: True, or an int seed of the random signs.
         smooth_k: take K's mean over the tokens of each head off first: True, or the mean to use,
@@ -132,7 +132,7 @@ def dequantize(x: ScaledTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         raise TypeError(f"x must be a ScaledTensor, got {describe(x)}")
     tokens = Tokens(x.cu_seqlens)
     y = x.by_token().float()
-    y = y * tokens.spread_descale(x.descale, y)
+    y = y * tokens.spread_descale(x.descale, y, x.granularity)
     if x.mean is not None:
         y = y + (x.mean if x.mean.dim() == 2 else tokens.spread(x.mean, y))
     if x.rotation is not None:

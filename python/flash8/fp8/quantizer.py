@@ -41,6 +41,8 @@ def refusal(request: Request) -> str | None:
     """Why no quantizer kernel serves this call, or None."""
     if request.x.numel() == 0 or request.batch == 0:
         return "there is nothing to quantize"
+    if request.granularity == "channel":
+        return "granularity 'channel' has no quantizer kernel"
     return refusal_of(request.x, request.rope)
 
 

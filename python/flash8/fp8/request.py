@@ -54,6 +54,8 @@ class Request(NamedTuple):
             return ()
         if self.granularity == "head":
             return self.batch, heads
+        if self.granularity == "channel":
+            return self.batch, heads, self.x.shape[-1]
         if self.granularity == "page":
             return self.batch, heads, 1
         return (1 if self.packed else self.batch), heads, self.blocks

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from flash8.descales import BLOCK, block_offsets, num_blocks, num_packed_blocks
 from flash8.rotary import token_sequences
 
-GRANULARITIES = ("tensor", "head", "block", "page")
+GRANULARITIES = ("tensor", "head", "block", "page", "channel")
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,13 @@ class Tokens:
         magnitude = torch.where(self._counts(x), x.abs(), 0.0)
         if granularity == "tensor":
             return pad(magnitude.flatten(), (0, 1)).amax()
+        if granularity == "channel":
+            return self._sequence_amax(magnitude)
         tokens = magnitude.amax(dim=-1)  # (..., heads)
         if granularity == "page":
             return tokens.amax(dim=1)[..., None]
         if granularity == "head":
-            return self._head_amax(tokens)
+            return self._sequence_amax(tokens)
         return self._block_amax(tokens)
 
     def finite_mean(self, x: Tensor) -> Tensor:
@@ -48,8 +50,11 @@ class Tokens:
             number = empty.index_add(0, sequences, ones)
         return total / number.clamp_min(1.0)
 
-    def spread_descale(self, descale: Tensor, x: Tensor) -> Tensor:
-        """A descale of these tokens so that it broadcasts over x; its shape says what it is."""
+    def spread_descale(self, descale: Tensor, x: Tensor, granularity: str = "") -> Tensor:
+        """A descale of these tokens so that it broadcasts over x; its shape says what it is, but
+        for granularity "channel"."""
+        if granularity == "channel":
+            return self.spread(descale, x)
         if descale.dim() == 0:
             return descale
         if descale.dim() == 2:
@@ -99,9 +104,11 @@ class Tokens:
         last = num_packed_blocks(x.shape[0], self.cu_seqlens.shape[0] - 1) - 1
         return (self.places(x) // BLOCK).clamp(max=last)
 
-    def _head_amax(self, tokens: Tensor) -> Tensor:
+    def _sequence_amax(self, tokens: Tensor) -> Tensor:
+        """(batch, ...) of non-negative (batch, seqlen, ...) or (total, ...); 0 of nothing."""
         if self.cu_seqlens is None:
-            return pad(tokens, (0, 0, 0, 1)).amax(dim=1)
+            largest: Tensor = pad(tokens.movedim(1, -1), (0, 1)).amax(dim=-1)
+            return largest
         return _grouped_amax(tokens, self._sequences(tokens), self.cu_seqlens.shape[0] - 1)
 
     def _block_amax(self, tokens: Tensor) -> Tensor:
@@ -115,6 +122,9 @@ class Tokens:
 
 
 def _grouped_amax(tokens: Tensor, group: Tensor, groups: int) -> Tensor:
-    """(groups, heads): the largest of (total, heads) non-negative values by group, 0 of none."""
-    start = tokens.new_zeros((groups, tokens.shape[1]))
-    return start.scatter_reduce(0, group[:, None].expand_as(tokens), tokens, "amax")
+    """(groups, ...): the largest of (total, ...) non-negative values by group, 0 of none."""
+    flat = tokens.flatten(1)
+    start = flat.new_zeros((groups, flat.shape[1]))
+    largest = start.scatter_reduce(0, group[:, None].expand_as(flat), flat, "amax")
+    result: Tensor = largest.unflatten(1, tokens.shape[1:])
+    return result

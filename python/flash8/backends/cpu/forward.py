@@ -45,6 +45,8 @@ def forward(
     lse_partial: Tensor,
 ) -> None:
     """Fills out and lse (every row of them), and the partials where num_splits > 1."""
+    if options.v_keys is not None:
+        v, options = _by_token(v, options.v_keys, options), options._replace(v_keys=None)
     if options.num_splits == 1:
         _forward_split(q, k, v, qv, s_aux, options, out, lse, split=0)
         return
@@ -53,6 +55,13 @@ def forward(
         partial = out_partial[split].transpose(-2, -3)
         _forward_split(q, k, v, qv, s_aux, options, partial, lse_partial[split], split)
     combine_into(out, lse, out_partial.transpose(-2, -3), lse_partial.transpose(-1, -2))
+
+
+def _by_token(v: Tensor, keys: int, options: Options) -> Tensor:
+    from flash8.fp8.tokens import Tokens
+    from flash8.fp8.transposed import untranspose
+
+    return untranspose(v, keys, Tokens(options.cu_seqlens_k))
 
 
 def _forward_split(
@@ -146,6 +155,8 @@ def _forward_block(
     normalise, lse = softmax.finish(_shifted(operands.sink, shift))
     factor = v_descale.leave(normalise / (1.0 - dropout_p))
     o = sums.finish().mul_(factor[..., None])
+    if operands.v_channel_descale is not None:
+        o *= operands.v_channel_descale
     if operands.v_mean is not None:
         o += (softmax.row_sum() * normalise)[..., None] * operands.v_mean
     o = torch.where(lse[..., None] == float("-inf"), 0.0, o)

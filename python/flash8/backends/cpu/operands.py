@@ -37,6 +37,7 @@ class Operands:
     descales: Descales
     k_mean: Tensor | None  # (B or 1, heads_kv, 1, 1, head_dim): what k lacks
     v_mean: Tensor | None  # (B or 1, heads_kv, 1, 1, head_dim_v)
+    v_channel_descale: Tensor | None  # likewise
     scale: float
     dtype: torch.dtype  # of q
 
@@ -129,16 +130,17 @@ def load(
         slopes=slopes,
         batch_heads=batch_heads.unflatten(1, grouped),
         descales=load_descales(unit, q, options, scale, grouped, page),
-        k_mean=_mean(options.k_mean, unit, dtype),
-        v_mean=_mean(options.v_mean, unit, dtype),
+        k_mean=_channels(options.k_mean, unit, dtype),
+        v_mean=_channels(options.v_mean, unit, dtype),
+        v_channel_descale=_channels(options.v_channel_descale, unit, dtype),
         scale=scale,
         dtype=q.dtype,
     )
 
 
-def _mean(mean: Tensor | None, unit: Unit, dtype: torch.dtype) -> Tensor | None:
-    """A (heads_kv, d) or (batch, heads_kv, d) mean, broadcasting over (B, heads_kv, G, M, d)."""
-    if mean is None:
+def _channels(given: Tensor | None, unit: Unit, dtype: torch.dtype) -> Tensor | None:
+    """(heads_kv, d) or (batch, heads_kv, d), broadcasting over (B, heads_kv, G, M, d)."""
+    if given is None:
         return None
-    entries = mean[None] if mean.dim() == 2 else mean[unit.batch]
+    entries = given[None] if given.dim() == 2 else given[unit.batch]
     return entries.to(dtype)[:, :, None, None]

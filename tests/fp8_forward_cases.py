@@ -1,0 +1,82 @@
+"""Calls of the FP8 forward kernel on the simulated device, with descales that differ everywhere."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from flash8.compiler import Unit, compile_unit, kernel_root
+from flash8.variants import ForwardVariant
+from forward_cases import device, draw, int32, masks, packed
+from forward_launch import Call, ForwardKernel
+from fp8_model import quantise
+
+
+def descales(variant, batch, heads, heads_kv, blocks_q, blocks_k, *, packed=False, seed=7):
+    """Descales around 1/32, different for every head, or for every block of a head."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(heads: int, blocks: int) -> torch.Tensor:
+        shape = (batch, heads) if variant.scales == "head" else (batch, heads, blocks)
+        shape = (1, *shape[1:]) if packed and variant.scales == "block" else shape
+        return torch.empty(shape).uniform_(0.5, 1.1, generator=generator) / 32
+
+    # FA3's q_descale has KV heads; ours may also have query heads.
+    heads_q = heads if variant.scales == "block" or heads_kv == 1 else heads_kv
+    return {
+        "q_descale": tensor(heads_q, blocks_q),
+        "k_descale": tensor(heads_kv, blocks_k),
+        "v_descale": tensor(heads_kv, blocks_k),
+    }
+
+
+def dense_call(variant, batch, seqlen_q, seqlen_k, heads, heads_kv, **given) -> Call:
+    q, k, v = draw(variant, seqlen_q, seqlen_k, heads, heads_kv, batch=batch)
+    blocks = (-(-seqlen_q // 128), max(1, -(-seqlen_k // 128)))
+    given = {"descales": descales(variant, batch, heads, heads_kv, *blocks), **given}
+    return Call(q, k, v, variant.head_dim**-0.5, **masks(variant), **given)
+
+
+def from_tensors(q, k, v, **given) -> Call:
+    """A call on wide tensors (batch, seqlen, heads, d), quantised per head."""
+    (q8, qd), (k8, kd), (v8, vd) = quantise(q, q.shape[2] // k.shape[2]), quantise(k), quantise(v)
+    scales = {"q_descale": qd, "k_descale": kd, "v_descale": vd}
+    return Call(q8, k8, v8, q.shape[-1] ** -0.5, descales=scales, **given)
+
+
+def wide(seqlen_q, seqlen_k, *, mean_v=0.0, seed=0, d=128):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, n, 1, d, generator=g) for n in (seqlen_q, seqlen_k, seqlen_k))
+    return q, k, v + mean_v
+
+
+def packed_call(variant, **given) -> Call:
+    """Five sequences, two of them empty, of which not all rows are used."""
+    offsets = packed([5, 0, 130, 1, 64])
+    total = int(offsets[-1])
+    q, k, v = draw(variant, total, total, 2, 1)
+    blocks = total // 128 + 5
+    scales = descales(variant, 5, 2, 1, blocks, blocks, packed=True)
+    indices = {
+        "cu_seqlens_q": offsets,
+        "cu_seqlens_k": offsets,
+        "seqused_q": int32([5, 0, 99, 0, 64]),
+        "seqused_k": int32([3, 0, 77, 1, 0]),
+    }
+    given = {"max_seqlen_q": 130, "max_seqlen_k": 130, "descales": scales, **given}
+    return Call(q, k, v, variant.head_dim**-0.5, **masks(variant), indices=indices, **given)
+
+
+def changed_kernel(
+    folder: Path, variant: ForwardVariant, *edits: tuple[str, str, str]
+) -> ForwardKernel:
+    """A variant compiled from sources with (file, old, new) edits."""
+    root = folder / "hopper"
+    shutil.copytree(kernel_root(), root)
+    for name, old, new in edits:
+        path = root / name
+        text = path.read_text()
+        assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
+        path.write_text(text.replace(old, new))
+    unit = Unit(root / "forward" / "kernel.cu", variant.defines, "changed")
+    return ForwardKernel(device().driver, compile_unit(unit).ptx.read_bytes() + b"\0")

@@ -1,0 +1,180 @@
+"""The FP8 forward kernel on values that come by keys, as the quantizer transposes them."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import flash8
+from flash8 import fp8
+from flash8.variants import SHIPPED, ForwardVariant
+from forward_cases import SHAPES, check, compare, device, int32, launch
+from forward_launch import Schedule
+from fp8_forward_cases import changed_kernel, dense_call, packed_call
+from simulated_device import missing_compiler
+from tolerances import FP8_REL_L2, check_fp8_lse, rel_l2
+
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+
+DENSE = ForwardVariant("e4m3", 128, 128, scales="head", v_transposed=True)
+CAUSAL = replace(DENSE, mask="causal", scales="block")
+LOCAL = ForwardVariant(
+    "e4m3", 64, 64, mask="local", softcap=True, scales="block", v_transposed=True
+)
+MLA = ForwardVariant("e4m3", 192, 128, mask="causal", scales="head", v_transposed=True)
+WIDE = ForwardVariant("e4m3", 256, 256, mask="causal", scales="head", v_transposed=True)
+DEFAULT = (DENSE, CAUSAL, LOCAL, WIDE)
+SLOW = (MLA, ForwardVariant("e4m3", 96, 96, scales="head", v_transposed=True))
+VARIANTS = [pytest.param(v, id=v.name) for v in DEFAULT] + [
+    pytest.param(v, id=v.name, marks=pytest.mark.slow) for v in SLOW
+]
+#: Around the widths of the tiles, 128 and 224, and of the sixteens in which keys are ordered.
+WIDTHS = [(1, 70, 223, 1, 1), (1, 33, 225, 1, 1), (2, 64, 577, 3, 1), (1, 20, 17, 1, 1)]
+
+
+def test_some_ship():
+    assert any(variant.v_transposed for variant in SHIPPED)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [*SHAPES, *WIDTHS], ids=str)
+def test_dense(variant, shape):
+    check(variant, dense_call(variant, *shape))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_with_used_lengths(variant):
+    """Tiles of a sequence end in NaN, or in the next sequence's keys, which are NaN too."""
+    check(variant, packed_call(variant), Schedule(num_ctas=3))
+
+
+@pytest.mark.parametrize("used", range(112, 132))
+def test_every_number_of_keys_of_the_last_sixteen(used):
+    call = dense_call(DENSE, 1, 3, 150, 1, 1, indices={"seqused_k": int32([used])})
+    check(DENSE, call, seeds=(0,))
+
+
+def test_cache_rows_and_sinks():
+    given = {"seqused_k": int32([150, 33]), "kv_batch_idx": int32([1, 0])}
+    sinks = torch.tensor([0.5, 9.0])
+    check(MLA, dense_call(MLA, 2, 40, 150, 2, 2, indices=given, s_aux=sinks))
+
+
+def test_packed_query_heads():
+    variant = replace(DENSE, pack_gqa=True)
+    check(variant, dense_call(variant, 2, 37, 300, 8, 2))
+
+
+def test_head_dim_is_filled_with_zeros():
+    call = dense_call(CAUSAL, 1, 100, 140, 2, 1)
+    check(CAUSAL, replace(call, **{x: getattr(call, x)[..., :80].contiguous() for x in "qkv"}))
+
+
+def test_many_seeds_give_the_same_bits():
+    check(CAUSAL, dense_call(CAUSAL, 1, 130, 250, 1, 1), seeds=range(12))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
+def test_one_visible_key_is_exact(out_dtype):
+    variant = replace(LOCAL, softcap=False, scales="head")
+    call = dense_call(variant, 1, 200, 200, 2, 1, out_dtype=out_dtype)
+    o, _ = launch(variant, replace(call, window=(0, 0)))
+    want = (call.v.float() * call.descales["v_descale"].item()).to(out_dtype)
+    assert torch.equal(o, want.expand_as(o))
+
+
+def test_nan_reaches_the_output_where_it_is_visible():
+    call = dense_call(CAUSAL, 1, 40, 40, 1, 1)
+    call.v[0, 20, 0, 5] = math.nan
+    o, _ = launch(CAUSAL, call)
+    assert o[0, 20:, 0, 5].isnan().all()
+    assert not o[..., :5].isnan().any() and not o[..., 6:].isnan().any()
+
+
+def test_both_ways_of_v_agree_where_tiles_do():
+    """Blocks of 128 keys both: the same products, whoever transposed V."""
+    call = dense_call(CAUSAL, 1, 200, 333, 2, 1)
+    o, lse = launch(CAUSAL, call)
+    by_token, lse_by_token = launch(replace(CAUSAL, v_transposed=False), call)
+    assert torch.equal(o, by_token) and torch.equal(lse, lse_by_token)
+
+
+MUTATIONS = {
+    "tails are left": (
+        "forward/mainloop_fp8.cuh",
+        "if constexpr (Config::kVTransposed) {",
+        "if constexpr (false) {",
+    ),
+    "one key too many is left": (
+        "forward/clear_tail.cuh",
+        "int const kept = used - chunk * kChunk;",
+        "int const kept = used + 1 - chunk * kChunk;",
+    ),
+    "keys are in their own order": (
+        "forward/clear_tail.cuh",
+        "return pair(used - 2 * q) | pair(used - 8 - 2 * q) << 16;",
+        "return pair(used - 4 * q) | pair(used - 2 - 4 * q) << 16;",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_cases_catch_wrong_tails(name, tmp_path):
+    changed = changed_kernel(tmp_path, DENSE, MUTATIONS[name])
+    call = dense_call(DENSE, 1, 3, 150, 1, 1, indices={"seqused_k": int32([117])})
+    call.v[:, 117:] = math.nan
+    compare(call, *launch(DENSE, call))
+    with pytest.raises(AssertionError, match="NaN"):
+        compare(call, *changed(call, Schedule()))
+
+
+def test_the_simulator_catches_tails_that_are_not_fenced(tmp_path):
+    edit = ("forward/clear_tail.cuh", "    ptx::fence_proxy_async();\n", "")
+    changed = changed_kernel(tmp_path, DENSE, edit)
+    call = dense_call(DENSE, 1, 3, 150, 1, 1)
+    device().configure(seed=1)
+    with pytest.raises(RuntimeError, match="LAUNCH_FAILED"):
+        changed(call, Schedule())
+    assert "fence.proxy.async" in device().last_error()
+
+
+# ----------------------------------------------------------------------------- public functions
+
+
+def scaled(granularity, lengths=None):
+    cu_seqlens = None if lengths is None else int32([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    g = torch.Generator().manual_seed(1)
+    shape = (2, 200) if lengths is None else (sum(lengths),)
+    q, k, v = (torch.randn(*shape, h, 128, generator=g) for h in (4, 2, 2))
+    given = {"cu_seqlens": cu_seqlens}
+    return (
+        fp8.quantize(q, granularity, **given),
+        fp8.quantize(k, granularity, smooth_k=True, **given),
+        fp8.quantize(v, granularity, smooth_v=True, transpose=True, **given),
+    ), cu_seqlens
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "head", "block"])
+def test_scaled_tensors(granularity, monkeypatch):
+    tensors, _ = scaled(granularity)
+    options = {"causal": True, "return_attn_probs": True}
+    want, want_lse = flash8.flash_attn_func(*tensors, **options)
+    with device().serving_cpu_tensors(monkeypatch, seed=3):
+        o, lse = flash8.flash_attn_func(*tensors, **options)
+    assert device().report()["kernel"] == "flash8_forward"
+    assert rel_l2(o, want) <= (0.012 if granularity == "block" else FP8_REL_L2.limit)
+    check_fp8_lse("LSE", lse, want_lse)
+
+
+@pytest.mark.parametrize("granularity", ["head", "block"])
+def test_packed_scaled_tensors(granularity, monkeypatch):
+    (q, k, v), cu_seqlens = scaled(granularity, [100, 0, 170, 30])
+    call = (q, k, v, cu_seqlens, cu_seqlens, 170, 170)
+    options = {"causal": True, "return_attn_probs": True}
+    want, want_lse = flash8.flash_attn_varlen_func(*call, **options)
+    with device().serving_cpu_tensors(monkeypatch):
+        o, lse = flash8.flash_attn_varlen_func(*call, **options)
+    assert device().report()["kernel"] == "flash8_forward"
+    assert rel_l2(o, want) <= (0.012 if granularity == "block" else FP8_REL_L2.limit)
+    check_fp8_lse("LSE", lse, want_lse)
