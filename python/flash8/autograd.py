@@ -1,0 +1,47 @@
+"""The gradient of a forward call: what is saved for it, and how it comes of that."""
+
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash8.float8 import E4M3
+from flash8.options import NUMBER_FIELDS, TENSOR_FIELDS, Options
+
+_tensors_of = itemgetter(*map(Options._fields.index, TENSOR_FIELDS))
+_numbers_of = itemgetter(*map(Options._fields.index, NUMBER_FIELDS))
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def save(
+    ctx: Any,
+    inputs: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor, Tensor],
+    options: tuple[Any, ...],
+) -> None:
+    """Saves q, k, v, qv and s_aux, O and LSE, and the options for `gradients`."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *outputs, *_tensors_of(options))
+    ctx.numbers = _numbers_of(options)
+
+
+def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
+    """Those of q, k, v, qv and s_aux."""
+    if dout is None and dlse is None:
+        return (None,) * 5
+    q, k, v, qv, s_aux, out, lse, *tensors = ctx.saved_tensors
+    if k.dtype == E4M3:
+        raise ValueError(
+            f"attention on raw {E4M3} inputs has no backward: call flash8.fp8_attention on "
+            "16-bit tensors, which quantizes inside and is differentiable"
+        )
+    options = Options(
+        **dict(zip(TENSOR_FIELDS, tensors, strict=True)),
+        **dict(zip(NUMBER_FIELDS, ctx.numbers, strict=True)),
+    )
+    dq, dk, dv, dqv, ds_aux = torch.ops.flash8.backward(
+        dout, dlse, q, k, v, qv, s_aux, out, lse, *options
+    )
+    return dq, dk, dv, None if qv is None else dqv, None if s_aux is None else ds_aux
