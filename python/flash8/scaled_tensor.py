@@ -55,46 +55,53 @@ Input = Tensor | ScaledTensor
 
 def unwrap(q: Any, k: Any, v: Any, options: Options) -> tuple[Any, Any, Any, Options]:
     """Takes ScaledTensors apart into data and options; other values pass as they are."""
-    given = {"q": q, "k": k, "v": v}
-    scaled = {name: x for name, x in given.items() if isinstance(x, ScaledTensor)}
-    if not scaled:
+    if not (
+        isinstance(q, ScaledTensor) or isinstance(k, ScaledTensor) or isinstance(v, ScaledTensor)
+    ):
         return q, k, v, options
-    _check_rotations(given, scaled)
-    for name, x in scaled.items():
-        if getattr(options, f"{name}_descale") is not None:
-            raise ValueError(
-                f"{name}_descale must be None where {name} is a ScaledTensor: it brings its own"
-            )
-        changes: dict[str, Any] = {f"{name}_descale": x.descale}
-        options = options._replace(**changes)
-        if x.mean is not None:
-            options = _with_mean(name, x.mean, options)
-    for name in ("q", "k"):
-        if name in scaled and scaled[name].keys is not None:
+    _check_rotations(q, k, v)
+    q_descale, _ = _factors("q", q, options.q_descale, None)
+    k_descale, k_mean = _factors("k", k, options.k_descale, options.k_mean)
+    v_descale, v_mean = _factors("v", v, options.v_descale, options.v_mean)
+    for name, x in (("q", q), ("k", k)):
+        if isinstance(x, ScaledTensor) and x.keys is not None:
             raise ValueError(f"{name} must not be transposed: only v is read by keys")
+    # By position, several times as quick as _replace.
+    options = Options._make((q_descale, k_descale, v_descale, k_mean, v_mean, *options[5:]))
     # No kernel reads v by keys yet.
-    data = [x.by_token() if isinstance(x, ScaledTensor) else x for x in (q, k, v)]
-    return data[0], data[1], data[2], options
+    return _data(q), _data(k), _data(v), options
 
 
-def _with_mean(name: str, mean: Tensor, options: Options) -> Options:
+def _data(x: Any) -> Any:
+    return x.by_token() if isinstance(x, ScaledTensor) else x
+
+
+def _factors(name: str, x: Any, descale: Any, mean: Any) -> tuple[Any, Any]:
+    """The descale and the mean of x: its own, or those given for a tensor."""
+    if not isinstance(x, ScaledTensor):
+        return descale, mean
+    if descale is not None:
+        raise ValueError(
+            f"{name}_descale must be None where {name} is a ScaledTensor: it brings its own"
+        )
+    if x.mean is None:
+        return x.descale, mean
     if name == "q":
         raise ValueError("q must not have had a mean taken from it, got a ScaledTensor with one")
-    if getattr(options, f"{name}_mean") is not None:
+    if mean is not None:
         raise ValueError(f"{name}_mean must be None where {name} is a ScaledTensor with a mean")
-    changes: dict[str, Any] = {f"{name}_mean": mean}
-    return options._replace(**changes)
+    return x.descale, x.mean
 
 
-def _check_rotations(given: dict[str, Any], scaled: dict[str, ScaledTensor]) -> None:
-    if "v" in scaled and scaled["v"].rotation is not None:
+def _check_rotations(q: Any, k: Any, v: Any) -> None:
+    if isinstance(v, ScaledTensor) and v.rotation is not None:
         raise ValueError(
             "v must not be rotated, O would come out rotated: quantize it with hadamard=None; "
-            f"got {scaled['v'].rotation}"
+            f"got {v.rotation}"
         )
-    rotations = {name: getattr(given[name], "rotation", None) for name in ("q", "k")}
-    if rotations["q"] != rotations["k"]:
+    rotations = tuple(x.rotation if isinstance(x, ScaledTensor) else None for x in (q, k))
+    if rotations[0] != rotations[1]:
         raise ValueError(
             "q and k must be rotated alike (the same hadamard and seed), "
-            f"got {rotations['q']} and {rotations['k']}"
+            f"got {rotations[0]} and {rotations[1]}"
         )
