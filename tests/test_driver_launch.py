@@ -179,6 +179,15 @@ def test_parameters_must_fit_kernel_info(kernel, parameters):
         kernel.launch((1, 1, 1), parameters)
 
 
+def test_a_launch_is_captured_while_its_stream_captures(fake, kernel):
+    assert not kernel.is_captured(0, 77)
+    fake.capture(True)
+    assert kernel.is_captured(0, 77)
+    fake.fail("cuStreamIsCapturing", 1)
+    with pytest.raises(_native.DriverError, match="cuStreamIsCapturing"):
+        kernel.is_captured(0, 77)
+
+
 # ---- the registry ----
 
 
