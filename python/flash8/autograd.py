@@ -1,4 +1,7 @@
-"""The gradient of a forward call: what is saved for it, and how it comes of that."""
+"""The gradient of a forward call, for the op and for launches that went past it.
+
+What is saved and how gradients come of it is written once; the two differ in who asks for it.
+"""
 
 from operator import itemgetter
 from typing import Any
@@ -45,3 +48,29 @@ def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
         dout, dlse, q, k, v, qv, s_aux, out, lse, *options
     )
     return dq, dk, dv, None if qv is None else dqv, None if s_aux is None else ds_aux
+
+
+class Launched(torch.autograd.Function):
+    """Makes O and LSE of a launch that has been made already the outputs of a node.
+
+    The launch does not wait for the node to be built. They come in a tuple, in which autograd does
+    not look for inputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        s_aux: Tensor | None,
+        outputs: tuple[Tensor, Tensor],
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:
+        save(ctx, (q, k, v, None, s_aux), outputs, options)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
+        dq, dk, dv, _, ds_aux = gradients(ctx, dout, dlse)
+        return dq, dk, dv, ds_aux, None, None

@@ -68,12 +68,13 @@ def unwrap(q: Any, k: Any, v: Any, options: Options) -> tuple[Any, Any, Any, Opt
             raise ValueError(f"{name} must not be transposed: only v is read by keys")
     # By position, several times as quick as _replace.
     options = Options._make((q_descale, k_descale, v_descale, k_mean, v_mean, *options[5:]))
-    # No kernel reads v by keys yet.
-    return _data(q), _data(k), _data(v), options
+    if isinstance(v, ScaledTensor):
+        v = v.data if v.keys is None else v.by_token()  # no kernel reads v by keys yet
+    return _data(q), _data(k), v, options
 
 
 def _data(x: Any) -> Any:
-    return x.by_token() if isinstance(x, ScaledTensor) else x
+    return x.data if isinstance(x, ScaledTensor) else x
 
 
 def _factors(name: str, x: Any, descale: Any, mean: Any) -> tuple[Any, Any]:
@@ -99,9 +100,10 @@ def _check_rotations(q: Any, k: Any, v: Any) -> None:
             "v must not be rotated, O would come out rotated: quantize it with hadamard=None; "
             f"got {v.rotation}"
         )
-    rotations = tuple(x.rotation if isinstance(x, ScaledTensor) else None for x in (q, k))
-    if rotations[0] != rotations[1]:
+    q_rotation = q.rotation if isinstance(q, ScaledTensor) else None
+    k_rotation = k.rotation if isinstance(k, ScaledTensor) else None
+    if q_rotation != k_rotation:
         raise ValueError(
             "q and k must be rotated alike (the same hadamard and seed), "
-            f"got {rotations[0]} and {rotations[1]}"
+            f"got {q_rotation} and {k_rotation}"
         )

@@ -31,6 +31,9 @@ enum DeviceAttribute : int {
 
 inline constexpr int kCaptureNone = 0;  // a stream runs what it is given
 
+// The handle of the per-thread default stream, which stands for another stream in every thread.
+inline constexpr std::uint64_t kStreamPerThread = 2;
+
 enum FunctionAttribute : int {
     kLocalSizeBytes = 3,
     kNumRegs = 4,
