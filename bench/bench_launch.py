@@ -2,9 +2,10 @@
 does nothing.
 
 What is left is flash8's own cost: argument conversion, checks, outputs, tensor maps, the context,
-the launch structure. On a GPU the driver's own time comes on top, and torch.cuda.current_stream.
-Beside it the same of torch's SDPA for one query and one key on a CPU, kernel included. Writes
-bench/results/launch.json.
+the launch structure. On a GPU the driver's own time comes on top. Every call is like one before it
+except the first of its kind. Calls with gradients are timed with and without the node for autograd,
+which is built after the launch. Beside them the same of torch's SDPA for one query and one key on a
+CPU, kernel included. Writes bench/results/launch.json.
 """
 
 import json
@@ -15,6 +16,7 @@ import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import environment
 import torch
@@ -23,13 +25,14 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from fake_driver import control
-from fake_driver.cubin import fake_cubin, tma_boxes
-from flash8 import _native, backends, flash_attn_func, flash_attn_varlen_func
-from flash8.backends import hopper
+from fake_driver.cubin import forward_cubin
+from flash8 import _native, backends, flash_attn_func, flash_attn_varlen_func, fp8
+from flash8.backends import hopper, repeated
 
 RESULTS = Path(__file__).resolve().parent / "results"
-REPEAT, NUMBER = 25, 1_000
-BOX = (4, (64, 128, 1, 1), _native.ElementType.BFLOAT16, _native.Swizzle.B128)
+REPEAT, NUMBER = 40, 1_000
+WIDTH = 128
+Calls = dict[str, Callable[[], object]]
 
 
 def microseconds(call: Callable[[], object]) -> float:
@@ -47,47 +50,133 @@ def kernels_on_a_fake_driver() -> Iterator[None]:
         fake = control.FakeDriver(path)
         fake.reset()
         fake.record(False)
-        image = fake_cubin(cluster=(1, 1, 1), tma=tma_boxes(BOX, BOX, BOX))
-        registry = _native.Registry(_native.Driver(str(path)), lambda key, kind: image)
-        wanted, real = backends.kernels_wanted, hopper._registry
-        backends.kernels_wanted = lambda tensor: not backends._kernels_asked_for()
-        hopper._registry = lambda: registry
-        try:
+        registry = _native.Registry(_native.Driver(str(path)), forward_cubin)
+        with (
+            replaced(backends, "kernels_wanted", lambda tensor: not backends._kernels_asked_for()),
+            replaced(hopper, "_registry", lambda: registry),
+        ):
             yield
-        finally:
-            backends.kernels_wanted, hopper._registry = wanted, real
 
 
-def calls() -> dict[str, Callable[[], object]]:
-    q = torch.randn(2, 64, 8, 128).bfloat16()
-    k, v = (torch.randn(2, 64, 2, 128).bfloat16() for _ in range(2))
+@contextmanager
+def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    real = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, real)
+
+
+class NoNode:
+    """In the place of `flash8.autograd.Launched`: what comes before it is what is timed."""
+
+    @staticmethod
+    def apply(*arguments: Any) -> Any:
+        return arguments[4]
+
+
+def draw() -> list[torch.Tensor]:
+    return [torch.randn(2, 64, heads, WIDTH).bfloat16() for heads in (8, 2, 2)]
+
+
+def calls_in_16_bits() -> Calls:
+    q, k, v = draw()
     packed = [x.flatten(0, 1) for x in (q, k, v)]
     ends = torch.tensor([0, 64, 128], dtype=torch.int32)
-    out = torch.empty_like(q)
-    trained = [x.clone().requires_grad_() for x in (q, k, v)]
-    one = torch.randn(1, 1, 1, 64).bfloat16()
+    used = torch.tensor([40, 64], dtype=torch.int32)
+    per_head, out = torch.ones(8), torch.empty_like(q)
+    rounded = per_head.bfloat16()
 
-    def training() -> object:
-        with torch.enable_grad():
-            return flash_attn_func(*trained, causal=True)
+    def first_of_its_kind() -> object:
+        repeated._recall().clear()
+        return flash_attn_func(q, k, v, causal=True)
 
     return {
-        "flash_attn_func": lambda: flash_attn_func(q, k, v, causal=True),
-        "flash_attn_varlen_func": lambda: flash_attn_varlen_func(
-            *packed, ends, ends, 64, 64, causal=True
+        "dense": lambda: flash_attn_func(q, k, v, causal=True),
+        "dense, LSE returned": lambda: flash_attn_func(
+            q, k, v, causal=True, return_attn_probs=True
         ),
-        "flash_attn_func with out=": lambda: flash_attn_func(q, k, v, causal=True, out=out),
-        "flash_attn_func with gradients": training,
-        "torch SDPA, one query, one key": lambda: F.scaled_dot_product_attention(one, one, one),
+        "dense, out=": lambda: flash_attn_func(q, k, v, causal=True, out=out),
+        "dense, s_aux": lambda: flash_attn_func(q, k, v, causal=True, s_aux=per_head),
+        "dense, s_aux in bf16": lambda: flash_attn_func(q, k, v, causal=True, s_aux=rounded),
+        "dense, alibi_slopes": lambda: flash_attn_func(q, k, v, causal=True, alibi_slopes=per_head),
+        "dense, seqused": lambda: flash_attn_varlen_func(
+            q, k, v, None, None, None, None, used, used, causal=True
+        ),
+        "varlen": lambda: flash_attn_varlen_func(*packed, ends, ends, 64, 64, causal=True),
+        "varlen, seqused, s_aux": lambda: flash_attn_varlen_func(
+            *packed, ends, ends, 64, 64, used, used, causal=True, s_aux=per_head
+        ),
+        "dense, first of its kind": first_of_its_kind,
     }
+
+
+def calls_in_8_bits() -> Calls:
+    bf16 = draw()
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in bf16)
+    factors = {
+        "tensor": [torch.ones(())] * 3,
+        "head": [torch.ones(2, 2)] * 3,
+        "block": [torch.ones(2, 8, 1), torch.ones(2, 2, 1), torch.ones(2, 2, 1)],
+    }
+    mean = torch.zeros(2, WIDTH)
+
+    def call(granularity: str, **means: torch.Tensor) -> Callable[[], object]:
+        descales = factors[granularity]
+        return lambda: flash_attn_func(q, k, v, None, True, None, *descales, **means)
+
+    rotated = [fp8.quantize(x, hadamard=1) for x in bf16[:2]]
+    scaled = [*rotated, fp8.quantize(bf16[2])]
+    by_keys = [*rotated, fp8.quantize(bf16[2], transpose=True)]
+    return {
+        **{f"e4m3, descales by {name}": call(name) for name in factors},
+        "e4m3, descales by head, k_mean, v_mean": call("head", k_mean=mean, v_mean=mean),
+        "e4m3, ScaledTensors": lambda: flash_attn_func(*scaled, causal=True),
+        "e4m3, ScaledTensors, v by keys": lambda: flash_attn_func(*by_keys, causal=True),
+    }
+
+
+def calls_with_gradients() -> Calls:
+    q, k, v = (x.requires_grad_() for x in draw())
+    packed = [x.detach().flatten(0, 1).requires_grad_() for x in (q, k, v)]
+    ends = torch.tensor([0, 64, 128], dtype=torch.int32)
+    sinks = torch.nn.Parameter(torch.ones(8))
+    return {
+        "dense": lambda: flash_attn_func(q, k, v, causal=True),
+        "dense, s_aux": lambda: flash_attn_func(q, k, v, causal=True, s_aux=sinks),
+        "varlen": lambda: flash_attn_varlen_func(*packed, ends, ends, 64, 64, causal=True),
+    }
+
+
+def measure() -> dict[str, float]:
+    one = torch.randn(1, 1, 1, 64).bfloat16()
+    with torch.no_grad():
+        with replaced(backends, "kernels_wanted", lambda tensor: False):
+            fp8_calls = calls_in_8_bits()
+        calls = {**calls_in_16_bits(), **fp8_calls}
+        rows = {name: microseconds(call) for name, call in calls.items()}
+        attributes_only = repeated.new_recall(None)
+        with replaced(repeated, "_recall", lambda: attributes_only):
+            call = calls["dense"]
+            rows["dense, without torch's DLPack table"] = microseconds(call)
+    for name, call in calls_with_gradients().items():
+        with replaced(repeated, "Launched", NoNode):
+            rows[f"{name}, gradients, until the launch"] = microseconds(call)
+        rows[f"{name}, gradients, with the node"] = microseconds(call)
+    with torch.no_grad():
+        rows["torch SDPA, one query, one key"] = microseconds(
+            lambda: F.scaled_dot_product_attention(one, one, one)
+        )
+    return {name: round(value, 2) for name, value in rows.items()}
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    with kernels_on_a_fake_driver(), torch.no_grad():
-        rows = {name: round(microseconds(call), 2) for name, call in calls().items()}
+    with kernels_on_a_fake_driver():
+        rows = measure()
     for name, value in rows.items():
-        print(f"{name:32} {value:6.2f} us")
+        print(f"{name:40} {value:6.2f} us")
     results = {"environment": environment.describe(), "microseconds": rows}
     (RESULTS / "launch.json").write_text(json.dumps(results, indent=1) + "\n")
 

@@ -116,6 +116,14 @@ def test_stream(fake, driver):
     assert fake.count("cuStreamDestroy_v2") == 1
 
 
+def test_capture_fails_what_would_spoil_a_graph(fake, driver):
+    """What tests of captured launches rely on."""
+    fake.capture(True)
+    for illegal in (driver.synchronize, lambda: _native.DeviceMemory(driver, 16)):
+        with pytest.raises(_native.DriverError, match="STREAM_CAPTURE_UNSUPPORTED"):
+            illegal()
+
+
 def test_synchronize_runs_in_the_devices_context(fake, driver):
     fake.reset(devices=2)
     driver.synchronize(1)

@@ -44,7 +44,7 @@ def test_a_library_is_unloaded_with_its_last_kernel(fake, driver):
 
 @pytest.mark.parametrize("change", [{"abi_version": 7}, {"info_bytes": 396}])
 def test_another_abi_is_refused(driver, change):
-    reads = f"this flash8 reads version {_native.ABI_VERSION} with 400 bytes"
+    reads = f"this flash8 reads version {_native.ABI_VERSION} with 404 bytes"
     with pytest.raises(RuntimeError, match=reads):
         _native.Library(driver, fake_cubin(**change)).kernel()
 
@@ -175,8 +175,17 @@ def test_a_plain_kernel_needs_a_block(plain):
 
 @pytest.mark.parametrize("parameters", [[], [FORWARD[:-1]], [FORWARD, FORWARD]])
 def test_parameters_must_fit_kernel_info(kernel, parameters):
-    with pytest.raises(ValueError, match="forward takes one parameter of 1280 bytes"):
+    with pytest.raises(ValueError, match="forward takes one parameter of 1344 bytes"):
         kernel.launch((1, 1, 1), parameters)
+
+
+def test_a_launch_is_captured_while_its_stream_captures(fake, kernel):
+    assert not kernel.is_captured(0, 77)
+    fake.capture(True)
+    assert kernel.is_captured(0, 77)
+    fake.fail("cuStreamIsCapturing", 1)
+    with pytest.raises(_native.DriverError, match="cuStreamIsCapturing"):
+        kernel.is_captured(0, 77)
 
 
 # ---- the registry ----

@@ -129,10 +129,10 @@ def test_a_section_fits_l2():
 
 def test_each_stream_has_its_own_counter():
     cpu = torch.device("cpu")
-    first = hopper._tile_count(cpu, 16)
-    assert first is hopper._tile_count(cpu, 16)
-    assert first is not hopper._tile_count(cpu, 32)
+    first = hopper.get_tile_count(cpu, 16)
+    assert first is hopper.get_tile_count(cpu, 16)
+    assert first is not hopper.get_tile_count(cpu, 32)
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(hopper._tile_count, cpu, 16).result() is first
-        own = hopper._tile_count(cpu, 2)
-        assert pool.submit(hopper._tile_count, cpu, 2).result() is not own
+        assert pool.submit(hopper.get_tile_count, cpu, 16).result() is first
+        own = hopper.get_tile_count(cpu, 2)
+        assert pool.submit(hopper.get_tile_count, cpu, 2).result() is not own

@@ -1,82 +1,24 @@
 """Calls like one before on the Hopper backend: what is remembered, and what never is."""
 
+import gc
 import math
+import resource
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fake_driver.cubin import LAYOUT, fake_cubin, tma_boxes
-from flash8 import _native, backends, flash_attn_func, flash_attn_varlen_func, ops
-from flash8.backends import hopper, repeated
-from simulated_device import SimulatedDevice, missing_compiler
+from flash8 import _native, flash_attn_func, flash_attn_varlen_func
+from flash8.backends import repeated
+from repeated_cases import CALLS, ENDS, addresses, draw, forget, without_addresses
+from simulated_device import missing_compiler
 
-pytest_plugins = ["driver_fixtures"]
-
-BOX = (4, (64, 128, 1, 1), _native.ElementType.BFLOAT16, _native.Swizzle.B128)
-
-
-@pytest.fixture
-def forgetful(monkeypatch):
-    """Nothing is remembered from or for other tests."""
-    monkeypatch.setattr(repeated, "_remembered", {})
-
-
-@pytest.fixture
-def on_fake_driver(monkeypatch, driver, forgetful):
-    """CPU tensors take the Hopper backend on a driver that does nothing."""
-    image = fake_cubin(cluster=(1, 1, 1), tma=tma_boxes(BOX, BOX, BOX))
-    registry = _native.Registry(driver, lambda key, kind: image)
-    monkeypatch.setattr(backends, "kernels_wanted", lambda tensor: True)
-    monkeypatch.setattr(hopper, "_registry", lambda: registry)
-
-
-@pytest.fixture
-def whole_ways(monkeypatch):
-    """A list that grows with every call that goes through the op."""
-    seen = []
-    run_forward = ops.run_forward
-    monkeypatch.setattr(ops, "run_forward", lambda *args: seen.append(1) or run_forward(*args))
-    return seen
-
-
-def draw(seed=0, rows=40, heads=4, heads_kv=2, batch=2, width=128):
-    generator = torch.Generator().manual_seed(seed)
-
-    def tensor(heads):
-        return torch.randn(batch, rows, heads, width, generator=generator).bfloat16()
-
-    return tensor(heads), tensor(heads_kv), tensor(heads_kv)
-
-
-def without_addresses(parameters: bytes) -> bytes:
-    """The parameters of a launch with the addresses of its tensors, and what holds them, zeroed."""
-    cleared = bytearray(parameters)
-    fields = LAYOUT["ForwardParams"]["fields"]
-    for name in ("q", "k", "v", "o", "lse"):
-        offset, _ = fields[name]
-        cleared[offset : offset + 8] = bytes(8)
-    for name in ("tma_q", "tma_k", "tma_v"):
-        offset, _ = fields[name]
-        cleared[offset + 16 : offset + 24] = bytes(8)  # as the fake driver packs a map
-    return bytes(cleared)
-
-
-ENDS = torch.tensor([0, 13, 80], dtype=torch.int32)
-CALLS = {
-    "causal": lambda q, k, v: flash_attn_func(q, k, v, causal=True),
-    "no mask": lambda q, k, v: flash_attn_func(q, k, v),
-    "window, softcap, scale": lambda q, k, v: flash_attn_func(
-        q, k, v, window_size=(7, 2), softcap=3.0, softmax_scale=0.2, sm_margin=3
-    ),
-    "packed": lambda q, k, v: flash_attn_varlen_func(
-        *(x.flatten(0, 1) for x in (q, k, v)), ENDS, ENDS, 67, 67
-    ),
-    "grouped heads in a tile": lambda q, k, v: flash_attn_func(q, k, v, pack_gqa=True),
-    "strided": lambda q, k, v: flash_attn_func(q[:, ::2], k[:, 1:], v[:, 1:], causal=True),
-}
+pytest_plugins = ["driver_fixtures", "repeated_fixtures"]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -85,7 +27,7 @@ def test_the_second_launch_is_that_of_the_whole_way(name, fake, on_fake_driver, 
     CALLS[name](*first)
     CALLS[name](*second)
     assert len(whole_ways) == 1 and len(fake.launches) == 2
-    repeated._remembered.clear()
+    forget()
     whole = CALLS[name](*second)
     launches, parameters = fake.launches, [fake.parameter(i) for i in range(3)]
     assert launches[1] == launches[2]
@@ -93,10 +35,9 @@ def test_the_second_launch_is_that_of_the_whole_way(name, fake, on_fake_driver, 
     again = CALLS[name](*second)
     assert again.shape == whole.shape and again.dtype == whole.dtype
     assert again.stride() == whole.stride() and not again.requires_grad
-    for field, x in zip(("q", "o"), (second[0], again), strict=True):
-        offset, _ = LAYOUT["ForwardParams"]["fields"][field]
-        address = int.from_bytes(fake.parameter(3)[offset : offset + 8], "little")
-        assert address == x.data_ptr()
+    assert addresses(fake.parameter(3), "o") == [again.data_ptr()]
+    if "e4m3" not in name and "scaled" not in name:
+        assert addresses(fake.parameter(3), "q") == [second[0].data_ptr()]
 
 
 def test_lse_is_returned_as_by_the_whole_way(on_fake_driver, whole_ways):
@@ -208,16 +149,6 @@ def test_who_watches_sees_the_op(watcher, on_fake_driver, whole_ways):
     assert len(whole_ways) == 2
 
 
-def test_gradients_go_the_whole_way(on_fake_driver, whole_ways):
-    q, k, v = draw()
-    flash_attn_func(q, k, v)
-    q.requires_grad_()
-    assert flash_attn_func(q, k, v).requires_grad
-    with torch.no_grad():
-        assert not flash_attn_func(q, k, v).requires_grad
-    assert len(whole_ways) == 2
-
-
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_sparse_and_nested_tensors_are_refused_as_before(on_fake_driver):
     q, k, v = draw()
@@ -231,19 +162,148 @@ def test_memory_of_calls_is_bounded(monkeypatch, on_fake_driver):
     monkeypatch.setattr(repeated, "_MOST_PLANS", 3)
     for rows in range(20, 30):
         flash_attn_func(*draw(rows=rows))
-    assert 1 <= len(repeated._remembered) <= 3
+    assert 1 <= len(repeated._recall()) <= 3
+
+
+def test_an_output_that_shares_memory_is_refused_as_before(on_fake_driver):
+    both = torch.zeros(2, *draw()[0].shape).bfloat16()
+    q, k, v = draw()
+    flash_attn_func(q, k, v, out=torch.empty_like(q))
+    flash_attn_func(both[0], k, v, out=torch.empty_like(q))
+    for out in (both[0], both[1]):
+        with pytest.raises(ValueError, match="out must not share memory"):
+            flash_attn_func(both[0], k, v, out=out)
+
+
+def test_an_output_that_is_not_aligned_is_refused_as_before(on_fake_driver):
+    q, k, v = draw()
+    further = torch.empty(q.numel() + 1).bfloat16()[1:].view(q.shape)
+    messages = []
+    for _ in range(2):
+        with pytest.raises(ValueError, match="o is at address") as error:
+            flash_attn_func(q, k, v, out=further)
+        messages.append(str(error.value))
+        flash_attn_func(q, k, v, out=torch.empty_like(q))
+    assert messages[0] == messages[1]
+
+
+def test_options_that_want_gradients_are_refused_as_before(on_fake_driver):
+    q, k, v = draw()
+    slopes = torch.ones(4)
+    flash_attn_func(q, k, v, alibi_slopes=slopes)
+    with pytest.raises(ValueError, match="alibi_slopes is not differentiable"):
+        flash_attn_func(q, k, v, alibi_slopes=slopes.clone().requires_grad_())
+    flash_attn_func(q, k, v, out=torch.empty_like(q))
+    with pytest.raises(ValueError, match="out= cannot be combined"):
+        flash_attn_func(q.clone().requires_grad_(), k, v, out=torch.empty_like(q))
+
+
+COPIES = {
+    "lengths": lambda q, k, v: flash_attn_varlen_func(
+        *(x.flatten(0, 1) for x in (q, k, v)), *(ENDS.repeat_interleave(2)[::2],) * 2, 67, 67
+    ),
+    "slopes": lambda q, k, v: flash_attn_func(q, k, v, alibi_slopes=torch.ones(8)[::2]),
+    "means": lambda q, k, v: flash_attn_func(
+        *(x.to(torch.float8_e4m3fn) for x in (q, k, v)), k_mean=torch.ones(2, 256)[:, ::2]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_what_is_copied_for_the_launch_goes_the_whole_way(name, on_fake_driver, whole_ways):
+    for _ in range(3):
+        COPIES[name](*draw())
+    assert len(whole_ways) == 3
+
+
+def test_a_pending_negation_goes_the_whole_way(on_fake_driver, whole_ways):
+    q, k, v = draw()
+    for _ in range(2):
+        flash_attn_func(q, k, v)
+    flash_attn_func(torch._neg_view(q), k, v)
+    assert len(whole_ways) == 2
+
+
+def test_parameters_and_no_other_subclass_are_known(on_fake_driver, whole_ways):
+    q, k, v = draw()
+    sinks = torch.zeros(4)
+    flash_attn_func(q, k, v, s_aux=sinks)
+    with torch.no_grad():
+        flash_attn_func(q, k, v, s_aux=torch.nn.Parameter(sinks))
+    assert len(whole_ways) == 1
+    flash_attn_func(q, k, v, s_aux=sinks.as_subclass(Named))
+    assert len(whole_ways) == 2
+
+
+class Named(torch.Tensor):
+    pass
+
+
+def test_a_launch_that_fails_leaves_nothing_behind(fake, on_fake_driver, whole_ways):
+    q, k, v = draw()
+    flash_attn_func(q, k, v, causal=True)
+    held = [sys.getrefcount(x) for x in (q, k, v)]
+    fake.fail("cuLaunchKernelEx", 2)
+    for _ in range(3):
+        with pytest.raises(_native.DriverError, match="OUT_OF_MEMORY"):
+            flash_attn_func(q, k, v, causal=True)
+    fake.fail("cuLaunchKernelEx", 0)
+    flash_attn_func(q, k, v, causal=True)
+    assert len(whole_ways) == 1 and fake.context_depth == 0
+    assert held == [sys.getrefcount(x) for x in (q, k, v)]
+
+
+def test_threads_may_call_at_once(fake, on_fake_driver, whole_ways):
+    def call(thread):
+        q, k, v = draw(rows=40 + thread % 2)
+        outs = [flash_attn_func(q, k, v, causal=True) for _ in range(200)]
+        return {(q.data_ptr(), out.data_ptr()) for out in outs}
+
+    for thread in range(2):
+        flash_attn_func(*draw(rows=40 + thread), causal=True)
+    with ThreadPoolExecutor(4) as pool:
+        wanted = set().union(*pool.map(call, range(4)))
+    launched = [fake.parameter(i) for i in range(2, len(fake.launches))]
+    assert len(launched) == 800 and len(whole_ways) == 2
+    assert wanted <= {tuple(addresses(parameters, "q", "o")) for parameters in launched}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_calls_leak_nothing(grad, fake, on_fake_driver):
+    fake.record(False)
+    tensors = [x.requires_grad_(grad) for x in draw()]
+    sinks = torch.zeros(4, requires_grad=grad)
+    held = (*tensors, sinks)
+
+    def calls(count):
+        for _ in range(count):
+            flash_attn_func(*tensors, causal=True, s_aux=sinks)
+        gc.collect()
+        return [sys.getrefcount(x) for x in held], resident_bytes()
+
+    calls(2_000)
+    references, before = calls(2_000)
+    again, after = calls(30_000 if grad else 100_000)
+    assert references == again
+    assert after - before < 1 << 20
+
+
+def resident_bytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 @pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
-@pytest.mark.parametrize("name", ["causal", "packed", "strided"])
-def test_results_are_those_of_the_whole_way(name, monkeypatch, forgetful, whole_ways):
+@pytest.mark.parametrize(
+    "name",
+    ["causal", "packed", "strided", "sinks", "sinks in bf16", "slopes", "used", "output", "scaled"],
+)
+def test_results_are_those_of_the_whole_way(name, on_simulated_device, whole_ways):
     first, second = draw(0), draw(1)
-    device = SimulatedDevice()
-    with device.serving_cpu_tensors(monkeypatch, seed=5):
-        CALLS[name](*first)
-        got = CALLS[name](*second)
-        assert len(whole_ways) == 1
-        repeated._remembered.clear()
-        want = CALLS[name](*second)
+    CALLS[name](*first)
+    got = CALLS[name](*second)
+    assert len(whole_ways) == 1
+    forget()
+    want = CALLS[name](*second)
     assert len(whole_ways) == 2
     assert torch.equal(got, want) and math.isfinite(got.float().sum())

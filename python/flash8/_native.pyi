@@ -1,7 +1,7 @@
 import builtins
 from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from typing_extensions import Buffer
 
@@ -131,6 +131,7 @@ class Kernel:
     def info(self) -> KernelInfo | None: ...
     def registers(self, device: int = 0) -> int: ...
     def local_bytes(self, device: int = 0) -> int: ...
+    def is_captured(self, device: int, stream: int) -> bool: ...
     def launch(
         self,
         grid: tuple[int, int, int],
@@ -250,18 +251,53 @@ def launch_quantize(kernel: Kernel, device: int, stream: int, call: QuantizePara
 def launch_forward(
     kernel: Kernel, device: int, stream: int, call: ForwardParams, sm_margin: int = 0
 ) -> None: ...
-def launch_forward_on(
-    kernel: Kernel,
-    device: int,
-    stream: int,
-    call: ForwardParams,
-    sm_margin: int,
-    q: int,
-    k: int,
-    v: int,
-    o: int,
-    lse: int,
-    tile_count: int,
-    cu_seqlens_q: int,
-    cu_seqlens_k: int,
-) -> None: ...
+
+class Recall:
+    def __init__(
+        self,
+        *,
+        exchange_api: object | None,
+        tensor: type,
+        parameter: type,
+        empty_like: Callable[..., object],
+        current_stream: Callable[..., int],
+        tile_count: Callable[..., object],
+        option_names: Sequence[str],
+    ) -> None: ...
+    def run(
+        self,
+        scope: object,
+        inputs: tuple[Any, ...],
+        options: tuple[Any, ...],
+        window: object,
+        want_lse: bool,
+        grad_enabled: bool,
+        /,
+    ) -> tuple[Any, Any, Any] | None: ...
+    def knows(
+        self,
+        scope: object,
+        inputs: tuple[Any, ...],
+        options: tuple[Any, ...],
+        window: object,
+        /,
+    ) -> bool: ...
+    def remember(
+        self,
+        scope: object,
+        inputs: tuple[Any, ...],
+        options: tuple[Any, ...],
+        window: object,
+        *,
+        kernel: Kernel,
+        device: int,
+        sm_margin: int,
+        draws_tiles: bool,
+        params: ForwardParams,
+        out_like: object,
+        lse_like: object,
+        note: object,
+        most_plans: int,
+    ) -> None: ...
+    def clear(self) -> None: ...
+    def __len__(self) -> int: ...

@@ -102,23 +102,39 @@ def flash_attn_func(
     Raises:
         TypeError, ValueError: naming the argument, its value and what is supported.
     """
-    options = Options(
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        k_mean=k_mean,
-        v_mean=v_mean,
-        v_channel_descale=v_channel_descale,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        deterministic=deterministic,
-        sm_margin=sm_margin,
-        alibi_slopes=alibi_slopes,
-        dropout_p=dropout_p,
+    # By position, several times as quick as by name.
+    options = Options._make(
+        (
+            q_descale,
+            k_descale,
+            v_descale,
+            k_mean,
+            v_mean,
+            v_channel_descale,
+            None,  # cu_seqlens_q
+            None,  # cu_seqlens_k
+            None,  # max_seqlen_q
+            None,  # max_seqlen_k
+            None,  # seqused_q
+            None,  # seqused_k
+            None,  # leftpad_k
+            None,  # page_table
+            None,  # kv_batch_idx
+            alibi_slopes,
+            None,  # dropout_seed
+            dropout_p,
+            softmax_scale,
+            causal,
+            -1,  # window_left
+            -1,  # window_right
+            attention_chunk,
+            softcap,
+            num_splits,
+            pack_gqa,
+            deterministic,
+            sm_margin,
+            None,  # v_keys
+        )
     )
     return _attend(q, k, v, qv, s_aux, out, options, window_size, dropout_seed, return_attn_probs)
 
@@ -176,30 +192,39 @@ def flash_attn_varlen_func(
         O in q's layout with head_dim_v last; with return_attn_probs (O, LSE), LSE (heads, total_q)
         for packed q, (batch, heads, seqlen_q) otherwise.
     """
-    options = Options(
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        k_mean=k_mean,
-        v_mean=v_mean,
-        v_channel_descale=v_channel_descale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-        page_table=page_table,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        deterministic=deterministic,
-        sm_margin=sm_margin,
-        alibi_slopes=alibi_slopes,
-        dropout_p=dropout_p,
+    # By position, several times as quick as by name.
+    options = Options._make(
+        (
+            q_descale,
+            k_descale,
+            v_descale,
+            k_mean,
+            v_mean,
+            v_channel_descale,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            seqused_q,
+            seqused_k,
+            None,  # leftpad_k
+            page_table,
+            None,  # kv_batch_idx
+            alibi_slopes,
+            None,  # dropout_seed
+            dropout_p,
+            softmax_scale,
+            causal,
+            -1,  # window_left
+            -1,  # window_right
+            attention_chunk,
+            softcap,
+            num_splits,
+            pack_gqa,
+            deterministic,
+            sm_margin,
+            None,  # v_keys
+        )
     )
     return _attend(q, k, v, qv, s_aux, out, options, window_size, dropout_seed, return_attn_probs)
 
@@ -218,14 +243,12 @@ def _attend(
 ) -> Output:
     """Checks the call, completes its options and runs it."""
     require_bool("return_attn_probs", return_lse)
-    known_as = None
-    if dropout_seed is None:
-        known_as = repeated.key_of(q, k, v, qv, s_aux, out, options, window_size)
-    if known_as is not None:
-        done = repeated.run(known_as, q, k, v, options)  # type: ignore[arg-type]
-        if done is not None:
-            return done if return_lse else done[0]  # type: ignore[no-any-return]
     query, key, value, options = scaled_tensor.unwrap(q, k, v, options)
+    call: repeated.Call = ((query, key, value, qv, s_aux, out), options, window_size)
+    if dropout_seed is None:
+        done = repeated.run(call, return_lse)
+        if done is not None:
+            return done  # type: ignore[no-any-return]
     window_left, window_right = checks.window(window_size)
     options = options._replace(window_left=window_left, window_right=window_right)
     geometry, options = checks.attention(query, key, value, qv, s_aux, out, options)
@@ -236,6 +259,6 @@ def _attend(
         options = options._replace(dropout_seed=draw_seed(query.device) if seed is None else seed)
     options = ops.resolve_num_splits(query, geometry, options)
     o, lse, _, _ = ops.run_forward(query, key, value, qv, s_aux, out, options)
-    if known_as is not None:
-        repeated.remember(known_as, query, key, value, options)
+    if dropout_seed is None:
+        repeated.remember(call, options)
     return (o, lse) if return_lse else o

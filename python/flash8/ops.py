@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash8 import checks
+from flash8 import autograd, checks
 from flash8.backends import backend_for, choose_num_splits, forward_backend
 from flash8.checks import Geometry
 from flash8.options import SCHEMA, Options
@@ -199,32 +199,12 @@ def _combine_backward_fake(
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: ForwardResult) -> None:
     q, k, v, qv, s_aux, *options = inputs
     out, lse, out_partial, lse_partial = output
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(out_partial, lse_partial)
-    tensors = [x for x in options if isinstance(x, Tensor)]
-    ctx.save_for_backward(q, k, v, qv, s_aux, out, lse, *tensors)
-    ctx.options = [None if isinstance(x, Tensor) else x for x in options]
-    ctx.tensor_fields = [i for i, x in enumerate(options) if isinstance(x, Tensor)]
+    autograd.save(ctx, (q, k, v, qv, s_aux), (out, lse), tuple(options))
 
 
 def _forward_autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> Any:
-    no_option_gradients = (None,) * len(Options._fields)
-    if dout is None and dlse is None:
-        return (*(None,) * 5, *no_option_gradients)
-    q, k, v, qv, s_aux, out, lse, *tensors = ctx.saved_tensors
-    if k.dtype == checks.FP8:
-        raise ValueError(
-            f"attention on raw {checks.FP8} inputs has no backward: call flash8.fp8_attention on "
-            "16-bit tensors, which quantizes inside and is differentiable"
-        )
-    options = list(ctx.options)
-    for field, tensor in zip(ctx.tensor_fields, tensors, strict=True):
-        options[field] = tensor
-    dq, dk, dv, dqv, ds_aux = torch.ops.flash8.backward(
-        dout, dlse, q, k, v, qv, s_aux, out, lse, *options
-    )
-    optional = (None if qv is None else dqv, None if s_aux is None else ds_aux)
-    return (dq, dk, dv, *optional, *no_option_gradients)
+    return (*autograd.gradients(ctx, dout, dlse), *(None,) * len(Options._fields))
 
 
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

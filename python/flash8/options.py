@@ -63,6 +63,12 @@ _SCHEMA_TYPES: dict[object, str] = {
     bool: "bool",
 }
 
+#: The options that are tensors, and those that are not, in order.
+TENSOR_FIELDS, NUMBER_FIELDS = (
+    tuple(x for x, kind in Options.__annotations__.items() if (kind == Tensor | None) is tensors)
+    for tensors in (True, False)
+)
+
 #: "Tensor? q_descale, ..., SymInt sm_margin": the tail of every attention op's schema.
 SCHEMA = ", ".join(
     f"{_SCHEMA_TYPES[annotation]} {name}" for name, annotation in Options.__annotations__.items()

@@ -10,5 +10,6 @@ void bind_driver(pybind11::module_& module);    // errors, the driver, memory, s
 void bind_kernel(pybind11::module_& module);    // tensor maps, libraries, kernels, the registry
 void bind_calls(pybind11::module_& module);     // attention calls
 void bind_quantize(pybind11::module_& module);  // quantizer calls
+void bind_recall(pybind11::module_& module);    // attention calls like one before
 
 }  // namespace flash8

@@ -47,23 +47,6 @@ void bind_scheduler(py::module_& module) {
     type.def_readwrite("heads_per_section", &S::heads_per_section);
 }
 
-// One crossing from Python instead of one per field; `planned` is shared by threads and stays as it is.
-void launch_forward_on(Kernel& kernel, int device, std::uint64_t stream, const ForwardParams& planned,
-                       int sm_margin, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t o,
-                       std::uintptr_t lse, std::uintptr_t tile_count, std::uintptr_t cu_seqlens_q,
-                       std::uintptr_t cu_seqlens_k) {
-    ForwardParams call = planned;
-    call.q.ptr = reinterpret_cast<void*>(q);
-    call.k.ptr = reinterpret_cast<void*>(k);
-    call.v.ptr = reinterpret_cast<void*>(v);
-    call.o.ptr = reinterpret_cast<void*>(o);
-    call.lse.ptr = reinterpret_cast<float*>(lse);
-    call.scheduler.tile_count = reinterpret_cast<std::int32_t*>(tile_count);
-    call.sequences.cu_seqlens_q = reinterpret_cast<const std::int32_t*>(cu_seqlens_q);
-    call.sequences.cu_seqlens_k = reinterpret_cast<const std::int32_t*>(cu_seqlens_k);
-    launch_forward(kernel, device, stream, call, sm_margin);
-}
-
 void bind_forward(py::module_& module) {
     using P = ForwardParams;
     py::class_<P> type(module, "ForwardParams", "A forward call. What is not set is zero.");
@@ -92,11 +75,6 @@ void bind_forward(py::module_& module) {
                py::arg("call"), py::arg("sm_margin") = 0, py::call_guard<py::gil_scoped_release>(),
                "Enqueue the forward kernel on a stream. Fills in tensor maps, scheduler and grid. Raises "
                "ValueError for sizes, strides or addresses that the kernel cannot take.");
-    module.def("launch_forward_on", &launch_forward_on, py::call_guard<py::gil_scoped_release>(),
-               py::arg("kernel"), py::arg("device"), py::arg("stream"), py::arg("call"), py::arg("sm_margin"),
-               py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("lse"), py::arg("tile_count"),
-               py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"),
-               "launch_forward of the same call on tensors that lie elsewhere, given by their addresses.");
 }
 
 }  // namespace

@@ -29,6 +29,11 @@ enum DeviceAttribute : int {
     kMaxSharedMemoryPerBlockOptin = 97,
 };
 
+inline constexpr int kCaptureNone = 0;  // a stream runs what it is given
+
+// The handle of the per-thread default stream, which stands for another stream in every thread.
+inline constexpr std::uint64_t kStreamPerThread = 2;
+
 enum FunctionAttribute : int {
     kLocalSizeBytes = 3,
     kNumRegs = 4,
@@ -100,7 +105,8 @@ static_assert(sizeof(LaunchConfig) == 56 && offsetof(LaunchConfig, stream) == 32
     X(memcpy_dtoh, cuMemcpyDtoH_v2, (void* to, DevicePtr, std::size_t bytes))                              \
     X(stream_create, cuStreamCreate, (Stream*, unsigned flags))                                            \
     X(stream_destroy, cuStreamDestroy_v2, (Stream))                                                        \
-    X(stream_synchronize, cuStreamSynchronize, (Stream))
+    X(stream_synchronize, cuStreamSynchronize, (Stream))                                                   \
+    X(stream_is_capturing, cuStreamIsCapturing, (Stream, int* status))
 
 template <class Signature>
 struct Entry {

@@ -96,6 +96,13 @@ cu::Function Kernel::function(int device, const Needs& needs) {
     return state.function;
 }
 
+bool Kernel::is_captured(int device, std::uint64_t stream) const {
+    const ContextScope scope(driver(), device);
+    int status = cu::kCaptureNone;
+    driver().call(&cu::Entries::stream_is_capturing, reinterpret_cast<cu::Stream>(stream), &status);
+    return status != cu::kCaptureNone;
+}
+
 int Kernel::attribute(int device, cu::FunctionAttribute attribute) {
     const ContextScope scope(driver(), device);
     const cu::Function loaded = function(device, {});

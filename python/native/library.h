@@ -55,6 +55,9 @@ class Kernel {
 
     int attribute(int device, cu::FunctionAttribute attribute);
 
+    // Whether a launch on this stream becomes part of a graph instead of running.
+    bool is_captured(int device, std::uint64_t stream) const;
+
   private:
     struct OnDevice {
         cu::Function function = nullptr;

@@ -34,6 +34,10 @@ class FakeDriver:
     def record(self, on: bool) -> None:
         self._library.fake_record(int(on))
 
+    def capture(self, on: bool) -> None:
+        """Every stream captures: entries that are illegal then fail, until the next reset."""
+        self._library.fake_capture(int(on))
+
     def fail(self, entry: str, code: int) -> None:
         self._library.fake_fail(entry.encode(), code)
 

@@ -23,6 +23,7 @@ namespace {
 constexpr cu::Result kInvalidValue = 1;
 constexpr cu::Result kInvalidContext = 201;
 constexpr cu::Result kNotFound = 500;
+constexpr cu::Result kCaptureUnsupported = 900;
 
 struct State {
     std::mutex mutex;
@@ -42,10 +43,24 @@ State& state() {
 }
 
 std::atomic<bool> recording{true};
+std::atomic<bool> capturing{false};
 thread_local std::vector<cu::Context> context_stack;
+
+// What a thread may call while a stream captures: what asks, and what becomes a node. Everything else waits
+// for the device, or may, and would spoil the graph.
+bool is_legal_in_capture(const std::string& entry) {
+    static const std::set<std::string> legal{
+        "cuDeviceGet",         "cuDeviceGetCount",       "cuDeviceGetAttribute",
+        "cuCtxGetCurrent",     "cuCtxPushCurrent_v2",    "cuCtxPopCurrent_v2",
+        "cuStreamIsCapturing", "cuTensorMapEncodeTiled", "cuLaunchKernelEx"};
+    return legal.count(entry) != 0;
+}
 
 // Counts the call and gives the failure that a test has planted for it.
 cu::Result enter(const char* entry) {
+    if (capturing && !is_legal_in_capture(entry)) {
+        return kCaptureUnsupported;
+    }
     if (!recording) {
         return cu::kSuccess;
     }
@@ -122,6 +137,11 @@ void fake_reset(int devices) {
     state().parameters.clear();
     state().devices = devices;
     recording = true;
+    capturing = false;
+}
+
+void fake_capture(int on) {
+    capturing = on != 0;
 }
 
 void fake_record(int on) {
@@ -182,11 +202,10 @@ cu::Result cuDriverGetVersion(int* version) {
 }
 
 cu::Result cuGetErrorName(cu::Result code, const char** name) {
-    static const std::map<int, const char*> names{{1, "CUDA_ERROR_INVALID_VALUE"},
-                                                  {2, "CUDA_ERROR_OUT_OF_MEMORY"},
-                                                  {100, "CUDA_ERROR_NO_DEVICE"},
-                                                  {201, "CUDA_ERROR_INVALID_CONTEXT"},
-                                                  {500, "CUDA_ERROR_NOT_FOUND"}};
+    static const std::map<int, const char*> names{
+        {1, "CUDA_ERROR_INVALID_VALUE"}, {2, "CUDA_ERROR_OUT_OF_MEMORY"},
+        {100, "CUDA_ERROR_NO_DEVICE"},   {201, "CUDA_ERROR_INVALID_CONTEXT"},
+        {500, "CUDA_ERROR_NOT_FOUND"},   {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"}};
     const auto found = names.find(code);
     *name = found == names.end() ? nullptr : found->second;
     return found == names.end() ? kInvalidValue : cu::kSuccess;
@@ -385,6 +404,12 @@ cu::Result cuStreamDestroy_v2(cu::Stream) {
 
 cu::Result cuStreamSynchronize(cu::Stream) {
     ENTER_WITH_CONTEXT();
+    return cu::kSuccess;
+}
+
+cu::Result cuStreamIsCapturing(cu::Stream, int* status) {
+    ENTER_WITH_CONTEXT();
+    *status = capturing ? 1 : cu::kCaptureNone;
     return cu::kSuccess;
 }
 

@@ -79,45 +79,41 @@ def forward(
     lse_partial: Tensor,
 ) -> None:
     """Fills out and lse on q's stream, without a synchronisation."""
-    given = {name: getattr(options, name) for name in _INDEX_FIELDS}
-    indices = {name: x.contiguous() for name, x in given.items() if x is not None}
-    planned = plan(q, k, v, indices, options, out, lse)
-    call = planned.call
-    held = hopper_fp8.describe(call, q, k, out, options) if q.dtype == E4M3 else []
-    if s_aux is not None:
-        sinks = s_aux.float().contiguous()
-        call.scores.sinks = sinks.data_ptr()
-    if options.alibi_slopes is not None:
-        slopes = options.alibi_slopes.contiguous()
-        call.scores.alibi_slopes = slopes.data_ptr()
-        call.scores.alibi_batch_stride = slopes.shape[-1] if slopes.dim() == 2 else 0
-    stream = _stream(q)
-    tile_count = _tile_count(q.device, stream) if planned.draws_tiles else None
+    planned = plan(q, k, v, s_aux, options, out, lse)
+    kernel, device, call = planned.kernel, planned.device, planned.call
+    stream = current_stream(q)
+    tile_count = None
+    if planned.draws_tiles:
+        tile_count = get_tile_count(q.device, stream, kernel.is_captured(device, stream))
     call.scheduler.tile_count = 0 if tile_count is None else tile_count.data_ptr()
-    _native.launch_forward(planned.kernel, planned.device, stream, call, options.sm_margin)
-    del held  # what the call points to; freed memory is not reused before the kernel on this stream
+    _native.launch_forward(kernel, device, stream, call, options.sm_margin)
+    # What the call points to: freed memory is not reused before the kernel on this stream.
+    del planned
 
 
 class Plan(NamedTuple):
-    """What of a launch follows from sizes, strides and options alone; addresses are in `call`."""
+    """A launch, but for the stream and what belongs to it."""
 
     kernel: _native.Kernel
     device: int
     call: _native.ForwardParams
-    sm_margin: int
     draws_tiles: bool
+    held: list[Tensor]  # what `call` points to besides the arguments of `plan`
 
 
 def plan(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    indices: dict[str, Tensor],
+    s_aux: Tensor | None,
     options: Options,
     out: Tensor,
     lse: Tensor,
 ) -> Plan:
-    """The kernel and the parameters of a call. `indices`: index tensors, contiguous."""
+    """The kernel and the parameters of a call."""
+    given = {name: getattr(options, name) for name in _INDEX_FIELDS}
+    indices = {name: x.contiguous() for name, x in given.items() if x is not None}
+    held = [*indices.values()]
     device = q.device.index or 0
     ratio = q.shape[-2] // k.shape[-2]
     head_dim_v = options.head_dim_v(v)
@@ -152,52 +148,33 @@ def plan(
             k.element_size() * (k.shape[-1] + head_dim_v),
             1 if pack_gqa else ratio,
         )
-    return Plan(_registry().get(key, device), device, call, options.sm_margin, uneven)
+    if q.dtype == E4M3:
+        held += hopper_fp8.describe(call, q, k, out, options)
+    if s_aux is not None:
+        sinks = s_aux.float().contiguous()
+        held.append(sinks)
+        call.scores.sinks = sinks.data_ptr()
+    if options.alibi_slopes is not None:
+        slopes = options.alibi_slopes.contiguous()
+        held.append(slopes)
+        call.scores.alibi_slopes = slopes.data_ptr()
+        call.scores.alibi_batch_stride = slopes.shape[-1] if slopes.dim() == 2 else 0
+    return Plan(_registry().get(key, device), device, call, uneven, held)
 
 
-def launch(
-    planned: Plan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> None:
-    """A planned 16-bit call on tensors of the same sizes and strides that lie elsewhere."""
-    kernel, device, call, sm_margin, draws_tiles = planned
-    stream = _stream(q)
-    tile_count = _tile_count(q.device, stream) if draws_tiles else None
-    _native.launch_forward_on(
-        kernel,
-        device,
-        stream,
-        call,
-        sm_margin,
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        out.data_ptr(),
-        lse.data_ptr(),
-        0 if tile_count is None else tile_count.data_ptr(),
-        0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
-        0 if cu_seqlens_k is None else cu_seqlens_k.data_ptr(),
-    )
-
-
-def _stream(q: Tensor) -> int:
+def current_stream(q: Tensor) -> int:
+    """The driver's handle of the stream that work on q goes to."""
     return torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
 
 
-def _tile_count(device: torch.device, stream: int) -> Tensor:
+def get_tile_count(device: torch.device, stream: int, captured: bool = False) -> Tensor:
     """The counter that the CTAs of one launch draw tiles from: zero before it and after it.
 
     Launches that run at the same time must not share one. Those of one stream never do, so each
     stream has its own for ever. A captured launch may run again on any stream, next to anything:
     it gets a counter of its own, in the graph's memory, that the graph sets to zero every time.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if captured:
         return torch.zeros(1, dtype=torch.int32, device=device)
     # The handle of the per-thread default stream means another stream in every thread.
     thread = threading.get_ident() if stream == _PER_THREAD_STREAM else 0

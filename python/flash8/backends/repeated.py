@@ -1,16 +1,17 @@
 """Forward calls like one before, on the Hopper kernels: not checked, planned or dispatched again.
 
-A call without gradients is known by the types, sizes, strides and devices of its tensors and by its
-options, with their types: everything that the checks, the choice of a kernel and its parameters
-look at, but for addresses. The first one takes the whole way and leaves its plan here. A call that
-is none such, or that a mode, a transform or a trace watches, takes the whole way every time.
+A call is known by the types, sizes, strides and devices of its tensors and by its options, with
+their types: everything that the checks, the choice of a kernel and its parameters look at, but for
+addresses. The first one takes the whole way and leaves its plan here; `python/native/recall.cpp`
+does the others. A call that is none such, or that a mode, a transform or a trace watches, takes
+the whole way every time. Autograd gets a node of its own for what was launched already.
 
-This is the host's hot path, a few microseconds: it says things twice rather than loop over them.
+This is the host's hot path, a few microseconds.
 """
 
 import functools
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, empty_like, is_grad_enabled
@@ -19,99 +20,103 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from flash8 import backends
-from flash8.float8 import E4M3
+from flash8 import backends, checks
+from flash8.autograd import Launched
 from flash8.options import Options
 
-Key = tuple[Any, ...]
+if TYPE_CHECKING:
+    from flash8 import _native
+
 _MOST_PLANS = 4096
-_ADDRESS_UNIT = 16  # bytes: what TMA reads from
+#: Behind these, options are numbers, which a plan holds in their checked form.
+_TENSOR_OPTIONS = Options._fields.index("dropout_p")
 
 
-class _Remembered(NamedTuple):
-    plan: Any  # of the Hopper backend
-    out_like: Tensor  # one element, expanded to O's shape
-    lse_like: Tensor
+#: A call as the caller made it, ScaledTensors taken apart: (q, k, v, qv, s_aux, out), the options
+#: and window_size. Nothing in it has to be valid.
+Call = tuple[tuple[Any, Any, Any, Any, Any, Any], Options, Any]
 
 
-_remembered: dict[Key, _Remembered] = {}
-
-
-def key_of(
-    q: Any, k: Any, v: Any, qv: Any, s_aux: Any, out: Any, options: Options, window_size: Any
-) -> Key | None:
-    """What a call is known by; None if it has to go the whole way. All arguments may be raw."""
+def run(call: Call, return_lse: bool) -> Any:
+    """What a call like one before returns; None for any other, and nothing was done then."""
     if is_compiling():
         return None
-    if not (
-        type(q) is type(k) is type(v) is Tensor
-        and not (q.is_neg() or k.is_neg() or v.is_neg())
-        and backends.kernels_wanted(q)
-    ):
+    inputs, options, window = call
+    if not _may_be_launched(inputs[0]):
         return None
-    q_descale, k_descale, v_descale, k_mean, v_mean, v_channels = options[:6]
-    cu_q, cu_k, longest_q, longest_k = options[6:10]
-    used_q, used_k, leftpad, pages, rows, slopes, seed = options[10:17]
-    if not (
-        (qv is s_aux is out is q_descale is k_descale is v_descale is k_mean is v_mean is None)
-        and v_channels is None
-        and (used_q is used_k is leftpad is pages is rows is slopes is seed is None)
-        and type(window_size) is tuple
-    ):
+    scope = _hopper()._registry()
+    done = _recall().run(scope, inputs, options, window, return_lse, is_grad_enabled())
+    if done is None:
         return None
-    if _is_watched(q, k, v):
-        return None
-    scalars = (longest_q, longest_k, *options[17:], *window_size)
-    registry = _hopper()._registry()
-    try:
-        tensors: Key = (
-            *(q.dtype, q.device, q.shape, q.stride()),
-            *(k.dtype, k.device, k.shape, k.stride()),
-            *(v.dtype, v.device, v.shape, v.stride()),
-        )
-        if cu_q is cu_k is None:
-            return registry, *tensors, *scalars, *map(type, scalars)
-        for ends in (cu_q, cu_k):
-            if ends is not None:
-                if not (type(ends) is Tensor and ends.is_contiguous()):
-                    return None
-                tensors = (*tensors, ends.dtype, ends.device, ends.shape, ends.stride())
-    except RuntimeError:  # a sparse or nested tensor has no strides
-        return None
-    return registry, *tensors, *scalars, *map(type, scalars), cu_q is None, cu_k is None
+    out, lse, numbers = done
+    if numbers is not None:
+        q, k, v, _, s_aux, _ = inputs
+        checked = (*options[:_TENSOR_OPTIONS], *numbers)
+        out, lse = Launched.apply(q, k, v, s_aux, (out, lse), checked)
+    return (out, lse) if return_lse else out
 
 
-def run(key: Key, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Any:
-    """(O, LSE) of a call that is like one before, or None."""
-    try:
-        found = _remembered.get(key)
-    except TypeError:  # an option that has no hash: the checks will say what it is
-        return None
-    if found is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % _ADDRESS_UNIT != 0:
-        return None
-    out, lse = empty_like(found.out_like), empty_like(found.lse_like)
-    _hopper().launch(found.plan, q, k, v, out, lse, options.cu_seqlens_q, options.cu_seqlens_k)
-    return out, lse
-
-
-def remember(key: Key, q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
+def remember(call: Call, options: Options) -> None:
     """Called after a call has succeeded, with its checked options."""
+    if is_compiling():
+        return
+    q, k, v, qv, s_aux, out = call[0]
+    if not _may_be_launched(q):
+        return
     hopper = _hopper()
-    if q.dtype == E4M3 or hopper.refusal(q, k, v, None, options) is not None:
+    scope = hopper._registry()
+    if hopper.refusal(q, k, v, qv, options) is not None or _recall().knows(scope, *call):
         return
     *batch, rows, heads, _ = q.shape
-    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device="meta")
     lse = torch.empty((*batch, heads, rows), dtype=torch.float32, device="meta")
-    given = {name: getattr(options, name) for name in ("cu_seqlens_q", "cu_seqlens_k")}
-    indices = {name: x for name, x in given.items() if x is not None}
-    # empty_like of them is the quickest way to an empty tensor of a shape.
-    patterns = [torch.empty(1, dtype=x.dtype, device=q.device).expand(x.shape) for x in (out, lse)]
-    if not all(empty_like(pattern).is_contiguous() for pattern in patterns):
+    if out is None:
+        shape = (*q.shape[:-1], options.head_dim_v(v))
+        out = torch.empty(shape, dtype=checks.output_dtype(q), device="meta")
+    with torch.no_grad():
+        planned = hopper.plan(q, k, v, s_aux, options, out, lse)
+    out_like, lse_like = (_pattern(x, q.device) for x in (out, lse))
+    if not (empty_like(out_like).is_contiguous() and empty_like(lse_like).is_contiguous()):
         return
-    if len(_remembered) >= _MOST_PLANS:
-        _remembered.clear()
-    planned = hopper.plan(q, k, v, indices, options, out, lse)
-    _remembered[key] = _Remembered(planned, *patterns)
+    _recall().remember(
+        scope,
+        *call,
+        kernel=planned.kernel,
+        device=planned.device,
+        sm_margin=options.sm_margin,
+        draws_tiles=planned.draws_tiles,
+        params=planned.call,
+        out_like=out_like,
+        lse_like=lse_like,
+        note=options[_TENSOR_OPTIONS:],
+        most_plans=_MOST_PLANS,
+    )
+
+
+def _pattern(x: Tensor, device: torch.device) -> Tensor:
+    """One element on `device` that empty_like takes for a tensor of x's shape."""
+    return torch.empty(1, dtype=x.dtype, device=device).expand(x.shape)
+
+
+@functools.cache
+def _recall() -> "_native.Recall":
+    return new_recall(getattr(Tensor, "__dlpack_c_exchange_api__", None))
+
+
+def new_recall(exchange_api: object | None) -> "_native.Recall":
+    """A memory of calls. Without torch's DLPack table, which an older torch lacks, it reads tensors
+    by their attributes."""
+    from flash8 import _native
+
+    hopper = _hopper()
+    return _native.Recall(
+        exchange_api=exchange_api,
+        tensor=Tensor,
+        parameter=torch.nn.Parameter,
+        empty_like=empty_like,
+        current_stream=hopper.current_stream,
+        tile_count=hopper.get_tile_count,
+        option_names=Options._fields,
+    )
 
 
 @functools.cache
@@ -121,13 +126,14 @@ def _hopper() -> ModuleType:
     return hopper
 
 
-def _is_watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether autograd, a mode, a functorch transform or a trace has to see the op."""
-    return bool(
-        (is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
-        or peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or _get_tracing_state() is not None
+def _may_be_launched(q: Any) -> bool:
+    """Whether the call is for kernels, and no mode, transform or trace has to see the op."""
+    return (
+        isinstance(q, Tensor)
+        and backends.kernels_wanted(q)
+        and not _len_torch_dispatch_stack()
+        and not _len_torch_function_stack()
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and _get_tracing_state() is None
     )

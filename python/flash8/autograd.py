@@ -1,0 +1,76 @@
+"""The gradient of a forward call, for the op and for launches that went past it.
+
+What is saved and how gradients come of it is written once; the two differ in who asks for it.
+"""
+
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash8.float8 import E4M3
+from flash8.options import NUMBER_FIELDS, TENSOR_FIELDS, Options
+
+_tensors_of = itemgetter(*map(Options._fields.index, TENSOR_FIELDS))
+_numbers_of = itemgetter(*map(Options._fields.index, NUMBER_FIELDS))
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def save(
+    ctx: Any,
+    inputs: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor, Tensor],
+    options: tuple[Any, ...],
+) -> None:
+    """Saves q, k, v, qv and s_aux, O and LSE, and the options for `gradients`."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *outputs, *_tensors_of(options))
+    ctx.numbers = _numbers_of(options)
+
+
+def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
+    """Those of q, k, v, qv and s_aux."""
+    if dout is None and dlse is None:
+        return (None,) * 5
+    q, k, v, qv, s_aux, out, lse, *tensors = ctx.saved_tensors
+    if k.dtype == E4M3:
+        raise ValueError(
+            f"attention on raw {E4M3} inputs has no backward: call flash8.fp8_attention on "
+            "16-bit tensors, which quantizes inside and is differentiable"
+        )
+    options = Options(
+        **dict(zip(TENSOR_FIELDS, tensors, strict=True)),
+        **dict(zip(NUMBER_FIELDS, ctx.numbers, strict=True)),
+    )
+    dq, dk, dv, dqv, ds_aux = torch.ops.flash8.backward(
+        dout, dlse, q, k, v, qv, s_aux, out, lse, *options
+    )
+    return dq, dk, dv, None if qv is None else dqv, None if s_aux is None else ds_aux
+
+
+class Launched(torch.autograd.Function):
+    """Makes O and LSE of a launch that has been made already the outputs of a node.
+
+    The launch does not wait for the node to be built. They come in a tuple, in which autograd does
+    not look for inputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        s_aux: Tensor | None,
+        outputs: tuple[Tensor, Tensor],
+        options: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:
+        save(ctx, (q, k, v, None, s_aux), outputs, options)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
+        dq, dk, dv, _, ds_aux = gradients(ctx, dout, dlse)
+        return dq, dk, dv, ds_aux, None, None

@@ -1,0 +1,62 @@
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "recall.h"
+
+namespace py = pybind11;
+
+namespace flash8 {
+
+void bind_recall(py::module_& module) {
+    py::class_<Recall> type(module, "Recall",
+                            "Forward calls that are like one before, and the plans of their launches.");
+    type.def(py::init([](py::object exchange_api, py::object tensor, py::object parameter,
+                         py::object empty_like, py::object current_stream, py::object tile_count,
+                         const std::vector<std::string>& option_names) {
+                 Recall::Torch torch{std::move(exchange_api),
+                                     {std::move(tensor), std::move(parameter)},
+                                     std::move(empty_like),
+                                     std::move(current_stream),
+                                     std::move(tile_count)};
+                 return std::make_unique<Recall>(std::move(torch), option_names);
+             }),
+             py::kw_only(), py::arg("exchange_api").none(true), py::arg("tensor"), py::arg("parameter"),
+             py::arg("empty_like"), py::arg("current_stream"), py::arg("tile_count"),
+             py::arg("option_names"));
+    type.def(
+        "run",
+        [](Recall& self, py::handle scope, py::tuple inputs, py::tuple options, py::object window,
+           bool want_lse, bool grad_enabled) {
+            return self.run({scope, std::move(inputs), std::move(options), std::move(window)}, want_lse,
+                            grad_enabled);
+        },
+        "(O, LSE or None, note or None) of a call that is like a remembered one, or None. LSE is there if it "
+        "is "
+        "wanted; it and the note are where autograd has to know of the call.");
+    type.def(
+        "knows",
+        [](const Recall& self, py::handle scope, py::tuple inputs, py::tuple options, py::object window) {
+            return self.knows({scope, std::move(inputs), std::move(options), std::move(window)});
+        },
+        "Whether a call like this one has been given to remember.");
+    type.def(
+        "remember",
+        [](Recall& self, py::handle scope, py::tuple inputs, py::tuple options, py::object window,
+           std::shared_ptr<Kernel> kernel, int device, int sm_margin, bool draws_tiles,
+           const ForwardParams& params, py::object out_like, py::object lse_like, py::object note,
+           std::size_t most_plans) {
+            CallPlan plan{std::move(kernel),   device,         sm_margin,
+                          draws_tiles,         params,         std::move(out_like),
+                          std::move(lse_like), std::move(note)};
+            self.remember({scope, std::move(inputs), std::move(options), std::move(window)}, std::move(plan),
+                          most_plans);
+        },
+        py::arg("scope"), py::arg("inputs"), py::arg("options"), py::arg("window"), py::kw_only(),
+        py::arg("kernel"), py::arg("device"), py::arg("sm_margin"), py::arg("draws_tiles"), py::arg("params"),
+        py::arg("out_like"), py::arg("lse_like"), py::arg("note"), py::arg("most_plans"),
+        "Keep the plan of a call, unless its launch points to anything but the arguments themselves.");
+    type.def("clear", &Recall::clear);
+    type.def("__len__", &Recall::size);
+}
+
+}  // namespace flash8
