@@ -79,7 +79,7 @@ def steps() -> list[Step]:
             label = f"compute-sanitizer {tool} on kernels"
             done.append(run(label, *command, "-k", _SMALL_TESTS, FLASH8_KERNELS="on"))
     done.append(run("ceilings", python, "bench/bench_ceilings.py"))
-    for name in ("attention", "quantize"):
+    for name in ("attention", "quantize", "choices"):
         done.append(run(name, python, f"bench/bench_{name}.py", FLASH8_KERNELS="on"))
     return done
 

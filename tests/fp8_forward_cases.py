@@ -1,13 +1,15 @@
 """Calls of the FP8 forward kernel on the simulated device, with descales that differ everywhere."""
 
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from flash8.compiler import Unit, compile_unit, kernel_root
 from flash8.variants import ForwardVariant
-from forward_cases import device, draw, int32, masks, packed
+from forward_cases import device, draw, int32, launch, masks, packed
 from forward_launch import Call, ForwardKernel
 from fp8_model import quantise
 
@@ -65,6 +67,24 @@ def packed_call(variant, **given) -> Call:
     }
     given = {"max_seqlen_q": 130, "max_seqlen_k": 130, "descales": scales, **given}
     return Call(q, k, v, variant.head_dim**-0.5, **masks(variant), indices=indices, **given)
+
+
+def check_one_visible_key(variant, out_dtype) -> None:
+    """O is then V, rounded once."""
+    call = dense_call(variant, 1, 200, 200, 2, 1, out_dtype=out_dtype)
+    o, _ = launch(variant, replace(call, window=(0, 0)))
+    want = (call.v.float() * call.descales["v_descale"].item()).to(out_dtype)
+    assert torch.equal(o, want.expand_as(o))
+
+
+def check_visible_nan(variant) -> None:
+    """A NaN in V reaches the rows of a causal variant that see it, and stays in its channel. Rows
+    of its tile that do not see it may have it too: 0 * NaN."""
+    call = dense_call(variant, 1, 40, 40, 1, 1)
+    call.v[0, 20, 0, 5] = math.nan
+    o, _ = launch(variant, call)
+    assert o[0, 20:, 0, 5].isnan().all()
+    assert not o[..., :5].isnan().any() and not o[..., 6:].isnan().any()
 
 
 def changed_kernel(

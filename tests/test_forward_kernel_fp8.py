@@ -1,6 +1,5 @@
 """The FP8 forward kernel on the simulated device, whose tensor cores accumulate as Hopper's do."""
 
-import math
 from dataclasses import replace
 from unittest import mock
 
@@ -15,7 +14,15 @@ from flash8.compiler import compile_unit
 from flash8.variants import SHIPPED, ForwardVariant
 from forward_cases import SHAPES, check, compare, device, int32, kernel, launch, packed
 from forward_launch import Call, ForwardKernel, Schedule
-from fp8_forward_cases import changed_kernel, dense_call, from_tensors, packed_call, wide
+from fp8_forward_cases import (
+    changed_kernel,
+    check_one_visible_key,
+    check_visible_nan,
+    dense_call,
+    from_tensors,
+    packed_call,
+    wide,
+)
 from simulated_device import missing_compiler
 from tolerances import (
     FP8_ACCUMULATION,
@@ -142,19 +149,11 @@ def test_against_the_unquantised_inputs():
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
 def test_one_visible_key_is_exact(out_dtype):
     variant = ForwardVariant("e4m3", 64, 64, mask="local", scales="head")
-    call = dense_call(variant, 1, 200, 200, 2, 1, out_dtype=out_dtype)
-    o, _ = launch(variant, replace(call, window=(0, 0)))
-    want = (call.v.float() * call.descales["v_descale"].item()).to(out_dtype)
-    assert torch.equal(o, want.expand_as(o))
+    check_one_visible_key(variant, out_dtype)
 
 
 def test_nan_reaches_the_output_where_it_is_visible():
-    """And stays in its channel. Rows of its tile that do not see it may have it too: 0 * NaN."""
-    call = dense_call(CAUSAL, 1, 40, 40, 1, 1)
-    call.v[0, 20, 0, 5] = math.nan
-    o, _ = launch(CAUSAL, call)
-    assert o[0, 20:, 0, 5].isnan().all()
-    assert not o[..., :5].isnan().any() and not o[..., 6:].isnan().any()
+    check_visible_nan(CAUSAL)
 
 
 @pytest.mark.parametrize("every", [4, 1])

@@ -11,7 +11,13 @@ from flash8 import fp8
 from flash8.variants import SHIPPED, ForwardVariant
 from forward_cases import SHAPES, check, compare, device, int32, launch
 from forward_launch import Schedule
-from fp8_forward_cases import changed_kernel, dense_call, packed_call
+from fp8_forward_cases import (
+    changed_kernel,
+    check_one_visible_key,
+    check_visible_nan,
+    dense_call,
+    packed_call,
+)
 from simulated_device import missing_compiler
 from tolerances import FP8_REL_L2, check_fp8_lse, rel_l2
 
@@ -78,18 +84,11 @@ def test_many_seeds_give_the_same_bits():
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
 def test_one_visible_key_is_exact(out_dtype):
     variant = replace(LOCAL, softcap=False, scales="head")
-    call = dense_call(variant, 1, 200, 200, 2, 1, out_dtype=out_dtype)
-    o, _ = launch(variant, replace(call, window=(0, 0)))
-    want = (call.v.float() * call.descales["v_descale"].item()).to(out_dtype)
-    assert torch.equal(o, want.expand_as(o))
+    check_one_visible_key(variant, out_dtype)
 
 
 def test_nan_reaches_the_output_where_it_is_visible():
-    call = dense_call(CAUSAL, 1, 40, 40, 1, 1)
-    call.v[0, 20, 0, 5] = math.nan
-    o, _ = launch(CAUSAL, call)
-    assert o[0, 20:, 0, 5].isnan().all()
-    assert not o[..., :5].isnan().any() and not o[..., 6:].isnan().any()
+    check_visible_nan(CAUSAL)
 
 
 def test_both_ways_of_v_agree_where_tiles_do():
