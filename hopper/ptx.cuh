@@ -37,7 +37,7 @@ __device__ __forceinline__ uint32_t cluster_address(void const* pointer, int ran
     return address;
 }
 
-// Orders nothing beyond this CTA: what the arrival gives back has been read by the tensor core only.
+// Orders nothing beyond this CTA: what the arrival gives back, the warp has done with before it arrives.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t address) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 }

@@ -101,9 +101,17 @@ def test_alibi_of_packed_sequences_with_a_mean():
     check(variant, call, Schedule(num_ctas=3))
 
 
+def test_alibi_where_a_descale_is_zero():
+    """What somebody else's quantizer gives a block of zeros: the slopes alone decide then."""
+    variant = replace(BLOCK, alibi=True)
+    call = dense_call(variant, 1, 60, 300, 2, 1, alibi_slopes=torch.tensor([0.5, 0.1]))
+    call.descales["k_descale"][..., 1] = 0.0
+    check(variant, call)
+
+
 def test_the_bounds_catch_slopes_without_descales(tmp_path):
     variant = replace(BLOCK, alibi=True)
-    edit = ("forward/scores.cuh", "__fdividef(slope, scale[r])", "slope")
+    edit = ("forward/scores.cuh", "kGivesLog2 ? scale[r] : 1.0f", "1.0f")
     changed = changed_kernel(tmp_path, variant, edit)
     call = dense_call(variant, 1, 60, 200, 2, 1, alibi_slopes=torch.tensor([0.5, 0.1]))
     compare(call, *launch(variant, call))

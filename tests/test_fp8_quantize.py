@@ -74,6 +74,17 @@ def test_channels_have_descales_of_their_own():
     assert ((back - x[:131]).abs() <= bound * 1.01).all()
 
 
+def test_a_descale_per_channel_may_be_shared_by_the_batch():
+    x = torch.randn(2, 2, 2, 16)
+    shared = torch.rand(2, 16).add(0.5) / 64
+    s = fp8.quantize(x, "channel", descale=shared)
+    every = fp8.quantize(x, "channel", descale=shared.expand(2, 2, 16).contiguous())
+    assert torch.equal(s.data.float(), every.data.float())
+    assert torch.equal(fp8.dequantize(s), fp8.dequantize(every))
+    with pytest.raises(ValueError, match=r"descale per channel must have shape.*got \(2, 2\)"):
+        fp8.quantize(x, "channel", descale=torch.ones(2, 2))
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "head", "block"])
 def test_packed_is_dense_sequence_by_sequence(granularity):
     lengths = (130, 0, 1, 256, 200)

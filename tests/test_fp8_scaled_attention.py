@@ -293,6 +293,21 @@ def test_bad_descales_and_means():
     refuse("k must have dtype torch.float8", q, k.data.bfloat16(), v, error=TypeError)
 
 
+@pytest.mark.parametrize(
+    "choice", [dict(granularity="head"), dict(transpose=True), dict(smooth_v=True)], ids=str
+)
+def test_boundaries_must_be_those_of_the_quantization(choice):
+    q, k, v = (x[0] for x in draw(300, 300, batch=1))
+    mine, other = int32((0, 100, 300)), int32((0, 200, 300))
+    q8, k8 = fp8.quantize(q, cu_seqlens=mine), fp8.quantize(k, cu_seqlens=mine)
+    v8 = fp8.quantize(v, cu_seqlens=mine, **choice)
+    flash8.flash_attn_varlen_func(q8, k8, v8, mine.clone(), mine.clone(), 200, 200)
+    with pytest.raises(ValueError, match=r"cu_seqlens_k must be what v was.*100.*got \[0, 200"):
+        flash8.flash_attn_varlen_func(q8, k8, v8, mine, other, 200, 200)
+    plain = fp8.quantize(v, cu_seqlens=mine)  # one descale, whatever the sequences are
+    flash8.flash_attn_varlen_func(q8, k8, plain, other, other, 200, 200)
+
+
 def test_rotations_must_agree():
     q, k, v = draw()
     plain, rotated = fp8.quantize(k), fp8.quantize(k, hadamard=1)

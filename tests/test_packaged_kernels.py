@@ -21,6 +21,8 @@ from flash8.compiler import (
 )
 from simulated_device import missing_compiler
 
+pytest_plugins = ["compiler_fixtures"]
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash8 import _native, flash_attn_func, flash_attn_varlen_func
-from flash8.backends import repeated
+from flash8.backends import hopper, repeated
 from repeated_cases import CALLS, ENDS, addresses, draw, forget, without_addresses
 from simulated_device import missing_compiler
 
@@ -203,6 +204,7 @@ COPIES = {
         *(x.flatten(0, 1) for x in (q, k, v)), *(ENDS.repeat_interleave(2)[::2],) * 2, 67, 67
     ),
     "slopes": lambda q, k, v: flash_attn_func(q, k, v, alibi_slopes=torch.ones(8)[::2]),
+    "slopes in fp64": lambda q, k, v: flash_attn_func(q, k, v, alibi_slopes=torch.ones(4).double()),
     "means": lambda q, k, v: flash_attn_func(
         *(x.to(torch.float8_e4m3fn) for x in (q, k, v)), k_mean=torch.ones(2, 256)[:, ::2]
     ),
@@ -214,6 +216,30 @@ def test_what_is_copied_for_the_launch_goes_the_whole_way(name, on_fake_driver, 
     for _ in range(3):
         COPIES[name](*draw())
     assert len(whole_ways) == 3
+
+
+UNKNOWN = {
+    "a list for a window": lambda q, k, v: flash_attn_func(q, k, v, window_size=[7, 2]),
+    "a tensor in a window": lambda q, k, v: flash_attn_func(q, k, v, window_size=(ENDS[1], -1)),
+    "a number of NumPy": lambda q, k, v: flash_attn_func(q, k, v, softmax_scale=np.float64(0.2)),
+}
+
+
+@pytest.mark.parametrize("name", {**COPIES, **UNKNOWN})
+def test_a_call_is_planned_once(name, on_fake_driver, whole_ways, monkeypatch):
+    plans, plan = [], hopper.plan
+    monkeypatch.setattr(hopper, "plan", lambda *args: plans.append(1) or plan(*args))
+    for _ in range(3):
+        (COPIES | UNKNOWN)[name](*draw())
+    assert len(whole_ways) == len(plans) == 3
+
+
+def test_a_profiler_sees_the_name_of_the_op(on_fake_driver, whole_ways):
+    flash_attn_func(*draw())
+    with torch.profiler.profile() as profile:
+        flash_attn_func(*draw())
+    assert len(whole_ways) == 1
+    assert "flash8::forward" in {event.name for event in profile.events()}
 
 
 def test_a_pending_negation_goes_the_whole_way(on_fake_driver, whole_ways):

@@ -6,6 +6,8 @@ import typing
 import pytest
 
 import flash8
+from flash8 import attention
+from flash8.options import Options
 
 REQUIRED = inspect.Parameter.empty
 DESCALES = [("q_descale", None), ("k_descale", None), ("v_descale", None)]
@@ -71,6 +73,21 @@ KEYWORD_ONLY = {
     "flash_attn_with_kvcache": {"s_aux", "alibi_slopes", "out"} | MEANS,
     "flash_attn_combine": set(),
 }
+
+
+@pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func"])
+def test_every_argument_is_the_option_of_its_name(name, monkeypatch):
+    """They are handed on by position."""
+    seen = []
+    monkeypatch.setattr(attention, "_attend", lambda *args: seen.append(args))
+    names = inspect.signature(getattr(flash8, name)).parameters
+    getattr(flash8, name)(**{x: f"<{x}>" for x in names})
+    (_, _, _, _, _, _, options, window, seed, lse), inputs = seen[0], seen[0][:6]
+    assert inputs == ("<q>", "<k>", "<v>", "<qv>", "<s_aux>", "<out>")
+    assert (window, seed, lse) == ("<window_size>", "<dropout_seed>", "<return_attn_probs>")
+    given = {field: f"<{field}>" for field in Options._fields if field in names}
+    given.pop("dropout_seed")
+    assert options == Options()._replace(**given)
 
 
 def parameters(name):

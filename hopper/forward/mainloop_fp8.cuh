@@ -35,7 +35,7 @@ class MainloopFp8 {
           scores_(scores),
           warpgroup_(warpgroup),
           seqlen_k_(seqlen_k),
-          cap_log2_{params.scores.softcap * kLog2E, params.scores.softcap * kLog2E} {}
+          final_scale_{final_scale(params), final_scale(params)} {}
 
     // score_scale, of each row: softmax_scale_log2 times Q's descale, or with softcap what tanh's argument is
     // scaled with but for K's descale. Returns V's descale that O is still to be multiplied with.
@@ -78,7 +78,7 @@ class MainloopFp8 {
             // A polynomial is never quite 0, and what a mask hides must be.
             constexpr int kPolynomialEvery = kMasked ? 0 : Config::kPolynomialEvery;
             softmax.template step<kMasked && Config::kMask != MaskMode::kNone, kPolynomialEvery>(
-                rows_of(s), Config::kSoftcap ? cap_log2_ : scale, alpha);
+                rows_of(s), kFinalScale ? final_scale_ : scale, alpha);
             // P as the A operand: (4 keys, 2 rows, 2 halves) of 32 keys, in the order of transpose.cuh.
             Tensor p = make_tensor<typename Config::Element>(
                 Layout<Shape<Shape<_4, _2, _2>, _1, Int<kBlockN / 32>>>{});
@@ -119,6 +119,12 @@ class MainloopFp8 {
     }
 
   private:
+    // Where Scores applies the descales, this is left to make log2 units of what it leaves.
+    static constexpr bool kFinalScale = Config::kSoftcap || Scores<Config>::kGivesLog2;
+    __device__ static float final_scale(ForwardParams const& params) {
+        return Config::kSoftcap ? params.scores.softcap * kLog2E : 1.0f;
+    }
+
     // O = alpha O + P V. Where O is made in chunks of columns, the next chunk's product is under way while
     // one is promoted.
     template <class Accumulator, class Operand>
@@ -190,7 +196,7 @@ class MainloopFp8 {
     Scores<Config> const& scores_;
     int warpgroup_;
     int seqlen_k_;
-    float const cap_log2_[kRowsPerThread];
+    float const final_scale_[kRowsPerThread];
 };
 
 }  // namespace flash8

@@ -15,10 +15,12 @@ namespace flash8 {
 template <class Config>
 class Scores {
     using TileMask = typename Config::TileMask;
-    // Without softcap FP8 scores keep their descales, K's of each block among them, until the softmax.
-    static constexpr bool kBlocksDiffer = Config::kFp8 && !Config::kSoftcap;
 
   public:
+    // Whether the scores come out in log2 units. FP8 scores keep their descales, K's of each block among them,
+    // until the softmax; but a slope needs units that do not change, and are not 0 where a descale is.
+    static constexpr bool kGivesLog2 = Config::kFp8 && Config::kAlibi && !Config::kSoftcap;
+
     // first_row: the first of this thread's two rows.
     __device__ Scores(ForwardParams const& params, SeqlenInfo const& info, TileMask const& mask,
                       WorkTile const& tile, int first_row) {
@@ -27,7 +29,7 @@ class Scores {
             QueryRow const row = query_row<Config::kPackGqa>(params, tile, first_row + 8 * r);
             keys_[r] = mask.visible_keys(row.query);
             if constexpr (Config::kAlibi) {
-                float const unit = kBlocksDiffer      ? kLn2
+                float const unit = kGivesLog2         ? kLn2
                                    : Config::kSoftcap ? params.scores.softcap
                                                       : params.scores.softmax_scale;
                 int const position = row.query + info.seqlen_k - info.seqlen_q;
@@ -36,8 +38,8 @@ class Scores {
         }
     }
 
-    // With softcap the scores become tanh(scale * s), and the cap is left to the softmax. Without it, FP8
-    // needs `scale` too: what makes a score log2 units.
+    // With softcap the scores become tanh(scale * s), and the cap is left to the softmax. With kGivesLog2,
+    // `scale` is what makes them log2 units.
     template <bool kMasked, class Accumulator>
     __device__ __forceinline__ void apply(Accumulator& s, int n_block,
                                           float const (&scale)[kRowsPerThread]) const {
@@ -52,9 +54,7 @@ class Scores {
             }
             auto row = cute::make_tensor(rows(r, cute::_).data(), cute::get<1>(rows.layout()));
             if constexpr (Config::kAlibi) {
-                float const slope = alibi_[r].slope;
-                alibi_[r].template apply<Config::kBlockN>(
-                    row, n_block, kBlocksDiffer ? __fdividef(slope, scale[r]) : slope);
+                alibi_[r].template apply<Config::kBlockN>(row, n_block, kGivesLog2 ? scale[r] : 1.0f);
             }
             if constexpr (kMasked) {
                 TileMask::apply(row, keys_[r], n_block);

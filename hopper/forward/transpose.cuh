@@ -4,12 +4,11 @@
 //   TMA -> v_rows -> ldmatrix.trans, byte permutes, stmatrix -> v -> wgmma
 //
 // ldmatrix transposes pairs of bytes. Taking the pairs apart leaves two permutations, and both suit us:
-//   - Keys, within each 16: place 4 t + 2 j + c holds key 8 j + 2 t + c. A thread's scores, columns 2 t + c
-//   of
-//     column group j, are then in the order in which the product P V wants its A operand.
+//   - Keys, within each 16: place 4 t + 2 j + c holds key 8 j + 2 t + c. A thread's scores, columns
+//     2 t + c of column group j, are then in the order in which the product P V wants its A operand.
 //   - Channels, within each 16: row 8 h + g holds channel 2 g + h. No stmatrix row shares a bank with
-//   another,
-//     and a thread's accumulators of two column groups are four neighbouring channels of O (epilogue.cuh).
+//     another, and a thread's accumulators of two column groups are four neighbouring channels of O
+//     (epilogue.cuh).
 
 #pragma once
 

@@ -260,5 +260,5 @@ def _attend(
     options = ops.resolve_num_splits(query, geometry, options)
     o, lse, _, _ = ops.run_forward(query, key, value, qv, s_aux, out, options)
     if dropout_seed is None:
-        repeated.remember(call, options)
+        repeated.remember(call, options, o, lse)
     return (o, lse) if return_lse else o

@@ -15,7 +15,7 @@ from flash8.options import NUMBER_FIELDS, TENSOR_FIELDS, Options
 _tensors_of = itemgetter(*map(Options._fields.index, TENSOR_FIELDS))
 _numbers_of = itemgetter(*map(Options._fields.index, NUMBER_FIELDS))
 
-Gradients = tuple[Tensor | None, ...]
+InputGradients = tuple[Tensor | None, ...]
 
 
 def save(
@@ -30,7 +30,7 @@ def save(
     ctx.numbers = _numbers_of(options)
 
 
-def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
+def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> InputGradients:
     """Those of q, k, v, qv and s_aux."""
     if dout is None and dlse is None:
         return (None,) * 5
@@ -71,6 +71,6 @@ class Launched(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> InputGradients:
         dq, dk, dv, _, ds_aux = gradients(ctx, dout, dlse)
         return dq, dk, dv, ds_aux, None, None

@@ -139,10 +139,14 @@ def _check_sizes(
 ) -> None:
     k_name, v_name = names.get("k", "k"), names.get("v", "v")
     head_dim, head_dim_v = geometry.head_dim, geometry.head_dim_v
-    for name, size in (("q (head_dim)", head_dim), (f"{v_name} (head_dim_v)", head_dim_v)):
+    place_v = "last" if options.v_keys is None else "second last"
+    for name, size, place in (
+        ("q (head_dim)", head_dim, "last"),
+        (f"{v_name} (head_dim_v)", head_dim_v, place_v),
+    ):
         if not 1 <= size <= MAX_HEAD_DIM:
             raise ValueError(
-                f"the last dimension of {name} must be from 1 to {MAX_HEAD_DIM}, got {size}"
+                f"the {place} dimension of {name} must be from 1 to {MAX_HEAD_DIM}, got {size}"
             )
     if k.shape[-1] != head_dim:
         raise ValueError(f"{k_name} must have q's head_dim {head_dim}, got shape {tuple(k.shape)}")

@@ -69,7 +69,7 @@ TENSOR_FIELDS, NUMBER_FIELDS = (
     for tensors in (True, False)
 )
 
-#: "Tensor? q_descale, ..., SymInt sm_margin": the tail of every attention op's schema.
+#: "Tensor? q_descale, ..., SymInt? v_keys": the tail of every attention op's schema.
 SCHEMA = ", ".join(
     f"{_SCHEMA_TYPES[annotation]} {name}" for name, annotation in Options.__annotations__.items()
 )

@@ -20,7 +20,7 @@ class ScaledTensor:
     back in LSE, V's in O, and q and k must share a rotation, which then cancels.
     """
 
-    data: Tensor  # float8, x's shape
+    data: Tensor  # float8, x's shape unless `keys` is given
     descale: Tensor  # fp32, a shape of `flash8.descales`
     granularity: str  # "tensor", "head", "block", "page" or "channel"
     mean: Tensor | None = None  # fp32 (heads, d) or (batch, heads, d), rotated as data is
@@ -52,6 +52,13 @@ class ScaledTensor:
 
 Input = Tensor | ScaledTensor
 
+# `unwrap` takes Options apart by position.
+assert Options._fields[:6] == (
+    *("q_descale", "k_descale", "v_descale"),
+    *("k_mean", "v_mean", "v_channel_descale"),
+)
+assert Options._fields[-1] == "v_keys"
+
 
 def unwrap(q: Any, k: Any, v: Any, options: Options) -> tuple[Any, Any, Any, Options]:
     """Takes ScaledTensors apart into data and options; other values pass as they are."""
@@ -75,6 +82,13 @@ def unwrap(q: Any, k: Any, v: Any, options: Options) -> tuple[Any, Any, Any, Opt
     for name, x in (("q", q), ("k", k)):
         if isinstance(x, ScaledTensor):
             _check_q_or_k(name, x)
+    for name, x, ends in (
+        ("q", q, options.cu_seqlens_q),
+        ("k", k, options.cu_seqlens_k),
+        ("v", v, options.cu_seqlens_k),
+    ):
+        if isinstance(x, ScaledTensor) and x.cu_seqlens is not ends:
+            _check_boundaries(name, x, ends)
     # By position, several times as quick as _replace.
     factors = (q_descale, k_descale, v_descale, k_mean, v_mean, v_channel_descale)
     options = Options._make((*factors, *options[len(factors) : -1], v_keys))
@@ -89,6 +103,25 @@ def _check_q_or_k(name: str, x: ScaledTensor) -> None:
             f"{name} must not have a descale per channel, which would have to multiply inside "
             "q . k: only v may, whose channels are those of O"
         )
+
+
+def _check_boundaries(name: str, x: ScaledTensor, ends: Any) -> None:
+    """Descales, means and transposed keys belong to the sequences that x was quantized as. Only on
+    a CPU is that looked at: elsewhere it would wait for the device."""
+    own = x.cu_seqlens
+    indifferent = x.granularity == "tensor" and x.keys is None and x.mean is None
+    comparable = (
+        type(own) is type(ends) is Tensor
+        and own.device.type == ends.device.type == "cpu"
+        and own.dtype == ends.dtype
+        and not torch.compiler.is_compiling()
+    )
+    if own is None or indifferent or not comparable or torch.equal(own, ends):
+        return
+    raise ValueError(
+        f"cu_seqlens_{'q' if name == 'q' else 'k'} must be what {name} was quantized with, "
+        f"{own.tolist()}, got {ends.tolist()}"
+    )
 
 
 def _data(x: Any) -> Any:

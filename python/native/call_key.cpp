@@ -8,6 +8,11 @@ namespace {
 
 constexpr std::size_t kUsualBytes = 1024;  // one allocation serves most calls
 
+bool is_scalar(PyObject* value) {
+    return value == Py_None || Py_TYPE(value) == &PyBool_Type || Py_TYPE(value) == &PyLong_Type ||
+           Py_TYPE(value) == &PyFloat_Type;
+}
+
 }  // namespace
 
 CallKey::CallKey(const TensorReader& reader, const std::array<PyObject*, 2>& tensor_types)
@@ -38,7 +43,8 @@ bool CallKey::add_value(PyObject* value) {
         append('(', &size, sizeof(size));
         for (Py_ssize_t i = 0; i < size; ++i) {
             PyObject* const item = PyTuple_GET_ITEM(value, i);
-            if (Py_TYPE(item) == &PyTuple_Type || !add_value(item)) {
+            // Tensors are arguments of their own: in a tuple one would be known by no place among them.
+            if (!is_scalar(item) || !add_value(item)) {
                 return false;
             }
         }

@@ -26,8 +26,8 @@ class CallKey {
 
     CallKey(const TensorReader& reader, const std::array<PyObject*, 2>& tensor_types);
 
-    // Adds one more argument: None, a bool, int, float or tensor of exactly that type, or a tuple of them.
-    // False: the argument is none such, and the call is known by nothing.
+    // Adds one more argument: None, a bool, int, float or tensor of exactly that type, or a tuple of all but
+    // tensors. False: the argument is none such, and the call is known by nothing.
     bool add(PyObject* argument);
 
     // Adds an object that is told apart by its identity and is no argument.

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, empty_like, is_grad_enabled
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.autograd.profiler import record_function
 from torch.compiler import is_compiling
 
-from flash8 import backends, checks
+from flash8 import backends
 from flash8.autograd import Launched
 from flash8.options import Options
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from flash8 import _native
 
 _MOST_PLANS = 4096
-#: Behind these, options are numbers, which a plan holds in their checked form.
+#: From here on options are numbers that are checked and normalised: a plan holds the result.
 _TENSOR_OPTIONS = Options._fields.index("dropout_p")
 
 
@@ -41,11 +43,13 @@ def run(call: Call, return_lse: bool) -> Any:
     """What a call like one before returns; None for any other, and nothing was done then."""
     if is_compiling():
         return None
-    inputs, options, window = call
+    inputs, options, _ = call
     if not _may_be_launched(inputs[0]):
         return None
-    scope = _hopper()._registry()
-    done = _recall().run(scope, inputs, options, window, return_lse, is_grad_enabled())
+    launch = _recall().run
+    if _profiler_enabled():
+        launch = record_function("flash8::forward")(launch)
+    done = launch(_hopper()._registry(), *call, return_lse, is_grad_enabled())
     if done is None:
         return None
     out, lse, numbers = done
@@ -56,29 +60,19 @@ def run(call: Call, return_lse: bool) -> Any:
     return (out, lse) if return_lse else out
 
 
-def remember(call: Call, options: Options) -> None:
-    """Called after a call has succeeded, with its checked options."""
-    if is_compiling():
-        return
-    q, k, v, qv, s_aux, out = call[0]
-    if not _may_be_launched(q):
+def remember(call: Call, options: Options, out: Tensor, lse: Tensor) -> None:
+    """Called after a call has succeeded, with its checked options and what it returned."""
+    if is_compiling() or not _may_be_launched(call[0][0]):
         return
     hopper = _hopper()
-    scope = hopper._registry()
-    if hopper.refusal(q, k, v, qv, options) is not None or _recall().knows(scope, *call):
+    planned = hopper.take_served(out)
+    if planned is None or _recall().knows(hopper._registry(), *call):
         return
-    *batch, rows, heads, _ = q.shape
-    lse = torch.empty((*batch, heads, rows), dtype=torch.float32, device="meta")
-    if out is None:
-        shape = (*q.shape[:-1], options.head_dim_v(v))
-        out = torch.empty(shape, dtype=checks.output_dtype(q), device="meta")
-    with torch.no_grad():
-        planned = hopper.plan(q, k, v, s_aux, options, out, lse)
-    out_like, lse_like = (_pattern(x, q.device) for x in (out, lse))
+    out_like, lse_like = _like(out), _like(lse)
     if not (empty_like(out_like).is_contiguous() and empty_like(lse_like).is_contiguous()):
         return
     _recall().remember(
-        scope,
+        hopper._registry(),
         *call,
         kernel=planned.kernel,
         device=planned.device,
@@ -92,9 +86,14 @@ def remember(call: Call, options: Options) -> None:
     )
 
 
-def _pattern(x: Tensor, device: torch.device) -> Tensor:
-    """One element on `device` that empty_like takes for a tensor of x's shape."""
-    return torch.empty(1, dtype=x.dtype, device=device).expand(x.shape)
+def _like(x: Tensor) -> Tensor:
+    """One element that empty_like takes for a tensor of x's shape, and that keeps no x alive."""
+    return _one_element(x.dtype, x.device).expand(x.shape)
+
+
+@functools.cache
+def _one_element(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(1, dtype=dtype, device=device)
 
 
 @functools.cache

@@ -176,6 +176,11 @@ def _check_outputs(x: Tensor, granularity: str, descale: Any, amax: Any, transpo
         raise ValueError("transpose is for sequences; pages are not stored transposed")
     if descale is not None:
         require_tensor("descale", descale, torch.float32, x)
+        if granularity == "channel" and descale.shape[-2:] != x.shape[-2:]:
+            raise ValueError(
+                "descale per channel must have shape (heads, d) or (batch, heads, d), ending in "
+                f"{tuple(x.shape[-2:])}, got {tuple(descale.shape)}"
+            )
     if amax is not None:
         require_tensor("amax", amax, torch.float32, x)
         require_shape("amax", amax, (), "one value")

@@ -52,9 +52,9 @@ class Tokens:
 
     def spread_descale(self, descale: Tensor, x: Tensor, granularity: str = "") -> Tensor:
         """A descale of these tokens so that it broadcasts over x; its shape says what it is, but
-        for granularity "channel"."""
+        for granularity "channel", (heads, d) or (batch, heads, d)."""
         if granularity == "channel":
-            return self.spread(descale, x)
+            return descale if descale.dim() == 2 else self.spread(descale, x)
         if descale.dim() == 0:
             return descale
         if descale.dim() == 2:
