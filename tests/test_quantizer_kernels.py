@@ -108,6 +108,15 @@ def test_granularities_and_seeds(monkeypatch, granularity):
     check(monkeypatch, x, granularity, hadamard=True, seeds=range(6))
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("given", [False, True], ids=["amax", "amax of a mean's rest"])
+def test_part_of_a_head_before_another_pass(monkeypatch, given, d):
+    """Lanes that do not turn take part in the exchange of those that do, in every kernel."""
+    options = {"smooth_k": draw(2, 3, d, dtype=torch.float32, seed=7)} if given else {}
+    rope = Rope(*tables(32), int32((0, 9)), False)
+    check(monkeypatch, draw(2, 150, 3, d), "head", rope=rope, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("out", [E4M3, E5M2])
 def test_types(monkeypatch, dtype, out):

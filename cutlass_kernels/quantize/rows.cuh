@@ -155,6 +155,10 @@ struct Rows {
         int const half = params.rotary_dim / 2;
         bool const turns = channel < params.rotary_dim;
         bool const first = channel < half;
+        // Bits of what turns. Were it a condition, the compiler could branch on it, with an exchange in
+        // either branch: lanes that wait for each other in different places.
+        uint32_t turned_bits = turns ? 0xffffffff : 0;
+        asm("" : "+r"(turned_bits));
 #pragma unroll
         for (int j = 0; j < Config::kRows; ++j) {
             int const position = max(0, min(start + readable_row(tile, j), params.rope_rows - 1));
@@ -162,7 +166,7 @@ struct Rows {
             if (!params.interleaved) {
                 int const entry = !turns ? 0 : first ? channel : channel - half;
                 int const partner = !turns ? 0 : first ? half : -half;
-                turn_halves(params, table + entry, partner / Config::kChannels, turns, first, x[j]);
+                turn_halves(params, table + entry, partner / Config::kChannels, turned_bits, first, x[j]);
             } else if (turns) {
                 turn_neighbours(params, table + channel / 2, x[j]);
             }
@@ -295,8 +299,8 @@ struct Rows {
     }
 
     // The other half of the pairs is `partner` lanes further.
-    __device__ static void turn_halves(QuantizeParams const& params, int64_t table, int partner, bool turns,
-                                       bool first, float (&y)[Config::kChannels]) {
+    __device__ static void turn_halves(QuantizeParams const& params, int64_t table, int partner,
+                                       uint32_t turned_bits, bool first, float (&y)[Config::kChannels]) {
         // Times -1 is exact: the first half is y cos + (-other) sin.
         float const sign = first ? -1.0f : 1.0f;
 #pragma unroll
@@ -310,7 +314,8 @@ struct Rows {
                 float& own = y[begin + c];
                 float const other = __shfl_sync(0xffffffff, own, threadIdx.x + partner);
                 float const turned = multiply_add(multiply(other, sin[c]), sign, multiply(own, cos[c]));
-                own = turns ? turned : own;
+                own = __uint_as_float((__float_as_uint(turned) & turned_bits) |
+                                      (__float_as_uint(own) & ~turned_bits));
             }
         }
     }
