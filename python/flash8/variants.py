@@ -5,6 +5,7 @@ KV heads, sinks and LSE are parameters of every kernel.
 """
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Literal, get_args
 
 from flash8.compiler import Unit, kernel_root
@@ -76,7 +77,7 @@ class ForwardVariant:
         if self.cluster and self.mask != "none":
             raise ValueError(f"cluster is True with mask {self.mask!r}; supported is mask 'none'")
 
-    @property
+    @cached_property
     def name(self) -> str:
         """A name that no other variant has, fit for a file: forward_bf16_d128_causal."""
         same = self.head_dim == self.head_dim_v

@@ -80,13 +80,12 @@ def forward(
 ) -> None:
     """Fills out and lse on q's stream, without a synchronisation."""
     planned = plan(q, k, v, s_aux, options, out, lse)
-    kernel, device, call = planned.kernel, planned.device, planned.call
     stream = current_stream(q)
     tile_count = None
     if planned.draws_tiles:
-        tile_count = get_tile_count(q.device, stream, kernel.is_captured(device, stream))
-    call.scheduler.tile_count = 0 if tile_count is None else tile_count.data_ptr()
-    _native.launch_forward(kernel, device, stream, call, options.sm_margin)
+        captured = planned.kernel.is_captured(planned.device, stream)
+        tile_count = get_tile_count(q.device, stream, captured)
+    launch(planned, stream, tile_count, options.sm_margin)
     # What the call points to may go: freed memory is not reused before the kernel on this stream.
     _served.last = planned._replace(held=[])
 
@@ -114,20 +113,14 @@ class Plan(NamedTuple):
     held: list[Tensor]  # what `call` points to besides the arguments of `plan`
 
 
-def plan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    s_aux: Tensor | None,
-    options: Options,
-    out: Tensor,
-    lse: Tensor,
-) -> Plan:
-    """The kernel and the parameters of a call."""
-    given = {name: getattr(options, name) for name in _INDEX_FIELDS}
-    indices = {name: x.contiguous() for name, x in given.items() if x is not None}
-    held = [*indices.values()]
-    device = q.device.index or 0
+def launch(planned: Plan, stream: int, tile_count: Tensor | None, sm_margin: int = 0) -> None:
+    """Enqueues it. `tile_count` is zero, and is so again behind the launch; None deals tiles."""
+    planned.call.scheduler.tile_count = 0 if tile_count is None else tile_count.data_ptr()
+    _native.launch_forward(planned.kernel, planned.device, stream, planned.call, sm_margin)
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> ForwardVariant:
+    """The variant that serves a call."""
     ratio = q.shape[-2] // k.shape[-2]
     head_dim_v = options.head_dim_v(v)
     widest = max(q.shape[-1], head_dim_v)
@@ -137,11 +130,10 @@ def plan(
         widest,
         options.pack_gqa,
     )
-    uneven = heuristics.has_uneven_tiles(options)
-    cluster = not uneven and heuristics.loads_in_clusters(
+    cluster = not heuristics.has_uneven_tiles(options) and heuristics.loads_in_clusters(
         q.shape[1], ratio if pack_gqa else 1, widest, q.dtype == E4M3
     )
-    key = _key(
+    return _variant(
         q.dtype,
         q.shape[-1],
         head_dim_v,
@@ -153,13 +145,32 @@ def plan(
         cluster,
         options.v_keys is not None,
     )
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    variant: ForwardVariant | None = None,
+) -> Plan:
+    """The kernel and the parameters of a call. `variant` is `choose`'s unless given."""
+    variant = choose(q, k, v, options) if variant is None else variant
+    given = {name: getattr(options, name) for name in _INDEX_FIELDS}
+    indices = {name: x.contiguous() for name, x in given.items() if x is not None}
+    held = [*indices.values()]
+    device = q.device.index or 0
+    uneven = heuristics.has_uneven_tiles(options)
     call = _describe(q, k, v, indices, options, out, lse)
     call.scheduler.heads_per_section = 1
     if uneven:
         call.scheduler.heads_per_section = heuristics.heads_per_section(
             call.sequences.max_seqlen_k,
-            k.element_size() * (k.shape[-1] + head_dim_v),
-            1 if pack_gqa else ratio,
+            k.element_size() * (k.shape[-1] + options.head_dim_v(v)),
+            1 if variant.pack_gqa else q.shape[-2] // k.shape[-2],
         )
     if q.dtype == E4M3:
         held += hopper_fp8.describe(call, q, k, out, options)
@@ -172,7 +183,7 @@ def plan(
         held.append(slopes)
         call.scores.alibi_slopes = slopes.data_ptr()
         call.scores.alibi_batch_stride = slopes.shape[-1] if slopes.dim() == 2 else 0
-    return Plan(_registry().get(key, device), device, call, uneven, held)
+    return Plan(kernel(variant, device), device, call, uneven, held)
 
 
 def current_stream(q: Tensor) -> int:
@@ -250,7 +261,7 @@ def _tensor_ref(x: Tensor) -> tuple[int, int, int, int]:
 
 
 @functools.cache
-def _key(
+def _variant(
     dtype: torch.dtype,
     head_dim: int,
     head_dim_v: int,
@@ -261,9 +272,9 @@ def _key(
     scales: Scales,
     cluster: bool,
     v_transposed: bool,
-) -> str:
-    """The registry's key of the variant for these choices, made once per process."""
-    variant = ForwardVariant(
+) -> ForwardVariant:
+    """The variant for these choices, made once per process."""
+    return ForwardVariant(
         dtype=_DTYPES[dtype],
         head_dim=_tile_head_dim(head_dim),
         head_dim_v=_tile_head_dim(head_dim_v),
@@ -275,8 +286,6 @@ def _key(
         cluster=cluster,
         v_transposed=v_transposed,
     )
-    _VARIANTS[variant.name] = variant
-    return variant.name
 
 
 def kernel(variant: Variant, device: int) -> _native.Kernel:

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from flash8.float8 import E4M3
-from flash8.fp8.quantizer import Launcher, group_ref, refusal_of, tensor_ref
+from flash8.fp8.quantizer import Launcher, group_ref, refusal_of, tensor_ref, variant_for
 from flash8.fp8.request import Appended
+from flash8.quantize_variants import QuantizeVariant
 
 
 def refusal(appended: Appended) -> str | None:
@@ -19,6 +20,11 @@ def refusal(appended: Appended) -> str | None:
     if not torch.compiler.is_compiling() and cache.data_ptr() % 16 != 0:
         return "the cache's address is not a multiple of 16"
     return refusal_of(appended.x, appended.rope)
+
+
+def variant(appended: Appended) -> QuantizeVariant:
+    """The kernel that appends these rows."""
+    return variant_for("append", appended.x)
 
 
 def append(appended: Appended) -> None:
@@ -42,7 +48,7 @@ def append(appended: Appended) -> None:
         slots.max_pages = table.shape[1]
     if appended.kv_batch_idx is not None:
         slots.kv_batch_idx = launcher.keep(_int32(appended.kv_batch_idx)).data_ptr()
-    launcher.launch("append")
+    launcher.launch(variant(appended))
 
 
 def _int32(index: Tensor) -> Tensor:

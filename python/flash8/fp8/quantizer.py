@@ -88,10 +88,29 @@ def partial_mean_shape(request: Request) -> torch.Size:
 
 def quantize(request: Request) -> tuple[Tensor, Tensor, Tensor]:
     """Data, descale (empty if given) and mean (`Request.mean_shape`), on x's stream."""
-    call = _Call(request)
-    for job in jobs(request):
-        call.launch(job)
+    call = Call(request)
+    call.launch()
     return call.data, call.descale, call.mean
+
+
+def variants(request: Request) -> list[QuantizeVariant]:
+    """The kernels that a call takes."""
+    return [_variant_of(request, job) for job in jobs(request)]
+
+
+def _variant_of(request: Request, job: Job) -> QuantizeVariant:
+    x = request.x
+    if job != "cast":
+        return variant_for(job, x)
+    return variant_for(job, x, "e4m3" if request.dtype == E4M3 else "e5m2", request.transpose)
+
+
+def variant_for(
+    job: Job, x: Tensor, out: Output = "e4m3", transposed: bool = False
+) -> QuantizeVariant:
+    """The kernel that does this job for an x of this type and head dimension."""
+    dtype = "fp32" if job == "mean_finish" else _DTYPES[x.dtype]
+    return _variant(job, dtype, tile_head_dim(x.shape[-1]), out, transposed)
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -137,16 +156,14 @@ class Launcher:
         self._kept.append(x)
         return x
 
-    def launch(self, job: Job, out: Output = "e4m3", transposed: bool = False) -> None:
-        dtype = "fp32" if job == "mean_finish" else _DTYPES[self.x.dtype]
-        variant = _variant(job, dtype, tile_head_dim(self.x.shape[-1]), out, transposed)
+    def launch(self, variant: QuantizeVariant) -> None:
         device = self.x.device.index or 0
         stream = torch.cuda.current_stream(self.x.device).cuda_stream if self.x.is_cuda else 0
         _native.launch_quantize(hopper.kernel(variant, device), device, stream, self.params)
 
 
-class _Call:
-    """The launches of a request; they share their parameters."""
+class Call:
+    """The launches of a request, which share their parameters, and what they fill."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -164,16 +181,12 @@ class _Call:
         self._describe_rotation()
         self._describe_scales()
 
-    def launch(self, job: Job) -> None:
-        request = self._request
-        casts = job == "cast"
-        # The pass before has left the last tiles in the cache.
-        self._launcher.params.reverse = int(casts and len(jobs(request)) > 1)
-        if casts:
-            out: Output = "e4m3" if request.dtype == E4M3 else "e5m2"
-            self._launcher.launch(job, out, request.transpose)
-        else:
-            self._launcher.launch(job)
+    def launch(self) -> None:
+        for variant in variants(self._request):
+            # The pass before has left the last tiles in the cache.
+            casts_last = variant.job == "cast" and len(jobs(self._request)) > 1
+            self._launcher.params.reverse = int(casts_last)
+            self._launcher.launch(variant)
 
     def _describe_data(self) -> None:
         params, data = self._launcher.params, self.data
