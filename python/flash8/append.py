@@ -1,22 +1,18 @@
 """The keys and values that a KV-cache call appends: checks, rotary, quantization, the write."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from flash8 import backends, checks
 from flash8.arguments import require_rank, require_shape, require_tensor
-from flash8.descales import BLOCK
-from flash8.float8 import E4M3, saturating_cast
+from flash8.float8 import E4M3
 from flash8.options import Options
-from flash8.rotary import (
-    Rope,
-    apply_rotary,
-    embed_position,
-    token_positions,
-    token_sequences,
-)
+from flash8.rotary import Rope, apply_rotary, token_positions
+
+if TYPE_CHECKING:
+    from flash8.fp8.request import Appended
 
 
 class NewKeys:
@@ -119,18 +115,18 @@ class NewKeys:
             lengths = self._starts + (self._cu_seqlens[1:] - self._cu_seqlens[:-1])
         return options._replace(seqused_k=lengths)
 
-    def append(self, geometry: checks.Geometry, options: Options) -> None:
+    def append(self, options: Options) -> None:
         """Writes the new rows behind the used ones, quantized if the cache is and they are not."""
         k, v = self._k, self._v
         if self._quantizes:
-            if self._appended_by_kernels(options):
+            from flash8.fp8 import kernels, portable_append
+
+            both = self._appended(options)
+            if self._go_to_kernels(both):
+                for appended in both:
+                    kernels.append(appended)
                 return
-            places = self._places(geometry, options)
-            k, v = k.float(), v.float()
-            if self._rope is not None:
-                k = embed_position(k, self._rope, geometry.batch, self._cu_seqlens)
-            k = places.quantize(k, options.k_descale, options.k_mean)
-            v = places.quantize(v, options.v_descale, options.v_mean)
+            k, v = (portable_append.quantize(appended) for appended in both)
         torch.ops.flash8.append_kv(
             self._k_cache,
             self._v_cache,
@@ -142,68 +138,28 @@ class NewKeys:
             options.kv_batch_idx,
         )
 
-    def _appended_by_kernels(self, options: Options) -> bool:
-        """Whether compiled kernels have rotated, quantized and written the new rows."""
-        if not backends.kernels_wanted(self._k_cache):
-            return False
-        from flash8.fp8 import appender, kernels
+    def _appended(self, options: Options) -> "tuple[Appended, Appended]":
         from flash8.fp8.request import Appended
 
         where = (self._starts, self._cu_seqlens, options.page_table, options.kv_batch_idx)
-        both = (
+        return (
             Appended(self._k_cache, self._k, *where, options.k_descale, options.k_mean, self._rope),
             Appended(self._v_cache, self._v, *where, options.v_descale, options.v_mean),
         )
+
+    def _go_to_kernels(self, both: "tuple[Appended, Appended]") -> bool:
+        """Whether compiled kernels rotate, quantize and write the new rows."""
+        if not backends.kernels_wanted(self._k_cache):
+            return False
+        from flash8.fp8 import appender
+
         for appended in both:
             reason = appender.refusal(appended)
             if reason is not None:
                 if not torch.compiler.is_compiling():
                     backends.tell_about_refusal(reason)
                 return False
-        for appended in both:
-            kernels.append(appended)
         return True
-
-    def _places(self, geometry: checks.Geometry, options: Options) -> "_Places":
-        positions = token_positions(self._k, self._starts, self._cu_seqlens)
-        sequences = token_sequences(self._k, geometry.batch, self._cu_seqlens)
-        return _Places(positions, sequences, self._k_cache.shape[1], options)
-
-
-class _Places:
-    """Where new rows go, and so which descale and mean they have."""
-
-    def __init__(
-        self, positions: Tensor, sequences: Tensor, page_size: int, options: Options
-    ) -> None:
-        self._positions = positions  # (batch, seqlen_new) or (total_new,)
-        self._sequences = sequences  # likewise
-        self._page_size = page_size
-        self._options = options
-
-    def quantize(self, x: Tensor, descale: Tensor | None, mean: Tensor | None) -> Tensor:
-        """fp32 rows (..., heads_kv, d) in e4m3."""
-        if mean is not None:
-            x = x - (mean if mean.dim() == 2 else mean[self._sequences])
-        if descale is not None:
-            x = x * self._of_rows(descale).reciprocal()
-        return saturating_cast(x)
-
-    def _of_rows(self, descale: Tensor) -> Tensor:
-        """The descale of every row, broadcasting over (..., heads_kv, d)."""
-        if descale.dim() == 0:
-            return descale
-        if descale.dim() == 2:
-            return descale[self._sequences][..., None]
-        rows = self._sequences
-        if self._options.kv_batch_idx is not None:
-            rows = self._options.kv_batch_idx.long()[rows]
-        table = self._options.page_table
-        if table is None:
-            blocks = (self._positions // BLOCK).clamp(max=descale.shape[2] - 1)
-            return descale[rows, :, blocks][..., None]
-        entries = (self._positions // self._page_size).clamp(max=table.shape[1] - 1)
-        return descale[table[rows, entries].long().clamp(min=0)]
 
 
 def _check_rotary(q: Tensor, cos: Any, sin: Any) -> None:

@@ -167,7 +167,7 @@ def flash_attn_with_kvcache(
             query = new.rotate(query, options, *rotary, rotary_seqlens, rotary_interleaved)
         options = new.lengthen(options)
         ops.check_indices(query, keys, options)
-        new.append(geometry, options)
+        new.append(options)
     result = ops.run_forward(query, keys, values, qv, s_aux, out, options)
     return (*result,) if return_softmax_lse else result.out
 

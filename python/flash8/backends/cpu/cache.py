@@ -22,17 +22,29 @@ def append_kv(
     k, v: (batch, seqlen_new, heads_kv, d) or with cu_seqlens_k_new (total_new, heads_kv, d).
     Everything is checked before the first row is written.
     """
+    both = [(k_cache, k), (v_cache, v)]
+    append_rows(both, cache_seqlens, cu_seqlens_k_new, page_table, kv_batch_idx)
+
+
+def append_rows(
+    pairs: list[tuple[Tensor, Tensor]],
+    starts: Tensor,
+    cu_seqlens: Tensor | None,
+    page_table: Tensor | None,
+    kv_batch_idx: Tensor | None,
+) -> None:
+    """`append_kv` for (cache, new rows): caches of one layout, new rows of one length."""
     options = Options(page_table=page_table, kv_batch_idx=kv_batch_idx)
-    batch = cache_seqlens.shape[0]
-    if cu_seqlens_k_new is None:
-        k, v = k.flatten(0, 1), v.flatten(0, 1)
-        seqlen_new = k.shape[0] // batch if batch else 0
-        offsets = [b * seqlen_new for b in range(batch + 1)]
+    batch = starts.shape[0]
+    first_cache, first = pairs[0]
+    if cu_seqlens is None:
+        offsets = [b * first.shape[1] for b in range(batch + 1)]
+        pairs = [(cache, new.flatten(0, 1)) for cache, new in pairs]
     else:
-        offsets = checked_cu_seqlens("cu_seqlens_k_new", cu_seqlens_k_new, k.shape[0])
+        offsets = checked_cu_seqlens("cu_seqlens_k_new", cu_seqlens, first.shape[0])
     lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
-    slots = list(cache_slots(k_cache, lengths, cache_seqlens.tolist(), options))
-    for cache, new in ((k_cache, k), (v_cache, v)):
+    slots = list(cache_slots(first_cache, lengths, starts.tolist(), options))
+    for cache, new in pairs:
         page_size = cache.shape[1]
         for start, length, rows in zip(offsets, lengths, slots, strict=False):
             values = _cast(new[start : start + length], cache)

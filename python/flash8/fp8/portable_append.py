@@ -1,0 +1,50 @@
+"""New rows into an e4m3 cache in plain torch operations: the appending kernel's specification."""
+
+from torch import Tensor
+
+from flash8.descales import BLOCK
+from flash8.float8 import saturating_cast
+from flash8.fp8.request import Appended
+from flash8.rotary import embed_position, token_positions, token_sequences
+
+
+def append(appended: Appended) -> None:
+    """Writes the rows. Raises ValueError where the cache has no room, before the first of them."""
+    from flash8.backends.cpu.cache import append_rows
+
+    a = appended
+    rows = quantize(a)
+    append_rows([(a.cache, rows)], a.starts, a.cu_seqlens, a.page_table, a.kv_batch_idx)
+
+
+def quantize(appended: Appended) -> Tensor:
+    """The rows in e4m3, as they go into the cache: position, mean, scale, cast."""
+    a = appended
+    x = a.x.float()
+    batch = a.starts.shape[0]
+    if a.rope is not None:
+        x = embed_position(x, a.rope, batch, a.cu_seqlens)
+    sequences = token_sequences(x, batch, a.cu_seqlens)
+    if a.mean is not None:
+        x = x - (a.mean if a.mean.dim() == 2 else a.mean[sequences])
+    if a.descale is not None:
+        x = x * _of_rows(a, a.descale, sequences).reciprocal()
+    return saturating_cast(x)
+
+
+def _of_rows(appended: Appended, descale: Tensor, sequences: Tensor) -> Tensor:
+    """The descale of every row, broadcasting over (..., heads_kv, d)."""
+    if descale.dim() == 0:
+        return descale
+    if descale.dim() == 2:
+        return descale[sequences][..., None]
+    rows = sequences
+    if appended.kv_batch_idx is not None:
+        rows = appended.kv_batch_idx.long()[rows]
+    positions = token_positions(appended.x, appended.starts, appended.cu_seqlens)
+    table = appended.page_table
+    if table is None:
+        blocks = (positions // BLOCK).clamp(max=descale.shape[2] - 1)
+        return descale[rows, :, blocks][..., None]
+    entries = (positions // appended.cache.shape[1]).clamp(max=table.shape[1] - 1)
+    return descale[table[rows, entries].long().clamp(min=0)]
