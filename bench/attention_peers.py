@@ -142,7 +142,7 @@ def _refuse_without_kernel(call: Call, q: Tensor, k: Tensor, v: Tensor) -> None:
     from flash8.options import Options
 
     if not backends.kernels_wanted(q):
-        raise RefusedError("FLASH8_KERNELS is not on")
+        raise RefusedError("FLASH8_KERNELS lets no kernel serve this device")
     options = Options(
         causal=call.causal, cu_seqlens_q=call.cu_seqlens, cu_seqlens_k=call.cu_seqlens
     )

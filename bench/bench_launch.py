@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from fake_driver import control
 from fake_driver.cubin import forward_cubin
 from flash8 import _native, backends, flash_attn_func, flash_attn_varlen_func, fp8
-from flash8.backends import hopper, repeated
+from flash8.backends import hopper, mode, repeated
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REPEAT, NUMBER = 40, 1_000
@@ -52,10 +52,17 @@ def kernels_on_a_fake_driver() -> Iterator[None]:
         fake.record(False)
         registry = _native.Registry(_native.Driver(str(path)), forward_cubin)
         with (
-            replaced(backends, "kernels_wanted", lambda tensor: not backends._kernels_asked_for()),
+            replaced(backends, "kernels_wanted", wanted_as_on_a_gpu),
+            replaced(mode, "kernels_mode", lambda: "on"),
+            replaced(mode, "_served", {-1: True}),  # the number of the CPU
             replaced(hopper, "_registry", lambda: registry),
         ):
             yield
+
+
+def wanted_as_on_a_gpu(tensor: torch.Tensor) -> bool:
+    """`backends.kernels_wanted` of a CUDA tensor, at the same cost."""
+    return not tensor.is_cuda and mode.has_kernels(tensor.get_device())
 
 
 @contextmanager

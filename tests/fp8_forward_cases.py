@@ -87,10 +87,8 @@ def check_visible_nan(variant) -> None:
     assert not o[..., :5].isnan().any() and not o[..., 6:].isnan().any()
 
 
-def changed_kernel(
-    folder: Path, variant: ForwardVariant, *edits: tuple[str, str, str]
-) -> ForwardKernel:
-    """A variant compiled from sources with (file, old, new) edits."""
+def changed_sources(folder: Path, *edits: tuple[str, str, str]) -> Path:
+    """A copy of hopper/ with (file, old, new) edits."""
     root = folder / "hopper"
     shutil.copytree(kernel_root(), root)
     for name, old, new in edits:
@@ -98,5 +96,13 @@ def changed_kernel(
         text = path.read_text()
         assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
         path.write_text(text.replace(old, new))
+    return root
+
+
+def changed_kernel(
+    folder: Path, variant: ForwardVariant, *edits: tuple[str, str, str]
+) -> ForwardKernel:
+    """A variant compiled from sources with (file, old, new) edits."""
+    root = changed_sources(folder, *edits)
     unit = Unit(root / "forward" / "kernel.cu", variant.defines, "changed")
     return ForwardKernel(device().driver, compile_unit(unit).ptx.read_bytes() + b"\0")

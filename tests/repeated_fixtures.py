@@ -8,7 +8,7 @@ import torch
 
 from fake_driver.cubin import forward_cubin
 from flash8 import _native, backends, ops
-from flash8.backends import hopper, repeated
+from flash8.backends import hopper, mode, repeated
 from simulated_device import SimulatedDevice
 
 READERS = ("DLPack", "attributes")
@@ -27,6 +27,7 @@ def on_fake_driver(monkeypatch, driver, forgetful):
     """CPU tensors take the Hopper backend on a driver that does nothing."""
     registry = _native.Registry(driver, forward_cubin)
     monkeypatch.setattr(backends, "kernels_wanted", lambda tensor: True)
+    monkeypatch.setattr(mode, "kernels_mode", lambda: "on")
     monkeypatch.setattr(hopper, "_registry", lambda: registry)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from flash8 import _native, backends
-from flash8.backends import hopper
+from flash8.backends import hopper, mode, trust
 from flash8.compiler import CompilerNotFoundError, compile_unit, find_toolchain
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "simulator"))
@@ -64,14 +64,19 @@ class SimulatedDevice:
         return self.ptx(hopper.variant_of(key))
 
     @contextmanager
-    def serving_cpu_tensors(self, monkeypatch: Any, *, seed: int = 0) -> Iterator[None]:
-        """Inside, every forward that the Hopper backend does not refuse runs on its kernel.
+    def serving_cpu_tensors(
+        self, monkeypatch: Any, *, seed: int = 0, kernels: mode.Mode = "on"
+    ) -> Iterator[None]:
+        """Inside, every forward that the Hopper backend does not refuse runs on its kernel; with
+        `kernels` "auto" once that has passed its check, of which nothing is known yet.
 
         The tensors lie in this process's memory, so bounds of global memory are not checked here;
         `forward_launch.py` copies them into the device's own memory, with guards.
         """
         with monkeypatch.context() as patch:
             patch.setattr(backends, "kernels_wanted", lambda tensor: True)
+            patch.setattr(mode, "kernels_mode", lambda: kernels)
+            patch.setattr(trust, "_findings", {})
             patch.setattr(hopper, "_registry", lambda: self._registry)
             self.configure(seed=seed, strict_global=False)
             yield

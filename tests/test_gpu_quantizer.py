@@ -1,6 +1,7 @@
 """The quantizer on CUDA tensors against the CPU, bit by bit. Needs a GPU: `pytest -m gpu`.
 
-With FLASH8_KERNELS=on the kernels serve it, otherwise torch operations do.
+With FLASH8_KERNELS=off torch operations serve it, with on the kernels; with auto the kernels do
+where they pass their check.
 """
 
 import pytest

@@ -14,8 +14,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash8 import _native, flash_attn_func, flash_attn_varlen_func
+from flash8 import _native, flash_attn_func, flash_attn_varlen_func, ops
 from flash8.backends import hopper, repeated
+from flash8.options import Options
 from repeated_cases import CALLS, ENDS, addresses, draw, forget, without_addresses
 from simulated_device import missing_compiler
 
@@ -263,6 +264,17 @@ def test_parameters_and_no_other_subclass_are_known(on_fake_driver, whole_ways):
 
 class Named(torch.Tensor):
     pass
+
+
+@pytest.mark.filterwarnings("ignore:flash8 has no compiled kernel")
+def test_a_plan_is_kept_for_no_call_that_it_did_not_serve(fake, on_fake_driver):
+    """Dropout has no kernel; what lies at its output was filled by one before."""
+    q, k, v = draw()
+    out = torch.empty_like(q)
+    ops.run_forward(q, k, v, None, None, out, Options())
+    for _ in range(2):
+        flash_attn_func(q, k, v, dropout_p=0.1, out=out)
+    assert len(fake.launches) == 1
 
 
 def test_a_launch_that_fails_leaves_nothing_behind(fake, on_fake_driver, whole_ways):

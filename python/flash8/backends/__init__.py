@@ -6,7 +6,6 @@ has the forward, for the calls that it does not refuse.
 """
 
 import functools
-import os
 import warnings
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flash8.backends import cpu
+from flash8.backends import cpu, mode
 
 if TYPE_CHECKING:
     from flash8.checks import Geometry
@@ -34,45 +33,42 @@ class Service:
 def backend_for(tensor: Tensor) -> ModuleType:
     """The backend that serves calls on `tensor`'s device."""
     if tensor.is_cuda:
-        _tell_about_portable_cuda()
+        _tell_about_portable_cuda(tensor.get_device())
     return cpu
 
 
 def forward_backend(
     q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: "Options"
 ) -> ModuleType:
-    """The backend that serves one forward call."""
+    """The backend that serves one forward call.
+
+    Raises:
+        RuntimeError: the kernel has not been checked yet, and a CUDA graph is being captured.
+    """
     if not kernels_wanted(q):
         return backend_for(q)
-    from flash8.backends import hopper
+    from flash8.backends import hopper, trust
 
     reason = hopper.refusal(q, k, v, qv, options)
-    if reason is None:
+    if reason is not None:
+        tell_about_refusal(reason)
+    elif trust.is_trusted(hopper.choose(q, k, v, options), q.device):
         return hopper
-    tell_about_refusal(reason)
+    hopper.forget_served()
     return cpu
 
 
 def kernels_wanted(tensor: Tensor) -> bool:
-    """Whether calls on this tensor go to compiled kernels: FLASH8_KERNELS=on, on a GPU.
-
-    They are proven on a simulated device only, so far, and therefore have to be asked for.
-    """
-    return tensor.is_cuda and _kernels_asked_for()
+    """Whether calls on this tensor go to compiled kernels, as far as its device tells."""
+    return tensor.is_cuda and mode.has_kernels(tensor.get_device())
 
 
 @functools.cache
-def _kernels_asked_for() -> bool:
-    """Read once: reading the environment takes longer than everything else of a small check."""
-    return os.environ.get("FLASH8_KERNELS") == "on"
-
-
-@functools.cache
-def _tell_about_portable_cuda() -> None:
+def _tell_about_portable_cuda(index: int) -> None:
+    reason = mode.why_not(index) or "there is no compiled kernel for it (see `flash8 info`)"
     warnings.warn(
-        "CUDA tensors are served by the tiled PyTorch code of the CPU backend, which reads index "
-        "tensors on the host; FLASH8_KERNELS=on lets the compiled forward kernels serve what they "
-        "can (see `flash8 info`)",
+        "a call on CUDA tensors is served by the tiled PyTorch code of the CPU backend, which "
+        f"reads index tensors on the host: {reason}",
         stacklevel=4,
     )
 
@@ -89,6 +85,17 @@ def tell_about_refusal(reason: str) -> None:
 def choose_num_splits(device: torch.device, geometry: "Geometry", options: "Options") -> int:
     """The number of KV splits for num_splits = 0. Without a GPU to fill, one."""
     return 1
+
+
+def describe_mode() -> str:
+    """What FLASH8_KERNELS is here, and what follows from it."""
+    chosen = mode.kernels_mode()
+    meaning = {
+        "auto": "on devices of compute capability 9.0, each once it has passed its check there",
+        "on": "on every CUDA device, unchecked",
+        "off": "never",
+    }
+    return f"{chosen} (FLASH8_KERNELS): {meaning[chosen]}"
 
 
 def describe() -> list[Service]:
@@ -109,10 +116,12 @@ def describe() -> list[Service]:
 
 def _describe_cuda(name: str) -> list[Service]:
     portable = f"{name}: the tiled PyTorch code runs there too"
-    if not _kernels_asked_for():
-        asked = f"{portable}; FLASH8_KERNELS=on lets kernels serve forwards and fp8.quantize"
-        return [Service("CUDA tensors, every call", "cpu", asked)]
-    kernel = f"{name}: FLASH8_KERNELS=on; compiled when first used"
+    reason = mode.why_not(torch.cuda.current_device())
+    if reason is not None:
+        return [Service("CUDA tensors, every call", "cpu", f"{portable}; {reason}")]
+    chosen = mode.kernels_mode()
+    checked = "checked once per process" if chosen == "auto" else "unchecked"
+    kernel = f"{name}: FLASH8_KERNELS={chosen}; compiled when first used, {checked}"
     return [
         Service("CUDA tensors, fp16 / bf16 / e4m3 forward, no pages or splits", "hopper", kernel),
         Service("CUDA tensors, fp8.quantize of fp16 / bf16 / fp32", "hopper", kernel),

@@ -103,6 +103,11 @@ def take_served(out: Tensor) -> "Plan | None":
     return planned
 
 
+def forget_served() -> None:
+    """What is filled next is not filled by the last plan, wherever it lies."""
+    _served.last = None
+
+
 class Plan(NamedTuple):
     """A launch, but for the stream and what belongs to it."""
 

@@ -1,11 +1,14 @@
-"""The torch ops of compiled quantizers: behind `flash8.fp8.quantize`, and behind an append."""
+"""The torch ops of compiled quantizers: behind `flash8.fp8.quantize`, and behind an append.
+
+They are traced as they are; which kernel is trusted is asked when they run."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash8.fp8 import appender, quantizer
+from flash8.backends import trust
+from flash8.fp8 import appender, portable, portable_append, quantizer
 from flash8.fp8.hadamard import Rotation
 from flash8.fp8.request import Appended, Request
 from flash8.rotary import Rope
@@ -63,7 +66,14 @@ def _request(
 
 
 def _quantize(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return quantizer.quantize(_request(*arguments))
+    request = _request(*arguments)
+    device = request.x.device
+    if all(trust.is_trusted(variant, device) for variant in quantizer.variants(request)):
+        return quantizer.quantize(request)
+    data, descale, mean = portable.quantize(request)
+    # Not what the caller gave: an op returns no argument of its own.
+    descale = descale if request.descale is None else descale.new_empty((0,))
+    return data, descale, mean if request.mean_shape() != (0,) else mean.new_empty((0,))
 
 
 def _quantize_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +108,11 @@ def _append(
 ) -> None:
     rope = None if position[0] is None else Rope(*position)
     where = (starts, cu_seqlens, page_table, kv_batch_idx)
-    appender.append(Appended(cache, x, *where, descale, mean, rope))
+    appended = Appended(cache, x, *where, descale, mean, rope)
+    if trust.is_trusted(appender.variant(appended), x.device):
+        appender.append(appended)
+    else:
+        portable_append.append(appended)
 
 
 def _append_fake(*_: Any) -> None:

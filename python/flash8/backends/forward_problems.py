@@ -1,0 +1,190 @@
+"""Small problems for a forward kernel, which use everything it is compiled for.
+
+Sequences are ragged, two query heads share a KV head, there are sinks, and what nobody may read is
+NaN.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash8.descales import num_blocks, num_packed_blocks
+from flash8.float8 import E4M3
+from flash8.fp8.tokens import Tokens
+from flash8.fp8.transposed import transpose
+from flash8.options import Options
+from flash8.variants import Element, ForwardVariant
+
+_DTYPES: dict[Element, torch.dtype] = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "e4m3": E4M3,
+}
+_HEADS, _HEADS_KV = 4, 2
+SOFTCAP = 1.5
+_UNIT = 32.0  # of e4m3 values, which then use the range; the descales are about its inverse
+_MANY = 1 << 30  # a margin that leaves one CTA, or one cluster, to walk over all tiles
+
+_Lengths = tuple[tuple[int, int], ...]
+#: (rows, used rows) of q and of k, by sequence: several blocks of both, fewer queries than keys
+#: and the other way round, and one without a key.
+_QUERIES: _Lengths = ((161, 150), (5, 3), (40, 40), (2, 2))
+_KEYS: _Lengths = ((291, 270), (90, 77), (9, 9), (3, 0))
+#: Not ragged: an even and an odd number of blocks of queries.
+_EVEN = (((150, 150),) * 2, ((270, 270),) * 2)
+_ODD = (((300, 300),) * 2, ((131, 131),) * 2)
+
+
+class Problem(NamedTuple):
+    """What a launch and the portable code are given."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    s_aux: Tensor
+    options: Options
+    real: tuple[Tensor, Tensor, Tensor]  # what q, k, v stand for, in fp64
+    out_dtype: torch.dtype
+    sm_margin: int
+
+
+def problems(variant: ForwardVariant, device: torch.device) -> Iterator[Problem]:
+    """Two: one by as many CTAs as there are tiles, one by a single one, or a single cluster.
+
+    The first is packed; the second is dense, and where no mask makes tiles uneven, without ragged
+    lengths, so that they are dealt and not drawn. Clusters serve such calls only. A problem is made
+    when the one before it has been passed.
+    """
+    if variant.cluster:
+        yield _Draw(variant, device, *_ODD, packed=False, seed=1).problem(0)
+    else:
+        yield _Draw(variant, device, _QUERIES, _KEYS, packed=True, seed=1).problem(0)
+    dense = _EVEN if variant.mask == "none" else (_QUERIES, _KEYS)
+    yield _Draw(variant, device, *dense, packed=False, seed=2).problem(_MANY)
+
+
+class _Draw:
+    """Random tensors of one problem. They are drawn on the CPU: the same on every device."""
+
+    def __init__(
+        self,
+        variant: ForwardVariant,
+        device: torch.device,
+        queries: _Lengths,
+        keys: _Lengths,
+        *,
+        packed: bool,
+        seed: int,
+    ) -> None:
+        self._variant, self._device, self._packed = variant, device, packed
+        self._queries, self._keys = queries, keys
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+
+    def problem(self, sm_margin: int) -> Problem:
+        variant = self._variant
+        local, float8 = variant.mask == "local", variant.dtype == "e4m3"
+        options = Options(
+            causal=variant.mask == "causal",
+            window_left=37 if local else -1,
+            window_right={"none": -1, "causal": 0, "local": 21}[variant.mask],
+            softcap=SOFTCAP if variant.softcap else 0.0,
+            alibi_slopes=self._uniform(_HEADS) * 0.1 if variant.alibi else None,
+            **self._lengths(),
+            **(self._fp8() if float8 else {}),
+        )
+        q = self._tensor(self._queries, _HEADS, variant.head_dim)
+        k = self._tensor(self._keys, _HEADS_KV, variant.head_dim)
+        v = self._tensor(self._keys, _HEADS_KV, variant.head_dim_v)
+        real = self._real(q, k, v, options)
+        if variant.v_transposed:
+            options = options._replace(v_keys=v.shape[-3])
+            v = transpose(v, Tokens(options.cu_seqlens_k, options.seqused_k))
+        narrow = torch.bfloat16 if self._packed else torch.float16
+        out_dtype = narrow if float8 else q.dtype
+        sinks = self._uniform(_HEADS) * 4.0
+        return Problem(q, k, v, sinks, options, real, out_dtype, sm_margin)
+
+    def _lengths(self) -> dict[str, Any]:
+        if all(rows in (*_EVEN, *_ODD) for rows in (self._queries, self._keys)):
+            return {}
+        found: dict[str, Any] = {}
+        for side, rows in (("q", self._queries), ("k", self._keys)):
+            found[f"seqused_{side}"] = self._int32([used for _, used in rows])
+            if self._packed:
+                ends = [_total(rows[:n]) for n in range(len(rows) + 1)]
+                found[f"cu_seqlens_{side}"] = self._int32(ends)
+                found[f"max_seqlen_{side}"] = _longest(rows)
+        return found
+
+    def _fp8(self) -> dict[str, Any]:
+        """Descales that differ everywhere, and means. One problem has Q's by KV head, as in FA3."""
+        variant, batch = self._variant, len(self._queries)
+        heads_q = _HEADS_KV if variant.scales == "head" and self._packed else _HEADS
+        found = {
+            "q_descale": self._descale(heads_q, self._queries),
+            "k_descale": self._descale(_HEADS_KV, self._keys),
+            "v_descale": self._descale(_HEADS_KV, self._keys),
+            "v_mean": self._normal(batch, _HEADS_KV, variant.head_dim_v) * 0.2,
+            "v_channel_descale": self._uniform(batch, _HEADS_KV, variant.head_dim_v) + 0.5,
+        }
+        if not variant.softcap:  # the cap is of scores that the mean belongs to
+            found["k_mean"] = self._normal(batch, _HEADS_KV, variant.head_dim) * 0.5
+        return found
+
+    def _descale(self, heads: int, rows: _Lengths) -> Tensor:
+        shape: tuple[int, ...] = (len(rows), heads)
+        if self._variant.scales == "block" and self._packed:
+            shape = (1, heads, num_packed_blocks(_total(rows), len(rows)))
+        elif self._variant.scales == "block":
+            shape = (*shape, num_blocks(_longest(rows)))
+        return (self._uniform(*shape) * 0.6 + 0.5) / _UNIT
+
+    def _tensor(self, rows: _Lengths, heads: int, width: int) -> Tensor:
+        """Normal values in used rows, NaN in the others."""
+        longest = _longest(rows)
+        x = torch.full(
+            (len(rows), longest, heads, width), math.nan, dtype=torch.float32, device="cpu"
+        )
+        for sequence, (_, used) in zip(x, rows, strict=True):
+            sequence[:used].normal_(generator=self._generator)
+        if self._packed:
+            x = torch.cat([sequence[: length[0]] for sequence, length in zip(x, rows, strict=True)])
+        unit = _UNIT if self._variant.dtype == "e4m3" else 1.0
+        return (x * unit).to(_DTYPES[self._variant.dtype]).to(self._device)
+
+    def _real(
+        self, q: Tensor, k: Tensor, v: Tensor, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if q.dtype != E4M3:
+            return q.double(), k.double(), v.double()
+        of_q = Tokens(options.cu_seqlens_q)
+        of_k = Tokens(options.cu_seqlens_k)
+        scale = of_q.spread_descale(options.q_descale, q)  # type: ignore[arg-type]
+        q = q.double() * scale.repeat_interleave(q.shape[-2] // scale.shape[-2], dim=-2)
+        k = k.double() * of_k.spread_descale(options.k_descale, k)  # type: ignore[arg-type]
+        v = v.double() * of_k.spread_descale(options.v_descale, v)  # type: ignore[arg-type]
+        v = v * of_k.spread(options.v_channel_descale, v)  # type: ignore[arg-type]
+        v = v + of_k.spread(options.v_mean, v)  # type: ignore[arg-type]
+        return q, k if options.k_mean is None else k + of_k.spread(options.k_mean, k), v
+
+    def _uniform(self, *shape: int) -> Tensor:
+        x = torch.rand(shape, generator=self._generator, dtype=torch.float32, device="cpu")
+        return x.to(self._device)
+
+    def _normal(self, *shape: int) -> Tensor:
+        x = torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu")
+        return x.to(self._device)
+
+    def _int32(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self._device)
+
+
+def _total(rows: _Lengths) -> int:
+    return sum(length for length, _ in rows)
+
+
+def _longest(rows: _Lengths) -> int:
+    return max(length for length, _ in rows)

@@ -1,0 +1,213 @@
+"""Sound kernels pass their check, and serve; wrong ones fail it, and the portable code serves."""
+
+import re
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import flash8
+from flash8 import flash_attn_func, flash_attn_varlen_func, fp8
+from flash8.backends import trust
+from flash8.quantize_variants import SHIPPED_QUANTIZERS
+from flash8.variants import SHIPPED, ForwardVariant
+from forward_cases import int32, packed
+from quantizer_device import device
+from simulated_device import missing_compiler
+from trust_cases import changed_image, changed_quantizers, told
+
+pytest_plugins = ["trust_fixtures"]
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+
+CPU = torch.device("cpu")
+BF16 = ForwardVariant("bf16", 128, 128)
+FP16 = ForwardVariant("fp16", 64, 64)
+HEAD = ForwardVariant("e4m3", 128, 128, scales="head")
+BLOCK = ForwardVariant("e4m3", 128, 128, scales="block")
+OTHERS = (
+    ForwardVariant("fp16", 64, 64, mask="local", alibi=True, pack_gqa=True),
+    replace(BF16, mask="causal", alibi=True),
+    replace(BLOCK, alibi=True),
+    replace(HEAD, alibi=True, v_transposed=True),
+    replace(HEAD, pack_gqa=True),
+    ForwardVariant("e4m3", 192, 128, scales="head", cluster=True, v_transposed=True),
+)
+
+
+def faults(variant, checked, image=None):
+    with checked(image):
+        return trust.find_fault(variant, CPU)
+
+
+@pytest.mark.parametrize("variant", [*SHIPPED, *OTHERS], ids=lambda v: v.name)
+def test_a_sound_forward_passes(variant, checked):
+    device().ptx(variant)
+    start = time.process_time()
+    assert faults(variant, checked) is None
+    assert time.process_time() - start < 5.0, "several times what it takes"
+
+
+@pytest.mark.parametrize("variant", SHIPPED_QUANTIZERS, ids=lambda v: v.name)
+def test_a_sound_quantizer_passes(variant, checked):
+    assert faults(variant, checked) is None
+
+
+def test_the_tanh_of_a_gpu_passes(checked, tmp_path):
+    """The simulated device's is exact; that of a GPU may be off by 2^-11."""
+    call = "ptx::tanh(rows(r, i) * scale[r])"
+    edit = ("forward/scores.cuh", call, f"1.000488f * {call}")
+    assert faults(replace(FP16, softcap=True), checked, changed_image(tmp_path, edit)) is None
+
+
+# ------------------------------------------------------------------------------- wrong kernels
+
+
+def draw(dtype, width=128, heads=(4, 2), rows=(70, 150)):
+    g = torch.Generator().manual_seed(3)
+    shapes = [(2, n, h, width) for n, h in zip((*rows, rows[1]), (*heads, heads[1]), strict=True)]
+    return [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+
+
+def bf16(**options):
+    return lambda: flash_attn_func(
+        *draw(torch.bfloat16), pack_gqa=False, return_attn_probs=True, **options
+    )
+
+
+def e4m3(granularity, **options):
+    """Of e4m3 bytes that no kernel has made."""
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in draw(torch.float32))
+    shapes = ((2, 4), (2, 2), (2, 2)) if granularity == "head" else ((2, 4, 1), *((2, 2, 2),) * 2)
+    descales = [torch.linspace(0.5, 1.5, torch.Size(s).numel()).view(s) for s in shapes]
+    names = ("q_descale", "k_descale", "v_descale")
+    given = dict(zip(names, descales, strict=True))
+    return lambda: flash_attn_func(
+        q, k, v, pack_gqa=False, return_attn_probs=True, **given, **options
+    )
+
+
+def packed_bf16():
+    q, k, v = (x.flatten(0, 1) for x in draw(torch.bfloat16, rows=(70, 70)))
+    ends = packed([40, 100])
+    return flash_attn_varlen_func(
+        q, k, v, ends, ends, 100, 100, int32([33, 99]), pack_gqa=False, return_attn_probs=True
+    )
+
+
+SINKS = {"s_aux": torch.linspace(0.0, 3.0, 4)}
+SLOPES = {"alibi_slopes": torch.linspace(0.01, 0.3, 4)}
+CAUSAL, LOCAL = replace(BF16, mask="causal"), replace(BF16, mask="local")
+CAPPED, SLOPED = replace(BF16, softcap=True), replace(BF16, alibi=True)
+MASK, EPILOGUE, SCORES = "mask.cuh", "forward/epilogue.cuh", "forward/scores.cuh"
+TANH, SINK = "ptx::tanh(rows(r, i) * scale[r])", "params.scores.sinks != nullptr"
+KV_HEAD = "tile.head / (params.heads_q / params.heads_kv)"
+FINISH = "RowStatistics const statistics = softmax.finish(sinks);"
+INSIDE, KEYS = "bool const inside = rows[r].query", "keys = {position - left_"
+#: What is wrong: the variant that a public call takes, the call, and words of what is found.
+CALLS = {
+    "causal mask off by one": (CAUSAL, bf16(causal=True), "LSE is"),
+    "window off by one": (LOCAL, bf16(window_size=(9, 2)), "LSE is off"),
+    "softcap missing": (CAPPED, bf16(softcap=2.0), "LSE is off"),
+    "another head's slope": (SLOPED, bf16(**SLOPES), "LSE is off"),
+    "sinks ignored": (BF16, bf16(**SINKS), "LSE is"),
+    "another KV head": (BF16, bf16(), "off"),
+    "unused rows unwritten": (BF16, packed_bf16, "rows are not written"),
+    "descales swapped": (HEAD, e4m3("head"), "LSE is off"),
+    "LSE keeps the offset": (BLOCK, e4m3("block"), "LSE is off"),
+    "counter left": (CAUSAL, bf16(causal=True), "counter of tiles is left at"),
+    "a trap": (BF16, bf16(), "DriverError: cuLaunchKernelEx"),
+}
+EDITS = {
+    "causal mask off by one": (MASK, "query + shift_ + 1);", "query + shift_ + 2);"),
+    "window off by one": (MASK, KEYS, f"{KEYS} + 1"),
+    "softcap missing": (SCORES, TANH, "(rows(r, i) * scale[r])"),
+    "another head's slope": (SCORES, "tile.batch, row.head, pos", "tile.batch, 0, pos"),
+    "sinks ignored": (EPILOGUE, SINK, "false"),
+    "another KV head": ("forward/query_row.cuh", KV_HEAD, "tile.head % params.heads_kv"),
+    "unused rows unwritten": (EPILOGUE, f"{INSIDE} < info.capacity_q", f"{INSIDE} < info.seqlen_q"),
+    "descales swapped": ("forward/consumer.cuh", "(params_.k_descale,", "(params_.v_descale,"),
+    "LSE keeps the offset": ("softmax.cuh", "(safe - offset + ", "(safe + "),
+    "counter left": ("tile_scheduler.cuh", "*counter() = 0;", "*counter() += 0;"),
+    "a trap": (EPILOGUE, FINISH, f'{FINISH} asm volatile("trap;");'),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_wrong_forward_fails_and_the_portable_code_serves(name, checked, tmp_path):
+    variant, call, words = CALLS[name]
+    want = call()
+    with checked(changed_image(tmp_path, EDITS[name])):
+        have, said = told(call)
+        _, again = told(call)
+    assert len(said) == 1 and not again
+    assert f"its kernel {variant.name} on cpu: " in said[0] and "FLASH8_KERNELS" in said[0]
+    assert re.search(words, said[0]), said[0]
+    for x, y in zip(have, want, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_sound_forward_serves_and_is_remembered(checked, monkeypatch):
+    call = bf16(causal=True)
+    want = call()
+    seen = []
+    find_fault = trust.find_fault
+    monkeypatch.setattr(trust, "find_fault", lambda *args: seen.append(1) or find_fault(*args))
+    with checked():
+        (have, _), said = told(call)
+        call()
+        assert device().report()["kernel"] == "flash8_forward"
+    assert not said and len(seen) == 1
+    assert not torch.equal(have, want[0])  # another order of sums
+    torch.testing.assert_close(have, want[0], atol=0.02, rtol=0.02)
+
+
+X = torch.randn(2, 70, 2, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+
+
+def append():
+    caches = [torch.zeros(2, 128, 2, 64).to(torch.float8_e4m3fn) for _ in range(2)]
+    given = {"cache_seqlens": int32([3, 50]), "k_mean": torch.ones(2, 64)}
+    flash8.flash_attn_with_kvcache(X, *caches, X, X, **given)
+    return torch.stack(caches)
+
+
+def quantized(**options):
+    return lambda: fp8.quantize(X, **options).data
+
+
+#: File, what is replaced, by what; the kernel that must not pass, a call of it, and words.
+WRONG_QUANTIZERS = {
+    "descale for its inverse": (
+        *("cast.cu", "reciprocal(choose", "(choose"),
+        *("cast_bf16_d64", quantized(granularity="block"), "bytes of the result differ"),
+    ),
+    "no signs": (
+        *("rows.cuh", "^ (signs >> c << 31)", ""),
+        *("cast_bf16_d64", quantized(granularity="block", hadamard=1), "bytes of the result"),
+    ),
+    "keys in plain order": (
+        *("rows.cuh", "if constexpr (Config::kTransposed)", "if constexpr (false)"),
+        *("cast_bf16_d64_transposed", quantized(granularity="block", transpose=True), "bytes"),
+    ),
+    "unused tokens count": (
+        *("tokens.cuh", "tile.counted = min(params.seqused[tile.batch], tile.capacity);", ""),
+        *("mean_bf16_d64", quantized(granularity="block", smooth_k=True), "the mean is off by"),
+    ),
+    "mean not taken off": (
+        *("rows.cuh", "if (params.mean.ptr != nullptr)", "if (false)"),
+        *("append_bf16_d64", append, "bytes of the cache differ"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_QUANTIZERS)
+def test_a_wrong_quantizer_fails_and_the_portable_code_serves(name, checked, tmp_path):
+    file, old, new, kernel, call, words = WRONG_QUANTIZERS[name]
+    want = call()
+    with checked(changed_quantizers(tmp_path, file, old, new)):
+        have, said = told(call)
+        _, again = told(call)
+    found = [text for text in said if f"its kernel quantize_{kernel} on cpu: " in text]
+    assert len(found) == 1 and words in found[0] and not again
+    assert torch.equal(have.view(torch.uint8), want.view(torch.uint8))
