@@ -2,10 +2,11 @@
 
 Needs a GPU, nvcc and a Python with torch, pytest, numpy, cmake, pybind11 and scikit-build-core;
 no network; the kernels want the CUTLASS headers in FLASH8_CUTLASS, unless pip has brought them.
-Builds flash8 from the checkout into build/gpu, runs the GPU tests, once on the portable code and
-once with FLASH8_KERNELS=on, runs compute-sanitizer on the small CUDA programs and on small calls
-of the kernels, settles the hardware facts, and measures ceilings and attention beside every peer
-found. Each step leaves its own JSON; the summary, with the outcome and seconds of every step, is
+Builds flash8 from the checkout into build/gpu, checks every shipped kernel against the portable
+code (`flash8 check`), runs the GPU tests, with FLASH8_KERNELS off, auto and on, runs
+compute-sanitizer on the small CUDA programs and on small calls of the kernels, settles the hardware
+facts, and measures ceilings and attention beside every peer found. Each step leaves its own JSON;
+the summary, with the outcome and seconds of every step and the table of the check, is
 bench/results/gpu_check.json. A step that fails does not stop the others.
 """
 
@@ -24,6 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 RESULTS = ROOT / "bench" / "results"
+_ALL = 1000  # lines: `flash8 check` prints one for each kernel
 _SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 #: GPU tests of one launch or two, for tools that slow kernels down a hundredfold.
 _SMALL_TESTS = "packed_sequences or 113-203-True or (fp8_matches and 64-)"
@@ -40,7 +42,8 @@ class Step:
     tail: str
 
 
-def run(name: str, *command: str, **variables: str) -> Step:
+def run(name: str, *command: str, lines: int = 30, **variables: str) -> Step:
+    """`lines`: how many of its last lines are kept."""
     print(f"== {name}: {' '.join(command)}", flush=True)
     environ = {**os.environ, "PYTHONPATH": str(BUILD), "PYTHONUNBUFFERED": "1", **variables}
     start = time.monotonic()
@@ -52,7 +55,7 @@ def run(name: str, *command: str, **variables: str) -> Step:
         list(command),
         result.returncode,
         round(time.monotonic() - start, 1),
-        "\n".join(result.stdout.splitlines()[-30:]),
+        "\n".join(result.stdout.splitlines()[-lines:]),
     )
     print(step.tail, f"-- {name}: status {step.status}, {step.seconds} s", sep="\n", flush=True)
     return step
@@ -65,7 +68,9 @@ def steps() -> list[Step]:
     pip = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     done = [
         run("build", *pip, "--no-build-isolation", "--upgrade", "--target", str(BUILD), "."),
-        run("gpu tests", *tests),
+        run("check", python, "-m", "flash8", "check", lines=_ALL),
+        run("gpu tests on the portable code", *tests, FLASH8_KERNELS="off"),
+        run("gpu tests", *tests, FLASH8_KERNELS="auto"),
         run("gpu tests on kernels", *tests, FLASH8_KERNELS="on"),
         run("hopper facts", *facts),
     ]

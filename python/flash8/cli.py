@@ -1,4 +1,4 @@
-"""The command line: `flash8 info`, `flash8 compile`, `flash8 sim` and `flash8 --version`."""
+"""The command line: `flash8 info`, `check`, `compile`, `sim` and `flash8 --version`."""
 
 import argparse
 import importlib.util
@@ -31,14 +31,21 @@ def _driver_lines() -> list[str]:
 def _info(_: argparse.Namespace) -> int:
     import torch
 
-    from flash8.backends import describe
+    from flash8.backends import describe, describe_mode
 
     print(f"flash8     {__version__}, extension ABI {_native.ABI_VERSION}")
     print(f"python     {platform.python_version()}, torch {torch.__version__}")
-    print(*_driver_lines(), sep="\n", end="\n\n")
+    print(*_driver_lines(), sep="\n")
+    print(f"kernels    {describe_mode()}", end="\n\n")
     services = [(row.call, row.backend, row.reason) for row in describe()]
     print(format_table(("call", "backend", "why"), services))
     return 0
+
+
+def _check(_: argparse.Namespace) -> int:
+    from flash8 import check_command  # takes torch along
+
+    return check_command.run()
 
 
 def _sim(options: argparse.Namespace) -> int:
@@ -78,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Print versions, driver, devices, and which backend serves which call and why.",
     )
     info.set_defaults(run=_info)
+    check = commands.add_parser(
+        "check",
+        help="run every shipped kernel on this GPU and compare it with the portable code",
+        description="Check every shipped kernel on the current GPU against the portable code.",
+    )
+    check.set_defaults(run=_check)
     compile_parser = commands.add_parser(
         "compile",
         help="compile a kernel, or all that ship",

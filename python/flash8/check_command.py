@@ -1,0 +1,66 @@
+"""`flash8 check`: every shipped kernel against the portable code, on the GPU of this machine."""
+
+import sys
+import time
+
+import torch
+
+from flash8.backends import hopper, mode, trust
+from flash8.quantize_variants import SHIPPED_QUANTIZERS
+from flash8.variants import SHIPPED
+
+_MAX_DETAIL = 400  # characters of what the compiler or the driver said
+
+
+def run() -> int:
+    """Prints a row for each kernel as soon as it is known. 1 if one fails, or nothing can be run.
+
+    A kernel that faults leaves a context in which no other works: the first failure counts.
+    """
+    reason = why_not()
+    if reason is not None:
+        print(f"flash8 check: nothing is checked: {reason}", file=sys.stderr)
+        return 1
+    return check(current_device())
+
+
+def why_not() -> str | None:
+    """Why no kernel can be run here, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return mode.unfit(torch.cuda.current_device())
+
+
+def current_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def check(device: torch.device) -> int:
+    """Checks all shipped kernels on `device` and prints the table."""
+    variants: tuple[trust.Variant, ...] = (*SHIPPED, *SHIPPED_QUANTIZERS)
+    width = max(len(variant.name) for variant in variants)
+    print(f"{'kernel':{width}}  {'ms':>8}  found")
+    print("-" * width, "-" * 8, "-" * 5, sep="  ")
+    failed = 0
+    for variant in variants:
+        finding, milliseconds = _check(variant, device)
+        failed += finding is not None
+        detail = "ok" if finding is None else " ".join(finding.split())[:_MAX_DETAIL]
+        print(f"{variant.name:{width}}  {milliseconds:8.1f}  {detail}", flush=True)
+    print(f"{len(variants) - failed} of {len(variants)} kernels are ok on {_name(device)}")
+    return int(failed > 0)
+
+
+def _check(variant: trust.Variant, device: torch.device) -> tuple[str | None, float]:
+    """The finding and the milliseconds of the check, without those of compiling and loading."""
+    try:
+        hopper.kernel(variant, device.index or 0)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", 0.0
+    start = time.perf_counter()
+    finding = trust.find_fault(variant, device)
+    return finding, (time.perf_counter() - start) * 1e3
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
