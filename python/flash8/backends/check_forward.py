@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flash8.backends import cpu, hopper
 from flash8.backends.forward_problems import SOFTCAP, Problem, problems
+from flash8.backends.watchdog import Watchdog
 from flash8.options import Options
 from flash8.variants import Element, ForwardVariant
 
@@ -85,7 +86,9 @@ def _run(variant: ForwardVariant, problem: Problem) -> tuple[Tensor, Tensor, int
     tiles = torch.zeros(1, dtype=torch.int32, device=q.device)
     planned = hopper.plan(q, k, v, s_aux, options, out, lse, variant)
     drawn = tiles if planned.draws_tiles else None
+    watchdog = Watchdog(q.device)
     hopper.launch(planned, hopper.current_stream(q), drawn, sm_margin)
+    watchdog.wait()
     return out, lse, int(tiles.item())
 
 

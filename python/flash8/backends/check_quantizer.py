@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from flash8.backends.watchdog import Watchdog
 from flash8.float8 import E4M3, E5M2
 from flash8.fp8 import appender, portable, portable_append, quantizer
 from flash8.fp8.hadamard import Rotation
@@ -42,7 +43,9 @@ def _fault(request: Request) -> str | None:
     call = quantizer.Call(request._replace(amax=amax))
     for filled in (call.data, call.descale, call.mean):
         filled.view(-1).view(torch.uint8).fill_(_NAN_BYTE)
+    watchdog = Watchdog(request.x.device)
     call.launch()
+    watchdog.wait()
     data, descale, mean = portable.quantize(request)
     if request.smooth:
         off = float((call.mean - mean).abs().max())
@@ -61,7 +64,9 @@ def _fault(request: Request) -> str | None:
 
 def _append_fault(appended: Appended) -> str | None:
     want = appended.cache.clone()
+    watchdog = Watchdog(want.device)
     appender.append(appended)
+    watchdog.wait()
     portable_append.append(appended._replace(cache=want))
     return _difference([("bytes of the cache", appended.cache, want)])
 

@@ -18,6 +18,7 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
 from flash8.backends import mode
+from flash8.backends.watchdog import KernelHangsError
 from flash8.quantize_variants import QuantizeVariant
 from flash8.variants import ForwardVariant
 
@@ -33,6 +34,7 @@ def is_trusted(variant: Variant, device: torch.device) -> bool:
     """Whether calls on `device` may go to this kernel. The first to ask waits for its check.
 
     Raises:
+        KernelHangsError: the check did not end.
         RuntimeError: it has not been checked yet, and a CUDA graph is being captured.
     """
     if mode.kernels_mode() != "auto":
@@ -50,6 +52,7 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
 
     Raises:
         torch.OutOfMemoryError: which says nothing about the kernel.
+        KernelHangsError: after which nothing else runs on this stream.
     """
     from flash8.backends import check_forward, check_quantizer
 
@@ -58,7 +61,7 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
             if isinstance(variant, ForwardVariant):
                 return check_forward.find_fault(variant, device)
             return check_quantizer.find_fault(variant, device)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, KernelHangsError):
             raise
         except Exception as error:  # no compiler, a launch that fails, a variant that is missing
             return f"{type(error).__name__}: {error}"
