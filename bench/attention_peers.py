@@ -6,9 +6,8 @@ and v, in the call's layout, that is timed.
 
 import functools
 import importlib
-import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,9 +44,11 @@ class Absent:
 
 def peers(device: str) -> Iterator[Peer | Absent]:
     """flash8 first."""
+    import attention_peers_fp8  # which needs what is defined here
+
     on_gpu = device == "cuda"
     yield Peer("flash8", _flash8, backward=not on_gpu)
-    yield from _flash8_fp8(on_gpu)
+    yield from attention_peers_fp8.peers(on_gpu)
     for name, backend in (
         ("cudnn", SDPBackend.CUDNN_ATTENTION),
         ("torch_flash", SDPBackend.FLASH_ATTENTION),
@@ -60,25 +61,25 @@ def peers(device: str) -> Iterator[Peer | Absent]:
             yield Absent(name, "needs a CUDA device")
         return
     yield Peer("flex_attention", _flex, ("dense", "packed"))
-    yield _if_importable(
+    yield if_importable(
         "varlen_attn", "torch.nn.attention.varlen", lambda m: Peer("", _varlen(m), ("packed",))
     )
     for name, module in _FLASH_ATTENTIONS.items():
-        yield _if_importable(name, module, lambda m: Peer("", _flash_attention(m)))
-    yield _if_importable("flashinfer", "flashinfer", lambda m: Peer("", _flashinfer(m)), grad=False)
+        yield if_importable(name, module, lambda m: Peer("", _flash_attention(m)))
+    yield if_importable("flashinfer", "flashinfer", lambda m: Peer("", _flashinfer(m)), grad=False)
 
 
 _FLASH_ATTENTIONS = {"flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute"}
 
 
-def _if_importable(
+def if_importable(
     name: str, module: str, make: Callable[[Any], Peer], *, grad: bool = True
 ) -> Peer | Absent:
     try:
         made = make(importlib.import_module(module))
     except Exception as error:  # a broken installation must not stop the others
         return Absent(name, f"{type(error).__name__}: {error}".splitlines()[0][:200])
-    return Peer(name, made.prepare, made.kinds, grad)
+    return replace(made, name=name, backward=grad)
 
 
 # -------------------------------------------------------------------------------------- flash8
@@ -87,53 +88,15 @@ def _if_importable(
 def _flash8(call: Call) -> Attention:
     import flash8
 
-    _refuse_without_kernel(call, call.q, call.k, call.v)
+    refuse_without_kernel(call, call.q, call.k, call.v)
     if call.case.kind == "dense":
         return functools.partial(flash8.flash_attn_func, causal=call.causal)
     if call.case.kind == "decode":
         return functools.partial(flash8.flash_attn_with_kvcache, causal=True)
-    return functools.partial(flash8.flash_attn_varlen_func, **_varlen_arguments(call))
+    return functools.partial(flash8.flash_attn_varlen_func, **varlen_arguments(call))
 
 
-def _flash8_fp8(on_gpu: bool) -> Iterator[Peer | Absent]:
-    choices = itertools.product(("head", "block"), (False, True), (False, True))
-    for granularity, by_keys, inside in choices:
-        name = f"flash8 e4m3 {granularity}" + (", v by keys" if by_keys else "")
-        name += ", with quantization" if inside else ""
-        if not on_gpu:
-            yield Absent(name, "FP8 products are emulated on a CPU: their time says nothing")
-            continue
-        prepare = functools.partial(
-            _quantized, granularity=granularity, by_keys=by_keys, inside=inside
-        )
-        yield Peer(name, prepare, ("dense", "packed"), backward=False, tolerance=0.1)
-
-
-def _quantized(call: Call, *, granularity: str, by_keys: bool, inside: bool) -> Attention:
-    """`by_keys`: the quantizer transposes v. `inside`: quantization is part of what is timed."""
-    import flash8
-    from flash8 import fp8
-
-    def quantize(*tensors: Tensor) -> list[Any]:
-        ends = call.cu_seqlens
-        return [
-            fp8.quantize(x, granularity, cu_seqlens=ends, transpose=by_keys and name == "v")
-            for name, x in zip("qkv", tensors, strict=True)
-        ]
-
-    def attend(*tensors: Any) -> Any:
-        if call.cu_seqlens is None:
-            return flash8.flash_attn_func(*tensors, causal=call.causal)
-        return flash8.flash_attn_varlen_func(*tensors, **_varlen_arguments(call))
-
-    ready = quantize(call.q, call.k, call.v)
-    _refuse_without_kernel(call, *(x.by_token() for x in ready))
-    if inside:
-        return lambda q, k, v: attend(*quantize(q, k, v))
-    return lambda q, k, v: attend(*ready)
-
-
-def _refuse_without_kernel(call: Call, q: Tensor, k: Tensor, v: Tensor) -> None:
+def refuse_without_kernel(call: Call, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Tiled PyTorch serves what has no kernel; on a GPU its time would say nothing."""
     if not q.is_cuda:
         return
@@ -151,7 +114,7 @@ def _refuse_without_kernel(call: Call, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise RefusedError(reason)
 
 
-def _varlen_arguments(call: Call) -> dict[str, Any]:
+def varlen_arguments(call: Call) -> dict[str, Any]:
     return {
         "cu_seqlens_q": call.cu_seqlens,
         "cu_seqlens_k": call.cu_seqlens,
@@ -236,7 +199,7 @@ def _flash_attention(module: Any) -> Callable[[Call], Attention]:
         if call.case.kind == "dense":
             function = functools.partial(module.flash_attn_func, causal=call.causal)
         elif call.case.kind == "packed":
-            function = functools.partial(module.flash_attn_varlen_func, **_varlen_arguments(call))
+            function = functools.partial(module.flash_attn_varlen_func, **varlen_arguments(call))
         elif hasattr(module, "flash_attn_with_kvcache"):
             function = functools.partial(module.flash_attn_with_kvcache, causal=True)
         else:

@@ -14,7 +14,14 @@ import flash8
 import oracle
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-NAMES = ("bench_attention", "attention_cases", "attention_peers", "attention_report", "environment")
+NAMES = (
+    "bench_attention",
+    "attention_cases",
+    "attention_peers",
+    "attention_peers_fp8",
+    "attention_report",
+    "environment",
+)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +162,47 @@ def fake_flashinfer():
     return module
 
 
+def fake_cudnn():
+    """A module with cuDNN's graphs, as far as FP8 attention takes them."""
+
+    class Node:
+        def __getattr__(self, name):  # set_dim, set_stride, ...
+            assert name.startswith("set_")
+            return lambda value: self
+
+    class Graph:
+        def __init__(self, **types):
+            pass
+
+        def tensor(self, *, name, dim, stride, data_type):
+            assert len(dim) == len(stride) == 4 and data_type in ("e4m3", "fp32")
+            return Node()
+
+        def sdpa_fp8(self, *, attn_scale, use_causal_mask, generate_stats, **inputs):
+            self.inputs, self.options = inputs, (attn_scale, use_causal_mask)
+            self.out = Node()
+            return self.out, None, Node(), Node()
+
+        def get_workspace_size(self):
+            return 0
+
+        def execute(self, pack, workspace, handle):
+            given = {name: pack[node] for name, node in self.inputs.items()}
+            assert given["descale_s"] * given["scale_s"] == 1.0 and given["scale_o"] == 1.0
+            tensors = [given[x].float() * given[f"descale_{x}"] for x in "qkv"]
+            scale, causal = self.options
+            pack[self.out].copy_(flash8.flash_attn_func(*tensors, scale, causal))
+
+    for step in ("validate", "build_operation_graph", "check_support", "build_plans"):
+        setattr(Graph, step, lambda self: None)
+    Graph.create_execution_plans = lambda self, modes: None
+    module = types.ModuleType("cudnn")
+    module.pygraph, module.create_handle = Graph, lambda: "handle"
+    module.data_type = types.SimpleNamespace(FP8_E4M3="e4m3", FLOAT="fp32")
+    module.heur_mode = types.SimpleNamespace(A=0, FALLBACK=1)
+    return module
+
+
 @pytest.fixture
 def gpu_peers(bench, monkeypatch):
     """The peers of a GPU that runs everything, on stand-ins that compute with flash8 or eagerly."""
@@ -169,6 +217,7 @@ def gpu_peers(bench, monkeypatch):
     varlen = types.ModuleType("torch.nn.attention.varlen")
     varlen.varlen_attn = varlen_attn
     for name, module in {
+        "cudnn": fake_cudnn(),
         "flash_attn_interface": fake_flash_attention(with_cache=True),
         "flash_attn": package,
         "flash_attn.cute": fake_flash_attention(with_cache=False),
@@ -187,7 +236,12 @@ GPU_PEERS = {
     "flash_attn_3": ("dense", "packed", "decode"),
     "flash_attn_4": ("dense", "packed"),
     "flashinfer": ("dense", "packed", "decode"),
+    "flash_attn_3 e4m3": ("dense", "packed"),
+    "flash_attn_3 e4m3, with quantization": ("packed",),
+    "cudnn e4m3": ("dense",),
+    "cudnn e4m3, with quantization": ("dense",),
     "flash8 e4m3 head": ("dense", "packed"),
+    "flash8 e4m3 block, v by keys": ("dense", "packed"),
     "flash8 e4m3 head, with quantization": ("dense", "packed"),
     "flash8 e4m3 block": ("dense", "packed"),
     "flash8 e4m3 block, with quantization": ("dense", "packed"),
