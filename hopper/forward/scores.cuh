@@ -17,8 +17,8 @@ class Scores {
     using TileMask = typename Config::TileMask;
 
   public:
-    // Whether the scores come out in log2 units. FP8 scores keep their descales, K's of each block among them,
-    // until the softmax; but a slope needs units that do not change, and are not 0 where a descale is.
+    // Whether the scores come out in log2 units. FP8 scores keep their descales, K's of each block among
+    // them, until the softmax; but a slope needs units that do not change, and are not 0 where a descale is.
     static constexpr bool kGivesLog2 = Config::kFp8 && Config::kAlibi && !Config::kSoftcap;
 
     // first_row: the first of this thread's two rows.

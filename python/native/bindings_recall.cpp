@@ -30,8 +30,8 @@ void bind_recall(py::module_& module) {
             return self.run({scope, std::move(inputs), std::move(options), std::move(window)}, want_lse,
                             grad_enabled);
         },
-        "(O, LSE or None, note or None) of a call that is like a remembered one, or None. LSE is there if it\n"
-        "is wanted; it and the note are where autograd has to know of the call.");
+        "(O, LSE or None, note or None) of a call that is like a remembered one, or None.\n"
+        "LSE is there if it is wanted; it and the note are where autograd has to know of the call.");
     type.def(
         "knows",
         [](const Recall& self, py::handle scope, py::tuple inputs, py::tuple options, py::object window) {
