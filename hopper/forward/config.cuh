@@ -134,8 +134,8 @@ struct ForwardConfig {
     using SmemLayoutK = decltype(cute::tile_to_shape(
         Atoms::KMajor{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
     // V as the product wants it, (head_dim_v, key, stage). 16 bit: head_dim_v is contiguous, as TMA writes
-    // it. FP8: keys are contiguous, and transpose.cuh says in which order they (and, where a warp has
-    // transposed them, the channels) stand.
+    // it. FP8: keys are contiguous, and transpose.cuh says in which order they and the channels stand,
+    // whoever has transposed them.
     // Keys that TMA brings transposed come in panels. Instead of seven of 32 bytes, 224 keys are two of 128,
     // the last of which reaches into keys that nobody reads.
     static constexpr int kKeysVt = kVTransposed && kBlockN == 224 ? 256 : kBlockN;
