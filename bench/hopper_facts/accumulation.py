@@ -9,21 +9,22 @@ Everything is done with Python integers and fractions of powers of two: slow and
 import math
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor
+import numpy as np
 
 FP8_BITS = 13
 BF16_BITS = 25
 _FP32_BITS = 23
 
 
-def step(a: Tensor, b: Tensor, c: Tensor, bits: int) -> Tensor:
+def step(a: np.ndarray, b: np.ndarray, c: np.ndarray, bits: int) -> np.ndarray:
     """c + a b^T for one k-step. a (M, K), b (N, K), c (M, N), all finite, as float64."""
-    out = torch.empty_like(c)
-    for m in range(c.shape[0]):
-        for n in range(c.shape[1]):
-            out[m, n] = _dot(a[m].tolist(), b[n].tolist(), c[m, n].item(), bits)
-    return out
+    rows, columns, sums = a.tolist(), b.tolist(), c.tolist()
+    return np.array(
+        [
+            [_dot(x, y, start, bits) for y, start in zip(columns, starts, strict=True)]
+            for x, starts in zip(rows, sums, strict=True)
+        ]
+    )
 
 
 def _dot(a: Iterable[float], b: Iterable[float], c: float, bits: int) -> float:

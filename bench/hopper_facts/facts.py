@@ -1,157 +1,127 @@
-"""Settles on a Hopper GPU what flash8's numerics assume; writes results/hopper_facts.json.
+"""Settles on a Hopper GPU what flash8's design assumes of it.
 
-1. FP8 WGMMA accumulates with 13 mantissa bits, toward zero; BF16 WGMMA with 25.
-2. cvt.rn.satfinite.e4m3x2.f32 saturates at 448, keeps NaN, and rounds to nearest even.
-3. The rate of ex2.approx.f16x2 against ex2.approx.ftz.f32.
+arithmetic  FP8 WGMMA accumulates with 13 mantissa bits, toward zero, BF16 WGMMA with 25; the
+            conversion to e4m3 saturates at 448, keeps NaN, and rounds to nearest even
+rates       results a cycle of ex2 in fp32 and fp16 pairs, and of e4m3 pairs to fp16
+mma         mma.sync.m16n8k16 alone and beside the conversions of its operand from e4m3
+wgmma       m64n64k16 with both operands in shared memory, alone and beside stores; wider ones
+l2          fp32 additions into L2: the bulk reduction and red.v4, from one SM and from all
+registers   which exchanges of setmaxnreg end and which hang
 
-usage: python bench/hopper_facts/facts.py [--cubin FILE] [--quick]
-Without --cubin, nvcc compiles facts.cu; --quick runs each kernel once, for compute-sanitizer.
+Each fact says under "as_expected" whether it is what the design assumes, and rates whether the
+kernel's results are right. Needs a driver and NumPy, no torch. The kernels come compiled, from
+`make gpu-pack`, or are compiled by flash8 where it is installed.
+
+usage: python bench/hopper_facts/facts.py [FACT ...] [--images DIR] [--json FILE] [--quick]
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from accumulation import BF16_BITS, FP8_BITS, step
-from driver import Module
-from torch import Tensor
-
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import environment  # noqa: E402  (bench/ is a folder of scripts, not a package)
+sys.path.insert(0, str(HERE.parent))  # bench/ is a folder of scripts, not a package
 
-_PROBLEMS = 24
-_M, _N, _THREADS = 64, 8, 128
-_ITERATIONS, _CHAINS = 4096, 8
+import arithmetic  # noqa: E402
+import rates  # noqa: E402
+import registers  # noqa: E402
+from driver import Device, DriverError, Module  # noqa: E402
 
-
-def compile_cubin() -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "facts.cubin"
-        architecture = "-gencode=arch=compute_90a,code=sm_90a"
-        source = str(HERE / "facts.cu")
-        command = ["nvcc", "-cubin", architecture, "-O3", "-std=c++17", source, "-o", str(target)]
-        subprocess.run(command, check=True)
-        return target.read_bytes()
-
-
-def operands(dtype: torch.dtype, spread: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Random a, b, c whose magnitudes span 2^-spread to 2^spread, so that alignment matters."""
-    generator = torch.Generator().manual_seed(seed)
-    k = 32 if dtype == torch.float8_e4m3fn else 16
-
-    def draw(*shape: int) -> Tensor:
-        scale = 2.0 ** (torch.rand(shape, generator=generator) * 2 * spread - spread)
-        return torch.randn(shape, generator=generator) * scale
-
-    a, b = draw(_PROBLEMS, _M, k).to(dtype), draw(_PROBLEMS, _N, k).to(dtype)
-    return a, b, draw(_PROBLEMS, _M, _N)
+Fact = Callable[..., dict[str, Any]]
+#: By name: the source, and the function. `registers` is apart: it starts processes.
+FACTS: dict[str, tuple[str, Fact]] = {
+    "arithmetic": ("arithmetic", arithmetic.run),
+    "rates": ("rates", rates.arithmetic),
+    "mma": ("mma", rates.mma),
+    "wgmma": ("wgmma", rates.wgmma),
+    "l2": ("l2", rates.l2),
+}
+SOURCES = (*FACTS, "registers")
+#: What the simulated device does not know.
+NOT_SIMULATED = ("mma",)
 
 
-def check_accumulation(module: Module, name: str, dtype: torch.dtype, bits: int) -> dict[str, Any]:
-    mismatches, total = 0, 0
-    examples: list[dict[str, float]] = []
-    for seed, spread in enumerate((0.0, 2.0, 4.0, 8.0)):
-        a, b, c = operands(dtype, spread if dtype != torch.float8_e4m3fn else spread / 2, seed)
-        d = torch.full_like(c, float("nan")).cuda()
-        bytes_a, bytes_b = (x.view(torch.uint8).contiguous().cuda() for x in (a, b))
-        module.launch(name, _PROBLEMS, _THREADS, bytes_a, bytes_b, c.cuda(), d)
-        for problem in range(_PROBLEMS):
-            expected = step(a[problem].double(), b[problem].double(), c[problem].double(), bits)
-            actual = d[problem].double().cpu()
-            wrong = actual != expected
-            mismatches += int(wrong.sum())
-            total += wrong.numel()
-            for m, n in wrong.nonzero()[:1].tolist():
-                pair = {"expected": expected[m, n].item(), "actual": actual[m, n].item()}
-                examples.append({"spread": spread, **pair})
-    return {"bits": bits, "compared": total, "mismatches": mismatches, "examples": examples[:5]}
+def compile_images(folder: Path) -> None:
+    """Every source's cubin and PTX into `folder`, by flash8's own compiler and its cache."""
+    from flash8.compiler import Unit, compile_unit
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in SOURCES:
+        compiled = compile_unit(Unit(HERE / f"{name}.cu", (), f"facts_{name}"))
+        (folder / f"{name}.cubin").write_bytes(compiled.cubin.read_bytes())
+        (folder / f"{name}.ptx").write_bytes(compiled.ptx.read_bytes())
 
 
-def check_truncation(module: Module, name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """A = B = 0 and a C of 24 significant bits: how many of them come back?"""
-    k = 32 if dtype == torch.float8_e4m3fn else 16
-    a = torch.zeros(1, _M, k).to(dtype).view(torch.uint8).cuda()
-    b = torch.zeros(1, _N, k).to(dtype).view(torch.uint8).cuda()
-    c = torch.full((1, _M, _N), 2.0 - 2.0**-23, device="cuda")
-    d = torch.empty_like(c)
-    module.launch(name, 1, _THREADS, a, b, c, d)
-    bits = (d.view(torch.int32)[0, 0, 0].item()) & 0x7FFFFF
-    trailing = 23 if bits == 0 else (bits & -bits).bit_length() - 1
-    return {"returned": d[0, 0, 0].item(), "mantissa_bits_kept": 23 - trailing}
+def measure(name: str, images: Path, kind: str, *, quick: bool) -> dict[str, Any]:
+    """One fact, on device 0. `kind`: "cubin" or, on the simulated device, "ptx"."""
+    if name == "registers":
+        return registers.run(images, kind)
+    source, function = FACTS[name]
+    device = Device()
+    return function(device, load(device, images, source, kind), quick=quick)
 
 
-def check_conversion(module: Module) -> dict[str, Any]:
-    """Every float32 whose low 16 bits are 0, 1, 0x8000 or 0xFFFF, against a NumPy-free model."""
-    high = torch.arange(65536, dtype=torch.int64) << 16
-    patterns = torch.cat([high | low for low in (0, 1, 0x8000, 0xFFFF)])
-    values = patterns.to(torch.int32).view(torch.float32)
-    actual = torch.empty(values.numel(), dtype=torch.uint8, device="cuda")
-    blocks = -(-values.numel() // _THREADS)
-    module.launch("convert_e4m3", blocks, _THREADS, values.cuda(), actual, values.numel())
-    got = actual.cpu()
-    nan = values.isnan()
-    expected = values.nan_to_num(0.0, posinf=448.0, neginf=-448.0).clamp(-448.0, 448.0)
-    expected_bytes = expected.to(torch.float8_e4m3fn).view(torch.uint8)
-    differ = (got != expected_bytes) & ~nan
-    return {
-        "compared": values.numel(),
-        "mismatches": int(differ.sum()),
-        "nan_kept": bool(((got[nan] & 0x7F) == 0x7F).all()),
-        "plus_infinity": int(got[values == float("inf")][0]),
-        "minus_infinity": int(got[values == float("-inf")][0]),
-    }
+def load(device: Device, images: Path, source: str, kind: str) -> Module:
+    return device.load((images / f"{source}.{kind}").read_bytes())
 
 
-def rates(module: Module) -> dict[str, Any]:
-    results = {}
-    threads = 1024
-    for name, per_instruction in (("ex2_f32_rate", 1), ("ex2_f16x2_rate", 2)):
-        sink = torch.empty(threads, device="cuda")
-        cycles = torch.empty(1, dtype=torch.int64, device="cuda")
-        for _ in range(3):
-            module.launch(name, 1, threads, sink, cycles)
-        operations = threads * _ITERATIONS * _CHAINS * per_instruction
-        results[name] = {"results_per_cycle_per_sm": operations / cycles.item()}
-    return results
+def unexpected(found: Any, path: str = "") -> list[str]:
+    """What is not as expected, by its place in the results."""
+    if not isinstance(found, dict):
+        return []
+    here = [path] if found.get("as_expected") is False else []
+    return here + [
+        place for key, value in found.items() for place in unexpected(value, f"{path}/{key}")
+    ]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cubin", type=Path, help="facts.cu compiled for sm_90a")
-    parser.add_argument("--quick", action="store_true", help="run each kernel once, write nothing")
-    arguments = parser.parse_args()
-    cubin = arguments.cubin
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        print("hopper_facts: this needs a Hopper GPU, and torch sees none")
-        return
-    module = Module(cubin.read_bytes() if cubin else compile_cubin())
-    fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
-    if arguments.quick:
-        check_truncation(module, "fp8_step", fp8)
-        check_truncation(module, "bf16_step", bf16)
-        check_conversion(module)
-        return
-    results = {
-        "environment": environment.describe(),
-        "fp8_truncation": check_truncation(module, "fp8_step", fp8),
-        "bf16_truncation": check_truncation(module, "bf16_step", bf16),
-        "fp8_accumulation": check_accumulation(module, "fp8_step", fp8, FP8_BITS),
-        "bf16_accumulation": check_accumulation(module, "bf16_step", bf16, BF16_BITS),
-        "e4m3_conversion": check_conversion(module),
-        "exponentials": rates(module),
-    }
-    path = HERE.parent / "results" / "hopper_facts.json"
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    print(
-        json.dumps({key: value for key, value in results.items() if key != "environment"}, indent=2)
-    )
+    parser.add_argument("facts", nargs="*", metavar="FACT", help=f"of {', '.join(SOURCES)}")
+    parser.add_argument("--images", type=Path, help="the folder of the compiled kernels")
+    parser.add_argument("--kind", choices=("cubin", "ptx"), default="cubin")
+    parser.add_argument("--json", type=Path, help="where the results go, besides stdout")
+    parser.add_argument("--quick", action="store_true", help="a few iterations, as a check only")
+    parser.add_argument("--pair", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    wrong = set(options.facts) - {*SOURCES, *(("pair",) if options.pair else ())}
+    if wrong:
+        parser.error(f"there is no fact {', '.join(sorted(wrong))}; there are {', '.join(SOURCES)}")
+    try:
+        device = Device()
+    except DriverError as error:
+        print(f"hopper_facts: {error}; nothing is measured", file=sys.stderr)
+        return 1
+    if device.capability != (9, 0):
+        print(f"hopper_facts: {device.name} is not a Hopper GPU", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        images = options.images or Path(folder)
+        if options.images is None:
+            compile_images(images)
+        results: dict[str, Any] = {"device": device.describe()}
+        if options.pair:
+            given, asked = map(int, options.pair.split(","))
+            module = load(device, images, "registers", options.kind)
+            results["pair"] = registers.pair(device, module, given, asked)
+        for name in options.facts if options.pair is None else ():
+            results[name] = measure(name, images, options.kind, quick=options.quick)
+        if not options.facts:
+            for name in SOURCES:
+                results[name] = measure(name, images, options.kind, quick=options.quick)
+    text = json.dumps(results, indent=1)
+    if options.json:
+        options.json.write_text(text + "\n")
+    print(text)
+    found = unexpected(results)
+    for place in found:
+        print(f"not as expected: {place}")
+    return int(bool(found))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

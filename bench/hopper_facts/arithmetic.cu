@@ -1,8 +1,7 @@
 // Small kernels that ask the hardware how it computes: FP8 and BF16 WGMMA accumulation on chosen
-// operands, the FP8 conversion on every kind of input, and the rates of the two exponentials.
-// Each exported function is loaded by facts.py; the arithmetic it is compared with lives there.
+// operands, and the FP8 conversion on every kind of input. The arithmetic that they are compared with
+// is in accumulation.py and formats.py.
 
-#include <cuda_bf16.h>
 #include <cstdint>
 
 namespace {
@@ -79,9 +78,6 @@ __device__ void one_step(unsigned char const* a, unsigned char const* b, float c
     }
 }
 
-constexpr int kExpIterations = 4096;
-constexpr int kExpChains = 8;
-
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads)
@@ -101,54 +97,5 @@ extern "C" __global__ void convert_e4m3(float const* values, unsigned char* byte
         uint16_t pair;
         asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(values[i]));
         bytes[i] = static_cast<unsigned char>(pair & 0xFF);
-    }
-}
-
-// Independent chains of one instruction; cycles[block] is what one block took.
-extern "C" __global__ void ex2_f32_rate(float* sink, long long* cycles) {
-    float x[kExpChains];
-    for (int i = 0; i < kExpChains; ++i) {
-        x[i] = 0.001f * static_cast<float>(threadIdx.x + i);
-    }
-    __syncthreads();
-    long long const start = clock64();
-    for (int n = 0; n < kExpIterations; ++n) {
-        for (int i = 0; i < kExpChains; ++i) {
-            asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(x[i]));
-        }
-    }
-    __syncthreads();
-    long long const end = clock64();
-    float total = 0.0f;
-    for (int i = 0; i < kExpChains; ++i) {
-        total += x[i];
-    }
-    sink[blockIdx.x * blockDim.x + threadIdx.x] = total;
-    if (threadIdx.x == 0) {
-        cycles[blockIdx.x] = end - start;
-    }
-}
-
-extern "C" __global__ void ex2_f16x2_rate(float* sink, long long* cycles) {
-    uint32_t x[kExpChains];
-    for (int i = 0; i < kExpChains; ++i) {
-        x[i] = 0x10001000u + threadIdx.x + i;
-    }
-    __syncthreads();
-    long long const start = clock64();
-    for (int n = 0; n < kExpIterations; ++n) {
-        for (int i = 0; i < kExpChains; ++i) {
-            asm volatile("ex2.approx.f16x2 %0, %0;" : "+r"(x[i]));
-        }
-    }
-    __syncthreads();
-    long long const end = clock64();
-    uint32_t total = 0;
-    for (int i = 0; i < kExpChains; ++i) {
-        total ^= x[i];
-    }
-    sink[blockIdx.x * blockDim.x + threadIdx.x] = __uint_as_float(total);
-    if (threadIdx.x == 0) {
-        cycles[blockIdx.x] = end - start;
     }
 }

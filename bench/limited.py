@@ -1,0 +1,102 @@
+"""A command under a time limit: when it is up, its whole process group ends.
+
+A kernel that hangs keeps its process in a wait that Python cannot leave, so nothing less than
+SIGKILL from outside will do. SIGABRT goes first: a Python with PYTHONFAULTHANDLER then says where
+it stood.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_TO_SPEAK, _TO_DIE = 1.0, 10.0  # seconds after SIGABRT and after SIGKILL
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a command ended. `status`: its exit status, or minus the signal that ended it."""
+
+    status: int
+    seconds: float
+    killed: bool = False  # at its limit
+    gone: bool = True  # False: it did not end when it was killed, and may still hold the GPU
+
+    @property
+    def ok(self) -> bool:
+        return self.status == 0 and not self.killed
+
+    def describe(self) -> str:
+        if self.killed:
+            stuck = "" if self.gone else ", and does not die"
+            return f"killed after {self.seconds:.0f} s{stuck}"
+        if self.status < 0:
+            return f"crashed: {_signal_name(-self.status)}"
+        return "ok" if self.status == 0 else f"failed: exit status {self.status}"
+
+
+def run_limited(
+    command: Sequence[str],
+    *,
+    limit: float,
+    log: Path,
+    environ: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Ending:
+    """Runs `command` for at most `limit` seconds, with what it says in `log`.
+
+    What it has started and left behind ends with it. A command that cannot be started counts as one
+    that exits with 127, as in a shell.
+    """
+    start = time.monotonic()
+    with log.open("wb") as output:
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            output.write(f"{error}\n".encode())
+            return Ending(127, time.monotonic() - start)
+        killed = False
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            killed = True
+            _signal_group(process.pid, signal.SIGABRT)
+            _wait(process, _TO_SPEAK)
+        finally:
+            _signal_group(process.pid, signal.SIGKILL)
+        gone = _wait(process, _TO_DIE)
+    status = process.returncode if gone else -signal.SIGKILL
+    return Ending(status, time.monotonic() - start, killed, gone)
+
+
+def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _signal_group(group: int, number: int) -> None:
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):  # it has ended, and so have its children
+        pass
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
