@@ -32,6 +32,7 @@ class Peer:
     kinds: tuple[str, ...] = ("dense", "packed", "decode")
     backward: bool = True
     tolerance: float = 0.02  # relative error of O that still is the same function
+    slow: bool = False  # compiles for every shape, or materialises the scores: measured last
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,13 @@ def peers(device: str) -> Iterator[Peer | Absent]:
         ("unfused", SDPBackend.MATH),
     ):
         if on_gpu or name != "cudnn":
-            yield Peer(name, functools.partial(_sdpa, backend), ("dense", "decode"))
+            slow = backend is SDPBackend.MATH
+            yield Peer(name, functools.partial(_sdpa, backend), ("dense", "decode"), slow=slow)
     if not on_gpu:
         for name in ("cudnn", "flex_attention", "varlen_attn", *_FLASH_ATTENTIONS, "flashinfer"):
             yield Absent(name, "needs a CUDA device")
         return
-    yield Peer("flex_attention", _flex, ("dense", "packed"))
+    yield Peer("flex_attention", _flex, ("dense", "packed"), slow=True)
     yield if_importable(
         "varlen_attn", "torch.nn.attention.varlen", lambda m: Peer("", _varlen(m), ("packed",))
     )

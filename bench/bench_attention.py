@@ -6,7 +6,6 @@ Writes bench/results/attention_<device>.json, .md and .png.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -20,6 +19,7 @@ import environment
 import torch
 from attention_cases import Call, Case, cpu_cases, gpu_cases, inputs, reference
 from attention_peers import Absent, Attention, Peer, RefusedError, peers
+from partial import while_there_is_time, write_json
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,31 +38,54 @@ def main() -> None:
     os.environ.setdefault("FLASH8_KERNELS", "on")
     cases = gpu_cases() if device == "cuda" else cpu_cases()
     cases = [case for case in cases if options.suite in (None, case.suite)]
-    results = run(cases, list(peers(device)), device, clock(device))
+    path = RESULTS / f"attention_{device}.json"
+
+    def keep(results: dict[str, Any]) -> None:
+        if options.suite is None:
+            write_json(path, results)
+
+    results = run(cases, list(peers(device)), device, clock(device), keep)
     if options.suite is not None:
         print(attention_report.tables(results))
         return
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"attention_{device}.json").write_text(json.dumps(results, indent=1) + "\n")
     attention_report.main()
 
 
 def run(
-    cases: list[Case], candidates: list[Peer | Absent], device: str, time_call: Clock
+    cases: list[Case],
+    candidates: list[Peer | Absent],
+    device: str,
+    time_call: Clock,
+    keep: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
-    """Every peer on every case; the matrix rate before and after, in the same run."""
+    """Every peer on every case; the matrix rate before and after, in the same run.
+
+    `keep` gets the results so far after every row. Slow peers come last, the rows in the order of
+    the cases.
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rate = matrix_rate(device, dtype, time_call)
     present = [peer for peer in candidates if isinstance(peer, Peer)]
     work = [(case, peer) for case in cases for peer in present if case.kind in peer.kinds]
-    rows = [measure(peer, case, device, dtype, time_call) for case, peer in progress(work)]
-    return {
+    work.sort(key=lambda pair: pair[1].slow)  # stable
+    results: dict[str, Any] = {
         "environment": environment.describe(),
         "dtype": str(dtype),
-        "matrix_tflops": {"before": rate, "after": matrix_rate(device, dtype, time_call)},
+        "matrix_tflops": {"before": rate, "after": rate},
         "absent": {peer.name: peer.reason for peer in candidates if isinstance(peer, Absent)},
-        "rows": rows,
+        "rows": [],
     }
+    measured = {}
+    for pair in while_there_is_time(progress(work)):
+        case, peer = pair
+        measured[pair] = measure(peer, case, device, dtype, time_call)
+        results["rows"] = [
+            measured[case, peer] for case in cases for peer in present if (case, peer) in measured
+        ]
+        keep(results)
+    results["matrix_tflops"]["after"] = matrix_rate(device, dtype, time_call)
+    keep(results)
+    return results
 
 
 def progress(work: list[tuple[Case, Peer]]) -> Iterator[tuple[Case, Peer]]:

@@ -7,7 +7,6 @@ so. What wins belongs in hopper/forward/config.cuh and python/flash8/backends/he
 """
 
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +17,12 @@ from typing import Any
 import environment
 import torch
 from attention_cases import Case, dense, inputs, reference
+from partial import while_there_is_time, write_json
 from torch import Tensor
 
 from flash8 import _native, fp8
 from flash8.backends import hopper
-from flash8.compiler import Compiled, compile_unit
+from flash8.compiler import Unit, kernel_image
 from flash8.options import Options
 from flash8.scaled_tensor import unwrap
 from flash8.variants import ForwardVariant
@@ -48,10 +48,13 @@ class Choice:
     def tolerance(self) -> float:
         return 0.1 if self.variant.dtype == "e4m3" else 0.02
 
-    def compile(self) -> Compiled:
-        unit = self.variant.unit()
-        defines = (*unit.defines, ("FLASH8_POLYNOMIAL_EVERY", str(self.polynomial_every)))
-        return compile_unit(replace(unit, defines=defines, name=self.name))
+    def unit(self) -> Unit:
+        """The variant's own where the choice adds nothing to it."""
+        unit, every = self.variant.unit(), self.polynomial_every
+        if every == 0:
+            return unit
+        defines = (*unit.defines, ("FLASH8_POLYNOMIAL_EVERY", str(every)))
+        return replace(unit, defines=defines, name=f"{unit.name}_polynomial{every}")
 
 
 def choices() -> Iterator[Choice]:
@@ -159,13 +162,14 @@ def main() -> None:
     os.environ.setdefault("FLASH8_KERNELS", "on")
     driver, listed = _native.Driver.process(), list(choices())
     with ThreadPoolExecutor(_COMPILERS) as compilers:
-        compiled = list(compilers.map(Choice.compile, listed))
-    rows = []
-    for number, (choice, code) in enumerate(zip(listed, compiled, strict=True), 1):
-        print(f"[{number}/{len(listed)}] {choice.name}", flush=True)
-        rows += measure(choice, _native.Library(driver, code.cubin.read_bytes()).kernel())
+        images = list(compilers.map(lambda choice: kernel_image(choice.unit(), "cubin"), listed))
+    rows: list[dict[str, Any]] = []
     results = {"environment": environment.describe(), "rows": rows}
-    (RESULTS / "choices.json").write_text(json.dumps(results, indent=1) + "\n")
+    work = enumerate(zip(listed, images, strict=True), 1)
+    for number, (choice, image) in while_there_is_time(work):
+        print(f"[{number}/{len(listed)}] {choice.name}", flush=True)
+        rows += measure(choice, _native.Library(driver, image).kernel())
+        write_json(RESULTS / "choices.json", results)
     (RESULTS / "choices.md").write_text(table(rows))
     print(table(rows))
 

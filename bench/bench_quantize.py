@@ -4,7 +4,7 @@ Beside each row the same call in plain torch operations. Bytes are those of
 bench/quantizer_traffic.py; "needed" bytes over time is the rate to compare with the copy.
 """
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import environment
 import torch
 from bench_ceilings import copy_rate
 from gpu_timing import time_call
+from partial import while_there_is_time, write_json
 from quantizer_traffic import traffic
 
 from flash8.fp8 import portable, quantizer
@@ -66,18 +67,22 @@ def main() -> None:
         print("bench_quantize: torch sees no CUDA device, nothing to measure")
         return
     ceiling = copy_rate()
-    found = []
-    for tokens, head_dim in ((16384, 128), (131072, 64), (131072, 128), (131072, 256)):
-        for name, request in cases(tokens, head_dim).items():
-            row = measure(name, request)
-            found.append(row)
-            share = row["needed_gb_per_s"] / ceiling["tb_per_s"] / 1000
-            times = f"{row['kernels']['median_ms']:.3f} ms, torch operations "
-            times += f"{row['torch_operations']['median_ms']:.3f} ms"
-            print(f"{tokens} x {head_dim} {name}: {times}, {share:.0%} of the copy rate")
-    results = {"environment": environment.describe(), "copy": ceiling, "rows": found}
+    results = {"environment": environment.describe(), "copy": ceiling, "rows": []}
     path = Path(__file__).parent / "results" / "quantize_gpu.json"
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    for tokens, head_dim, name, request in while_there_is_time(_all_cases()):
+        row = measure(name, request)
+        results["rows"].append(row)
+        write_json(path, results)
+        share = row["needed_gb_per_s"] / ceiling["tb_per_s"] / 1000
+        times = f"{row['kernels']['median_ms']:.3f} ms, torch operations "
+        times += f"{row['torch_operations']['median_ms']:.3f} ms"
+        print(f"{tokens} x {head_dim} {name}: {times}, {share:.0%} of the copy rate", flush=True)
+
+
+def _all_cases() -> Iterator[tuple[int, int, str, Request]]:
+    for tokens, head_dim in ((131072, 128), (131072, 64), (131072, 256), (16384, 128)):
+        for name, request in cases(tokens, head_dim).items():
+            yield tokens, head_dim, name, request
 
 
 if __name__ == "__main__":

@@ -1,105 +1,137 @@
 """Everything that a Hopper GPU can tell about this checkout, in one command: `make gpu-check`.
 
-Needs a GPU, nvcc and a Python with torch, pytest, numpy, cmake, pybind11 and scikit-build-core;
-no network; the kernels want the CUTLASS headers in FLASH8_CUTLASS, unless pip has brought them.
-Builds flash8 from the checkout into build/gpu, checks every shipped kernel against the portable
-code (`flash8 check`), runs the GPU tests, with FLASH8_KERNELS off, auto and on, runs
-compute-sanitizer on the small CUDA programs and on small calls of the kernels, settles the hardware
-facts, and measures ceilings and attention beside every peer found. Each step leaves its own JSON;
-the summary, with the outcome and seconds of every step and the table of the check, is
-bench/results/gpu_check.json. A step that fails does not stop the others.
+It fits a budget of seconds: each step has a limit, a step that hangs is killed and named, and what
+decides most comes first (gpu_steps/plan.py). Nothing is compiled there but, for another Python, the
+extension: the kernels come from `make gpu-pack`, built beforehand on a machine without a GPU, in
+build/gpu-pack, which has to travel with the checkout.
+
+The record, gpu_check.json, is rewritten after every step: in bench/results, and in $OUT if that
+names a folder, with all that the steps said beside it (gpu_check.log; in build/gpu-check too). It
+holds the GPU, driver, clocks and commit, how every step ended, and the results of those that have
+some; --unpack writes these into bench/results.
+
+Needs a driver and a Python with torch and NumPy; pytest and hypothesis for the tests.
+
+usage: python bench/gpu_check.py [--budget SECONDS] [--only GROUP ...] [--dry-run] [--unpack FILE]
 """
 
+import argparse
 import json
 import os
-import shutil
-import subprocess
+import resource
+import signal
 import sys
-import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import environment
-import torch
+from gpu_steps import plan
+from gpu_steps.clocks import Clocks
+from gpu_steps.journal import NAME, Journal, write_json
+from gpu_steps.pack import PACK, ROOT, Pack, PackError, open_pack
+from gpu_steps.runner import Outcome, Runner
+from limited import end_all
 
-ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "gpu"
-RESULTS = ROOT / "bench" / "results"
-_ALL = 1000  # lines: `flash8 check` prints one for each kernel
-_SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-#: GPU tests of one launch or two, for tools that slow kernels down a hundredfold.
-_SMALL_TESTS = "packed_sequences or 113-203-True or (fp8_matches and 64-)"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command and how it ended."""
-
-    name: str
-    command: list[str]
-    status: int
-    seconds: float
-    tail: str
-
-
-def run(name: str, *command: str, lines: int = 30, **variables: str) -> Step:
-    """`lines`: how many of its last lines are kept."""
-    print(f"== {name}: {' '.join(command)}", flush=True)
-    environ = {**os.environ, "PYTHONPATH": str(BUILD), "PYTHONUNBUFFERED": "1", **variables}
-    start = time.monotonic()
-    result = subprocess.run(
-        command, cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    step = Step(
-        name,
-        list(command),
-        result.returncode,
-        round(time.monotonic() - start, 1),
-        "\n".join(result.stdout.splitlines()[-lines:]),
-    )
-    print(step.tail, f"-- {name}: status {step.status}, {step.seconds} s", sep="\n", flush=True)
-    return step
-
-
-def steps() -> list[Step]:
-    python = sys.executable
-    facts = [python, "bench/hopper_facts/facts.py"]
-    tests = [python, "-P", "-m", "pytest", "-q", "-m", "gpu", "tests"]
-    pip = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    done = [
-        run("build", *pip, "--no-build-isolation", "--upgrade", "--target", str(BUILD), "."),
-        run("check", python, "-m", "flash8", "check", lines=_ALL),
-        run("gpu tests on the portable code", *tests, FLASH8_KERNELS="off"),
-        run("gpu tests", *tests, FLASH8_KERNELS="auto"),
-        run("gpu tests on kernels", *tests, FLASH8_KERNELS="on"),
-        run("hopper facts", *facts),
-    ]
-    if shutil.which("compute-sanitizer"):
-        for tool in _SANITIZER_TOOLS:
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *facts]
-            done.append(run(f"compute-sanitizer {tool}", *command, "--quick"))
-        small = [python, "-P", "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
-        for tool in ("memcheck", "racecheck", "synccheck"):  # torch's own kernels fail initcheck
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *small]
-            label = f"compute-sanitizer {tool} on kernels"
-            done.append(run(label, *command, "-k", _SMALL_TESTS, FLASH8_KERNELS="on"))
-    done.append(run("ceilings", python, "bench/bench_ceilings.py"))
-    for name in ("attention", "quantize", "choices"):
-        done.append(run(name, python, f"bench/bench_{name}.py", FLASH8_KERNELS="on"))
-    return done
+_GROUPS = ("check", "facts", "bench", "tests", "sanitizer")
 
 
 def main() -> int:
-    if not torch.cuda.is_available():
-        print("gpu-check needs a CUDA GPU, and torch sees none", file=sys.stderr)
-        return 1
-    done = steps()
-    summary = {"environment": environment.describe(), "steps": [asdict(step) for step in done]}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "gpu_check.json").write_text(json.dumps(summary, indent=2) + "\n")
-    for step in done:
-        print(f"{'ok    ' if step.status == 0 else 'FAILED'} {step.name} ({step.seconds} s)")
-    return int(any(step.status != 0 for step in done))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=540.0, metavar="SECONDS")
+    parser.add_argument(
+        "--only", nargs="+", choices=_GROUPS, metavar="GROUP", help=", ".join(_GROUPS)
+    )
+    parser.add_argument("--pack", type=Path, default=PACK, metavar="DIR")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), metavar="N")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run every step as a stand-in; the facts on the simulated device, if FLASH8_DRIVER "
+        "names it",
+    )
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu-check", metavar="DIR")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="for the record")
+    parser.add_argument("--unpack", type=Path, metavar="FILE", help="a gpu_check.json")
+    options = parser.parse_args()
+    if options.unpack:
+        return unpack(options.unpack)
+    try:
+        pack = open_pack(options.pack.resolve())
+    except PackError as error:
+        print(f"gpu-check: {error}", file=sys.stderr)
+        return 2
+    return run(options, pack)
+
+
+def run(options: argparse.Namespace, pack: Pack) -> int:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash must not spend time on a core file
+    work = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    wanted = [
+        step
+        for step in plan.steps(pack, work)
+        if step.group in ("setup", *(options.only or _GROUPS))
+    ]
+    if options.dry_run:
+        wanted = plan.rehearsed(wanted, simulated=bool(os.environ.get("FLASH8_DRIVER")))
+    out = [Path(os.environ["OUT"])] if os.environ.get("OUT") else []
+    results = options.results or (work if options.dry_run else plan.RESULTS)
+    journal = Journal([results, *out], [work, *out])
+    clocks = None if options.dry_run else Clocks()
+    runner = Runner(
+        budget=options.budget,
+        folder=work,
+        journal=journal,
+        environ={**os.environ, **plan.environ(pack, work)},
+        cwd=ROOT,
+        head={
+            "dry_run": options.dry_run,
+            "environment": environment.machine(),
+            "pack": _head(pack),
+        },
+        probe=None if options.dry_run else plan.probe(pack),
+        jobs=options.jobs,
+        clocks=clocks,
+        tell=lambda line: print(line, flush=True),
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
+    try:
+        outcomes = runner.run(wanted)
+    finally:
+        if clocks is not None:
+            clocks.stop()
+    return summarize(outcomes, journal)
+
+
+def summarize(outcomes: list[Outcome], journal: Journal) -> int:
+    """A line for each group; 1 if a step did not end well, or none ran."""
+    for group in dict.fromkeys(outcome.group for outcome in outcomes):
+        states = [outcome.state for outcome in outcomes if outcome.group == group]
+        print(f"{group}: " + ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)))
+    print("record: " + ", ".join(str(folder / NAME) for folder in journal.records))
+    states = {outcome.state for outcome in outcomes}
+    return int(bool(states & {"failed", "crashed", "killed"}) or "ok" not in states)
+
+
+def unpack(record: Path) -> int:
+    """Writes the results that a record brought into bench/results, each under its own name."""
+    for step in json.loads(record.read_text())["steps"]:
+        name = step.get("result_file")
+        if step.get("result") is not None and name and name.startswith("bench/results/"):
+            write_json(ROOT / name, step["result"])
+            print(f"{name}: of {step['name']}, which ended: {step['detail']}")
+    return 0
+
+
+def _head(pack: Pack) -> dict[str, Any]:
+    return {name: value for name, value in pack.manifest.items() if name != "kernels"}
+
+
+def _end(number: int, _: object) -> None:
+    """The record is on disk already; what runs must not outlive this process."""
+    end_all()
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

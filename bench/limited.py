@@ -5,6 +5,7 @@ SIGKILL from outside will do. SIGABRT goes first: a Python with PYTHONFAULTHANDL
 it stood.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,6 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _TO_SPEAK, _TO_DIE = 1.0, 10.0  # seconds after SIGABRT and after SIGKILL
+_groups: set[int] = set()  # that run now
+
+
+def end_all() -> None:
+    """Ends every command that is running: for a signal handler of the process that runs them."""
+    for group in list(_groups):
+        _signal_group(group, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ def run_limited(
             output.write(f"{error}\n".encode())
             return Ending(127, time.monotonic() - start)
         killed = False
+        _groups.add(process.pid)
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -75,6 +84,7 @@ def run_limited(
             _wait(process, _TO_SPEAK)
         finally:
             _signal_group(process.pid, signal.SIGKILL)
+            _groups.discard(process.pid)
         gone = _wait(process, _TO_DIE)
     status = process.returncode if gone else -signal.SIGKILL
     return Ending(status, time.monotonic() - start, killed, gone)
@@ -89,10 +99,8 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> bool:
 
 
 def _signal_group(group: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # all of it has ended
         os.killpg(group, number)
-    except (ProcessLookupError, PermissionError):  # it has ended, and so have its children
-        pass
 
 
 def _signal_name(number: int) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from flash8 import _native
+from flash8.compiler import compile_unit
 from forward_cases import device
 from simulated_device import missing_compiler
 
@@ -34,7 +35,7 @@ def test_choices_have_names_of_their_own():
 
 @pytest.mark.parametrize("choice", [x for x in CHOICES if x.name in RUN], ids=lambda x: x.name)
 def test_every_kind_of_choice_computes_attention(choice, monkeypatch):
-    image = choice.compile().ptx.read_bytes() + b"\0"
+    image = compile_unit(choice.unit()).ptx.read_bytes() + b"\0"
     kernel = _native.Library(device().driver, image).kernel()
     case = dense("choices", 1, 150, 1, 1, 128, choice.variant.mask == "causal")
     with device().serving_cpu_tensors(monkeypatch):

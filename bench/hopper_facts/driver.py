@@ -1,6 +1,6 @@
 """A GPU through the CUDA driver alone: no torch, whose import takes longer than most facts.
 
-The library is libcuda.so.1, or the one that FLASH8_DRIVER names: the simulated device serves as well.
+The library is libcuda.so.1, or the one that FLASH8_DRIVER names: the simulated device, for one.
 """
 
 import ctypes
@@ -30,6 +30,7 @@ class Device:
         context = ctypes.c_void_p()
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ctypes.c_int(0))
         self.call("cuCtxSetCurrent", context)
+        self.call("cuCtxSynchronize")
 
     @property
     def is_simulated(self) -> bool:

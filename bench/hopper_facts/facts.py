@@ -7,6 +7,7 @@ mma         mma.sync.m16n8k16 alone and beside the conversions of its operand fr
 wgmma       m64n64k16 with both operands in shared memory, alone and beside stores; wider ones
 l2          fp32 additions into L2: the bulk reduction and red.v4, from one SM and from all
 registers   which exchanges of setmaxnreg end and which hang
+device      nothing is measured: the driver answers
 
 Each fact says under "as_expected" whether it is what the design assumes, and rates whether the
 kernel's results are right. Needs a driver and NumPy, no torch. The kernels come compiled, from
@@ -21,7 +22,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flash8.compiler import Compiled
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # bench/ is a folder of scripts, not a package
@@ -47,13 +51,17 @@ NOT_SIMULATED = ("mma",)
 
 def compile_images(folder: Path) -> None:
     """Every source's cubin and PTX into `folder`, by flash8's own compiler and its cache."""
-    from flash8.compiler import Unit, compile_unit
-
     folder.mkdir(parents=True, exist_ok=True)
     for name in SOURCES:
-        compiled = compile_unit(Unit(HERE / f"{name}.cu", (), f"facts_{name}"))
+        compiled = compile_source(name)
         (folder / f"{name}.cubin").write_bytes(compiled.cubin.read_bytes())
         (folder / f"{name}.ptx").write_bytes(compiled.ptx.read_bytes())
+
+
+def compile_source(name: str) -> "Compiled":
+    from flash8.compiler import Unit, compile_unit
+
+    return compile_unit(Unit(HERE / f"{name}.cu", (), f"facts_{name}"))
 
 
 def measure(name: str, images: Path, kind: str, *, quick: bool) -> dict[str, Any]:
@@ -88,7 +96,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few iterations, as a check only")
     parser.add_argument("--pair", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    wrong = set(options.facts) - {*SOURCES, *(("pair",) if options.pair else ())}
+    wrong = set(options.facts) - {*SOURCES, "device", *(("pair",) if options.pair else ())}
     if wrong:
         parser.error(f"there is no fact {', '.join(sorted(wrong))}; there are {', '.join(SOURCES)}")
     try:
@@ -101,18 +109,16 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory() as folder:
         images = options.images or Path(folder)
-        if options.images is None:
+        if options.images is None and set(options.facts) != {"device"}:
             compile_images(images)
         results: dict[str, Any] = {"device": device.describe()}
         if options.pair:
             given, asked = map(int, options.pair.split(","))
             module = load(device, images, "registers", options.kind)
             results["pair"] = registers.pair(device, module, given, asked)
-        for name in options.facts if options.pair is None else ():
+        wanted = [name for name in options.facts or SOURCES if name in SOURCES]
+        for name in wanted:
             results[name] = measure(name, images, options.kind, quick=options.quick)
-        if not options.facts:
-            for name in SOURCES:
-                results[name] = measure(name, images, options.kind, quick=options.quick)
     text = json.dumps(results, indent=1)
     if options.json:
         options.json.write_text(text + "\n")

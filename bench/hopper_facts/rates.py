@@ -26,15 +26,17 @@ def arithmetic(device: Device, module: Module, *, quick: bool) -> dict[str, Any]
     found = {}
     for name, results in (("ex2_f32", 1), ("ex2_f16x2", 2), ("unpack_e4m3", 2)):
         sink, cycles = device.zeros((threads, _CHAINS), np.uint32), device.zeros(1, np.int64)
-        module.launch(name, 1, threads, sink, cycles, iterations)  # the first loads the code
-        module.launch(name, 1, threads, sink, cycles, iterations)
+        right = []
+        for n in (1, iterations):  # e4m3 turns into zeros soon: one step shows more
+            module.launch(name, 1, threads, sink, cycles, n)
+            right.append(_MODELS[name](first, sink.read(), n))
         count = threads * _CHAINS * iterations
         taken = int(cycles.read()[0])
         found[name] = {
             "cycles": taken,
             "instructions_per_cycle": count / 32 / taken,
             "results_per_cycle": count * results / taken,
-            "as_expected": _MODELS[name](first, sink.read(), iterations),
+            "as_expected": all(right),
         }
     return found
 
@@ -86,17 +88,19 @@ def mma(device: Device, module: Module, *, quick: bool) -> dict[str, Any]:
         a = device.zeros((threads, _MMA_CHAINS, 4), np.uint32)
         d = device.buffer(np.full((threads, _MMA_CHAINS, 4), np.nan, np.float32))
         cycles = device.zeros(1, np.int64)
-        for _ in range(2):
-            module.launch(name, 1, threads, a, d, cycles, iterations)
+        right = []
+        for n in (1, iterations):
+            module.launch(name, 1, threads, a, d, cycles, n)
+            registers, sums = _mma_expected(name, threads, n)
+            right.append(np.array_equal(a.read(), registers))
+            right.append(bool(np.allclose(d.read(), sums, rtol=1e-3, atol=1e-2)))
         taken = int(cycles.read()[0])
         groups = threads // 32 * _MMA_CHAINS * iterations
-        registers, sums = _mma_expected(name, threads, iterations)
-        right = np.array_equal(a.read(), registers)
         found[name] = {
             "cycles": taken,
             "cycles_per_product" if name != "unpack_alone" else "cycles_per_4_unpacks": taken
             / groups,
-            "as_expected": right and bool(np.allclose(d.read(), sums, rtol=1e-3, atol=1e-2)),
+            "as_expected": all(right),
         }
     return found
 
@@ -186,7 +190,7 @@ def _wgmma(
     }
 
 
-# ------------------------------------------------------------------------- additions into L2 (l2.cu)
+# ---------------------------------------------------------------------- additions into L2 (l2.cu)
 
 _TILE_BYTES = 64 * 128 * 4
 

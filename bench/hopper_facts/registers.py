@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from driver import Device, Module
-
 from limited import run_limited
 
 _HERE = Path(__file__).resolve().parent

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -12,16 +13,31 @@ from flash8.variants import SHIPPED
 _MAX_DETAIL = 400  # characters of what the compiler or the driver said
 
 
-def run() -> int:
+def kernels() -> dict[str, trust.Variant]:
+    """All shipped kernels by name, in the order in which they are checked."""
+    return {variant.name: variant for variant in (*SHIPPED, *SHIPPED_QUANTIZERS)}
+
+
+def run(names: Sequence[str] = ()) -> int:
     """Prints a row for each kernel as soon as it is known. 1 if one fails, or nothing can be run.
 
-    A kernel that faults leaves a context in which no other works: the first failure counts.
+    `names`: those to check; all by default. A kernel that faults leaves a context in which no other
+    works: the first failure counts.
     """
+    shipped = kernels()
+    unknown = [name for name in names if name not in shipped]
+    if unknown:
+        print(
+            f"flash8 check: no shipped kernel is called {', '.join(unknown)}; "
+            "`flash8 check --list` names them",
+            file=sys.stderr,
+        )
+        return 2
     reason = why_not()
     if reason is not None:
         print(f"flash8 check: nothing is checked: {reason}", file=sys.stderr)
         return 1
-    return check(current_device())
+    return check(current_device(), [shipped[name] for name in names or shipped])
 
 
 def why_not() -> str | None:
@@ -35,9 +51,10 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def check(device: torch.device) -> int:
-    """Checks all shipped kernels on `device` and prints the table."""
-    variants: tuple[trust.Variant, ...] = (*SHIPPED, *SHIPPED_QUANTIZERS)
+def check(device: torch.device, variants: Sequence[trust.Variant] | None = None) -> int:
+    """Checks kernels on `device`, by default all shipped ones, and prints the table."""
+    if variants is None:
+        variants = list(kernels().values())
     width = max(len(variant.name) for variant in variants)
     print(f"{'kernel':{width}}  {'ms':>8}  found")
     print("-" * width, "-" * 8, "-" * 5, sep="  ")

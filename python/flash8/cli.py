@@ -42,10 +42,13 @@ def _info(_: argparse.Namespace) -> int:
     return 0
 
 
-def _check(_: argparse.Namespace) -> int:
+def _check(options: argparse.Namespace) -> int:
     from flash8 import check_command  # takes torch along
 
-    return check_command.run()
+    if options.list:
+        print(*check_command.kernels(), sep="\n")
+        return 0
+    return check_command.run(options.kernels)
 
 
 def _sim(options: argparse.Namespace) -> int:
@@ -88,8 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="run every shipped kernel on this GPU and compare it with the portable code",
-        description="Check every shipped kernel on the current GPU against the portable code.",
+        description="Check shipped kernels on the current GPU against the portable code: all of "
+        "them, or those named. A kernel that hangs or faults takes its process along: to see the "
+        "others, give each a process of its own.",
     )
+    check.add_argument("kernels", nargs="*", metavar="KERNEL", help="by default all that ship")
+    check.add_argument("--list", action="store_true", help="print the names of all that ship")
     check.set_defaults(run=_check)
     compile_parser = commands.add_parser(
         "compile",

@@ -1,0 +1,104 @@
+"""Builds build/gpu-pack: flash8 with every kernel that `make gpu-check` runs, compiled here.
+
+A pack travels with the checkout to a machine with a GPU and perhaps no network, where nothing is
+compiled but, for another Python, the extension. It is made for the commit that it is built from:
+gpu_check.py refuses it beside other sources.
+
+Run it by the Python of `make install`: its flash8 compiles the kernels, into its cache.
+
+usage: python bench/gpu_pack.py [--jobs N] [DIR]
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import environment
+import pybind11
+from gpu_steps import units
+from gpu_steps.journal import write_json
+from gpu_steps.pack import PACK, ROOT, source_digest
+
+sys.path.insert(0, str(ROOT / "bench" / "hopper_facts"))
+import facts
+
+from flash8.compiler import Compiled, Unit, compile_unit, write_package
+
+MOST_BYTES = 60 << 20
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=PACK)
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
+    options = parser.parse_args()
+    fresh = options.folder.with_name(options.folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        build(fresh, options.jobs)
+        shutil.rmtree(options.folder, ignore_errors=True)
+        fresh.rename(options.folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    print(f"{options.folder}: {size(options.folder) / 2**20:.1f} MB")
+    return 0
+
+
+def build(folder: Path, jobs: int) -> None:
+    """Raises subprocess.CalledProcessError or CompileError, or ValueError if it is too large."""
+    digest = source_digest()
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    install += [
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-compile",
+        "--target",
+        str(folder / "site"),
+    ]
+    subprocess.run([*install, str(ROOT)], check=True)
+    compiled = compile_all(units.units(), jobs)
+    write_package(compiled, folder / "site" / "flash8" / "kernels")
+    facts.compile_images(folder / "facts")
+    (folder / "tests").mkdir()
+    compiled_tests = compile_unit(Unit(ROOT / "tests" / "gpu_driver.cu"))
+    (folder / "tests" / "gpu_driver.cubin").write_bytes(compiled_tests.cubin.read_bytes())
+    (folder / "tests" / "gpu_driver.ptx").write_bytes(compiled_tests.ptx.read_bytes())
+    shutil.copytree(pybind11.get_include(), folder / "pybind11" / "include")
+    if source_digest() != digest:
+        raise ValueError("the sources have changed while the pack was built: build it again")
+    manifest = {
+        **environment.commit(),
+        "sources": digest,
+        "python": sysconfig.get_config_var("EXT_SUFFIX"),
+        "kernels": [variant.name for variant in units.shipped()],
+        "packaged_kernels": len(compiled),
+    }
+    write_json(folder / "pack.json", manifest)
+    if size(folder) > MOST_BYTES:
+        raise ValueError(f"the pack has {size(folder)} bytes; at most {MOST_BYTES} travel")
+
+
+def compile_all(wanted: list[Unit], jobs: int) -> list[Compiled]:
+    with ThreadPoolExecutor(jobs) as pool:
+        steps = [
+            pool.submit(_compile, unit, f"{i}/{len(wanted)}") for i, unit in enumerate(wanted, 1)
+        ]
+        return [step.result() for step in steps]
+
+
+def _compile(unit: Unit, step: str) -> Compiled:
+    compiled = compile_unit(unit)
+    print(f"[{step}] {unit.name}: {compiled.seconds:.1f} s", flush=True)
+    return compiled
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What `make gpu-check` is made of: the plan, the runner under a budget, the journal, the pack."""

@@ -1,0 +1,81 @@
+"""The pack: what `make gpu-pack` builds here so that a GPU machine compiles no kernel.
+
+site/         flash8 as installed, its device code, and the cubins under flash8/kernels
+facts/        the kernels of bench/hopper_facts, cubin and PTX
+tests/        the kernels of tests/gpu_driver.cu
+pybind11/     headers, for an extension built where the Python is another
+pack.json     commit, digest of the sources, kernels
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PACK = ROOT / "build" / "gpu-pack"
+#: What a pack is made from.
+_SOURCES = (
+    "python",
+    "hopper",
+    "cutlass_kernels",
+    "bench/hopper_facts",
+    "tests/gpu_driver.cu",
+    "CMakeLists.txt",
+)
+_SUFFIXES = (".py", ".pyi", ".h", ".hpp", ".cpp", ".cu", ".cuh", ".txt")
+
+
+class PackError(RuntimeError):
+    """There is no pack, or it is of other sources."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def site(self) -> Path:
+        return self.folder / "site"
+
+    @property
+    def facts(self) -> Path:
+        return self.folder / "facts"
+
+    @property
+    def kernels(self) -> list[str]:
+        """Names of the shipped kernels, in the order of `flash8 check`."""
+        return list(self.manifest["kernels"])
+
+
+def open_pack(folder: Path, *, root: Path = ROOT) -> Pack:
+    """Raises PackError, which says what to do."""
+    try:
+        manifest = json.loads((folder / "pack.json").read_text())
+    except (OSError, ValueError) as error:
+        raise PackError(f"there is no pack in {folder} ({error}): run `make gpu-pack`") from None
+    if manifest.get("sources") != source_digest(root):
+        raise PackError(f"{folder} was made from other sources: run `make gpu-pack` again")
+    return Pack(folder, manifest)
+
+
+def source_digest(root: Path = ROOT) -> str:
+    """Of every file that the pack depends on, with its name."""
+    found = hashlib.sha256()
+    for name in _SOURCES:
+        top = root / name
+        paths = [top] if top.is_file() else sorted(top.rglob("*"))
+        for path in paths:
+            if path.suffix in _SUFFIXES and path.is_file():
+                found.update(str(path.relative_to(root)).encode() + b"\0")
+                found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()
+
+
+def native_sources(root: Path = ROOT) -> list[Path]:
+    """The sources of the extension, as CMakeLists.txt lists them."""
+    text = (root / "CMakeLists.txt").read_text()
+    listed = text.partition("pybind11_add_module(_native")[2].partition(")")[0].split()
+    return [root / name for name in listed]

@@ -1,0 +1,98 @@
+"""Which kernels the pack brings besides those that ship: what the benchmarks and GPU tests ask for.
+
+Choosing a kernel needs shapes and options alone, so the calls are made of tensors without contents.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from attention_cases import Case, gpu_cases
+from bench_choices import choices
+
+from flash8.backends import hopper
+from flash8.compiler import Unit
+from flash8.options import Options
+from flash8.quantize_variants import SHIPPED_QUANTIZERS, QuantizeVariant
+from flash8.variants import SHIPPED, ForwardVariant
+
+from .pack import ROOT
+
+#: The GPU tests that take the kernels of calls.
+TEST_FILES = ("test_gpu.py", "test_gpu_quantizer.py")
+_E4M3 = torch.float8_e4m3fn
+
+
+def shipped() -> list[ForwardVariant | QuantizeVariant]:
+    return [*SHIPPED, *SHIPPED_QUANTIZERS]
+
+
+def units() -> list[Unit]:
+    """Each once, the shipped ones first."""
+    found = [variant.unit() for variant in (*shipped(), *_attention(), *_of_tests())]
+    found += [choice.unit() for choice in choices()]
+    return list(dict.fromkeys(found))
+
+
+def _attention() -> Iterator[ForwardVariant | QuantizeVariant]:
+    """What bench_attention.py runs, at its own lengths and at those of its comparison."""
+    for case in gpu_cases():
+        for same in (case, case.checked()):
+            yield _choose(same, torch.bfloat16, Options())
+            if case.kind != "decode":
+                for granularity, by_keys in itertools.product(("head", "block"), (False, True)):
+                    yield _choose(same, _E4M3, _fp8(granularity, by_keys))
+    for head_dim in (64, 128, 256):
+        for job, transposed in (("cast", False), ("cast", True), ("amax", False)):
+            yield QuantizeVariant(job, "bf16", head_dim, transposed=transposed)
+
+
+def _fp8(granularity: str, by_keys: bool) -> Options:
+    descale = torch.ones((1, 1) if granularity == "head" else (1, 1, 1))
+    return Options(
+        q_descale=descale, k_descale=descale, v_descale=descale, v_keys=1 if by_keys else None
+    )
+
+
+def _choose(case: Case, dtype: torch.dtype, options: Options) -> ForwardVariant:
+    packed = case.kind == "packed"
+    shapes = [
+        ((rows,) if packed else (case.batch, seqlen)) + (heads, case.head_dim)
+        for rows, seqlen, heads in (
+            (case.rows[0], case.seqlen_q, case.heads),
+            (case.rows[1], case.seqlen_k, case.heads_kv),
+            (case.rows[1], case.seqlen_k, case.heads_kv),
+        )
+    ]
+    q, k, v = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+    if options.v_keys is not None:
+        v = v.transpose(-1, -2)
+    ends = torch.zeros(1, dtype=torch.int32) if packed else None
+    options = options._replace(
+        window_right=0 if case.causal else -1, cu_seqlens_q=ends, cu_seqlens_k=ends
+    )
+    return hopper.choose(q, k, v, options)
+
+
+def _of_tests() -> Iterator[ForwardVariant | QuantizeVariant]:
+    """Those of the GPU tests, which run on the CPU for it (tests/gpu_recorder.py)."""
+    kinds = {kind.__name__: kind for kind in (ForwardVariant, QuantizeVariant)}
+    with tempfile.TemporaryDirectory() as folder:
+        recorded = Path(folder) / "recorded.json"
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "gpu_recorder", "-m", "gpu"]
+        command += ["-p", "no:cacheprovider", *(f"tests/{name}" for name in TEST_FILES)]
+        environ = {**os.environ, "PYTHONPATH": "tests", "FLASH8_RECORDED": str(recorded)}
+        environ["FLASH8_COMPILE"] = "never"
+        done = subprocess.run(
+            command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"the GPU tests do not run on the CPU:\n{done.stdout}{done.stderr}")
+        for kind, fields in json.loads(recorded.read_text()).values():
+            yield kinds[kind](**fields)
