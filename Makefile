@@ -2,11 +2,13 @@
 #   make demo     train and serve a small byte-level GPT
 #   make test     the default test suite, on the installed package
 #   make bench    time flash8 on this machine
-#   make gpu-check  on a Hopper GPU: build, GPU tests, compute-sanitizer, hardware facts, benchmarks
+#   make gpu-pack   compile every kernel that gpu-check runs, into build/gpu-pack; needs no GPU
+#   make gpu-check  on a Hopper GPU, with that pack: kernels, hardware facts, benchmarks, GPU tests
 #   make lint     ruff, mypy, clang-format
 #   make format   rewrite what lint can mend by itself
 #   make clean    remove the environment and everything built
-# PYTHON names the interpreter for the environment; PYTEST_ARGS is handed to pytest.
+# PYTHON names the interpreter for the environment; PYTEST_ARGS is handed to pytest, GPU_CHECK_ARGS to
+# gpu_check.py.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -31,7 +33,7 @@ PACKAGE := $(VENV)/.package-$(call digest,pyproject.toml CMakeLists.txt README.m
 CXX_SOURCES := $(shell find hopper cutlass_kernels python/native tests bench -type f \
 	\( -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \) 2>/dev/null)
 
-.PHONY: demo test bench gpu-check lint format clean install
+.PHONY: demo test bench gpu-pack gpu-check lint format clean install
 
 demo: $(PACKAGE)
 	$(BIN)/python examples/byte_gpt/demo.py
@@ -43,9 +45,12 @@ test: $(TOOLS) $(PACKAGE) $(COMPILER)
 bench: $(PACKAGE)
 	@set -e; for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
-# For a machine with a GPU and no network: the system's Python, nothing installed outside build/gpu.
+gpu-pack: $(TOOLS) $(PACKAGE) $(COMPILER)
+	$(BIN)/python bench/gpu_pack.py
+
+# For a machine with a GPU and perhaps no network: the system's Python, which has torch, and the pack.
 gpu-check:
-	$(PYTHON) bench/gpu_check.py
+	$(PYTHON) bench/gpu_check.py $(GPU_CHECK_ARGS)
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .

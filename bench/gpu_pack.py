@@ -10,6 +10,7 @@ usage: python bench/gpu_pack.py [--jobs N] [DIR]
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def build(folder: Path, jobs: int) -> None:
         "packaged_kernels": len(compiled),
     }
     write_json(folder / "pack.json", manifest)
+    serve_without_a_compiler(folder)
     if size(folder) > MOST_BYTES:
         raise ValueError(f"the pack has {size(folder)} bytes; at most {MOST_BYTES} travel")
 
@@ -94,6 +96,23 @@ def _compile(unit: Unit, step: str) -> Compiled:
     compiled = compile_unit(unit)
     print(f"[{step}] {unit.name}: {compiled.seconds:.1f} s", flush=True)
     return compiled
+
+
+_SERVE = """
+import sys
+from gpu_steps import units
+from flash8.compiler import kernel_image
+for unit in units.units():
+    kernel_image(unit, "cubin")
+"""
+
+
+def serve_without_a_compiler(folder: Path) -> None:
+    """Raises subprocess.CalledProcessError if the pack lacks a kernel, or does not trust one."""
+    environ = {**os.environ, "PYTHONPATH": f"{folder / 'site'}{os.pathsep}{ROOT / 'bench'}"}
+    environ |= {"FLASH8_COMPILE": "never", "FLASH8_NVCC": "/nowhere/nvcc"}
+    environ["FLASH8_CACHE"] = str(folder / "no-cache")
+    subprocess.run([sys.executable, "-P", "-c", _SERVE], env=environ, check=True)
 
 
 def size(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -177,21 +178,36 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(bench, tmp_path, capsys
     assert "file/out is not written" in capsys.readouterr().err
 
 
+FAKE_NVML = """
+static unsigned reads;
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** device) { *device = &reads; return index; }
+int nvmlDeviceGetClockInfo(void* device, int kind, unsigned* mhz) {
+    *mhz = kind == 2 ? 3201 : reads++ == 0 ? 1980 : 1500;
+    return device != &reads;
+}
+int nvmlDeviceGetPowerUsage(void* device, unsigned* milliwatts) { *milliwatts = 650500; return 0; }
+int nvmlDeviceGetTemperature(void* device, int sensor, unsigned* celsius) { return 3; }
+"""
+
+
 def test_clocks_of_a_step(tmp_path, monkeypatch):
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text(
-        "#!/bin/sh\necho '[N/A]'\n"
-        "for mhz in 1000 1980 1500; do echo $mhz, 3201, 650.5, 60; done\nexec sleep 60\n"
-    )
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "nvml.c").write_text(FAKE_NVML)
+    library = tmp_path / "libnvml.so"
+    subprocess.run(["g++", "-x", "c", "-shared", tmp_path / "nvml.c", "-o", library], check=True)
+    monkeypatch.setenv("FLASH8_NVML", str(library))
+    monkeypatch.setattr("gpu_steps.clocks._SECONDS", 0.01)
     start = time.monotonic()
     clocks = Clocks()
-    while (found := clocks(start, time.monotonic()) or {}).get("samples") != 3:
+    while (found := clocks(start, time.monotonic()) or {}).get("samples", 0) < 3:
         assert time.monotonic() - start < 10
         time.sleep(0.01)
     clocks.stop()
-    assert found["clocks.sm"] == [1000.0, 1500.0, 1980.0] and found["power.draw"] == [650.5] * 3
+    assert found["sm_mhz"] == [1500.0, 1500.0, 1980.0] and found["memory_mhz"] == [3201.0] * 3
+    assert found["watts"] == pytest.approx([650.5] * 3)
+    assert "celsius" not in found, "the library does not know it"
     assert clocks(start - 10, start - 5) is None
-    monkeypatch.setenv("PATH", "/nowhere")
-    Clocks().stop()
+    monkeypatch.setenv("FLASH8_NVML", "/nowhere.so")
+    nothing = Clocks()
+    nothing.stop()
+    assert nothing(start, time.monotonic()) is None

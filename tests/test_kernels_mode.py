@@ -144,6 +144,22 @@ def test_check_on_another_gpu_says_so(gpus, monkeypatch, capsys):
     assert "GPU 1 has 8.0" in capsys.readouterr().err
 
 
+def test_check_takes_the_kernels_that_it_is_given(monkeypatch, capsys):
+    checked = []
+    monkeypatch.setattr(check_command, "why_not", lambda: None)
+    monkeypatch.setattr(check_command, "current_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(check_command.hopper, "kernel", lambda *_: None)
+    monkeypatch.setattr(trust, "find_fault", lambda variant, device: checked.append(variant.name))
+    assert cli.main(["check", "--list"]) == 0
+    names = capsys.readouterr().out.split()
+    assert names[0] == "forward_bf16_d64" and "quantize_cast_bf16_d128" in names and not checked
+    assert cli.main(["check", names[-1], names[1]]) == 0 and checked == [names[-1], names[1]]
+    assert "2 of 2 kernels are ok" in capsys.readouterr().out
+    assert cli.main(["check"]) == 0 and checked[2:] == names
+    assert cli.main(["check", "forward_bf16_d65", names[0]]) == 2
+    assert "no shipped kernel is called forward_bf16_d65" in capsys.readouterr().err
+
+
 def test_check_is_a_table_of_what_was_found(monkeypatch, capsys):
     rows = [ForwardVariant("bf16", 64, 64), ForwardVariant("bf16", 96, 96)]
     found = {rows[0]: None, rows[1]: "O is off by 0.5"}

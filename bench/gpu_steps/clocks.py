@@ -1,30 +1,31 @@
-"""The GPU's clocks, power and temperature while the steps run, from one nvidia-smi beside them."""
+"""The GPU's clocks, power and temperature while the steps run, sampled through NVML."""
 
+import ctypes
+import os
 import statistics
-import subprocess
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
-_FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-_MILLISECONDS = 500
+_SECONDS = 0.25  # between samples
+_SM, _MEMORY, _CORE = 1, 2, 0  # of nvmlClockType_t and nvmlTemperatureSensors_t
 
 
 class Clocks:
-    """Samples until `stop`. Where there is no nvidia-smi, there are no samples."""
+    """Samples GPU 0 until `stop`. Where NVML cannot be had, there are no samples.
+
+    The library is libnvidia-ml.so.1, which comes with the driver, or what FLASH8_NVML names.
+    """
 
     def __init__(self) -> None:
-        self._samples: list[tuple[float, list[float]]] = []
-        query = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(_FIELDS)}"]
-        query += ["--format=csv,noheader,nounits", f"--loop-ms={_MILLISECONDS}"]
-        try:
-            self._process = subprocess.Popen(
-                query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
-        except OSError:
-            self._process = None
-            return
-        threading.Thread(target=self._read, daemon=True).start()
+        self._samples: list[tuple[float, dict[str, float]]] = []
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        read = _open()
+        if read is not None:
+            self._thread = threading.Thread(target=self._sample, args=(read,), daemon=True)
+            self._thread.start()
 
     def __call__(self, start: float, end: float) -> dict[str, Any] | None:
         """Minimum, median and maximum of every field between two times of `time.monotonic`."""
@@ -32,21 +33,45 @@ class Clocks:
         if not found:
             return None
         summary: dict[str, Any] = {"samples": len(found)}
-        for name, values in zip(_FIELDS, zip(*found, strict=True), strict=True):
+        for name in found[0]:
+            values = [sample[name] for sample in found if name in sample]
             summary[name] = [min(values), statistics.median(values), max(values)]
         return summary
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
 
-    def _read(self) -> None:
-        assert self._process is not None and self._process.stdout is not None
-        for line in self._process.stdout:
-            try:
-                values = [float(text) for text in line.split(",")]
-            except ValueError:
-                continue  # "[N/A]" or a message
-            if len(values) == len(_FIELDS):
+    def _sample(self, read: Callable[[], dict[str, float]]) -> None:
+        while not self._stopped.wait(_SECONDS):
+            values = read()
+            if values:
                 self._samples.append((time.monotonic(), values))
+
+
+def _open() -> Callable[[], dict[str, float]] | None:
+    """A function that reads what can be read, or None without NVML or a GPU."""
+    try:
+        library = ctypes.CDLL(os.environ.get("FLASH8_NVML") or "libnvidia-ml.so.1")
+        device = ctypes.c_void_p()
+        if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    fields = {
+        "sm_mhz": ("nvmlDeviceGetClockInfo", (_SM,), 1.0),
+        "memory_mhz": ("nvmlDeviceGetClockInfo", (_MEMORY,), 1.0),
+        "watts": ("nvmlDeviceGetPowerUsage", (), 1e-3),
+        "celsius": ("nvmlDeviceGetTemperature", (_CORE,), 1.0),
+    }
+
+    def read() -> dict[str, float]:
+        found = {}
+        for name, (entry, arguments, unit) in fields.items():
+            value = ctypes.c_uint()
+            if getattr(library, entry)(device, *arguments, ctypes.byref(value)) == 0:
+                found[name] = value.value * unit
+        return found
+
+    return read

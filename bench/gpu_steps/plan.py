@@ -11,6 +11,7 @@ A lent GPU gives one run of ten minutes: limits are generous for one step, and t
 than the budget. What comes late in the list gets what is left.
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,8 +44,9 @@ _SANITIZED_KERNELS = (
 
 def environ(pack: Pack, work: Path) -> dict[str, str]:
     """What every step has in its environment: the pack's package, and nothing is compiled."""
+    path = [str(pack.site), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
-        "PYTHONPATH": str(pack.site),
+        "PYTHONPATH": os.pathsep.join(path),
         "FLASH8_COMPILE": "never",
         "FLASH8_GPU_TESTS": str(pack.folder / "tests"),
         "FLASH8_CACHE": str(work / "cache"),
