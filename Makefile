@@ -1,14 +1,15 @@
 # Each target works by itself from a clean clone; it needs Python 3.11 to 3.13, a C++17 compiler and make.
 #   make demo     train and serve a small byte-level GPT
 #   make test     the default test suite, on the installed package
+#   make test-full  all of it, with the tests marked slow
 #   make bench    time flash8 on this machine
 #   make gpu-pack   compile every kernel that gpu-check runs, into build/gpu-pack; needs no GPU
 #   make gpu-check  on a Hopper GPU, with that pack: kernels, hardware facts, benchmarks, GPU tests
 #   make lint     ruff, mypy, clang-format
 #   make format   rewrite what lint can mend by itself
 #   make clean    remove the environment and everything built
-# PYTHON names the interpreter for the environment; PYTEST_ARGS is handed to pytest, GPU_CHECK_ARGS to
-# gpu_check.py.
+# PYTHON names the interpreter for the environment; PYTEST_ARGS is handed to pytest, GPU_PACK_ARGS and
+# GPU_CHECK_ARGS to the scripts of those targets.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -33,7 +34,7 @@ PACKAGE := $(VENV)/.package-$(call digest,pyproject.toml CMakeLists.txt README.m
 CXX_SOURCES := $(shell find hopper cutlass_kernels python/native tests bench -type f \
 	\( -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \) 2>/dev/null)
 
-.PHONY: demo test bench gpu-pack gpu-check lint format clean install
+.PHONY: demo test test-full bench gpu-pack gpu-check lint format clean install
 
 demo: $(PACKAGE)
 	$(BIN)/python examples/byte_gpt/demo.py
@@ -42,11 +43,14 @@ demo: $(PACKAGE)
 test: $(TOOLS) $(PACKAGE) $(COMPILER)
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 $(PYTEST_ARGS)
 
+test-full: $(TOOLS) $(PACKAGE) $(COMPILER)
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 -m "slow or not slow" $(PYTEST_ARGS)
+
 bench: $(PACKAGE)
 	@set -e; for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 gpu-pack: $(TOOLS) $(PACKAGE) $(COMPILER)
-	$(BIN)/python bench/gpu_pack.py
+	$(BIN)/python bench/gpu_pack.py $(GPU_PACK_ARGS)
 
 # For a machine with a GPU and perhaps no network: the system's Python, which has torch, and the pack.
 gpu-check:

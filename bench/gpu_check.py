@@ -109,9 +109,28 @@ def summarize(outcomes: list[Outcome], journal: Journal) -> int:
     for group in dict.fromkeys(outcome.group for outcome in outcomes):
         states = [outcome.state for outcome in outcomes if outcome.group == group]
         print(f"{group}: " + ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)))
+    for outcome in outcomes:
+        if outcome.group == "facts" and isinstance(outcome.result, dict):
+            print(*_figures(outcome.result), sep="\n")
     print("record: " + ", ".join(str(folder / NAME) for folder in journal.records))
     states = {outcome.state for outcome in outcomes}
     return int(bool(states & {"failed", "crashed", "killed"}) or "ok" not in states)
+
+
+def _figures(found: dict[str, Any], name: str = "") -> list[str]:
+    """A line for each set of numbers, such as those of one kernel."""
+    numbers = {
+        key: value
+        for key, value in found.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    lines = []
+    if name and numbers:
+        lines.append(f"  {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+    for key, value in found.items():
+        if isinstance(value, dict) and key != "device":
+            lines += _figures(value, f"{name}/{key}" if name else key)
+    return lines
 
 
 def unpack(record: Path) -> int:

@@ -6,7 +6,7 @@ gpu_check.py refuses it beside other sources.
 
 Run it by the Python of `make install`: its flash8 compiles the kernels, into its cache.
 
-usage: python bench/gpu_pack.py [--jobs N] [DIR]
+usage: python bench/gpu_pack.py [--jobs N] [--python PYTHON] [DIR]
 """
 
 import argparse
@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,11 +35,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=PACK)
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
+    parser.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="PYTHON",
+        help="also build the extension for this interpreter, whose headers must be there",
+    )
     options = parser.parse_args()
     fresh = options.folder.with_name(options.folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        build(fresh, options.jobs)
+        build(fresh, options.jobs, options.python)
         shutil.rmtree(options.folder, ignore_errors=True)
         fresh.rename(options.folder)
     finally:
@@ -49,7 +55,7 @@ def main() -> int:
     return 0
 
 
-def build(folder: Path, jobs: int) -> None:
+def build(folder: Path, jobs: int, pythons: list[str]) -> None:
     """Raises subprocess.CalledProcessError or CompileError, or ValueError if it is too large."""
     digest = source_digest()
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -69,12 +75,17 @@ def build(folder: Path, jobs: int) -> None:
     (folder / "tests" / "gpu_driver.cubin").write_bytes(compiled_tests.cubin.read_bytes())
     (folder / "tests" / "gpu_driver.ptx").write_bytes(compiled_tests.ptx.read_bytes())
     shutil.copytree(pybind11.get_include(), folder / "pybind11" / "include")
+    for python in pythons:  # an interpreter without packages will do
+        script = ROOT / "bench" / "gpu_steps" / "extension.py"
+        subprocess.run([python, str(script), str(folder)], check=True)
     if source_digest() != digest:
         raise ValueError("the sources have changed while the pack was built: build it again")
     manifest = {
         **environment.commit(),
         "sources": digest,
-        "python": sysconfig.get_config_var("EXT_SUFFIX"),
+        "extensions": sorted(
+            path.name for path in (folder / "site" / "flash8").glob("_native*.so")
+        ),
         "kernels": [variant.name for variant in units.shipped()],
         "packaged_kernels": len(compiled),
     }

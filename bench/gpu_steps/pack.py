@@ -15,16 +15,22 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACK = ROOT / "build" / "gpu-pack"
-#: What a pack is made from.
-_SOURCES = (
-    "python",
-    "hopper",
-    "cutlass_kernels",
-    "bench/hopper_facts",
-    "tests/gpu_driver.cu",
+#: What a pack is made from: files of these kinds in folders, and files that say which kernels.
+_FOLDERS = {
+    "python": (".py", ".pyi", ".h", ".cpp"),
+    "hopper": (".h", ".cuh", ".cu"),
+    "cutlass_kernels": (".h", ".cuh", ".cu"),
+    "bench/hopper_facts": (".cu",),
+}
+_FILES = (
     "CMakeLists.txt",
+    "bench/attention_cases.py",
+    "bench/bench_choices.py",
+    "bench/gpu_steps/units.py",
+    "tests/gpu_driver.cu",
+    "tests/test_gpu.py",
+    "tests/test_gpu_quantizer.py",
 )
-_SUFFIXES = (".py", ".pyi", ".h", ".hpp", ".cpp", ".cu", ".cuh", ".txt")
 
 
 class PackError(RuntimeError):
@@ -63,14 +69,14 @@ def open_pack(folder: Path, *, root: Path = ROOT) -> Pack:
 
 def source_digest(root: Path = ROOT) -> str:
     """Of every file that the pack depends on, with its name."""
+    paths = [root / name for name in _FILES]
+    for name, suffixes in _FOLDERS.items():
+        paths += [path for path in (root / name).rglob("*") if path.suffix in suffixes]
     found = hashlib.sha256()
-    for name in _SOURCES:
-        top = root / name
-        paths = [top] if top.is_file() else sorted(top.rglob("*"))
-        for path in paths:
-            if path.suffix in _SUFFIXES and path.is_file():
-                found.update(str(path.relative_to(root)).encode() + b"\0")
-                found.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in sorted(paths):
+        if path.is_file():
+            found.update(str(path.relative_to(root)).encode() + b"\0")
+            found.update(hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()
 
 

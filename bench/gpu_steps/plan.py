@@ -79,16 +79,18 @@ def _setup(pack: Pack, work: Path) -> Iterator[Step]:
         "setup", _DEVICE, (*device, f"--json={work}/device.json"), 30, result=work / "device.json"
     )
     extension = (python, "bench/gpu_steps/extension.py", str(pack.folder))
-    yield Step("setup", _EXTENSION, extension, 150, gpu=False)
+    yield Step("setup", _EXTENSION, extension, 150, gpu=False, together=True)
     # It also takes torch from the disk, which the steps after it then find in memory.
     torch = (python, "bench/environment.py", str(work / "environment.json"))
-    yield Step("setup", _TORCH, torch, 150, needs=(_DEVICE,), result=work / "environment.json")
+    result = work / "environment.json"
+    yield Step("setup", _TORCH, torch, 150, needs=(_DEVICE,), together=True, result=result)
 
 
 def _check(pack: Pack) -> Iterator[Step]:
     for name in pack.kernels:
         command = (sys.executable, "-m", "flash8", "check", name)
-        yield Step("check", f"check {name}", command, 40, needs=(_TORCH, _EXTENSION), together=True)
+        needs = (_TORCH, _EXTENSION)
+        yield Step("check", f"check {name}", command, 40, least=12, needs=needs, together=True)
 
 
 def _facts(pack: Pack, work: Path) -> Iterator[Step]:
