@@ -175,6 +175,7 @@ def test_the_extension_is_built_from_all_of_its_sources():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_extension_builds_by_the_compiler_alone(tmp_path):
     import pybind11
 

@@ -15,7 +15,8 @@ _MAX_DETAIL = 400  # characters of what the compiler or the driver said
 
 def kernels() -> dict[str, trust.Variant]:
     """All shipped kernels by name, in the order in which they are checked."""
-    return {variant.name: variant for variant in (*SHIPPED, *SHIPPED_QUANTIZERS)}
+    shipped: tuple[trust.Variant, ...] = (*SHIPPED, *SHIPPED_QUANTIZERS)
+    return {variant.name: variant for variant in shipped}
 
 
 def run(names: Sequence[str] = ()) -> int:
