@@ -109,7 +109,8 @@ class Runner:
         ending = run_limited(step.command, limit=limit, log=log, environ=environ, cwd=self._cwd)
         clocks = self._clocks(began, time.monotonic()) if self._clocks and step.gpu else None
         outcome = self._outcome(step, ending, limit, log, began_at)
-        self._journal.add_log(f"{step.name}: {outcome.detail}", log)
+        with self._lock:
+            self._journal.add_log(f"{step.name}: {outcome.detail}", log)
         self._keep(replace(outcome, clocks=clocks))
         if step.gpu and (ending.killed or ending.status < 0):
             self._ask(step)
@@ -159,8 +160,8 @@ class Runner:
             )
             if ending.ok:
                 return
-        self._journal.add_log(f"the GPU was asked after {step.name}: {ending.describe()}", log)
         with self._lock:
+            self._journal.add_log(f"the GPU was asked after {step.name}: {ending.describe()}", log)
             self._lost = self._lost or f"the GPU does not answer since {step.name}"
 
     def _keep(self, outcome: Outcome) -> None:
