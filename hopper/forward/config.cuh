@@ -6,6 +6,7 @@
 #include "../mask.cuh"
 #include "../params.h"
 #include "../pipeline.cuh"
+#include "../registers.cuh"
 #include "../tile_scheduler.cuh"
 #include "../wgmma_shapes.cuh"
 #include "descales.cuh"
@@ -115,11 +116,9 @@ struct ForwardConfig {
     static constexpr int kThreads = (kConsumerWarpgroups + 1) * 128;
     // Warps of the producer warpgroup that transpose V; the first one issues TMA.
     static constexpr int kTransposerWarps = kTransposesV ? 3 : 0;
-    // Times 128 threads each: together at most the 64K registers of a multiprocessor. Transposing takes more
-    // than loading.
-    static constexpr int kProducerRegisters =
-        kConsumerWarpgroups == 2 ? (kTransposesV ? 48 : 40) : (kTransposesV ? 56 : 32);
-    static constexpr int kConsumerRegisters = kConsumerWarpgroups == 2 ? 232 : (kTransposesV ? 152 : 160);
+    // Transposing takes more registers than loading.
+    using Registers = RegisterBudget<kConsumerWarpgroups, kTransposesV ? 40 : 32>;
+    static_assert(Registers::kThreads == kThreads);
     // Taking turns pays while a block's products are not much longer than its softmax. The FP8 mainloop
     // overlaps nothing within a warpgroup and needs it.
     static constexpr bool kTakeTurns = kFp8 || kWidestHead <= 128;

@@ -29,8 +29,8 @@ constexpr KernelInfo describe() {
     info.cluster[0] = Config::kClusterM;
     info.cluster[1] = info.cluster[2] = 1;
     info.shared_bytes = kSharedBytes;
-    info.producer_registers = Config::kProducerRegisters;
-    info.consumer_registers = Config::kConsumerRegisters;
+    info.producer_registers = Config::Registers::kProducer;
+    info.consumer_registers = Config::Registers::kConsumer;
     info.scale_block = Config::kBlockScales ? kScaleBlock : 0;
     constexpr auto kType = Config::kFp8                               ? ElementType::kUint8
                            : Config::kElement == ElementChoice::kFp16 ? ElementType::kFloat16
@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
     }
 
     if (warpgroup == 0) {
-        ptx::release_registers<Config::kProducerRegisters>();
+        ptx::release_registers<Config::Registers::kProducer>();
         if (threadIdx.x < 32) {
             Producer<Config>(params, shared).run();
         }
@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
             }
         }
     } else {
-        ptx::acquire_registers<Config::kConsumerRegisters>();
+        ptx::acquire_registers<Config::Registers::kConsumer>();
         Consumer<Config>(params, shared, warpgroup - 1).run();
     }
     if constexpr (Config::kClusterM > 1) {

@@ -40,26 +40,35 @@ class Transposer {
             SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch);
             typename Config::TileMask const mask(params_, info);
             KeyBlocks const blocks = mask.key_blocks(first_of_cluster<Config::kClusterM>(tile));
+            if (!blocks.empty()) {
+                clear_tail(info.seqlen_k - (blocks.end - 1) * kBlockN);
+            }
 #pragma unroll 1
-            for (int n_block = blocks.end - 1; n_block >= blocks.begin; --n_block) {
-                transpose(info.seqlen_k - n_block * kBlockN);
+            for (int count = blocks.end - blocks.begin; count > 0; --count) {
+                transpose();
             }
         }
     }
 
   private:
-    // used: keys of this block that there are.
-    __device__ __forceinline__ void transpose(int used) {
-        shared_.pipeline_v_rows.wait(rows_);
-        if (used < kBlockN) {
-            constexpr int kPanelBytes = Config::kPanelV;  // elements are bytes
-            clear_tail<kBlockN, kPanelBytes, Config::kHeadDimV / kPanelBytes, Config::kTransposerWarps * 32>(
-                shared_.v_rows + rows_.stage * Config::kBytesV, used, threadIdx.x - 32);
+    // used: keys that there are of the rightmost block, which is the next one.
+    __device__ __forceinline__ void clear_tail(int used) {
+        if (used >= kBlockN) {
+            return;
         }
+        shared_.pipeline_v_rows.wait(state_);
+        constexpr int kPanelBytes = Config::kPanelV;  // elements are bytes
+        flash8::clear_tail<kBlockN, kPanelBytes, Config::kHeadDimV / kPanelBytes,
+                           Config::kTransposerWarps * 32>(shared_.v_rows + state_.stage * Config::kBytesV,
+                                                          used, threadIdx.x - 32);
+    }
+
+    __device__ __forceinline__ void transpose() {
+        shared_.pipeline_v_rows.wait(state_);
         shared_.pipeline_v.wait_empty(state_);
         int const lane = threadIdx.x % 32;
         int const matrix = lane / 8;
-        uint32_t const from = ptx::shared_address(shared_.v_rows) + rows_.stage * Config::kBytesV;
+        uint32_t const from = ptx::shared_address(shared_.v_rows) + state_.stage * Config::kBytesV;
         uint32_t const to = ptx::shared_address(shared_.v) + state_.stage * Config::kBytesV;
 #pragma unroll 1
         for (int channel = warp_ * kChannels; channel < Config::kHeadDimV;
@@ -83,8 +92,7 @@ class Transposer {
             }
         }
         shared_.pipeline_v.commit(state_);
-        release<Config::kClusterM>(shared_.pipeline_v_rows, rows_);
-        state_.advance();
+        release<Config::kClusterM>(shared_.pipeline_v_rows, state_);
     }
 
     // In lane 4 g + t, words[i] holds channels 2 g and 2 g + 1 of keys 8 i + 2 t and 8 i + 2 t + 1.
@@ -103,8 +111,7 @@ class Transposer {
     SharedStorage<Config>& shared_;
     int warp_;
     PipelineState<1> tiles_;
-    PipelineState<Config::kStages> rows_;   // v_rows, where TMA fills
-    PipelineState<Config::kStages> state_;  // v, which these warps fill
+    PipelineState<Config::kStages> state_;  // of v_rows, which TMA fills, and of v, which these warps fill
 };
 
 }  // namespace flash8
