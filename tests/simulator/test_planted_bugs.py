@@ -271,9 +271,9 @@ def test_cp_async_needs_a_proxy_fence(sim: S.Simulator, fence: str, strict: bool
 
 def test_registers_beyond_the_budget_are_a_deadlock(sim: S.Simulator) -> None:
     body = ".reg .b32 t; .reg .pred p; mov.u32 t, %tid.x; setp.lt.u32 p, t, 128; @p bra $LOW; setmaxnreg.inc.sync.aligned.u32 240; ret; $LOW: setmaxnreg.dec.sync.aligned.u32 {low}; bar.sync 0, 128; ret;"
-    fine = S.kernel(body.replace("{low}", "24"), directives=".maxntid 384")
+    fine = S.kernel(body.replace("{low}", "24"), directives=".maxntid 384 .minnctapersm 1")
     sim.load(fine).launch("k", block=384)
-    broken = S.kernel(body.replace("{low}", "160"), directives=".maxntid 384")
+    broken = S.kernel(body.replace("{low}", "160"), directives=".maxntid 384 .minnctapersm 1")
     with pytest.raises(S.SimulatorError, match=r"setmaxnreg\.inc to 240"):
         sim.load(broken).launch("k", block=384)
 

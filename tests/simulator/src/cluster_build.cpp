@@ -18,22 +18,6 @@ Dim3 unflatten(uint64_t ordinal, const Dim3& extent) {
     return index;
 }
 
-// What ptxas gives a thread when the launch bounds leave it free: all it can have.
-uint32_t initial_registers(const Launch& launch) {
-    const auto& directives = launch.kernel->ast.directives;
-    const auto capped = directives.find("maxnreg");
-    if (capped != directives.end() && !capped->second.empty()) {
-        return capped->second[0];
-    }
-    uint32_t ctas = 1;
-    const auto minimum = directives.find("minnctapersm");
-    if (minimum != directives.end() && !minimum->second.empty()) {
-        ctas = std::max(1u, minimum->second[0]);
-    }
-    const uint32_t threads = std::max(32u, launch.warps_per_cta() * 32);
-    return std::min(255u, 65536 / ctas / threads / 8 * 8);
-}
-
 void init_warp(Warp& w, Cta& cta, uint32_t index, const Launch& launch) {
     const Program& program = launch.kernel->program;
     w.cta = &cta;
@@ -50,7 +34,7 @@ void init_warp(Warp& w, Cta& cta, uint32_t index, const Launch& launch) {
     w.base[0] = reinterpret_cast<uint8_t*>((raw + 63) & ~uint64_t{63});
     w.base[1] = const_cast<uint8_t*>(program.constants.data());
     w.preds = w.pred_storage.data();
-    w.registers_per_thread = initial_registers(launch);
+    w.registers_per_thread = launch.kernel->registers_at_launch;
     Fragment fragment;
     fragment.mask = w.alive;
     w.fragments.push_back(fragment);
@@ -89,6 +73,7 @@ void init_cta(Cta& cta, Cluster& cluster, const Launch& launch) {
     const uint32_t warps = launch.warps_per_cta();
     cta.warps.resize(warps);
     cta.warps_alive = warps;
+    cta.register_pool = uint64_t{launch.kernel->registers_at_launch} * warps * kLanes;
     for (uint32_t i = 0; i < warps; ++i) {
         init_warp(cta.warps[i], cta, i, launch);
     }

@@ -5,6 +5,7 @@
 #include "errors.h"
 #include "launch.h"
 #include "mbarrier.h"
+#include "register_budget.h"
 
 namespace sim {
 namespace {
@@ -46,7 +47,11 @@ std::string describe_wait(Warp& w, const Fragment& fragment) {
         case WaitKind::kWarpSync:
             return format("waits for lanes 0x%08x of its warp", wait.member_mask & w.alive & ~fragment.mask);
         case WaitKind::kRegisters:
-            return format("waits for setmaxnreg.inc to %u registers", wait.address);
+            return format(
+                "waits for setmaxnreg.inc to %u registers, but the CTA's warps hold all but %llu of "
+                "the %llu that it was launched with",
+                wait.address, static_cast<unsigned long long>(w.cta->register_pool - registers_held(*w.cta)),
+                static_cast<unsigned long long>(w.cta->register_pool));
         default:
             return "runs without any progress (polling?)";
     }

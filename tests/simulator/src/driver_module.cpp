@@ -91,6 +91,9 @@ int find_global(uint64_t* address, size_t* bytes, void* handle, const char* name
 
 // What ptxas would have given: not known from PTX, so the most the launch bounds allow.
 int registers_of(const Kernel& kernel) {
+    if (kernel.registers_at_launch != 0) {
+        return static_cast<int>(kernel.registers_at_launch);
+    }
     const int by_threads = static_cast<int>(65536 / std::max(32u, kernel.max_threads) / 8 * 8);
     return std::min(255, by_threads);
 }

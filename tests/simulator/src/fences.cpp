@@ -3,6 +3,7 @@
 #include "decoder.h"
 #include "lanes.h"
 #include "launch.h"
+#include "register_budget.h"
 #include "warp_sync.h"
 
 namespace sim {
@@ -61,22 +62,21 @@ void decode_fence(Decoder& d) {
     }
 }
 
-uint64_t registers_held(const Cta& cta) {
-    uint64_t held = 0;
-    for (const Warp& warp : cta.warps) {
-        held += uint64_t{warp.registers_per_thread} * kLanes;  // warps that exited keep theirs
-    }
-    return held;
-}
-
-// setmaxnreg: a pool of 64K registers less what the CTA's warps hold. inc waits for registers that a
-// dec elsewhere gives back.
+// setmaxnreg: what the CTA was launched with, less what its warps hold. inc waits for registers that a dec
+// elsewhere gives back, for ever if no dec gives back enough.
 Step setmaxnreg(Warp& w, const Op& op, uint32_t) {
     uint32_t lanes = 0;
     if (!meet_all(w, op, &lanes)) {
         return Step::kBlocked;
     }
     Cta& cta = *w.cta;
+    if (cta.register_pool == 0) {
+        throw SimError(ErrorKind::kResources,
+                       "ptxas ignores setmaxnreg here, because it cannot tell the registers at launch: the "
+                       "kernel needs .maxnreg, or .minnctapersm beside .maxntid (__launch_bounds__(threads, "
+                       "1))",
+                       op.line);
+    }
     const uint32_t wanted = static_cast<uint32_t>(op.imm);
     const bool increase = op.code != 0;
     if (increase ? wanted < w.registers_per_thread : wanted > w.registers_per_thread) {
@@ -139,6 +139,14 @@ void decode_createpolicy(Decoder& d) {
 }
 
 }  // namespace
+
+uint64_t registers_held(const Cta& cta) {
+    uint64_t held = 0;
+    for (const Warp& warp : cta.warps) {
+        held += uint64_t{warp.registers_per_thread} * kLanes;  // warps that exited keep theirs
+    }
+    return held;
+}
 
 bool registers_available(const Warp& warp, uint32_t wanted) {
     const uint64_t others = registers_held(*warp.cta) - uint64_t{warp.registers_per_thread} * kLanes;

@@ -225,7 +225,7 @@ struct Cta {
     std::vector<std::unique_ptr<Warpgroup>> warpgroups;
     std::array<NamedBarrier, 16> barriers;
     std::unordered_map<uint32_t, Mbarrier> mbarriers;  // by shared offset
-    uint64_t register_pool = 64 * 1024;
+    uint64_t register_pool = 0;  // all it has: what it was launched with
     uint64_t tensor_cores_busy_until = 0;  // logical time
     Clock sync_clock, sync_proxy;          // of atomics and volatile accesses
     SharedShadow shadow;

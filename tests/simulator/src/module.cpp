@@ -6,6 +6,7 @@
 #include "machine.h"
 #include "memory_map.h"
 #include "ptx_parser.h"
+#include "register_budget.h"
 
 namespace sim {
 namespace {
@@ -74,6 +75,7 @@ Module::Module(const std::string& ptx) {
                 }
             }
         }
+        kernel->registers_at_launch = registers_at_launch(*kernel);
         const std::string name = kernel->name;
         kernels_[name] = std::move(kernel);
     }

@@ -155,6 +155,7 @@ struct Kernel {
     uint32_t max_dynamic_shared = 48 * 1024;  // cuFuncSetAttribute
     bool non_portable_cluster = false;
     uint32_t max_threads = 1024;
+    uint32_t registers_at_launch = 0;  // register_budget.h
     uint32_t required_cluster[3] = {0, 0, 0};
     std::string decode_error;
 };
