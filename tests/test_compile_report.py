@@ -1,5 +1,7 @@
 """What is read from a compiler's log."""
 
+import pytest
+
 from flash8.compiler import KernelCost, parse_log
 
 # The wording of ptxas 13.0.
@@ -55,3 +57,42 @@ def test_serialised_wgmma_is_a_problem_in_both_wordings():
 
 def test_a_log_without_a_kernel_is_a_problem():
     assert parse_log("ptxas info    : 0 bytes gmem\n").problems() == ["the log names no kernel"]
+
+
+def asks(released: int, acquired: int, threads: str = "384, 1, 1", kernel: str = "forward") -> str:
+    """PTX of a kernel whose first warpgroup releases registers and whose others acquire some."""
+    return f"""
+.visible .entry {kernel}(.param .u64 p)
+.maxntid {threads}
+.minnctapersm 1
+{{
+setmaxnreg.dec.sync.aligned.u32 {released};
+setmaxnreg.inc.sync.aligned.u32 {acquired};
+}}
+"""
+
+
+def test_registers_that_a_cta_does_not_have_are_a_hang():
+    """168 registers for each of 384 threads: 504 for a thread of every warpgroup."""
+    report = parse_log(CLEAN, asks(48, 232))
+    assert report.problems() == [
+        "forward would wait for ever: setmaxnreg asks for 48 + 2 x 232 = 512 registers of "
+        "3 x 168 = 504 at launch"
+    ]
+    assert report.hangs() == report.problems()
+
+
+@pytest.mark.parametrize(
+    "ptx",
+    [
+        asks(40, 232),
+        asks(56, 224),
+        asks(24, 240, threads="128, 3, 1"),
+        asks(48, 232, kernel="another"),
+        asks(48, 232).replace("}", "setmaxnreg.inc.sync.aligned.u32 160;\n}"),
+        "",
+    ],
+    ids=["40+2x232", "56+2x224", "24+2x240", "of another kernel", "no two roles", "no PTX"],
+)
+def test_registers_that_a_cta_has_are_no_hang(ptx):
+    assert parse_log(CLEAN, ptx).problems() == []

@@ -6,6 +6,7 @@ import pytest
 
 from flash8 import _native
 from flash8.compiler import (
+    CompileError,
     CompilerNotFoundError,
     Unit,
     compile_unit,
@@ -73,6 +74,17 @@ extern "C" __global__ void __launch_bounds__(1024, 2) crowded(float* data, int c
 }
 """
 
+REALLOCATING = """
+extern "C" __global__ void __launch_bounds__(384, 1) reallocating(int* out) {
+    if (threadIdx.x < 128) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(RELEASED));
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    }
+    out[threadIdx.x] = threadIdx.x;
+}
+"""
+
 
 @pytest.fixture
 def compile_text(tmp_path, monkeypatch):
@@ -114,6 +126,15 @@ def test_serialised_wgmma_is_found_in_a_real_log(compile_text):
 def test_spills_are_found_in_a_real_log(compile_text):
     problems = compile_text(SPILLING).report.problems()
     assert any(problem.startswith("crowded spills: ") for problem in problems)
+
+
+@pytest.mark.parametrize(("released", "hangs"), [("40", False), ("48", True)])
+def test_a_kernel_that_waits_for_registers_for_ever_does_not_compile(compile_text, released, hangs):
+    if not hangs:
+        assert compile_text(REALLOCATING, RELEASED=released).report.problems() == []
+        return
+    with pytest.raises(CompileError, match=r"48 \+ 2 x 232 = 512 registers of 3 x 168 = 504"):
+        compile_text(REALLOCATING, RELEASED=released)
 
 
 def test_device_and_host_agree_on_every_offset(compile_text):

@@ -64,7 +64,7 @@ class Compiled:
 
     @property
     def report(self) -> CompileReport:
-        return parse_log(self.log)
+        return parse_log(self.log, self.ptx.read_text())
 
 
 def compile_unit(unit: Unit, *, step: str = "") -> Compiled:

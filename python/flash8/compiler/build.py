@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flash8.compiler import nvrtc
 from flash8.compiler.errors import CompileError
+from flash8.compiler.report import parse_log
 from flash8.compiler.toolchain import Toolchain, kernel_root
 
 NVCC_FLAGS = (
@@ -54,18 +55,21 @@ def build(unit: Unit, toolchain: Toolchain, folder: Path, tick: Tick) -> BuildRe
     """Compile `unit` into folder/kernel.ptx and folder/kernel.cubin.
 
     `tick` is called every fraction of a second with the seconds since the start. Raises
-    CompileError with the compiler's own words.
+    CompileError with the compiler's own words, or because the kernel would hang.
     """
     start = time.monotonic()
     ptx, cubin, depfile = (folder / f"kernel.{suffix}" for suffix in ("ptx", "cubin", "d"))
     back: list[str | Path] = [toolchain.ptxas, *PTXAS_FLAGS, ptx, "-o", cubin]
     if toolchain.nvrtc:
         front_end = nvrtc.compile_ptx(unit, toolchain, ptx, tick)
-        return BuildResult(front_end.headers, front_end.log + _run(back, unit, start, tick))
+        log = front_end.log + _run(back, unit, start, tick)
+        _refuse_hangs(unit, log, ptx)
+        return BuildResult(front_end.headers, log)
     includes = [f"-I{path}" for path in (kernel_root(), *toolchain.include_dirs)]
     front: list[str | Path] = [toolchain.nvcc, *NVCC_FLAGS, *unit.define_options(), *includes]
     front += ["-MD", "-MF", depfile, "-o", ptx, unit.source]
     log = "".join(_run(command, unit, start, tick) for command in (front, back))
+    _refuse_hangs(unit, log, ptx)
     headers = _parse_depfile(depfile.read_text())
     depfile.unlink()
     return BuildResult(headers, log)
@@ -87,6 +91,13 @@ def _run(command: Sequence[str | Path], unit: Unit, start: float, tick: Tick) ->
     if process.returncode != 0:
         raise CompileError(_failure(command, unit, process.returncode, said), said)
     return said
+
+
+def _refuse_hangs(unit: Unit, log: str, ptx: Path) -> None:
+    """No cubin is made of a kernel that would never end."""
+    hangs = parse_log(log, ptx.read_text()).hangs()
+    if hangs:
+        raise CompileError("\n".join([f"{unit.label} is refused", *hangs]), log)
 
 
 def _failure(command: Sequence[str | Path], unit: Unit, status: int, said: str) -> str:
