@@ -5,13 +5,18 @@
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
+#include <type_traits>
 
 namespace flash8 {
 
-// Issues c = a b (kZero) or c += a b over all k-steps as one group; the caller waits for it.
+// Issues c = a b (kZero) or c += a b over all k-steps as one group; the caller waits for it. Where a is in
+// registers they belong to the product until then, as c's do: whatever writes them stays before, or behind.
 template <bool kZero, class Mma, class A, class B, class C>
-__device__ __forceinline__ void multiply(Mma& mma, A const& a, B const& b, C& c) {
+__device__ __forceinline__ void multiply(Mma& mma, A& a, B const& b, C& c) {
     using namespace cute;
+    if constexpr (!std::is_base_of_v<GMMA::DescriptorIterator, typename Mma::FrgTypeA>) {
+        warpgroup_fence_operand(a);
+    }
     warpgroup_fence_operand(c);
     warpgroup_arrive();
     mma.accumulate_ = kZero ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;

@@ -74,7 +74,7 @@ class Mainloop {
         round(s, p);
         clear_tail(n_block);
 
-        auto advance = [&](auto masked) {
+        auto advance = [&](auto masked) __attribute__((always_inline)) {
             constexpr bool kMasked = decltype(masked)::value;
             --n_block;
             shared_.pipeline_k.wait(state_.k);
@@ -92,8 +92,12 @@ class Mainloop {
             release<Config::kClusterM>(shared_.pipeline_k, state_.k);
             scores_.template apply<kMasked>(s, n_block, inner);
             softmax.template step<false, kMasked && Config::kMask != MaskMode::kNone>(rows_of(s), alpha);
+            // V has come long ago. Asking again ends the block here, or ptxas would move the wait for P V,
+            // which touches no memory, above the softmax that is to run under it.
+            shared_.pipeline_v.wait(state_.v);
             warpgroup_wait<0>();
             warpgroup_fence_operand(o);
+            warpgroup_fence_operand(p);
             release<Config::kClusterM>(shared_.pipeline_v, state_.v);
             round(s, p);
             rescale(o, alpha);

@@ -55,20 +55,12 @@ class MainloopFp8 {
         float v_scale = v_descale.of(blocks.end - 1);
         float v_scale_before = v_scale;
 
-        auto attend = [&](auto masked, int n_block) {
+        auto attend = [&](auto masked, int n_block) __attribute__((always_inline)) {
             constexpr bool kMasked = decltype(masked)::value;
             Tensor s = make_tensor<float>(typename Config::template LayoutC<kBlockN>{});
             shared_.pipeline_k.wait(state_.k);
             multiply<true>(mma_qk, rQ, rK(_, _, _, state_.k.stage), s);
             Turns::pass_on(warpgroup_);
-            float k_scale_next = k_scale;
-            float v_scale_next = v_scale;
-            if constexpr (Config::kBlockScales) {
-                // The next block's descales are under way while this one is worked on.
-                int const next = max(n_block - 1, blocks.begin);
-                k_scale_next = k_descale.of(next);
-                v_scale_next = v_descale.of(next);
-            }
             warpgroup_wait<0>();
             warpgroup_fence_operand(s);
             give_back<Config::kClusterM>(shared_.pipeline_k, state_.k);
@@ -89,10 +81,17 @@ class MainloopFp8 {
                 alpha[1] *= ratio;
                 v_scale_before = v_scale;
             }
+            // V before the turn: this wait ends a block of instructions. Within one ptxas would take the
+            // turn, which touches no memory, before the softmax that is to run in the other warpgroup's turn.
+            shared_.pipeline_v.wait(state_.k);
             Turns::wait(warpgroup_);
+            if constexpr (Config::kBlockScales) {
+                // The next block's descales come while the tensor cores work.
+                int const next = max(n_block - 1, blocks.begin);
+                k_scale = k_descale.of(next);
+                v_scale = v_descale.of(next);
+            }
             add_values(o, p, alpha);
-            k_scale = k_scale_next;
-            v_scale = v_scale_next;
         };
 
         if constexpr (Config::kVTransposed) {
@@ -128,7 +127,7 @@ class MainloopFp8 {
     // O = alpha O + P V. Where O is made in chunks of columns, the next chunk's product is under way while
     // one is promoted.
     template <class Accumulator, class Operand>
-    __device__ __forceinline__ void add_values(Accumulator& o, Operand const& p,
+    __device__ __forceinline__ void add_values(Accumulator& o, Operand& p,
                                                float const (&alpha)[kRowsPerThread]) {
         using namespace cute;
         constexpr int kInFlight = kChunks > 1 ? 2 : 1;
@@ -138,13 +137,12 @@ class MainloopFp8 {
         Tensor rV = thread_pv.partition_fragment_B(sVt);  // (MMA, MMA_N, MMA_K, stage)
         using Chunk = decltype(make_tensor<float>(typename Config::template LayoutC<Config::kColumnsPV>{}));
         Chunk t[kInFlight];
-        auto const issue = [&](int chunk) {
+        auto const issue = [&](int chunk) __attribute__((always_inline)) {
             Tensor values = rV(_, chunk, _, state_.k.stage);  // (MMA, MMA_K)
             auto const layout =
                 make_layout(get<0>(values.layout()), Layout<_1, _0>{}, get<1>(values.layout()));
             multiply<true>(mma_pv, p, make_tensor(values.data(), layout), t[chunk % kInFlight]);
         };
-        shared_.pipeline_v.wait(state_.k);
         issue(0);
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk) {
