@@ -104,9 +104,9 @@ class PackedTiles {
     int tiles_before_ = 0;  // tiles of all sequences before the group
 };
 
-// What a CTA does next; all calls by the whole producer warp. The host keeps the number of tiles below 2^31.
-// The CTAs of a cluster take neighbouring blocks of rows: to this class they are one CTA with kClusterM times
-// the rows, and draw nothing.
+// What a CTA does next; all calls but `draw` by the whole producer warp. The host keeps the number of tiles
+// below 2^31. The CTAs of a cluster take neighbouring blocks of rows: to this class they are one CTA with
+// kClusterM times the rows, and draw nothing.
 template <int kBlockM, bool kPackGqa, int kClusterM>
 class TileScheduler {
   public:
@@ -115,19 +115,18 @@ class TileScheduler {
 
     __device__ WorkTile first() { return in_cluster(tile()); }
 
-    // After every tile, once: begins to find out the next one, which `next` waits for.
+    // By the first lane, once a tile: begins to find out the next one, which `next` waits for. Nothing is
+    // made of the number here, or the lane would wait for it here.
     __device__ void draw() {
-        if (counter() == nullptr) {
-            index_ += gridDim.x / kClusterM;
-        } else if (threadIdx.x % 32 == 0) {
-            index_ = gridDim.x + atomicAdd(counter(), 1);
+        if (counter() != nullptr) {
+            index_ = atomicAdd(counter(), 1);
         }
     }
 
     // Every tile is followed by one draw, so the draw that returns the number of tiles less one is the last
     // of the whole grid. It leaves the counter at zero for the next kernel.
     __device__ WorkTile next() {
-        index_ = __shfl_sync(0xffffffff, index_, 0);
+        index_ = __shfl_sync(0xffffffff, index_, 0) + static_cast<int>(gridDim.x / kClusterM);
         WorkTile const found = in_cluster(tile());
         bool const last = counter() != nullptr && index_ - static_cast<int>(gridDim.x) == count() - 1;
         if (!found.valid() && last && threadIdx.x % 32 == 0) {

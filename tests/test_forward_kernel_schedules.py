@@ -10,7 +10,7 @@ import flash8
 from flash8.backends import heuristics, hopper
 from flash8.options import Options
 from flash8.variants import ForwardVariant
-from forward_cases import check, compare, device, draw, launch, packed
+from forward_cases import check, compare, device, draw, kernel, launch, packed
 from forward_launch import Call, Schedule
 from simulated_device import missing_compiler
 
@@ -86,6 +86,27 @@ def test_a_tile_that_is_not_drawn_is_noticed():
     o, lse = launch(CAUSAL, call, Schedule(num_ctas=1, first_draw=1))
     with pytest.raises(AssertionError, match="not written"):
         compare(call, o, lse)
+
+
+def copies_and_claims() -> list[tuple[int, int]]:
+    """(TMA copies, claims) of every stretch of the producer between two waits, in order."""
+    events = [e for e in device().timeline()["traceEvents"] if e["cat"] == "run" and e["tid"] == 0]
+    counts = [e["args"] for e in sorted(events, key=lambda e: e["ts"])]
+    return [(c.get("tma", 0), c.get("atomic", 0)) for c in counts]
+
+
+def test_the_next_tile_is_claimed_when_this_one_is_loaded():
+    """A tile that is claimed early waits for its CTA, while another CTA may have nothing to do.
+
+    Q and K of 6 blocks and V of 5 are 24 copies; when the producer claims, all of them are made.
+    """
+    q, k, v = draw(CAUSAL, 128, 768, 1, 1, batch=1)
+    device().configure(seed=0, timeline=True)
+    kernel(CAUSAL)(Call(q, k, v, SCALE, causal=True), Schedule(num_ctas=1))
+    stretches = copies_and_claims()
+    assert sum(copies for copies, _ in stretches) == 26
+    (claim,) = [i for i, (_, claims) in enumerate(stretches) if claims]
+    assert sum(copies for copies, _ in stretches[: claim + 1]) >= 24
 
 
 def test_tiles_behind_the_end_of_a_sequence_cost_nothing():

@@ -20,13 +20,12 @@ class Producer {
     // By the whole warp.
     __device__ void run() {
         bool const leader = threadIdx.x == 0;
-        TileScheduler<Config::kBlockM, Config::kPackGqa, Config::kClusterM> scheduler(params_);
+        Scheduler scheduler(params_);
         WorkTile tile = scheduler.first();
         while (tile.valid()) {
-            scheduler.draw();
             if (leader) {
                 shared_.tiles.publish(tiles_state_, tile);
-                load_tile(tile);
+                load_tile(tile, scheduler);
             }
             __syncwarp();
             tile = scheduler.next();
@@ -44,17 +43,24 @@ class Producer {
     }
 
   private:
-    // Q, then per KV block K one ahead of V: the order in which the consumers ask.
-    __device__ void load_tile(WorkTile const& tile) {
+    using Scheduler = TileScheduler<Config::kBlockM, Config::kPackGqa, Config::kClusterM>;
+
+    // The first K, Q, then per KV block K one ahead of V. The consumers give up a stage of K long before the
+    // Q of their present tile, and need nothing of the next tile for either: so that K waits for less.
+    //
+    // The next tile is drawn just before the last load, which waits until the consumers have all but reached
+    // the end of this tile. Whoever draws earlier keeps a tile waiting that an idle CTA could have.
+    __device__ void load_tile(WorkTile const& tile, Scheduler& scheduler) {
         SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch);
         typename Config::TileMask const mask(params_, info);
         KeyBlocks const blocks = mask.key_blocks(first_of_cluster<Config::kClusterM>(tile));
         if (blocks.empty()) {
+            scheduler.draw();
             return;
         }
         int const head_kv = kv_head<Config::kPackGqa>(params_, tile);
-        load_q(info, tile);
         load_k(kv_state_, info, head_kv, blocks.end - 1);
+        load_q(info, tile);
 #pragma unroll 1
         for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
             PipelineState<Config::kStages> ahead = kv_state_;
@@ -63,6 +69,7 @@ class Producer {
             load_v(kv_state_, info, tile.batch, head_kv, n_block + 1);
             kv_state_ = ahead;
         }
+        scheduler.draw();
         load_v(kv_state_, info, tile.batch, head_kv, blocks.begin);
         kv_state_.advance();
     }
