@@ -2,8 +2,10 @@
 
 For every row of `flash8.variants.SHIPPED`: registers, spills, shared memory, and of the consumer's
 mainloop the machine instructions of one unmasked and one masked pass over a KV tile, found as the
-two smallest loops of the disassembly that contain the tile's matrix products. Beside them the same
-figures of FlashAttention-3's kernels, compiled with the same compiler.
+smallest loops of the disassembly that contain the tile's matrix products. Beside them the same
+figures of FlashAttention-3's kernels, compiled with the same compiler, and what share of a tile's
+exponentials runs where the design wants it: while the warpgroup does not hold the turn to issue,
+and under its own product P V (machine_order.py).
 
 Cycles are arithmetic on those counts, not a measurement: for one KV tile and all consumer
 warpgroups, 2048 16-bit multiply-adds, 16 exponentials, 4 warp instructions issued, as many fp32
@@ -23,6 +25,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+
+import machine_order
 
 from flash8.compiler import Compiled, compile_unit
 from flash8.variants import SHIPPED, ForwardVariant
@@ -75,9 +79,13 @@ FLASH_ATTENTION_3_FP8 = {(128, 128, "causal"): (675, 920, 224)}
 class Loop:
     """A loop of the disassembly."""
 
-    instructions: int
+    lines: tuple[tuple[int, str], ...]
     products: int
     classes: dict[str, int]
+
+    @property
+    def instructions(self) -> int:
+        return len(self.lines)
 
 
 def _search_path() -> str:
@@ -130,22 +138,24 @@ class MachineCode:
 
     @cached_property
     def mainloops(self) -> list[Loop]:
-        """The two smallest loops with matrix products: unmasked and masked."""
+        """The loops over KV tiles, the smallest first: unmasked, masked, and of windows another
+        masked one."""
         loops = sorted(self._loops(), key=lambda loop: loop.instructions)
-        return [loop for loop in loops if loop.products == loops[0].products][:2]
+        return [loop for loop in loops if loop.products == loops[0].products]
 
     def _loops(self) -> Iterator[Loop]:
         index = {address: i for i, (address, _) in enumerate(self.lines)}
         for i, (address, text) in enumerate(self.lines):
-            target = _BRANCH.search(text)
+            # The way back into a loop from a wait that had to be repeated has no condition.
+            target = _BRANCH.search(text) if text.startswith("@") else None
             begin = int(target[1], 16) if target else address
             if begin >= address or begin not in index:
                 continue
-            body = [line for _, line in self.lines[index[begin] : i + 1]]
-            products = sum("GMMA" in line for line in body)
+            body = self.lines[index[begin] : i + 1]
+            products = sum("GMMA" in line for _, line in body)
             if products:
-                mnemonics = Counter(_mnemonic(line) for line in body)
-                yield Loop(len(body), products, {c: mnemonics[c] for c in _CLASSES})
+                mnemonics = Counter(_mnemonic(line) for _, line in body)
+                yield Loop(body, products, {c: mnemonics[c] for c in _CLASSES})
 
     def _count(self, pattern: str) -> int:
         return sum(bool(re.search(pattern, text)) for _, text in self.lines)
@@ -173,6 +183,8 @@ class Row:
     peer_unmasked: int | None
     peer_masked: int | None
     peer_block_n: int | None
+    without_turn: float | None  # the smallest share of the loops' exponentials; None: no turns
+    under_product: float | None  # None: FP8, where nothing overlaps within a warpgroup
     classes: dict[str, int]
 
 
@@ -188,7 +200,7 @@ def tile(variant: ForwardVariant) -> tuple[int, int]:
 def row(variant: ForwardVariant) -> Row:
     compiled = compile_unit(variant.unit())
     code = MachineCode.of(compiled.cubin)
-    unmasked, masked = code.mainloops
+    unmasked, masked = code.mainloops[:2]
     key = (variant.head_dim, variant.head_dim_v, variant.mask)
     peers = FLASH_ATTENTION_3_FP8 if variant.scales == "head" else FLASH_ATTENTION_3
     comparable = not (variant.softcap or variant.alibi or variant.scales == "block")
@@ -211,7 +223,18 @@ def row(variant: ForwardVariant) -> Row:
         unmasked.instructions,
         masked.instructions,
         *peer,
+        *_overlap(code, variant),
         unmasked.classes,
+    )
+
+
+def _overlap(code: MachineCode, variant: ForwardVariant) -> tuple[float | None, float | None]:
+    found = [machine_order.overlap(loop.lines) for loop in code.mainloops]
+    turns = [x.without_turn for x in found if x.without_turn is not None]
+    products = [x.under_product for x in found if x.under_product is not None]
+    return (
+        min(turns) if turns else None,
+        min(products) if products and variant.dtype != "e4m3" else None,
     )
 
 
@@ -236,13 +259,14 @@ def _cost(compiled: Compiled) -> tuple[int, int]:
 def table(rows: list[Row]) -> str:
     lines = [
         "| kernel | tile | registers | spills | unmasked | masked | FA3 (its kBlockN) "
-        "| tensor | exp | FMA | shared | issue |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| turn | P V | tensor | exp | FMA | shared | issue |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         peer = "" if r.peer_unmasked is None else f"{r.peer_unmasked} / {r.peer_masked or ''}"
         peer += "" if r.peer_block_n is None else f" ({r.peer_block_n})"
-        counts = (r.registers, r.spill_bytes, r.unmasked, r.masked, peer)
+        shares = ["" if x is None else f"{x:.0%}" for x in (r.without_turn, r.under_product)]
+        counts = (r.registers, r.spill_bytes, r.unmasked, r.masked, peer, *shares)
         cycles = (r.tensor_cycles, r.exponential_cycles, r.fma_cycles, r.shared_cycles)
         cells = (r.name, r.tile, *counts, *cycles, r.issue_cycles)
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
