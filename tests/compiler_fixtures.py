@@ -1,6 +1,7 @@
 """Fixtures of the compiler's tests: a cache of their own, and a compiler that copies."""
 
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ class Workshop:
         self.source = folder / "kernel.cu"
         self.header = folder / "tile.h"
         self.log = folder / "nvcc.log"
+        self.temporary = folder.parent / "temporary"
+        self.temporary.mkdir(exist_ok=True)
         self.source.write_text(f'#include "tile.h"\n{LOG}')
         self.header.write_text("// a tile\n")
         self.log.write_text("")
@@ -51,6 +54,11 @@ def install_fake_compiler(folder: Path) -> Path:
     return folder / "nvcc"
 
 
+def set_temporary_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
 @pytest.fixture
 def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     folder = tmp_path / "work shop"
@@ -59,6 +67,8 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     monkeypatch.setenv("FLASH8_NVCC", str(install_fake_compiler(folder)))
     monkeypatch.setenv("FLASH8_CACHE", str(shop.cache))
     monkeypatch.setenv("FAKE_NVCC_LOG", str(shop.log))
-    monkeypatch.delenv("FLASH8_COMPILE", raising=False)
+    for name in ("FLASH8_COMPILE", "FLASH8_COMPILE_TIMEOUT", "FLASH8_CUTLASS"):
+        monkeypatch.delenv(name, raising=False)
+    set_temporary_folder(monkeypatch, shop.temporary)
     toolchain._version.cache_clear()
     return shop

@@ -46,7 +46,6 @@ class Package:
 
 
 def forget() -> None:
-    packaged._manifest.cache_clear()
     packaged._device_code.cache_clear()
 
 
@@ -97,6 +96,31 @@ def test_a_cubin_of_other_device_code_does_not_count(package, change):
     forget()
     assert packaged_cubin(unit) is None
     assert kernel_image(unit, "cubin")
+
+
+@pytest.mark.parametrize(
+    "text", ["5", "[1, 2]", '{"forward_d128": 5}', '{"forward_d128": {"sha256": 1}}', "[" * 100000]
+)
+def test_a_manifest_of_another_shape_counts_as_none(package, text):
+    package.ship()
+    (package.kernels / "manifest.json").write_text(text)
+    forget()
+    assert packaged_cubin(package.forward) is None
+    assert kernel_image(package.forward, "cubin")
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "folder"])
+def test_a_damaged_cubin_does_not_count(package, damage):
+    package.ship()
+    path = package.kernels / "forward_d128.cubin"
+    cubin = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(cubin[:-1] if damage == "cut" else bytes([cubin[0] ^ 1]) + cubin[1:])
+    assert packaged_cubin(package.forward) is None
+    assert kernel_image(package.forward, "cubin") == cubin
 
 
 def test_what_cannot_be_shipped_is_named(package, tmp_path):

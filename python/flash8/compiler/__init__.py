@@ -7,16 +7,18 @@ flash8/ in the user's cache folder.
 """
 
 import os
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flash8.compiler.build import NVCC_FLAGS, PTXAS_FLAGS, BuildResult, Unit, build
+from flash8.compiler.build import Unit
+from flash8.compiler.compilation import Compilation, find_anywhere, make_request, toolchain_key
 from flash8.compiler.errors import CompileError, CompilerNotFoundError, MissingVariantError
 from flash8.compiler.packaged import packaged_cubin, write_package
+from flash8.compiler.places import cache_root, printable
+from flash8.compiler.process import time_limit
 from flash8.compiler.progress import progress_line
 from flash8.compiler.report import CompileReport, KernelCost, parse_log
-from flash8.compiler.store import Store, cache_root, digest
+from flash8.compiler.store import Entry, Request, Store
 from flash8.compiler.toolchain import Toolchain, cutlass_root, find_toolchain, kernel_root
 
 __all__ = [
@@ -39,8 +41,6 @@ __all__ = [
     "write_package",
 ]
 
-_ATTEMPTS = 3
-
 
 @dataclass(frozen=True)
 class Compiled:
@@ -60,7 +60,7 @@ class Compiled:
 
     @property
     def log(self) -> str:
-        return (self.folder / "compile.log").read_text()
+        return (self.folder / "compile.log").read_text("utf-8")
 
     @property
     def report(self) -> CompileReport:
@@ -71,32 +71,18 @@ def compile_unit(unit: Unit, *, step: str = "") -> Compiled:
     """The compiled `unit`, from the cache or from the compiler.
 
     `step`, such as "3/13", goes before the unit on the progress line of a terminal. Threads and
-    processes that ask for the same unit wait for the first of them.
+    processes that ask for the same unit wait for the first of them, but not for longer than
+    FLASH8_COMPILE_TIMEOUT (600 seconds), the time that each call of a compiler may take. A cache
+    that cannot be written to is replaced by a private folder, with one warning.
+
+    With FLASH8_COMPILE=never, or where there is no compiler, the cache serves what any compiler
+    made of the device code as it is now.
 
     Raises MissingVariantError when the unit is not in the cache and FLASH8_COMPILE=never,
-    CompilerNotFoundError when there is no compiler, CompileError when it refuses the source.
+    CompilerNotFoundError when there is no compiler, CompileError when it refuses the source or
+    takes too long, OSError when there is nowhere to compile.
     """
-    mode = _mode()
-    if not unit.source.is_file():
-        raise FileNotFoundError(f"source is {unit.source}; there is no such file")
-    store = Store(cache_root())
-    try:
-        toolchain = find_toolchain()
-    except CompilerNotFoundError as error:
-        if mode == "never":
-            raise _missing(unit, store) from error
-        raise
-    request = _request(unit, toolchain)
-    entry = store.find(request)
-    if entry is not None:
-        return Compiled(unit, entry, 0.0)
-    if mode == "never":
-        raise _missing(unit, store)
-    with store.lock(request):
-        entry = store.find(request)
-        if entry is not None:
-            return Compiled(unit, entry, 0.0)
-        return _compile(unit, toolchain, store, request, step)
+    return _obtain(unit, step)[0]
 
 
 def kernel_image(unit: Unit, kind: str) -> bytes:
@@ -107,8 +93,8 @@ def kernel_image(unit: Unit, kind: str) -> bytes:
     shipped = packaged_cubin(unit) if kind == "cubin" else None
     if shipped is not None:
         return shipped.read_bytes()
-    compiled = compile_unit(unit)
-    return (compiled.cubin if kind == "cubin" else compiled.ptx).read_bytes()
+    # The bytes whose digest was compared, not what a second look at the folder would find.
+    return _obtain(unit, "")[1].files["kernel.cubin" if kind == "cubin" else "kernel.ptx"]
 
 
 def _mode() -> str:
@@ -119,34 +105,42 @@ def _mode() -> str:
 
 
 def _missing(unit: Unit, store: Store) -> MissingVariantError:
+    trouble = store.trouble()
+    which = printable(store.root) + (f", which is not used ({trouble})" if trouble else "")
     return MissingVariantError(
-        f"{unit.label} is not in the cache {store.root}, and FLASH8_COMPILE=never; compile it "
+        f"{unit.label} is not in the cache {which}, and FLASH8_COMPILE=never; compile it "
         f"with `flash8 compile`, or unset FLASH8_COMPILE to compile it when it is first used"
     )
 
 
-def _request(unit: Unit, toolchain: Toolchain) -> str:
-    includes = [str(path) for path in (kernel_root(), *toolchain.include_dirs)]
-    options = [*NVCC_FLAGS, *PTXAS_FLAGS, *includes, *unit.define_options()]
-    return digest(toolchain.version, str(unit.source.resolve()), *options)
+def _obtain(unit: Unit, step: str) -> tuple[Compiled, Entry]:
+    mode, limit = _mode(), time_limit()
+    if not unit.source.is_file():
+        raise FileNotFoundError(f"source is {printable(unit.source)}; there is no such file")
+    store = Store(cache_root())
+    request = make_request(unit)
+    if mode == "never":
+        found = _found(unit, store, request)
+        if found is None:
+            raise _missing(unit, store)
+        return found
+    try:
+        toolchain = find_toolchain()
+    except CompilerNotFoundError:
+        found = _found(unit, store, request)
+        if found is None:
+            raise
+        return found
+    request = replace(request, toolchain=toolchain_key(toolchain))
+    entry = store.find(request)
+    seconds = 0.0
+    if entry is None:
+        with progress_line(f"{step} {unit.label}".strip()) as tick:
+            entry, seconds = Compilation(unit, toolchain, request, tick, limit).into(store)
+    return Compiled(unit, entry.folder, seconds), entry
 
 
-def _compile(unit: Unit, toolchain: Toolchain, store: Store, request: str, step: str) -> Compiled:
-    start = time.monotonic()
-    label = f"{step} {unit.label}".strip()
-    for _ in range(_ATTEMPTS):
-        with store.scratch() as folder, progress_line(label) as tick:
-            began = time.time_ns()
-            result = build(unit, toolchain, folder, tick)
-            if _changed_since(began, result):
-                continue
-            (folder / "compile.log").write_text(result.log)
-            entry = store.publish(request, result.headers, folder)
-            return Compiled(unit, entry, time.monotonic() - start)
-    raise CompileError(f"the files that {unit.label} reads keep changing while it compiles", "")
-
-
-def _changed_since(began: int, result: BuildResult) -> bool:
-    """Whether the digest of the headers could be of another text than the compiler saw."""
-    now = time.time_ns()
-    return any(began <= path.stat().st_mtime_ns <= now for path in result.headers)
+def _found(unit: Unit, store: Store, request: Request) -> tuple[Compiled, Entry] | None:
+    """What any compiler has made of the unit before."""
+    entry = find_anywhere(store, request)
+    return None if entry is None else (Compiled(unit, entry.folder, 0.0), entry)

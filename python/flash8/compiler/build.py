@@ -1,14 +1,16 @@
 """Runs the compiler: one source and its defines become PTX, then a cubin, in a folder."""
 
+import os
 import re
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flash8.compiler import nvrtc
 from flash8.compiler.errors import CompileError
+from flash8.compiler.places import is_plain, printable
+from flash8.compiler.process import Tick, TimeLimitError, run
 from flash8.compiler.report import parse_log
 from flash8.compiler.toolchain import Toolchain, kernel_root
 
@@ -23,8 +25,6 @@ NVCC_FLAGS = (
 )
 PTXAS_FLAGS = ("-arch=sm_90a", "-O3", "-v")
 
-Tick = Callable[[float], None]
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -37,7 +37,7 @@ class Unit:
     @property
     def label(self) -> str:
         """What progress lines and tables call it."""
-        return self.name or " ".join([self.source.name, *self.define_options()])
+        return printable(self.name or " ".join([self.source.name, *self.define_options()]))
 
     def define_options(self) -> list[str]:
         return [f"-D{name}={value}" if value else f"-D{name}" for name, value in self.defines]
@@ -51,46 +51,24 @@ class BuildResult:
     log: str
 
 
-def build(unit: Unit, toolchain: Toolchain, folder: Path, tick: Tick) -> BuildResult:
+def build(unit: Unit, toolchain: Toolchain, folder: Path, tick: Tick, limit: float) -> BuildResult:
     """Compile `unit` into folder/kernel.ptx and folder/kernel.cubin.
 
-    `tick` is called every fraction of a second with the seconds since the start. Raises
-    CompileError with the compiler's own words, or because the kernel would hang.
+    `folder` has a plain name (`places.build_folder`). `tick` is called every fraction of a second
+    with the seconds since the start; no tool gets more than `limit` seconds. Raises CompileError
+    with the compiler's own words, or because the kernel would hang.
     """
-    start = time.monotonic()
-    ptx, cubin, depfile = (folder / f"kernel.{suffix}" for suffix in ("ptx", "cubin", "d"))
-    back: list[str | Path] = [toolchain.ptxas, *PTXAS_FLAGS, ptx, "-o", cubin]
+    runner = _Runner(unit, folder, tick, limit)
     if toolchain.nvrtc:
-        front_end = nvrtc.compile_ptx(unit, toolchain, ptx, tick)
-        log = front_end.log + _run(back, unit, start, tick)
-        _refuse_hangs(unit, log, ptx)
-        return BuildResult(front_end.headers, log)
-    includes = [f"-I{path}" for path in (kernel_root(), *toolchain.include_dirs)]
-    front: list[str | Path] = [toolchain.nvcc, *NVCC_FLAGS, *unit.define_options(), *includes]
-    front += ["-MD", "-MF", depfile, "-o", ptx, unit.source]
-    log = "".join(_run(command, unit, start, tick) for command in (front, back))
-    _refuse_hangs(unit, log, ptx)
-    headers = _parse_depfile(depfile.read_text())
-    depfile.unlink()
+        command, text, headers = nvrtc.front_end(unit, toolchain)
+        log = runner.run(command, "NVRTC", text)
+    else:
+        log = runner.run(_nvcc(unit, toolchain, folder))
+        headers = parse_depfile((folder / "kernel.d").read_bytes(), folder)
+    back: list[str | Path] = [toolchain.ptxas, *PTXAS_FLAGS, "kernel.ptx", "-o", "kernel.cubin"]
+    log += runner.run(back)
+    _refuse_hangs(unit, log, folder / "kernel.ptx")
     return BuildResult(headers, log)
-
-
-def _run(command: Sequence[str | Path], unit: Unit, start: float, tick: Tick) -> str:
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        while True:
-            try:
-                said, _ = process.communicate(timeout=0.2)
-                break
-            except subprocess.TimeoutExpired:
-                tick(time.monotonic() - start)
-            except BaseException:
-                process.kill()
-                raise
-    if process.returncode != 0:
-        raise CompileError(_failure(command, unit, process.returncode, said), said)
-    return said
 
 
 def _refuse_hangs(unit: Unit, log: str, ptx: Path) -> None:
@@ -100,15 +78,78 @@ def _refuse_hangs(unit: Unit, log: str, ptx: Path) -> None:
         raise CompileError("\n".join([f"{unit.label} is refused", *hangs]), log)
 
 
-def _failure(command: Sequence[str | Path], unit: Unit, status: int, said: str) -> str:
-    tool = Path(command[0]).name
+def _nvcc(unit: Unit, toolchain: Toolchain, folder: Path) -> list[str | Path]:
+    source = unit.source.absolute()
+    roots = [kernel_root(), *toolchain.include_dirs]
+    sources = _plain(source.parent, folder, "source")
+    includes = [_plain(root, folder, f"include{i}") for i, root in enumerate(roots)]
+    if is_plain(Path(source.name)):
+        named = f"{sources}/{source.name}"
+    else:
+        named = _plain(source, folder, "source.cu")
+        includes.insert(0, sources)
+    compiler = _plain(toolchain.nvcc.parent, folder, "compiler")
+    return [
+        f"{compiler}/{toolchain.nvcc.name}",
+        *NVCC_FLAGS,
+        *unit.define_options(),
+        *(f"-I{path}" for path in includes),
+        *("-MD", "-MF", "kernel.d", "-o", "kernel.ptx"),
+        named,
+    ]
+
+
+def _plain(path: Path, folder: Path, name: str) -> str:
+    """`path`, or a link to it where nvcc would take it for something else: it hands its arguments
+    to a shell, and has no names with spaces or quotes in the make rules that it writes."""
+    if is_plain(path):
+        return str(path)
+    (folder / name).symlink_to(path)
+    return name
+
+
+@dataclass
+class _Runner:
+    """Runs the tools of one build in its folder."""
+
+    unit: Unit
+    folder: Path
+    tick: Tick
+    limit: float
+
+    def __post_init__(self) -> None:
+        self._started = time.monotonic()
+
+    def run(self, command: Sequence[str | Path], tool: str = "", text: bytes = b"") -> str:
+        tool = tool or Path(command[0]).name
+        try:
+            status, said = run(
+                command,
+                limit=self.limit,
+                folder=self.folder,
+                tick=self.tick,
+                started=self._started,
+                text=text,
+            )
+        except TimeLimitError as error:
+            raise CompileError(f"{self.unit.label}: {error}", "") from error
+        if status != 0:
+            raise CompileError(_failure(tool, self.unit, status, said), said)
+        return said
+
+
+def _failure(tool: str, unit: Unit, status: int, said: str) -> str:
     lines = said.strip().splitlines()
     errors = [line for line in lines if re.search(r"\b(error|fatal)\b", line)] or lines[-5:]
     return "\n".join([f"{tool} refused {unit.label} (exit status {status})", *errors[:10]])
 
 
-def _parse_depfile(text: str) -> tuple[Path, ...]:
-    """The prerequisites of a make rule; spaces in names are escaped with a backslash."""
-    prerequisites = text.partition(": ")[2].replace("\\\n", " ")
-    names = re.findall(r"(?:\\.|[^\s\\])+", prerequisites)
-    return tuple(sorted({Path(re.sub(r"\\(.)", r"\1", name)).resolve() for name in names}))
+def parse_depfile(text: bytes, folder: Path) -> tuple[Path, ...]:
+    """The prerequisites of a make rule, as absolute paths; relative ones are in `folder`.
+
+    A backslash escapes a blank or "#" and is itself where anything else follows; "$$" is "$".
+    """
+    prerequisites = os.fsdecode(text).partition(": ")[2].replace("\\\n", " ")
+    names = re.findall(r"(?:\\[\s#]|\S)+", prerequisites)
+    plain = (re.sub(r"\\([\s#])", r"\1", name).replace("$$", "$") for name in names)
+    return tuple(sorted({(folder / name).resolve() for name in plain}))

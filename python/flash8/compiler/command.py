@@ -15,6 +15,7 @@ from flash8.compiler import (
     compile_unit,
     write_package,
 )
+from flash8.compiler.places import printable
 
 HEADER = (
     "unit",
@@ -58,21 +59,22 @@ def run(options: argparse.Namespace) -> int:
     for i, unit in enumerate(units):
         try:
             compiled.append(compile_unit(unit, step=f"{i + 1}/{len(units)}" if options.all else ""))
-        except (CompileError, FileNotFoundError, MissingVariantError) as error:
+        except (CompileError, OSError, MissingVariantError) as error:
             problems.append(str(error))
         except CompilerNotFoundError as error:
             problems.append(str(error))
             break
     if compiled:
         print(format_table(HEADER, [row for result in compiled for row in _rows(result)]))
-        print(*[f"{result.unit.label}: {result.folder}" for result in compiled], sep="\n")
+        for result in compiled:
+            print(f"{result.unit.label}: {printable(result.folder)}")
     for result in compiled:
         problems += [f"{result.unit.label}: {text}" for text in result.report.problems()]
     if options.into and not problems:
         write_package(compiled, options.into)
-        print(f"{len(compiled)} cubins are in {options.into}")
+        print(f"{len(compiled)} cubins are in {printable(options.into)}")
     for problem in problems:
-        print(f"flash8 compile: {problem}", file=sys.stderr)
+        print(f"flash8 compile: {printable(problem)}", file=sys.stderr)
     return 1 if problems else 0
 
 

@@ -2,18 +2,23 @@
 
 nvcc asks a host compiler to preprocess even device code; NVRTC does not, but has no C++ standard
 library. The few standard headers that the device code includes are given to it here, over libcu++.
+It runs in a process of its own (`nvrtc_process.py`), which can be ended when it hangs.
 """
 
+import importlib.metadata
 import importlib.util
-from concurrent.futures import ThreadPoolExecutor, TimeoutError
+import json
+import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from flash8.compiler.errors import CompileError
-from flash8.compiler.toolchain import Toolchain, cutlass_root, kernel_root
+from flash8.compiler.errors import CompilerNotFoundError
+from flash8.compiler.reads import device_code
+from flash8.compiler.toolchain import Toolchain, kernel_root
 
 if TYPE_CHECKING:
-    from flash8.compiler.build import BuildResult, Tick, Unit
+    from flash8.compiler.build import Unit
 
 FLAGS = (
     "-arch=compute_90a",
@@ -29,6 +34,7 @@ _STANDARD_HEADERS = {
     "cstddef": "namespace std { using ::size_t; using ::ptrdiff_t; }",
     "type_traits": "namespace std { using namespace cuda::std; }",
 }
+_PROCESS = Path(__file__).resolve().with_name("nvrtc_process.py")
 
 
 def is_installed() -> bool:
@@ -39,60 +45,41 @@ def is_installed() -> bool:
         return False
 
 
-def compile_ptx(unit: "Unit", toolchain: Toolchain, ptx: Path, tick: "Tick") -> "BuildResult":
-    """Compile `unit` into the file `ptx`. Raises CompileError with NVRTC's own words.
+def identity() -> list[str]:
+    """What decides what NVRTC makes of a source, besides the source."""
+    versions = []
+    for name in ("cuda-bindings", "nvidia-cuda-nvrtc"):
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{name} of unknown version")
+    return [*versions, *FLAGS, json.dumps(_STANDARD_HEADERS)]
+
+
+def front_end(
+    unit: "Unit", toolchain: Toolchain
+) -> tuple[list[str | Path], bytes, tuple[Path, ...]]:
+    """The command that writes kernel.ptx into its working folder, its input, and what it reads.
 
     NVRTC does not say which files it read, so all of the device code counts as read.
     """
-    from flash8.compiler.build import BuildResult
-
+    if not sys.executable:
+        raise CompilerNotFoundError(
+            "NVRTC runs in a process of Python, and sys.executable is empty"
+        )
     cuda = toolchain.nvcc.parent.parent / "include"
-    folders = [kernel_root(), unit.source.parent, *toolchain.include_dirs, cuda / "cccl", cuda]
-    options = [*FLAGS, *unit.define_options(), *(f"-I{folder}" for folder in folders)]
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(_compile, unit, options)
-        seconds = 0.0
-        while True:
-            try:
-                text, log = job.result(timeout=0.2)
-                break
-            except TimeoutError:
-                seconds += 0.2
-                tick(seconds)
-    ptx.write_bytes(text)
-    roots = (kernel_root(), cutlass_root())
-    read = {path.resolve() for root in roots for path in root.rglob("*") if path.is_file()}
-    return BuildResult(tuple(sorted(read | {unit.source.resolve()})), log)
-
-
-def _compile(unit: "Unit", options: list[str]) -> tuple[bytes, str]:
-    from cuda.bindings import nvrtc
-
-    def must(result: tuple[Any, ...]) -> Any:
-        if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise CompileError(f"NVRTC failed for {unit.label}: {result[0].name}", "")
-        return result[1] if len(result) > 1 else None
-
-    names = [name.encode() for name in _STANDARD_HEADERS]
-    texts = [
-        f"#pragma once\n#include <cuda/std/{name}>\n{text}\n".encode()
+    source = unit.source.absolute()
+    folders = [kernel_root(), source.parent, *toolchain.include_dirs, cuda / "cccl", cuda]
+    headers = {
+        name: f"#pragma once\n#include <cuda/std/{name}>\n{text}\n"
         for name, text in _STANDARD_HEADERS.items()
-    ]
-    source = unit.source.read_bytes()
-    program = must(
-        nvrtc.nvrtcCreateProgram(source, str(unit.source).encode(), len(names), texts, names)
-    )
-    try:
-        encoded = [option.encode() for option in options]
-        result = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-        log = b" " * must(nvrtc.nvrtcGetProgramLogSize(program))
-        must(nvrtc.nvrtcGetProgramLog(program, log))
-        said = log.decode().strip("\0 \n")
-        if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            errors = [line for line in said.splitlines() if "error" in line][:10]
-            raise CompileError("\n".join([f"NVRTC refused {unit.label}", *errors]), said)
-        ptx = b" " * must(nvrtc.nvrtcGetPTXSize(program))
-        must(nvrtc.nvrtcGetPTX(program, ptx))
-        return ptx.rstrip(b"\0"), said + "\n" if said else ""
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
+    }
+    request = {
+        "path": [path or os.getcwd() for path in sys.path],
+        "source": str(source),
+        "options": [*FLAGS, *unit.define_options(), *(f"-I{folder}" for folder in folders)],
+        "headers": headers,
+    }
+    read = {*device_code(), source.resolve()}
+    command: list[str | Path] = [sys.executable, "-I", _PROCESS]
+    return command, json.dumps(request).encode(), tuple(sorted(read))

@@ -5,6 +5,7 @@ from: the unit, the flags and every file of the device code. Where the device co
 another, the cubin counts as absent, and the unit is compiled as if none had been shipped.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from functools import cache
@@ -27,12 +28,15 @@ def packaged_root() -> Path:
 
 
 def packaged_cubin(unit: Unit) -> Path | None:
-    """The package's cubin of `unit`, if there is one and it was made from this device code."""
-    made_from = _manifest(packaged_root()).get(unit.name)
-    if made_from is None or made_from != _key(unit):
+    """The package's cubin of `unit`, if there is one, made from this device code, and whole."""
+    said = _manifest(packaged_root()).get(unit.name)
+    if said is None or said["made_from"] != _key(unit):
         return None
     cubin = packaged_root() / f"{unit.name}.cubin"
-    return cubin if cubin.is_file() else None
+    try:
+        return cubin if _sum(cubin.read_bytes()) == said["sha256"] else None
+    except OSError:
+        return None
 
 
 def write_package(compiled: Sequence["Compiled"], folder: Path) -> None:
@@ -45,17 +49,30 @@ def write_package(compiled: Sequence["Compiled"], folder: Path) -> None:
     for result in compiled:
         if not result.unit.name:
             raise ValueError(f"{result.unit.label} has no name to ship it under")
-        manifest[result.unit.name] = _key(result.unit)
-        (folder / f"{result.unit.name}.cubin").write_bytes(result.cubin.read_bytes())
+        cubin = result.cubin.read_bytes()
+        manifest[result.unit.name] = {"made_from": _key(result.unit), "sha256": _sum(cubin)}
+        (folder / f"{result.unit.name}.cubin").write_bytes(cubin)
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-@cache
-def _manifest(folder: Path) -> dict[str, str]:
+def _manifest(folder: Path) -> dict[str, dict[str, str]]:
+    """What the manifest says of each unit; nothing of those of which it says something else."""
     try:
-        return dict(json.loads((folder / _MANIFEST).read_text()))
-    except (OSError, ValueError):
+        manifest = json.loads((folder / _MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
+    if not isinstance(manifest, dict):
+        return {}
+    fields = {"made_from", "sha256"}
+    return {
+        name: said
+        for name, said in manifest.items()
+        if isinstance(said, dict) and said.keys() == fields
+    }
+
+
+def _sum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _key(unit: Unit) -> str:

@@ -4,14 +4,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flash8.compiler.build import Tick
+from flash8.compiler.process import Tick
 
 
 @contextmanager
 def progress_line(label: str) -> Iterator[Tick]:
     """Gives a tick that rewrites the line; the line is wiped at the end."""
     stream = sys.stderr
-    if not stream.isatty():
+    if stream is None or stream.closed or not stream.isatty():
         yield lambda seconds: None
         return
     text = f"flash8: compiling {label} ..."

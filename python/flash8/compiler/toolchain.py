@@ -2,13 +2,14 @@
 
 import os
 import shutil
-import subprocess
 import sysconfig
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from flash8.compiler.errors import CompilerNotFoundError
+from flash8.compiler.places import printable
+from flash8.compiler.process import TimeLimitError, run
 
 INSTALL_HINT = (
     "install it with `pip install --no-deps nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 "
@@ -16,6 +17,9 @@ INSTALL_HINT = (
     "nvidia-cutlass==4.2.0.0`, or put a CUDA 12.4 or newer nvcc on PATH"
 )
 DEFAULT_CUDA = Path("/usr/local/cuda")
+_VERSION_LIMIT = 60.0  # seconds
+#: What changes what nvcc does without a trace in its version or in the files that are read.
+_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,14 @@ class Toolchain:
     version: str
     origin: str
     nvrtc: bool = False
+
+    def identity(self) -> list[str]:
+        """What decides what it makes of a source, besides the source and the headers."""
+        tools = (self.nvcc, self.ptxas, self.nvcc.parent.parent / "nvvm" / "bin" / "cicc")
+        sizes = [str(tool.stat().st_size) if tool.is_file() else "" for tool in tools]
+        settings = [os.environ.get(name, "") for name in _VARIABLES]
+        folders = [str(path) for path in self.include_dirs]
+        return [self.version, *sizes, *settings, *folders]
 
 
 def kernel_root() -> Path:
@@ -54,12 +66,12 @@ def find_toolchain() -> Toolchain:
     """
     named = os.environ.get("FLASH8_NVCC")
     if named:
-        return _at(Path(named), "FLASH8_NVCC")
+        return _at(Path(named).absolute(), "FLASH8_NVCC")
     site = Path(sysconfig.get_path("purelib"))
     candidates = [(site / "nvidia" / "cu13" / "bin" / "nvcc", "pip")]
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
-        candidates.append((Path(home) / "bin" / "nvcc", "CUDA_HOME"))
+        candidates.append((Path(home).absolute() / "bin" / "nvcc", "CUDA_HOME"))
     on_path = shutil.which("nvcc")
     if on_path:
         candidates.append((Path(on_path).resolve(), "PATH"))
@@ -75,7 +87,9 @@ def _at(nvcc: Path, origin: str) -> Toolchain:
     ptxas = nvcc.with_name("ptxas")
     for tool in (nvcc, ptxas):
         if not os.access(tool, os.X_OK):
-            raise CompilerNotFoundError(f"{tool} (from {origin}) is not an executable file")
+            raise CompilerNotFoundError(
+                f"{printable(tool)} (from {origin}) is not an executable file"
+            )
     nvrtc = not has_host_compiler() and _has_nvrtc()
     version = ("NVRTC beside " if nvrtc else "") + _version(nvcc)
     return Toolchain(nvcc, ptxas, _include_dirs(), version, origin, nvrtc)
@@ -96,14 +110,17 @@ def _include_dirs() -> tuple[Path, ...]:
     """CUTLASS. The CUDA headers themselves, the C++ core libraries among them, nvcc knows."""
     named = os.environ.get("FLASH8_CUTLASS")
     site = Path(sysconfig.get_path("purelib"))
-    path = Path(named) if named else site / "cutlass_library" / "source" / "include"
+    path = Path(named).absolute() if named else site / "cutlass_library" / "source" / "include"
     return (path,) if path.is_dir() else ()
 
 
 @cache
 def _version(nvcc: Path) -> str:
     """The release and build that nvcc names, such as "V13.0.88 cuda_13.0.r13.0/compiler..."."""
-    result = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise CompilerNotFoundError(f"{nvcc} --version failed: {result.stderr.strip()}")
-    return " ".join(result.stdout.splitlines()[-2:])
+    try:
+        status, said = run([nvcc, "--version"], limit=_VERSION_LIMIT)
+    except (TimeLimitError, OSError) as error:
+        raise CompilerNotFoundError(f"{printable(nvcc)} --version failed: {error}") from error
+    if status != 0:
+        raise CompilerNotFoundError(f"{printable(nvcc)} --version failed: {said.strip()}")
+    return " ".join(said.splitlines()[-2:])
