@@ -2,6 +2,7 @@
 #   make demo     train and serve a small byte-level GPT
 #   make test     the default test suite, on the installed package
 #   make test-full  all of it, with the tests marked slow
+#   make fuzz     100,000 random calls, good and hostile (FUZZ_CALLS, FUZZ_SEED, FUZZ_WORKERS)
 #   make bench    time flash8 on this machine
 #   make gpu-pack   compile every kernel that gpu-check runs, into build/gpu-pack; needs no GPU
 #   make gpu-check  on a Hopper GPU, with that pack: kernels, hardware facts, benchmarks, GPU tests
@@ -34,7 +35,7 @@ PACKAGE := $(VENV)/.package-$(call digest,pyproject.toml CMakeLists.txt README.m
 CXX_SOURCES := $(shell find hopper cutlass_kernels python/native tests bench -type f \
 	\( -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \) 2>/dev/null)
 
-.PHONY: demo test test-full bench gpu-pack gpu-check lint format clean install
+.PHONY: demo test test-full bench gpu-pack gpu-check lint format clean install fuzz
 
 demo: $(PACKAGE)
 	$(BIN)/python examples/byte_gpt/demo.py
@@ -45,6 +46,13 @@ test: $(TOOLS) $(PACKAGE) $(COMPILER)
 
 test-full: $(TOOLS) $(PACKAGE) $(COMPILER)
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 -m "slow or not slow" $(PYTEST_ARGS)
+
+FUZZ_CALLS ?= 100000
+FUZZ_SEED ?= 0
+FUZZ_WORKERS ?= 2
+fuzz: $(TOOLS) $(PACKAGE) $(COMPILER)
+	OMP_NUM_THREADS=1 $(BIN)/python -P tests/fuzz/run.py \
+		--calls $(FUZZ_CALLS) --seed $(FUZZ_SEED) --workers $(FUZZ_WORKERS)
 
 bench: $(PACKAGE)
 	@set -e; for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flash8.arguments import require_tensor
+from flash8.arguments import require_rank, require_tensor
 from flash8.float8 import E4M3
 
 if TYPE_CHECKING:
@@ -46,7 +46,12 @@ def num_packed_blocks(total: int, batch: int) -> int:
 
 
 def block_offsets(cu_seqlens: Tensor) -> Tensor:
-    """The first block of every sequence of a packed tensor, int64 (batch,)."""
+    """The first block of every sequence of a packed tensor, int64 (batch,).
+
+    Raises TypeError or ValueError when cu_seqlens is not int32 or int64 (batch + 1,).
+    """
+    require_tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+    require_rank("cu_seqlens", cu_seqlens, 1, "(batch + 1,)")
     starts = cu_seqlens[:-1].long()
     return starts // BLOCK + torch.arange(starts.shape[0], device=starts.device)
 

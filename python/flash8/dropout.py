@@ -68,7 +68,7 @@ def dropout_mask(
     """
     sizes = (("batch", batch), ("heads", heads), ("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k))
     for name, size in sizes:
-        require_int(name, size, minimum=0)
+        require_int(name, size, minimum=0, maximum=2**31 - 1)
     checks.check_dropout_p(p)
     seed_value = int(checks.dropout_seed_tensor(seed, torch.device("cpu")).item())
     batch_heads = torch.arange(batch * heads).view(batch, heads)

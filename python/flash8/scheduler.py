@@ -107,7 +107,9 @@ def get_scheduler_metadata(
         raise ValueError(
             f"num_heads_q must be a multiple of num_heads_kv = {num_heads_kv}, got {num_heads_q}"
         )
-    pages = 0 if page_size is None else require_int("page_size", page_size, minimum=1)
+    pages = 0
+    if page_size is not None:
+        pages = require_int("page_size", page_size, minimum=1, maximum=2**31 - 1)
     splits = options.num_splits or choose_num_splits(cache_seqlens.device, geometry, options)
     values = [_VERSION, splits, *_described(geometry, options, pages)]
     return torch.tensor(values, dtype=torch.int32, device=cache_seqlens.device)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash8.arguments import require_rank, require_tensor
+from flash8.arguments import require_int, require_rank, require_tensor
 
 __all__ = [
     "PackedBatch",
@@ -146,6 +146,7 @@ def position_ids_from_cu_seqlens(cu_seqlens: Tensor, total: int) -> Tensor:
         ``(total,)`` int64.
     """
     _check_integers("cu_seqlens", cu_seqlens, ndim=1)
+    require_int("total", total, minimum=0, maximum=_INT32_MAX)
     token = torch.arange(total, device=cu_seqlens.device)
     ends = cu_seqlens[1:].contiguous()
     sequence = torch.searchsorted(ends, token.to(ends.dtype), right=True)
@@ -190,6 +191,7 @@ def unpack(packed: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     Syncs: once when ``cu_seqlens`` is not on the CPU (lengths are shapes).
     """
     _check_integers("cu_seqlens", cu_seqlens, ndim=1)
+    _check_rows("packed", packed, 1)
     bounds = cu_seqlens.tolist()
     ascending = all(low <= high for low, high in pairwise(bounds))
     if not bounds or bounds[0] != 0 or not ascending or bounds[-1] > packed.shape[0]:
@@ -227,6 +229,7 @@ def unpad_input(
     ``torch.compile`` these two break the graph unless
     ``torch._dynamo.config.capture_scalar_outputs`` is set.
     """
+    _check_rows("hidden_states", hidden_states, 2)
     valid = _mask("attention_mask", attention_mask)
     kept = valid if unused_mask is None else valid | _mask("unused_mask", unused_mask, like=valid)
     if hidden_states.shape[:2] != valid.shape:
@@ -264,7 +267,10 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
         ValueError: ``indices`` does not match ``hidden_states`` or points outside the batch.
     """
     _check_integers("indices", indices, ndim=1)
-    if hidden_states.dim() == 0 or hidden_states.shape[0] != indices.shape[0]:
+    _check_rows("hidden_states", hidden_states, 1)
+    for name, size in (("batch", batch), ("seqlen", seqlen)):
+        require_int(name, size, minimum=0, maximum=_INT32_MAX)
+    if hidden_states.shape[0] != indices.shape[0]:
         raise ValueError(
             f"indices must hold one place for each token of hidden_states "
             f"{tuple(hidden_states.shape)}, got {indices.shape[0]}"
@@ -336,6 +342,14 @@ def _check_integers(name: str, tensor: Tensor, ndim: int | tuple[int, ...]) -> N
     if tensor.dim() not in allowed:
         wanted = " or ".join(str(n) for n in allowed)
         raise ValueError(f"{name} must have {wanted} dimension(s), got shape {tuple(tensor.shape)}")
+
+
+def _check_rows(name: str, tensor: Tensor, ndim: int) -> None:
+    """Refuses all but a tensor with at least `ndim` dimensions."""
+    if not isinstance(tensor, Tensor) or tensor.is_nested:
+        raise TypeError(f"{name} must be a plain tensor, got {type(tensor).__name__}")
+    if tensor.dim() < ndim:
+        raise ValueError(f"{name} must have at least {ndim} dimension(s), got {tensor.dim()}")
 
 
 def _mask(name: str, mask: Tensor, like: Tensor | None = None) -> Tensor:

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from flash8.arguments import describe, require_tensor
 from flash8.float8 import E4M3, MAX, saturating_cast
 from flash8.fp8.request import Request
 from flash8.fp8.transposed import transpose
 from flash8.rotary import embed_position
 
 _SMALLEST_DESCALE = 2.0**-126
+_WIDE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def quantize(request: Request) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,6 +42,17 @@ def quantize(request: Request) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def descale_of(amax: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
-    """The fp32 descale of values up to amax: 1 where amax is 0, never so small as to overflow."""
+    """The fp32 descale of values up to amax: 1 where amax is 0, never so small as to overflow.
+
+    Args:
+        amax: floating point, any shape.
+        dtype: torch.float8_e4m3fn or torch.float8_e5m2.
+
+    Raises:
+        TypeError: naming the argument that is wrong.
+    """
+    require_tensor("amax", amax, _WIDE)
+    if not isinstance(dtype, torch.dtype) or dtype not in MAX:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, MAX))}, got {describe(dtype)}")
     descale = (amax.double() / MAX[dtype]).clamp_min(_SMALLEST_DESCALE)
     return torch.where(amax == 0.0, 1.0, descale).float()

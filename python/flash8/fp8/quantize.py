@@ -127,9 +127,14 @@ def _has_kernels(request: Request) -> bool:
 
 
 def dequantize(x: ScaledTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """rotation^-1(descale * data + mean) in `dtype`: x as `quantize` got it, up to rounding."""
+    """rotation^-1(descale * data + mean) in `dtype`: x as `quantize` got it, up to rounding.
+
+    Raises TypeError when x is no ScaledTensor or `dtype` no floating point one.
+    """
     if not isinstance(x, ScaledTensor):
         raise TypeError(f"x must be a ScaledTensor, got {describe(x)}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating point torch.dtype, got {describe(dtype)}")
     tokens = Tokens(x.cu_seqlens)
     y = x.by_token().float()
     y = y * tokens.spread_descale(x.descale, y, x.granularity)

@@ -1,0 +1,146 @@
+"""Public functions and arguments with which each of them is right, small and of every kind."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flash8
+from cases import cumulative, int32
+from flash8 import fp8, varlen
+from flash8.fp8 import Rope, Rotation
+from test_fuzz import attention_call, cache_call
+
+Target = tuple[Callable[..., Any], dict[str, Any]]
+WIDE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def randn(rng: random.Random, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(rng.randrange(2**40))
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def _public(
+    call: Callable[[random.Random], tuple[str, dict[str, Any]]], rng: random.Random
+) -> Target:
+    name, arguments = call(rng)
+    return getattr(flash8, name), arguments
+
+
+def _packed(rng: random.Random) -> Target:
+    """The functions whose q, k and v come in one tensor."""
+    dtype = rng.choice(WIDE)
+    lengths = [rng.choice([0, 1, 3, 9]) for _ in range(2)]
+    total, longest = sum(lengths), max(lengths)
+    options = {"causal": rng.random() < 0.5, "window_size": (-1, -1), "softcap": 0.0}
+    options |= {"softmax_scale": None, "return_attn_probs": True, "s_aux": None}
+    qkv = {"qkv": randn(rng, 2, 5, 3, 2, 8, dtype=dtype)}
+    kv = {"q": randn(rng, 2, 5, 4, 8, dtype=dtype), "kv": randn(rng, 2, 7, 2, 2, 8, dtype=dtype)}
+    ends = cumulative(lengths)
+    ends_qkv = {"qkv": randn(rng, total, 3, 2, 8, dtype=dtype), "cu_seqlens": ends}
+    ends_kv = {
+        "q": randn(rng, total, 4, 8, dtype=dtype),
+        "kv": randn(rng, total, 2, 2, 8, dtype=dtype),
+    }
+    ends_kv |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+    return rng.choice(
+        [
+            (flash8.flash_attn_qkvpacked_func, qkv | options),
+            (flash8.flash_attn_kvpacked_func, kv | options),
+            (flash8.flash_attn_varlen_qkvpacked_func, ends_qkv | {"max_seqlen": longest} | options),
+            (
+                flash8.flash_attn_varlen_kvpacked_func,
+                ends_kv | {"max_seqlen_q": longest, "max_seqlen_k": longest} | options,
+            ),
+        ]
+    )
+
+
+def _quantize(rng: random.Random) -> Target:
+    lengths = [rng.choice([0, 1, 5, 20]) for _ in range(2)]
+    is_packed = rng.random() < 0.5
+    shape = (sum(lengths), 2, 64) if is_packed else (2, 9, 2, 64)
+    angle = randn(rng, 32, 16)
+    arguments = {
+        "x": randn(rng, *shape, dtype=rng.choice(WIDE[:3])),
+        "granularity": rng.choice(["tensor", "head", "block"]),
+        "hadamard": rng.choice([None, True, False, 5, Rotation(64, 3)]),
+        "smooth_k": rng.random() < 0.3,
+        "rope": Rope(angle.cos(), angle.sin()) if rng.random() < 0.3 else None,
+        "cu_seqlens": cumulative(lengths) if is_packed else None,
+        "seqused": None,
+        "descale": None,
+        "amax": None,
+        "transpose": rng.random() < 0.2,
+    }
+    if arguments["transpose"]:
+        arguments |= {"smooth_k": False, "rope": None, "hadamard": None}
+    return fp8.quantize, arguments
+
+
+def _fp8_attention(rng: random.Random) -> Target:
+    recipe = rng.choice([None, fp8.CurrentScaling(), fp8.BlockScaling(smooth_k=True)])
+    q, k, v = (randn(rng, 1, 9, heads, 16, dtype=torch.bfloat16) for heads in (2, 1, 1))
+    leaf = rng.random() < 0.5
+    arguments = {"q": q.requires_grad_(leaf), "k": k, "v": v, "recipe": recipe}
+    options = {"causal": True, "window_size": (-1, -1), "softcap": 0.0, "softmax_scale": None}
+    return fp8.fp8_attention, arguments | options | {"s_aux": None, "return_attn_probs": True}
+
+
+def _others(rng: random.Random) -> Target:
+    lengths = [rng.choice([0, 1, 4]) for _ in range(3)]
+    ends = cumulative(lengths)
+    mask = torch.rand(2, 6) < 0.5
+    x = randn(rng, 2, 6, 3)
+    kept, indices, *_ = varlen.unpad_input(x, mask)
+    partial = randn(rng, 3, 2, 5, 2, 8), randn(rng, 3, 2, 5, 2)
+    metadata = {"batch_size": 2, "max_seqlen_q": 3, "max_seqlen_k": 40, "num_heads_q": 4}
+    metadata |= {"num_heads_kv": 2, "headdim": 64, "cache_seqlens": int32([3, 40])}
+    metadata |= {"page_size": None, "causal": True, "num_splits": 0, "qkv_dtype": torch.bfloat16}
+    combine = {"out_partial": partial[0], "lse_partial": partial[1], "out": None}
+    mask_of = {"seed": 5, "batch": 1, "heads": 2, "seqlen_q": 3, "seqlen_k": 4, "p": 0.5}
+    quantized = fp8.quantize(randn(rng, 1, 4, 2, 16), "head")
+    return rng.choice(
+        [
+            (flash8.flash_attn_combine, combine | {"out_dtype": None}),
+            (flash8.get_scheduler_metadata, metadata),
+            (flash8.dropout_mask, mask_of),
+            (varlen.cu_seqlens_from_lengths, {"lengths": lengths}),
+            (varlen.cu_seqlens_from_mask, {"attention_mask": mask}),
+            (varlen.cu_seqlens_from_position_ids, {"position_ids": int32([0, 1, 2, 0, 1])}),
+            (varlen.max_seqlen_of, {"cu_seqlens": ends}),
+            (varlen.pack, {"tensors": [x[0, :n] for n in lengths]}),
+            (varlen.unpack, {"packed": randn(rng, sum(lengths), 3), "cu_seqlens": ends}),
+            (varlen.unpad_input, {"hidden_states": x, "attention_mask": mask, "unused_mask": None}),
+            (
+                varlen.pad_input,
+                {"hidden_states": kept, "indices": indices, "batch": 2, "seqlen": 6},
+            ),
+            (
+                varlen.position_ids_from_cu_seqlens,
+                {"cu_seqlens": ends, "total": sum(lengths)},
+            ),
+            (fp8.dequantize, {"x": quantized, "dtype": torch.float32}),
+            (fp8.descale_of, {"amax": torch.rand(3), "dtype": torch.float8_e4m3fn}),
+            (fp8.block_offsets, {"cu_seqlens": ends}),
+        ]
+    )
+
+
+#: How a target is drawn, and how often.
+DRAWS: list[tuple[int, Callable[[random.Random], Target]]] = [
+    (6, lambda rng: _public(attention_call, rng)),
+    (4, lambda rng: _public(cache_call, rng)),
+    (2, _packed),
+    (1, _quantize),
+    (1, _fp8_attention),
+    (3, _others),
+]
+
+
+def draw(rng: random.Random) -> Target:
+    """A function and arguments that it takes."""
+    torch.manual_seed(rng.randrange(2**40))
+    return rng.choices([draw for _, draw in DRAWS], [weight for weight, _ in DRAWS])[0](rng)
