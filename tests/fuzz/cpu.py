@@ -26,6 +26,10 @@ def call(seed: int) -> str:
     return hostile(rng)
 
 
+def prepare() -> None:
+    _right()
+
+
 def against_the_oracle(rng: random.Random) -> str:
     """A call that is a little damaged or not at all: refused with a useful message, or right."""
     name, arguments = rng.choice([attention_call, attention_call, cache_call])(rng)

@@ -145,5 +145,9 @@ def leg() -> Leg:
     return Leg(library())
 
 
+def prepare() -> None:
+    leg()
+
+
 def call(seed: int) -> str:
     return leg()(seed)

@@ -13,6 +13,7 @@ def of(weights: Mapping[str, float]) -> dict[str, tuple[float, Call]]:
         module = import_module(f"fuzz.{name}")
         missing = getattr(module, "missing", lambda: None)()
         if missing is None:
+            getattr(module, "prepare", lambda: None)()
             found[name] = (weight, module.call)
         else:
             print(f"without the leg {name}: {missing}")

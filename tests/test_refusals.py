@@ -1,0 +1,72 @@
+"""Arguments that public helpers refuse by name: each once got an exception from deep inside."""
+
+import numpy as np
+import pytest
+import torch
+
+import flash8
+from flash8 import fp8, varlen
+
+ENDS = torch.tensor([0, 2, 5], dtype=torch.int32)
+X = torch.randn(2, 3, 4)
+
+
+def scheduled(**changes):
+    arguments = {"batch_size": 2, "max_seqlen_q": 1, "max_seqlen_k": 40, "num_heads_q": 4}
+    arguments |= {"num_heads_kv": 2, "headdim": 64, "cache_seqlens": ENDS[1:]}
+    return flash8.get_scheduler_metadata(**(arguments | changes))
+
+
+REFUSED = {
+    "amax: a number": (TypeError, "amax", lambda: fp8.descale_of(2.0)),
+    "amax: integers": (TypeError, "amax", lambda: fp8.descale_of(ENDS)),
+    "dtype of descale_of": (TypeError, "dtype", lambda: fp8.descale_of(X, -2.0)),
+    "dtype of descale_of, wide": (TypeError, "dtype", lambda: fp8.descale_of(X, torch.float32)),
+    "dtype of dequantize": (TypeError, "dtype", lambda: fp8.dequantize(fp8.quantize(X[None]), -1)),
+    "dtype of dequantize, ''": (
+        TypeError,
+        "dtype",
+        lambda: fp8.dequantize(fp8.quantize(X[None]), ""),
+    ),
+    "block_offsets of a list": (TypeError, "cu_seqlens", lambda: fp8.block_offsets([0, 1])),
+    "block_offsets of numpy": (TypeError, "cu_seqlens", lambda: fp8.block_offsets(np.ones(2))),
+    "block_offsets of a scalar": (ValueError, "cu_seqlens", lambda: fp8.block_offsets(ENDS[0])),
+    "page_size": (ValueError, "page_size", lambda: scheduled(page_size=2**31)),
+    "batch of dropout_mask": (
+        ValueError,
+        "batch",
+        lambda: flash8.dropout_mask(0, 10**30, 1, 2, 2, 0.5),
+    ),
+    "seqlen_k of dropout_mask": (
+        ValueError,
+        "seqlen_k",
+        lambda: flash8.dropout_mask(0, 1, 1, 2, 2**63, 0.5),
+    ),
+    "unpack a tuple": (TypeError, "packed", lambda: varlen.unpack((), ENDS)),
+    "unpack a scalar": (ValueError, "packed", lambda: varlen.unpack(X[0, 0, 0], ENDS)),
+    "unpad a list": (TypeError, "hidden_states", lambda: varlen.unpad_input([1], X[..., 0] > 0)),
+    "pad a list": (TypeError, "hidden_states", lambda: varlen.pad_input([1], ENDS, 2, 3)),
+    "pad to a tensor": (TypeError, "batch", lambda: varlen.pad_input(X[:, 0], ENDS[:2], X, 3)),
+    "pad to less than nothing": (
+        ValueError,
+        "seqlen",
+        lambda: varlen.pad_input(X[:, 0], ENDS[:2], 2, -3),
+    ),
+    "positions of too many": (
+        ValueError,
+        "total",
+        lambda: varlen.position_ids_from_cu_seqlens(ENDS, 2**63),
+    ),
+    "positions of half a token": (
+        TypeError,
+        "total",
+        lambda: varlen.position_ids_from_cu_seqlens(ENDS, 2.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_is_refused_by_name(case):
+    error, name, call = REFUSED[case]
+    with pytest.raises(error, match=rf"^{name} must "):
+        call()
