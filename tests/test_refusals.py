@@ -31,6 +31,16 @@ REFUSED = {
     "block_offsets of a list": (TypeError, "cu_seqlens", lambda: fp8.block_offsets([0, 1])),
     "block_offsets of numpy": (TypeError, "cu_seqlens", lambda: fp8.block_offsets(np.ones(2))),
     "block_offsets of a scalar": (ValueError, "cu_seqlens", lambda: fp8.block_offsets(ENDS[0])),
+    "descale of another granularity": (
+        ValueError,
+        "descale",
+        lambda: fp8.quantize(X[None], "block", descale=torch.ones(2)),
+    ),
+    "descale of another batch": (
+        ValueError,
+        "descale",
+        lambda: fp8.quantize(X[None].expand(2, 2, 3, 4), "head", descale=torch.ones(1, 3)),
+    ),
     "page_size": (ValueError, "page_size", lambda: scheduled(page_size=2**31)),
     "batch of dropout_mask": (
         ValueError,
@@ -52,6 +62,7 @@ REFUSED = {
         "seqlen",
         lambda: varlen.pad_input(X[:, 0], ENDS[:2], 2, -3),
     ),
+    "longest of no data": (ValueError, "cu_seqlens", lambda: varlen.max_seqlen_of(ENDS.to("meta"))),
     "positions of too many": (
         ValueError,
         "total",
@@ -63,6 +74,11 @@ REFUSED = {
         lambda: varlen.position_ids_from_cu_seqlens(ENDS, 2.5),
     ),
 }
+
+
+def test_places_are_counted_in_pythons_ints():
+    padded = varlen.pad_input(torch.ones(1, 3), torch.tensor([300]), np.uint8(6), np.uint8(255))
+    assert padded.shape == (6, 255, 3) and padded.sum() == padded[1, 45].sum() == 3
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -130,6 +130,7 @@ def max_seqlen_of(cu_seqlens: Tensor) -> int:
     Syncs: once.
     """
     _check_integers("cu_seqlens", cu_seqlens, ndim=1)
+    _check_has_data("cu_seqlens", cu_seqlens)
     if cu_seqlens.numel() < 2:
         return 0
     return int(cu_seqlens.diff().max().item())
@@ -146,7 +147,7 @@ def position_ids_from_cu_seqlens(cu_seqlens: Tensor, total: int) -> Tensor:
         ``(total,)`` int64.
     """
     _check_integers("cu_seqlens", cu_seqlens, ndim=1)
-    require_int("total", total, minimum=0, maximum=_INT32_MAX)
+    total = require_int("total", total, minimum=0, maximum=_INT32_MAX)
     token = torch.arange(total, device=cu_seqlens.device)
     ends = cu_seqlens[1:].contiguous()
     sequence = torch.searchsorted(ends, token.to(ends.dtype), right=True)
@@ -167,6 +168,8 @@ def pack(tensors: Sequence[Tensor]) -> PackedBatch:
         TypeError: an entry is no tensor, or dtypes differ.
         ValueError: no tensors, a zero-dimensional one, or shapes or devices that differ.
     """
+    if getattr(tensors, "is_nested", False):
+        raise TypeError("tensors must be a sequence of plain tensors, got a nested tensor")
     tensors = list(tensors)
     _check_packable(tensors)
     lengths = [tensor.shape[0] for tensor in tensors]
@@ -192,6 +195,7 @@ def unpack(packed: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     """
     _check_integers("cu_seqlens", cu_seqlens, ndim=1)
     _check_rows("packed", packed, 1)
+    _check_has_data("cu_seqlens", cu_seqlens)
     bounds = cu_seqlens.tolist()
     ascending = all(low <= high for low, high in pairwise(bounds))
     if not bounds or bounds[0] != 0 or not ascending or bounds[-1] > packed.shape[0]:
@@ -238,6 +242,7 @@ def unpad_input(
             f"hidden_states, got {tuple(valid.shape)}"
         )
     _check_same_device("attention_mask", valid, "hidden_states", hidden_states)
+    _check_has_data("attention_mask", valid)
     seqused = valid.sum(dim=1, dtype=torch.int32)
     kept_per_row = seqused if unused_mask is None else kept.sum(dim=1, dtype=torch.int32)
     cu_seqlens = cu_seqlens_from_lengths(kept_per_row)
@@ -268,8 +273,8 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     """
     _check_integers("indices", indices, ndim=1)
     _check_rows("hidden_states", hidden_states, 1)
-    for name, size in (("batch", batch), ("seqlen", seqlen)):
-        require_int(name, size, minimum=0, maximum=_INT32_MAX)
+    batch = require_int("batch", batch, minimum=0, maximum=_INT32_MAX)
+    seqlen = require_int("seqlen", seqlen, minimum=0, maximum=_INT32_MAX)
     if hidden_states.shape[0] != indices.shape[0]:
         raise ValueError(
             f"indices must hold one place for each token of hidden_states "
@@ -317,8 +322,9 @@ def _check_packable(tensors: list[Tensor]) -> None:
     if not tensors:
         raise ValueError("tensors must hold at least one tensor, got none")
     for index, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"tensors must hold tensors; entry {index} is {type(tensor).__name__}")
+        if not isinstance(tensor, Tensor) or tensor.is_nested:
+            what = "nested" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"tensors must hold plain tensors; entry {index} is {what}")
         if tensor.dim() == 0:
             raise ValueError(f"tensors must be (length, ...); entry {index} has no dimension")
     first = tensors[0]
@@ -350,6 +356,11 @@ def _check_rows(name: str, tensor: Tensor, ndim: int) -> None:
         raise TypeError(f"{name} must be a plain tensor, got {type(tensor).__name__}")
     if tensor.dim() < ndim:
         raise ValueError(f"{name} must have at least {ndim} dimension(s), got {tensor.dim()}")
+
+
+def _check_has_data(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{name} must hold data, got a meta tensor")
 
 
 def _mask(name: str, mask: Tensor, like: Tensor | None = None) -> Tensor:

@@ -100,6 +100,7 @@ def quantize(
         amax=amax,
         transpose=transpose,
     )
+    _check_descale(request)
     with torch.no_grad():
         serve = kernels.quantize if _has_kernels(request) else portable.quantize
         data, found_descale, found_mean = serve(request)
@@ -114,6 +115,14 @@ def quantize(
         cu_seqlens,
         x.shape[-3] if transpose else None,
     )
+
+
+def _check_descale(request: Request) -> None:
+    """A kernel reads a given descale as the granularity lays it out, whatever its shape."""
+    descale, shape = request.descale, request.descale_shape()
+    if descale is None or (request.granularity == "channel" and descale.shape == shape[1:]):
+        return
+    require_shape("descale", descale, shape, f"that of granularity {request.granularity!r}")
 
 
 def _has_kernels(request: Request) -> bool:
