@@ -118,11 +118,22 @@ def quantize(
 
 
 def _check_descale(request: Request) -> None:
-    """A kernel reads a given descale as the granularity lays it out, whatever its shape."""
-    descale, shape = request.descale, request.descale_shape()
-    if descale is None or (request.granularity == "channel" and descale.shape == shape[1:]):
+    """Its shape says how it is read, so it has to be one that x has."""
+    if request.descale is None:
         return
-    require_shape("descale", descale, shape, f"that of granularity {request.granularity!r}")
+    if request.granularity == "channel":
+        shape = request.descale_shape()
+        shapes = [shape[1:], shape]
+    else:
+        names = ["tensor", "head", "block", *(() if request.packed else ("page",))]
+        shapes = [request._replace(granularity=name).descale_shape() for name in names]
+    found = tuple(request.descale.shape)
+    if found not in shapes:
+        known = ", ".join(map(str, dict.fromkeys(shapes)))
+        raise ValueError(
+            f"descale must have one of the shapes {known} of granularity {request.granularity!r} "
+            f"for {describe(request.x)}, got {found}"
+        )
 
 
 def _has_kernels(request: Request) -> bool:
