@@ -63,6 +63,11 @@ REFUSED = {
         lambda: varlen.pad_input(X[:, 0], ENDS[:2], 2, -3),
     ),
     "longest of no data": (ValueError, "cu_seqlens", lambda: varlen.max_seqlen_of(ENDS.to("meta"))),
+    "positions in nothing": (
+        ValueError,
+        "cu_seqlens",
+        lambda: varlen.position_ids_from_cu_seqlens(ENDS[:0], 2),
+    ),
     "positions of too many": (
         ValueError,
         "total",
@@ -74,6 +79,21 @@ REFUSED = {
         lambda: varlen.position_ids_from_cu_seqlens(ENDS, 2.5),
     ),
 }
+
+
+@pytest.mark.parametrize("name", ["rotary_cos", "rotary_sin"])
+def test_no_append_makes_the_cache_part_of_a_graph(name):
+    """It would grow with every step, and the next call would be refused."""
+    q, k, v = (torch.randn(1, 1, 2, 32) for _ in "qkv")
+    caches = torch.zeros(1, 8, 2, 32), torch.zeros(1, 8, 2, 32)
+    tables = {"rotary_cos": torch.rand(8, 16), "rotary_sin": torch.rand(8, 16)}
+    tables[name].requires_grad_()
+    lengths = torch.tensor([3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="has no backward"):
+        flash8.flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths, **tables)
+    with torch.no_grad():
+        flash8.flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths, **tables)
+    assert not any(cache.requires_grad for cache in caches) and caches[0][0, 3].any()
 
 
 def test_places_are_counted_in_pythons_ints():

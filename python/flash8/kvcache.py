@@ -159,7 +159,9 @@ def flash_attn_with_kvcache(
         _refuse_without_new_keys(cu_seqlens_k_new, rotary)
     else:
         new = NewKeys(k, v, cu_seqlens_k_new, keys, values, geometry, options)
-        new.refuse_gradients(query, qv, s_aux)
+        appended_with = (*rotary, options.k_descale, options.v_descale)
+        tables = [x for x in appended_with if isinstance(x, Tensor)]
+        new.refuse_gradients(query, qv, s_aux, *tables)
         if rotated:
             new.refuse_rotated_cache(rotary_cos)
         ops.check_indices(query, keys, options)

@@ -147,6 +147,8 @@ def position_ids_from_cu_seqlens(cu_seqlens: Tensor, total: int) -> Tensor:
         ``(total,)`` int64.
     """
     _check_integers("cu_seqlens", cu_seqlens, ndim=1)
+    if cu_seqlens.numel() == 0:
+        raise ValueError("cu_seqlens must have at least one entry, got none")
     total = require_int("total", total, minimum=0, maximum=_INT32_MAX)
     token = torch.arange(total, device=cu_seqlens.device)
     ends = cu_seqlens[1:].contiguous()

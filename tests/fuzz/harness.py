@@ -103,7 +103,7 @@ def describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in frames][-6:]
     cause = error.__cause__
-    said = f"{type(error).__name__}: {str(error)[:600]} [{' '.join(ours)}]"
+    said = f"{type(error).__name__}: {str(error)[:3000]} [{' '.join(ours)}]"
     return said if cause is None else f"{said}\n  from {describe(cause)}"
 
 
