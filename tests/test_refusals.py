@@ -81,6 +81,15 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", ["q", "softmax_scale", "causal", "num_splits", "s_aux"])
+def test_a_nested_tensor_is_refused_by_name(name):
+    q = torch.randn(1, 4, 2, 16)
+    given = {"q": q, "k": q, "v": q, name: torch.nested.nested_tensor([q[0], q[0, :2]])}
+    with pytest.raises(TypeError, match=rf"^{name} must "):
+        flash8.flash_attn_func(**given)
+
+
 @pytest.mark.parametrize("name", ["rotary_cos", "rotary_sin"])
 def test_no_append_makes_the_cache_part_of_a_graph(name):
     """It would grow with every step, and the next call would be refused."""

@@ -17,6 +17,8 @@ Dtypes = torch.dtype | tuple[torch.dtype, ...]
 
 def describe(value: object) -> str:
     """A short text for a value in a message: tensors by type, shape and device."""
+    if isinstance(value, Tensor) and value.is_nested:  # it has no shape to ask for
+        return f"a nested {value.dtype} tensor on {value.device}"
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     text = repr(value)
