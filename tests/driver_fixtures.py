@@ -16,11 +16,11 @@ def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fake(fake_library: Path) -> Iterator[control.FakeDriver]:
-    """The fake driver with one device, as if just loaded. Every context is popped in the end."""
+    """The fake driver with one device, as if just loaded. What a thread sets is undone in the end."""
     driver = control.FakeDriver(fake_library)
     driver.reset()
     yield driver
-    assert driver.context_depth == 0
+    assert driver.context_depth == 0 and driver.capture_mode == 0
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def check(device: torch.device, variants: Sequence[trust.Variant] | None = None)
 def _check(variant: trust.Variant, device: torch.device) -> tuple[str | None, float]:
     """The finding and the milliseconds of the check, without those of compiling and loading."""
     try:
-        hopper.kernel(variant, device.index or 0)
+        hopper.kernel(variant)
     except Exception as error:
         return f"{type(error).__name__}: {error}", 0.0
     start = time.perf_counter()

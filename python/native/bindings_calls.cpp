@@ -2,6 +2,7 @@
 
 #include "bindings.h"
 #include "bindings_fields.h"
+#include "gil.h"
 #include "launch_forward.h"
 
 namespace py = pybind11;
@@ -72,7 +73,7 @@ void bind_forward(py::module_& module) {
         .def_readwrite("o_type", &P::o_type)
         .def_readwrite("heads_per_q_descale", &P::heads_per_q_descale);
     module.def("launch_forward", &launch_forward, py::arg("kernel"), py::arg("device"), py::arg("stream"),
-               py::arg("call"), py::arg("sm_margin") = 0, py::call_guard<py::gil_scoped_release>(),
+               py::arg("call"), py::arg("sm_margin") = 0, ReleaseGil(),
                "Enqueue the forward kernel on a stream. Fills in tensor maps, scheduler and grid. Raises "
                "ValueError for sizes, strides or addresses that the kernel cannot take.");
 }

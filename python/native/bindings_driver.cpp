@@ -2,6 +2,7 @@
 
 #include "bindings.h"
 #include "driver.h"
+#include "gil.h"
 #include "memory.h"
 
 namespace py = pybind11;
@@ -9,8 +10,6 @@ namespace py = pybind11;
 namespace flash8 {
 
 namespace {
-
-using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
 std::string device_repr(const DeviceInfo& device) {
     return "DeviceInfo(ordinal=" + std::to_string(device.ordinal) + ", name='" + device.name +
@@ -64,14 +63,16 @@ void write_buffer(DeviceMemory& memory, const py::buffer& data, std::size_t offs
     if (PyBuffer_IsContiguous(view.view(), 'C') == 0) {
         throw std::invalid_argument("data is not contiguous");
     }
-    const py::gil_scoped_release release;
+    const GilRelease release;
     memory.write(view.ptr, static_cast<std::size_t>(view.size * view.itemsize), offset);
 }
 
 py::bytes read_bytes(const DeviceMemory& memory, std::optional<std::size_t> bytes, std::size_t offset) {
-    std::string data(bytes.value_or(memory.bytes() - std::min(offset, memory.bytes())), '\0');
+    const std::size_t wanted = bytes.value_or(memory.bytes() - std::min(offset, memory.bytes()));
+    memory.check_span(wanted, offset);
+    std::string data(wanted, '\0');
     {
-        const py::gil_scoped_release release;
+        const GilRelease release;
         memory.read(data.data(), data.size(), offset);
     }
     return data;
@@ -79,16 +80,16 @@ py::bytes read_bytes(const DeviceMemory& memory, std::optional<std::size_t> byte
 
 void bind_memory(py::module_& module) {
     py::class_<DeviceMemory>(module, "DeviceMemory", "Bytes on a device, freed with the object.")
-        .def(py::init<std::shared_ptr<const Driver>, std::size_t, int>(), py::arg("driver"), py::arg("bytes"),
-             py::arg("device") = 0, ReleaseGil())
+        .def(py::init<std::shared_ptr<const Driver>, std::size_t, int>(), py::arg("driver").none(false),
+             py::arg("bytes"), py::arg("device") = 0, ReleaseGil())
         .def_property_readonly("address", &DeviceMemory::address)
         .def_property_readonly("bytes", &DeviceMemory::bytes)
         .def("write", &write_buffer, py::arg("data"), py::arg("offset") = 0)
         .def("read", &read_bytes, py::arg("bytes") = py::none(), py::arg("offset") = 0);
 
     py::class_<Stream>(module, "Stream", "A stream, destroyed with the object.")
-        .def(py::init<std::shared_ptr<const Driver>, int>(), py::arg("driver"), py::arg("device") = 0,
-             ReleaseGil())
+        .def(py::init<std::shared_ptr<const Driver>, int>(), py::arg("driver").none(false),
+             py::arg("device") = 0, ReleaseGil())
         .def_property_readonly("handle", &Stream::handle)
         .def("synchronize", &Stream::synchronize, ReleaseGil());
 }

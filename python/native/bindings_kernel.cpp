@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings.h"
+#include "gil.h"
 #include "launch.h"
 #include "registry.h"
 #include "tensor_map.h"
@@ -12,8 +13,6 @@ namespace py = pybind11;
 namespace flash8 {
 
 namespace {
-
-using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
 py::bytes tensor_map_bytes(const Driver& driver, ElementType element_type, std::uint64_t address,
                            std::vector<std::int64_t> dims, std::vector<std::int64_t> strides,
@@ -107,7 +106,7 @@ void launch_kernel(Kernel& kernel, const Dim3& grid, const py::iterable& paramet
     shape.shared_bytes = shared_bytes.value_or(shape.shared_bytes);
     shape.overlap_previous = overlap_previous;
     const Buffers buffers(parameters);
-    const py::gil_scoped_release release;
+    const GilRelease release;
     launch(kernel, device, stream, shape, buffers.parameters());
 }
 
@@ -116,19 +115,18 @@ void bind_library(py::module_& module) {
                                                   "A cubin, or PTX, in the driver's hands.")
         .def(py::init([](std::shared_ptr<const Driver> driver, const py::bytes& image) {
                  const std::string copy = image;
-                 const py::gil_scoped_release release;
+                 const GilRelease release;
                  return std::make_shared<Library>(std::move(driver), copy);
              }),
-             py::arg("driver"), py::arg("image"))
-        .def("info", &Library::info, py::arg("device") = 0, ReleaseGil(),
-             "The kernel_info that the cubin exports.")
+             py::arg("driver").none(false), py::arg("image"))
+        .def("info", &Library::info, "The kernel_info that the image exports.")
         .def(
             "kernel",
-            [](std::shared_ptr<const Library> self, const std::optional<std::string>& name, int device) {
+            [](std::shared_ptr<const Library> self, const std::optional<std::string>& name) {
                 return name ? std::make_shared<Kernel>(std::move(self), *name)
-                            : std::make_shared<Kernel>(std::move(self), device);
+                            : std::make_shared<Kernel>(std::move(self));
             },
-            py::arg("name") = py::none(), py::arg("device") = 0, ReleaseGil(),
+            py::arg("name") = py::none(), ReleaseGil(),
             "The kernel of that name, or the one that kernel_info describes.");
 }
 
@@ -163,16 +161,16 @@ void bind_registry(py::module_& module) {
                          std::function<py::bytes(std::string, std::string)> resolver) {
                  return std::make_unique<Registry>(
                      std::move(driver), [resolver](const std::string& key, Registry::Image image) {
-                         const py::gil_scoped_acquire acquire;
+                         const GilAcquire acquire;
                          return static_cast<std::string>(
                              resolver(key, image == Registry::Image::kCubin ? "cubin" : "ptx"));
                      });
              }),
-             py::arg("driver"), py::arg("resolver"),
+             py::arg("driver").none(false), py::arg("resolver").none(false),
              "resolver(key, image) gives the image, 'cubin' or 'ptx', as bytes. It is called once per key, "
              "again if "
              "it raised; 'ptx' is asked for only when the driver says that the cubin is not for its device.")
-        .def("get", &Registry::get, py::arg("key"), py::arg("device") = 0, ReleaseGil());
+        .def("get", &Registry::get, py::arg("key"), ReleaseGil());
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "bindings.h"
 #include "bindings_fields.h"
+#include "gil.h"
 #include "launch_quantize.h"
 
 namespace flash8 {
@@ -89,7 +90,7 @@ void bind_quantize(py::module_& module) {
     def_sizes(type);
     module.def(
         "launch_quantize", &launch_quantize, py::arg("kernel"), py::arg("device"), py::arg("stream"),
-        py::arg("call"), py::call_guard<py::gil_scoped_release>(),
+        py::arg("call"), ReleaseGil(),
         "Enqueue a quantizer kernel on a stream. Raises ValueError for sizes, strides or addresses that "
         "the kernel cannot take.");
 }

@@ -51,8 +51,8 @@ void bind_recall(py::module_& module) {
                           most_plans);
         },
         py::arg("scope"), py::arg("inputs"), py::arg("options"), py::arg("window"), py::kw_only(),
-        py::arg("kernel"), py::arg("device"), py::arg("sm_margin"), py::arg("draws_tiles"), py::arg("params"),
-        py::arg("out_like"), py::arg("lse_like"), py::arg("note"), py::arg("most_plans"),
+        py::arg("kernel").none(false), py::arg("device"), py::arg("sm_margin"), py::arg("draws_tiles"),
+        py::arg("params"), py::arg("out_like"), py::arg("lse_like"), py::arg("note"), py::arg("most_plans"),
         "Keep the plan of a call, unless its launch points to anything but the arguments themselves.");
     type.def("clear", &Recall::clear);
     type.def("__len__", &Recall::size);

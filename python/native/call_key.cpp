@@ -21,13 +21,19 @@ CallKey::CallKey(const TensorReader& reader, const std::array<PyObject*, 2>& ten
 }
 
 bool CallKey::add(PyObject* argument) {
+    const bool added = add_value(argument) || add_tensor(argument);
+    ++arguments_;
+    return added;
+}
+
+bool CallKey::add_plain(PyObject* argument) {
     const bool added = add_value(argument);
     ++arguments_;
     return added;
 }
 
-// Every value begins with a tag that says what follows and how long it is, so different calls never give the
-// same bytes.
+// Of a plain value. Every value begins with a tag that says what follows and how long it is, so different
+// calls never give the same bytes.
 bool CallKey::add_value(PyObject* value) {
     if (value == Py_None) {
         bytes_ += 'N';
@@ -44,12 +50,12 @@ bool CallKey::add_value(PyObject* value) {
         for (Py_ssize_t i = 0; i < size; ++i) {
             PyObject* const item = PyTuple_GET_ITEM(value, i);
             // Tensors are arguments of their own: in a tuple one would be known by no place among them.
-            if (!is_scalar(item) || !add_value(item)) {
+            if (item == nullptr || !is_scalar(item) || !add_value(item)) {
                 return false;
             }
         }
     } else {
-        return add_tensor(value);
+        return false;
     }
     return true;
 }

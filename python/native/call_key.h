@@ -30,6 +30,9 @@ class CallKey {
     // tensors. False: the argument is none such, and the call is known by nothing.
     bool add(PyObject* argument);
 
+    // The same for an argument that may be no tensor.
+    bool add_plain(PyObject* argument);
+
     // Adds an object that is told apart by its identity and is no argument.
     void add_identity(const void* object) { append('@', &object, sizeof(object)); }
 
@@ -39,7 +42,7 @@ class CallKey {
     std::size_t size() const { return num_tensors_; }
 
   private:
-    bool add_value(PyObject* value);
+    bool add_value(PyObject* value);  // of anything but a tensor
     bool add_integer(PyObject* value);
     bool add_tensor(PyObject* value);
     void append(char tag, const void* bytes, std::size_t count);

@@ -19,4 +19,12 @@ ContextScope::~ContextScope() {
     }
 }
 
+RelaxedCapture::RelaxedCapture(const Driver& driver) : driver_(driver) {
+    driver_.call(&cu::Entries::thread_exchange_capture_mode, &mode_);
+}
+
+RelaxedCapture::~RelaxedCapture() {
+    driver_.entries().thread_exchange_capture_mode.function(&mode_);
+}
+
 }  // namespace flash8

@@ -20,4 +20,18 @@ class ContextScope {
     bool pushed_ = false;
 };
 
+// While it lives, this thread may load kernels and set their limits although a stream captures: what these do
+// is no part of the graph. Copies and waits stay illegal.
+class RelaxedCapture {
+  public:
+    explicit RelaxedCapture(const Driver& driver);
+    ~RelaxedCapture();
+    RelaxedCapture(const RelaxedCapture&) = delete;
+    RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+  private:
+    const Driver& driver_;
+    int mode_ = cu::kCaptureModeRelaxed;  // then the one before
+};
+
 }  // namespace flash8

@@ -7,6 +7,8 @@
 #include <mutex>
 #include <utility>
 
+#include "context.h"
+
 namespace flash8 {
 
 namespace {
@@ -122,6 +124,7 @@ Driver::Primary Driver::primary(int device) const {
         cu::Device handle = 0;
         call(&cu::Entries::device_get, &handle, device);
         primary.multiprocessors = attribute(cu::kMultiprocessorCount, handle);
+        const RelaxedCapture relaxed(*this);
         call(&cu::Entries::primary_ctx_retain, &primary.context, handle);
     }
     return primary;

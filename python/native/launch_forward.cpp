@@ -12,7 +12,6 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr std::int64_t kMaxTiles = 2147483647;
-constexpr std::int64_t kAnyStride = 16;
 constexpr std::int64_t kStoreBytes = 16;  // the epilogue stores O in units of this size
 
 void check_kernel(const Kernel& kernel) {
@@ -49,9 +48,9 @@ void check_sequences(const SequenceParams& sequences) {
 }
 
 void check_output(const ForwardParams& call) {
-    constexpr std::int64_t element = 2;
+    constexpr std::int64_t unit = kStoreBytes / 2;  // in elements
     const auto check = [&](const char* name, std::int64_t elements) {
-        require(elements * element % kStoreBytes == 0, "forward: ", name, " is ", elements,
+        require(elements % unit == 0, "forward: ", name, " is ", elements,
                 " elements; it must be a multiple of ", kStoreBytes, " bytes");
     };
     const auto address = reinterpret_cast<std::uintptr_t>(call.o.ptr);
@@ -85,19 +84,20 @@ void check_descales(const ForwardParams& call, const KernelInfo& info) {
 // of, and none of it is read: it stands for one row somewhere in O.
 TiledTensor tiled(const TensorRef& ref, std::int64_t head_dim, std::int64_t rows, std::int64_t heads,
                   std::int64_t batch, ElementType type, const TensorRef& somewhere) {
-    const std::int64_t bytes = element_bytes(type);
     const bool empty = rows == 0 || batch == 0;
     const void* address = empty ? somewhere.ptr : ref.ptr;
-    TiledTensor tensor{type,
-                       reinterpret_cast<std::uintptr_t>(address),
-                       {head_dim, empty ? 1 : rows, heads, empty ? 1 : batch},
-                       {ref.row_stride * bytes, ref.head_stride * bytes, ref.batch_stride * bytes}};
-    for (std::size_t i = 0; i < tensor.strides.size(); ++i) {
-        // The stride of a dimension of one is never used, and torch may give it any value.
-        if (tensor.dims[i + 1] == 1 || empty) {
-            tensor.strides[i] = kAnyStride;
-        }
+    if (empty) {
+        rows = heads = batch = 1;
     }
+    const auto stride = [&](std::int64_t dim, std::int64_t elements) {
+        return dim == 1 ? 0 : stride_in_bytes(elements, type);  // settled below
+    };
+    TiledTensor tensor{
+        type,
+        reinterpret_cast<std::uintptr_t>(address),
+        {head_dim, rows, heads, batch},
+        {stride(rows, ref.row_stride), stride(heads, ref.head_stride), stride(batch, ref.batch_stride)}};
+    settle_strides(tensor);
     return tensor;
 }
 
@@ -107,14 +107,17 @@ TensorMap encode_folded_q(const Driver& driver, const KernelInfo& info, const Fo
                           std::int64_t rows, std::int64_t batch) {
     const std::int64_t ratio = params.heads_q / params.heads_kv;
     TmaBox box = info.tma[0];
-    TiledTensor tensor =
-        tiled(params.q, params.head_dim, rows, params.heads_kv, batch, box.element_type, params.o);
-    const std::int64_t head_stride = params.q.head_stride * element_bytes(box.element_type);
-    tensor.dims.insert(tensor.dims.begin() + 1, ratio);
-    tensor.strides.insert(tensor.strides.begin(), ratio == 1 ? kAnyStride : head_stride);
-    if (params.heads_kv > 1) {
-        tensor.strides[2] = ratio * head_stride;
+    TensorRef by_kv_head = params.q;
+    // A product that overflows is none that TMA has.
+    if (__builtin_mul_overflow(params.q.head_stride, ratio, &by_kv_head.head_stride)) {
+        by_kv_head.head_stride = -1;
     }
+    TiledTensor tensor =
+        tiled(by_kv_head, params.head_dim, rows, params.heads_kv, batch, box.element_type, params.o);
+    tensor.dims.insert(tensor.dims.begin() + 1, ratio);
+    tensor.strides.insert(tensor.strides.begin(),
+                          ratio == 1 ? 0 : stride_in_bytes(params.q.head_stride, box.element_type));
+    settle_strides(tensor);
     box.box[1] = static_cast<std::uint32_t>(ratio);
     box.box[2] = static_cast<std::uint32_t>(info.kBlockM / ratio);
     return encode_tensor_map(driver, tensor, box);

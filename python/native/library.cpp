@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "context.h"
+#include "kernel_image.h"
 
 namespace flash8 {
 
@@ -15,23 +16,35 @@ namespace {
 constexpr int kDefaultSharedBytes = 48 * 1024;
 constexpr int kPortableClusterCtas = 8;
 
-void check_abi(const KernelInfo& info, std::size_t bytes) {
+KernelInfo checked(const std::string& bytes) {
+    KernelInfo info{};
+    std::memcpy(&info, bytes.data(), std::min(bytes.size(), sizeof(info)));
+    if (bytes.empty()) {
+        throw std::runtime_error("the image exports no kernel_info");
+    }
     if (info.abi_version != kAbiVersion || info.info_bytes != sizeof(KernelInfo) ||
-        bytes != sizeof(KernelInfo)) {
+        bytes.size() != sizeof(KernelInfo)) {
         throw std::runtime_error("kernel_info has ABI version " + std::to_string(info.abi_version) + " and " +
-                                 std::to_string(bytes) + " bytes; this flash8 reads version " +
+                                 std::to_string(bytes.size()) + " bytes; this flash8 reads version " +
                                  std::to_string(kAbiVersion) + " with " + std::to_string(sizeof(KernelInfo)) +
                                  " bytes: compile the kernel again");
     }
     if (std::memchr(info.entry, '\0', sizeof(info.entry)) == nullptr || info.entry[0] == '\0') {
         throw std::runtime_error("kernel_info names no entry");
     }
+    const bool counts = info.kBlockM >= 1 && info.threads >= 1 && info.cluster[0] >= 1 &&
+                        info.cluster[1] >= 1 && info.cluster[2] >= 1;
+    if (!counts) {
+        throw std::runtime_error("kernel_info has a kBlockM, threads or cluster below 1");
+    }
+    return info;
 }
 
 }  // namespace
 
 Library::Library(std::shared_ptr<const Driver> driver, const std::string& image)
-    : driver_(std::move(driver)) {
+    : driver_(std::move(driver)), info_(kernel_info_bytes(image)) {
+    const RelaxedCapture relaxed(*driver_);
     driver_->call(&cu::Entries::library_load_data, &handle_, image.data(), nullptr, nullptr, 0u, nullptr,
                   nullptr, 0u);
 }
@@ -43,23 +56,17 @@ Library::~Library() {
 
 cu::Kernel Library::kernel(const std::string& name) const {
     cu::Kernel kernel = nullptr;
+    const RelaxedCapture relaxed(*driver_);
     driver_->call(&cu::Entries::library_get_kernel, &kernel, handle_, name.c_str());
     return kernel;
 }
 
-KernelInfo Library::info(int device) const {
-    const ContextScope scope(*driver_, device);
-    cu::DevicePtr address = 0;
-    std::size_t bytes = 0;
-    driver_->call(&cu::Entries::library_get_global, &address, &bytes, handle_, "kernel_info");
-    KernelInfo info{};
-    driver_->call(&cu::Entries::memcpy_dtoh, &info, address, std::min(bytes, sizeof(info)));
-    check_abi(info, bytes);
-    return info;
+KernelInfo Library::info() const {
+    return checked(info_);
 }
 
-Kernel::Kernel(std::shared_ptr<const Library> library, int device)
-    : library_(std::move(library)), info_(library_->info(device)) {
+Kernel::Kernel(std::shared_ptr<const Library> library)
+    : library_(std::move(library)), info_(library_->info()) {
     name_ = info_->entry;
     handle_ = library_->kernel(name_);
 }
@@ -74,6 +81,7 @@ Kernel::OnDevice& Kernel::on_device(int device) {
     }
     OnDevice& state = devices_[index];
     if (state.function == nullptr) {
+        const RelaxedCapture relaxed(driver());
         driver().call(&cu::Entries::kernel_get_function, &state.function, handle_);
         state.max_shared_bytes = kDefaultSharedBytes;
     }
@@ -84,11 +92,13 @@ cu::Function Kernel::function(int device, const Needs& needs) {
     const std::lock_guard<std::mutex> lock(mutex_);
     OnDevice& state = on_device(device);
     if (needs.shared_bytes > state.max_shared_bytes) {
+        const RelaxedCapture relaxed(driver());
         driver().call(&cu::Entries::func_set_attribute, state.function, cu::kMaxDynamicSharedSizeBytes,
                       needs.shared_bytes);
         state.max_shared_bytes = needs.shared_bytes;
     }
     if (needs.cluster_ctas > kPortableClusterCtas && !state.wide_cluster) {
+        const RelaxedCapture relaxed(driver());
         driver().call(&cu::Entries::func_set_attribute, state.function, cu::kNonPortableClusterSizeAllowed,
                       1);
         state.wide_cluster = true;

@@ -13,9 +13,11 @@
 
 namespace flash8 {
 
-// A cubin in the driver's hands, for every device. Unloaded with the last reference.
+// A cubin, or PTX, in the driver's hands, for every device. Unloaded with the last reference.
 class Library {
   public:
+    // Throws std::invalid_argument for a cubin that is cut off or damaged, DriverError when the driver
+    // refuses.
     Library(std::shared_ptr<const Driver> driver, const std::string& image);
     ~Library();
     Library(const Library&) = delete;
@@ -24,11 +26,13 @@ class Library {
     const Driver& driver() const { return *driver_; }
     cu::Kernel kernel(const std::string& name) const;
 
-    // The KernelInfo that the cubin exports. Throws std::runtime_error when it has another ABI version.
-    KernelInfo info(int device) const;
+    // The KernelInfo that the image exports, read from the image itself. Throws std::runtime_error when there
+    // is none, or when it has another ABI version.
+    KernelInfo info() const;
 
   private:
     std::shared_ptr<const Driver> driver_;
+    std::string info_;  // the bytes of kernel_info
     cu::Library handle_ = nullptr;
 };
 
@@ -36,7 +40,7 @@ class Library {
 class Kernel {
   public:
     // The kernel that the library's KernelInfo names.
-    Kernel(std::shared_ptr<const Library> library, int device);
+    explicit Kernel(std::shared_ptr<const Library> library);
     // Any other kernel, by its name: the caller knows its launch shape and parameters.
     Kernel(std::shared_ptr<const Library> library, const std::string& name);
 

@@ -19,13 +19,12 @@ class DeviceMemory {
     std::uint64_t address() const { return address_; }
     std::size_t bytes() const { return bytes_; }
 
-    // Both wait for the copy. Throw std::invalid_argument when the bytes do not fit.
+    // Copies are waited for. All throw std::invalid_argument when the bytes do not fit.
     void write(const void* from, std::size_t bytes, std::size_t offset);
     void read(void* to, std::size_t bytes, std::size_t offset) const;
-
-  private:
     void check_span(std::size_t bytes, std::size_t offset) const;
 
+  private:
     std::shared_ptr<const Driver> driver_;
     int device_;
     std::size_t bytes_;

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <stdexcept>
 #include <utility>
 
+#include "gil.h"
 #include "launch_forward.h"
 
 namespace py = pybind11;
@@ -21,7 +23,7 @@ constexpr std::size_t kOut = 5;
 constexpr std::size_t kInputs = 6;
 
 constexpr std::size_t kNowhere = ~std::size_t{0};
-constexpr std::uintptr_t kTmaAddressUnit = 16;
+constexpr std::uintptr_t kAddressUnit = 16;
 constexpr std::int64_t kSinkBytes = sizeof(float);
 
 struct Place {
@@ -58,20 +60,30 @@ std::size_t option_place(const std::string& name) {
     return found == std::end(kOptionPlaces) ? kNowhere : found->offset;
 }
 
+bool is_within(std::size_t offset) {
+    return offset <= sizeof(ForwardParams) - sizeof(std::uintptr_t);
+}
+
 void put_address(ForwardParams& params, std::size_t offset, std::uintptr_t address) {
+    if (!is_within(offset)) {
+        throw std::logic_error("forward: a remembered call has a tensor without a place");
+    }
     std::memcpy(reinterpret_cast<char*>(&params) + offset, &address, sizeof(address));
 }
 
 std::uintptr_t address_at(const ForwardParams& params, std::size_t offset) {
     std::uintptr_t address = 0;
+    if (!is_within(offset)) {
+        return address;
+    }
     std::memcpy(&address, reinterpret_cast<const char*>(&params) + offset, sizeof(address));
     return address;
 }
 
-// Whether TMA can read q, k and v from where they lie.
+// Whether TMA can read q, k and v from where they lie, and the epilogue can write `out`.
 bool is_aligned(const CallKey& call) {
     return std::all_of(call.begin(), call.end(), [](const CallKey::Tensor& tensor) {
-        return tensor.argument > kV || tensor.view.address % kTmaAddressUnit == 0;
+        return (tensor.argument > kV && tensor.argument != kOut) || tensor.view.address % kAddressUnit == 0;
     });
 }
 
@@ -125,7 +137,7 @@ py::object Recall::run(const CallArguments& arguments, bool want_lse, bool grad_
         params.scheduler.tile_count = reinterpret_cast<std::int32_t*>(address_of(tile_count));
     }
     {
-        const py::gil_scoped_release release;
+        const GilRelease release;
         launch_forward(*plan.kernel, plan.device, stream, params, plan.sm_margin);
     }
     return py::make_tuple(std::move(out), std::move(lse), graph ? plan.note : py::none());
@@ -143,7 +155,7 @@ void Recall::remember(const CallArguments& arguments, CallPlan plan, std::size_t
     }
     const bool points_to_arguments =
         std::all_of(call.begin(), call.end(), [&](const CallKey::Tensor& tensor) {
-            const std::size_t place = places_[tensor.argument];
+            const std::size_t place = place_of(tensor);
             return place != kNowhere &&
                    (is_converted(tensor) || address_at(plan.params, place) == tensor.view.address);
         });
@@ -160,11 +172,20 @@ void Recall::clear() {
     const auto forgotten = std::exchange(plans_, {});
 }
 
+std::size_t Recall::place_of(const CallKey::Tensor& tensor) const {
+    return tensor.argument < places_.size() ? places_[tensor.argument] : kNowhere;
+}
+
 CallKey Recall::new_key() const {
     return {reader_, {torch_.tensor_types[0].ptr(), torch_.tensor_types[1].ptr()}};
 }
 
 bool Recall::read(CallKey& call, const CallArguments& arguments) const {
+    const auto inputs = static_cast<std::size_t>(PyTuple_GET_SIZE(arguments.inputs.ptr()));
+    const auto options = static_cast<std::size_t>(PyTuple_GET_SIZE(arguments.options.ptr()));
+    if (inputs != kInputs || inputs + options != places_.size()) {
+        return false;
+    }
     call.add_identity(arguments.scope.ptr());
     for (const py::tuple* const part : {&arguments.inputs, &arguments.options}) {
         const Py_ssize_t count = PyTuple_GET_SIZE(part->ptr());
@@ -174,7 +195,8 @@ bool Recall::read(CallKey& call, const CallArguments& arguments) const {
             }
         }
     }
-    return call.add(arguments.window.ptr()) && call.size() > 0;
+    // Every launch takes its device and its stream from q, the first of all tensors.
+    return call.add_plain(arguments.window.ptr()) && call.size() > 0 && call.begin()->argument == kQ;
 }
 
 std::shared_ptr<const Recall::Remembered> Recall::find(const CallKey& call) const {
@@ -199,15 +221,15 @@ bool Recall::needs_graph(const CallKey& call, bool grad_enabled, bool& needed) c
     return !needed || find_out(call) == call.end();
 }
 
-// Whether there is no `out`, or it shares memory with none of the inputs.
+// Whether there is no `out`, or it shares memory with no other tensor of the call.
 bool Recall::can_write_out(const CallKey& call) const {
     const CallKey::Tensor* const out = find_out(call);
     if (out == call.end()) {
         return true;
     }
     const std::uintptr_t written = reader_.storage(out->object, out->view);
-    return std::none_of(call.begin(), out, [&](const CallKey::Tensor& tensor) {
-        return reader_.storage(tensor.object, tensor.view) == written;
+    return std::none_of(call.begin(), call.end(), [&](const CallKey::Tensor& tensor) {
+        return &tensor != out && reader_.storage(tensor.object, tensor.view) == written;
     });
 }
 
@@ -221,7 +243,7 @@ py::object Recall::put_arguments(const CallKey& call, bool graph, ForwardParams&
             sinks = (graph ? sinks.attr("detach")() : sinks).attr("float")();
             address = address_of(sinks);
         }
-        put_address(params, places_[tensor.argument], address);
+        put_address(params, place_of(tensor), address);
     }
     return sinks;
 }
@@ -233,7 +255,7 @@ py::object Recall::make_out(const CallKey& call, const CallPlan& plan) const {
 }
 
 std::uint64_t Recall::current_stream(const CallKey& call) const {
-    const CallKey::Tensor& q = call.begin()[kQ];
+    const CallKey::Tensor& q = *call.begin();
     if (reader_.has_streams()) {
         return reader_.stream(q.view.device);
     }
@@ -242,7 +264,7 @@ std::uint64_t Recall::current_stream(const CallKey& call) const {
 
 // A launch that runs uses its stream's counter, which never changes; one that is captured gets its own.
 py::object Recall::counter(const CallKey& call, const CallPlan& plan, std::uint64_t stream) {
-    const CallKey::Tensor& q = call.begin()[kQ];
+    const CallKey::Tensor& q = *call.begin();
     const auto ask = [&](bool captured) {
         return torch_.tile_count(py::handle(q.object).attr("device"), stream, captured);
     };
@@ -257,7 +279,9 @@ py::object Recall::counter(const CallKey& call, const CallPlan& plan, std::uint6
 
 std::uintptr_t Recall::address_of(const py::object& tensor) const {
     TensorView view;
-    if (!reader_.read(tensor.ptr(), view)) {
+    const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+    const bool known = type == torch_.tensor_types[0].ptr() || type == torch_.tensor_types[1].ptr();
+    if (!known || !reader_.read(tensor.ptr(), view)) {
         throw std::runtime_error("forward: torch gave a tensor without memory");
     }
     return view.address;

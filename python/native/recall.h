@@ -79,6 +79,7 @@ class Recall {
 
     using CounterKey = std::tuple<int, int, std::uint64_t, unsigned long>;  // device, stream, thread
 
+    std::size_t place_of(const CallKey::Tensor& tensor) const;
     CallKey new_key() const;
     bool read(CallKey& call, const CallArguments& arguments) const;
     std::shared_ptr<const Remembered> find(const CallKey& call) const;
@@ -92,7 +93,8 @@ class Recall {
 
     Torch torch_;
     TensorReader reader_;
-    std::vector<std::size_t> places_;  // by argument: where in the parameters its address goes, or kNowhere
+    std::vector<std::size_t>
+        places_;  // of inputs and options: where in the parameters an address goes, or kNowhere
     std::unordered_map<std::string, std::shared_ptr<const Remembered>> plans_;
     std::map<CounterKey, pybind11::object> counters_;
 };

@@ -7,11 +7,14 @@ namespace flash8 {
 Registry::Registry(std::shared_ptr<const Driver> driver, Resolver resolver)
     : driver_(std::move(driver)), resolver_(std::move(resolver)) {}
 
-std::shared_ptr<Kernel> Registry::get(const std::string& key, int device) {
+std::shared_ptr<Kernel> Registry::get(const std::string& key) {
     const std::shared_ptr<Slot> found = slot(key);
-    const std::lock_guard<std::mutex> lock(found->mutex);
+    const std::lock_guard<std::recursive_mutex> lock(found->mutex);
     if (found->kernel == nullptr) {
-        found->kernel = std::make_shared<Kernel>(load(key), device);
+        auto loaded = std::make_shared<Kernel>(load(key));
+        if (found->kernel == nullptr) {
+            found->kernel = std::move(loaded);
+        }
     }
     return found->kernel;
 }

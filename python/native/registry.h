@@ -24,11 +24,12 @@ class Registry {
     Registry(std::shared_ptr<const Driver> driver, Resolver resolver);
 
     // Threads that ask for one key wait for the first of them; other keys are not held up.
-    std::shared_ptr<Kernel> get(const std::string& key, int device);
+    // A thread that asks for a key while it loads that key itself (a finalizer may) loads it on its own.
+    std::shared_ptr<Kernel> get(const std::string& key);
 
   private:
     struct Slot {
-        std::mutex mutex;
+        std::recursive_mutex mutex;
         std::shared_ptr<Kernel> kernel;
     };
 

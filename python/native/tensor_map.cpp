@@ -14,6 +14,8 @@ constexpr std::size_t kMaxRank = 5;
 constexpr int kInterleaveNone = 0;
 constexpr int kL2Promotion128B = 2;
 constexpr int kFillZero = 0;
+constexpr std::int64_t kStrideUnit = 16;
+constexpr std::int64_t kMaxStride = std::int64_t{1} << 40;
 
 int swizzle_bytes(Swizzle swizzle) {
     switch (swizzle) {
@@ -30,6 +32,10 @@ int swizzle_bytes(Swizzle swizzle) {
                                 "; supported are 0 (none), 1 (32 bytes), 2 (64 bytes), 3 (128 bytes)");
 }
 
+std::int64_t row_bytes(const TiledTensor& tensor) {
+    return tensor.dims[0] * element_bytes(tensor.element_type);
+}
+
 void check_tensor(const TiledTensor& tensor) {
     const std::size_t rank = tensor.dims.size();
     require(rank >= 1 && rank <= kMaxRank, "tensor map: the tensor has ", rank,
@@ -42,10 +48,13 @@ void check_tensor(const TiledTensor& tensor) {
         require(tensor.dims[i] >= 1 && tensor.dims[i] <= (std::int64_t{1} << 32), "tensor map: dims[", i,
                 "] is ", tensor.dims[i], "; supported are 1 to 2^32");
     }
+    const std::int64_t row = row_bytes(tensor);
     for (std::size_t i = 0; i + 1 < rank; ++i) {
         const std::int64_t stride = tensor.strides[i];
-        require(stride >= 0 && stride % 16 == 0 && stride < (std::int64_t{1} << 40), "tensor map: strides[",
-                i, "] is ", stride, " bytes; it must be a multiple of 16 below 2^40");
+        require(stride >= 0 && stride % kStrideUnit == 0 && stride < kMaxStride, "tensor map: strides[", i,
+                "] is ", stride, " bytes; it must be a multiple of 16 below 2^40");
+        require(stride >= row, "tensor map: strides[", i, "] is ", stride, " bytes, less than a row of ",
+                row);
     }
 }
 
@@ -81,6 +90,23 @@ int element_bytes(ElementType type) {
     }
     throw std::invalid_argument("tensor map: element type is " + std::to_string(static_cast<unsigned>(type)) +
                                 "; supported are 0 (uint8), 6 (float16), 7 (float32), 9 (bfloat16)");
+}
+
+std::int64_t stride_in_bytes(std::int64_t elements, ElementType type) {
+    const std::int64_t bytes = element_bytes(type);
+    require(elements >= 0 && elements < kMaxStride / bytes, "tensor map: a stride is ", elements,
+            " elements of ", bytes, " bytes; supported are 0 to 2^40 bytes");
+    return elements * bytes;
+}
+
+void settle_strides(TiledTensor& tensor) {
+    std::int64_t inside = (row_bytes(tensor) + kStrideUnit - 1) / kStrideUnit * kStrideUnit;
+    for (std::size_t i = 0; i < tensor.strides.size(); ++i) {
+        if (tensor.dims[i + 1] == 1) {
+            tensor.strides[i] = inside;
+        }
+        inside = tensor.strides[i];
+    }
 }
 
 TensorMap encode_tensor_map(const Driver& driver, const TiledTensor& tensor, const TmaBox& box) {

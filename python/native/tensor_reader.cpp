@@ -57,11 +57,17 @@ std::int64_t integer(const py::object& value) {
     return number;
 }
 
-void copy_integers(const py::object& from, std::array<std::int64_t, TensorView::kMaxRank>& to) {
-    std::size_t i = 0;
-    for (const py::handle item : py::reinterpret_borrow<py::tuple>(from)) {
-        to[i++] = integer(py::reinterpret_borrow<py::object>(item));
+// Whether `from` was a tuple of `count` integers, which `to` has now.
+bool copy_integers(const py::object& from, Py_ssize_t count,
+                   std::array<std::int64_t, TensorView::kMaxRank>& to) {
+    if (PyTuple_Check(from.ptr()) == 0 || PyTuple_GET_SIZE(from.ptr()) != count) {
+        return false;
     }
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        to[static_cast<std::size_t>(i)] =
+            integer(py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(from.ptr(), i)));
+    }
+    return true;
 }
 
 bool has_memory(const TensorView& view) {
@@ -81,7 +87,7 @@ TensorReader::TensorReader(const py::object& exchange_api) {
     while (api != nullptr && api->major != dlpack::kMajorVersion) {
         api = api->older;
     }
-    if (api != nullptr && api->borrow != nullptr) {
+    if (api != nullptr && api->borrow != nullptr && api->current_stream != nullptr) {
         api_ = api;
     }
 }
@@ -90,7 +96,10 @@ bool TensorReader::read(PyObject* tensor, TensorView& view) const {
     try {
         return (api_ != nullptr ? borrow(tensor, view) : read_attributes(tensor, view)) && has_memory(view) &&
                !is_true(call(tensor, names().is_neg));
-    } catch (const py::error_already_set&) {  // of a sparse or nested tensor, or on another device
+    } catch (const py::error_already_set& error) {  // of a sparse or nested tensor, or on another device
+        if (!error.matches(PyExc_Exception)) {
+            throw;  // somebody interrupts
+        }
         return false;
     }
 }
@@ -98,9 +107,13 @@ bool TensorReader::read(PyObject* tensor, TensorView& view) const {
 bool TensorReader::borrow(PyObject* tensor, TensorView& view) const {
     dlpack::Tensor borrowed{};
     if (api_->borrow(tensor, &borrowed) != 0) {
+        if (PyErr_Occurred() == nullptr) {
+            return false;
+        }
         throw py::error_already_set();
     }
-    if (borrowed.ndim > TensorView::kMaxRank) {
+    const bool known_rank = borrowed.ndim >= 0 && borrowed.ndim <= TensorView::kMaxRank;
+    if (!known_rank || (borrowed.ndim > 0 && (borrowed.shape == nullptr || borrowed.strides == nullptr))) {
         return false;
     }
     const dlpack::DataType& dtype = borrowed.dtype;
@@ -117,12 +130,12 @@ bool TensorReader::borrow(PyObject* tensor, TensorView& view) const {
 bool TensorReader::read_attributes(PyObject* tensor, TensorView& view) const {
     const py::object sizes = attribute(tensor, names().shape);
     const py::object strides = call(tensor, names().stride);
-    view.rank = static_cast<int>(PyTuple_Size(sizes.ptr()));
-    if (view.rank > TensorView::kMaxRank) {
+    const Py_ssize_t rank = PyTuple_Check(sizes.ptr()) != 0 ? PyTuple_GET_SIZE(sizes.ptr()) : -1;
+    if (rank < 0 || rank > TensorView::kMaxRank || !copy_integers(sizes, rank, view.sizes) ||
+        !copy_integers(strides, rank, view.strides)) {
         return false;
     }
-    copy_integers(sizes, view.sizes);
-    copy_integers(strides, view.strides);
+    view.rank = static_cast<int>(rank);
     view.address = static_cast<std::uintptr_t>(integer(call(tensor, names().data_ptr)));
     // There is one object for every dtype.
     view.dtype = reinterpret_cast<std::uintptr_t>(attribute(tensor, names().dtype).ptr());
@@ -142,8 +155,8 @@ bool TensorReader::requires_grad(PyObject* tensor) const {
 }
 
 std::uintptr_t TensorReader::storage(PyObject* tensor, const TensorView& view) const {
-    const std::int64_t offset = integer(call(tensor, names().storage_offset));
-    return view.address - static_cast<std::uintptr_t>(offset * view.element_bytes);
+    const auto offset = static_cast<std::uintptr_t>(integer(call(tensor, names().storage_offset)));
+    return view.address - offset * static_cast<std::uintptr_t>(view.element_bytes);
 }
 
 std::uint64_t TensorReader::stream(const dlpack::Device& device) const {

@@ -1,6 +1,7 @@
 """Builds the driver that does nothing, and controls it from a test."""
 
 import ctypes
+import os
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ def build(folder: Path) -> Path:
     library = folder / "libcuda_fake.so"
     includes = [f"-I{REPOSITORY / 'hopper'}", f"-I{REPOSITORY / 'python' / 'native'}"]
     options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    options += os.environ.get("FLASH8_TEST_CXXFLAGS", "").split()  # of `make sanitize`
     source = HERE / "fake_driver.cpp"
     subprocess.run(["g++", *options, *includes, str(source), "-o", str(library)], check=True)
     return library
@@ -52,6 +54,11 @@ class FakeDriver:
     @property
     def context_depth(self) -> int:
         return self._library.fake_context_depth()
+
+    @property
+    def capture_mode(self) -> int:
+        """Of this thread: 0 unless somebody has left it relaxed."""
+        return self._library.fake_capture_mode()
 
     def parameter(self, launch: int) -> bytes:
         """The first parameter of a launch, for a kernel that has a kernel_info."""

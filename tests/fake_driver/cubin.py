@@ -1,4 +1,5 @@
-"""The "cubins" of the fake driver: a KernelInfo, packed by the layout the extension reports."""
+"""The "cubins" of the fake driver: ELF files with a KernelInfo, packed by the layout the extension
+reports."""
 
 import struct
 
@@ -15,7 +16,51 @@ def tma_boxes(*boxes: tuple[int, tuple[int, ...], int, int]) -> tuple[int, ...]:
     return tuple(word for map in words for word in map) + (0,) * 8 * (8 - len(words))
 
 
+def elf(
+    constants: bytes, symbols: dict[str, tuple[int, int]], section: str = ".nv.constant3"
+) -> bytes:
+    """A cubin with this one section, behind its header, and objects {name: (offset, size)} in it.
+
+    The order is that of ptxas: header, data, names, symbols, and the table of sections last.
+    """
+    names = b"\0" + b"".join(name.encode() + b"\0" for name in symbols)
+    titles = b"\0.shstrtab\0.strtab\0.symtab\0" + section.encode() + b"\0"
+    table, at = bytes(24), 1
+    for name, (offset, size) in symbols.items():
+        table += struct.pack("<IBBHQQ", at, _OBJECT, 0, 1, offset, size)
+        at += len(name) + 1
+    # (offset of the title, type, link, size of an entry, contents)
+    parts = [
+        (titles.index(section.encode()), 1, 0, 0, constants),
+        (titles.index(b".symtab"), 2, 3, 24, table),
+        (titles.index(b".strtab"), 3, 0, 0, names),
+        (titles.index(b".shstrtab"), 3, 0, 0, titles),
+    ]
+    body, headers = b"", bytes(64)
+    for title, kind, link, entry, contents in parts:
+        start = _HEADER + len(body)
+        headers += struct.pack(
+            "<IIQQQQIIQQ", title, kind, 0, 0, start, len(contents), link, 0, 8, entry
+        )
+        body += contents + bytes(-len(contents) % 8)
+    identity = b"\x7fELF\x02\x01\x01\x41\x08" + bytes(7)
+    header = identity + struct.pack(
+        "<HHIQQQIHHHHHH", 2, 190, 1, 0, 0, _HEADER + len(body), 0, _HEADER, 56, 0, 64, 5, 4
+    )
+    return header + body + headers
+
+
+_HEADER = 64
+_OBJECT = 1
+
+
 def fake_cubin(**values: int | str | tuple[int, ...]) -> bytes:
+    """A cubin whose KernelInfo has these fields, and sensible others unless given."""
+    info = kernel_info(**values)
+    return elf(info, {"kernel_info": (0, len(info))})
+
+
+def kernel_info(**values: int | str | tuple[int, ...]) -> bytes:
     """A KernelInfo with these fields, sensible others, and the right ABI version unless given."""
     fields: dict[str, int | str | tuple[int, ...]] = {
         "abi_version": _native.ABI_VERSION,

@@ -1,7 +1,12 @@
 // A CUDA driver that does nothing: it answers the entry points of python/native/driver_api.h, keeps memory on
-// the host, counts and records calls, and fails on demand. A "cubin" of it is a KernelInfo, byte for byte,
-// with kernels named by its entry and "plain". Control is through the fake_* functions.
+// the host, counts and records calls, fails on demand, and refuses what the driver documents that it refuses:
+// tensor maps, and calls while a stream captures. A "cubin" of it is an ELF file whose header is followed by
+// a KernelInfo (cubin.py makes them), with kernels named by its entry and "plain". Control is through the
+// fake_* functions.
 
+#include <elf.h>
+
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -21,6 +26,7 @@ namespace cu = flash8::cu;
 namespace {
 
 constexpr cu::Result kInvalidValue = 1;
+constexpr cu::Result kInvalidImage = 200;
 constexpr cu::Result kInvalidContext = 201;
 constexpr cu::Result kNotFound = 500;
 constexpr cu::Result kCaptureUnsupported = 900;
@@ -45,15 +51,22 @@ State& state() {
 std::atomic<bool> recording{true};
 std::atomic<bool> capturing{false};
 thread_local std::vector<cu::Context> context_stack;
+thread_local int capture_mode = 0;  // global
 
-// What a thread may call while a stream captures: what asks, and what becomes a node. Everything else waits
-// for the device, or may, and would spoil the graph.
+// What a thread may call while a stream captures: what asks, and what becomes a node; in the relaxed mode
+// also what loads and allocates beside the graph. Everything else waits for the device, or may, and would
+// spoil the graph.
 bool is_legal_in_capture(const std::string& entry) {
-    static const std::set<std::string> legal{
-        "cuDeviceGet",         "cuDeviceGetCount",       "cuDeviceGetAttribute",
-        "cuCtxGetCurrent",     "cuCtxPushCurrent_v2",    "cuCtxPopCurrent_v2",
-        "cuStreamIsCapturing", "cuTensorMapEncodeTiled", "cuLaunchKernelEx"};
-    return legal.count(entry) != 0;
+    static const std::set<std::string> legal{"cuDeviceGet",          "cuDeviceGetCount",
+                                             "cuDeviceGetAttribute", "cuCtxGetCurrent",
+                                             "cuCtxPushCurrent_v2",  "cuCtxPopCurrent_v2",
+                                             "cuStreamIsCapturing",  "cuTensorMapEncodeTiled",
+                                             "cuLaunchKernelEx",     "cuInit",
+                                             "cuDriverGetVersion",   "cuThreadExchangeStreamCaptureMode"};
+    static const std::set<std::string> relaxed{
+        "cuLibraryLoadData",  "cuLibraryGetKernel",       "cuKernelGetFunction", "cuFuncSetAttribute",
+        "cuFuncGetAttribute", "cuDevicePrimaryCtxRetain", "cuMemAlloc_v2"};
+    return legal.count(entry) != 0 || (capture_mode == cu::kCaptureModeRelaxed && relaxed.count(entry) != 0);
 }
 
 // Counts the call and gives the failure that a test has planted for it.
@@ -100,6 +113,46 @@ struct LoadedLibrary {
     flash8::KernelInfo info;
     LoadedKernel kernels[2];
 };
+
+bool is_multiple(std::uint64_t value, std::uint64_t unit) {
+    return value % unit == 0;
+}
+
+std::uint64_t bytes_of(int element_type) {
+    static const std::map<int, std::uint64_t> bytes{{0, 1}, {1, 2}, {2, 4}, {3, 4}, {4, 8},
+                                                    {5, 8}, {6, 2}, {7, 4}, {8, 8}, {9, 2}};
+    const auto found = bytes.find(element_type);
+    return found == bytes.end() ? 0 : found->second;
+}
+
+// What cuda.h says of the tensor of cuTensorMapEncodeTiled without interleaving. The strides that it
+// describes begin with the size of a row, and none is smaller.
+bool can_encode(int element_type, std::uint32_t rank, const void* address, const std::uint64_t* dims,
+                const std::uint64_t* strides) {
+    if (bytes_of(element_type) == 0 || rank < 1 || rank > 5 || address == nullptr ||
+        !is_multiple(reinterpret_cast<std::uintptr_t>(address), 16)) {
+        return false;
+    }
+    const auto fits = [](std::uint64_t dim) { return dim >= 1 && dim <= std::uint64_t{1} << 32; };
+    const auto steps = [&](std::uint64_t stride) {
+        return is_multiple(stride, 16) && stride < std::uint64_t{1} << 40 &&
+               stride >= dims[0] * bytes_of(element_type);
+    };
+    return std::all_of(dims, dims + rank, fits) && std::all_of(strides, strides + rank - 1, steps);
+}
+
+// The same of the box and the swizzle.
+bool can_move(int element_type, std::uint32_t rank, const std::uint32_t* box,
+              const std::uint32_t* element_strides, int swizzle) {
+    const auto in_range = [](std::uint32_t most) {
+        return [most](std::uint32_t value) { return value >= 1 && value <= most; };
+    };
+    const std::uint64_t inner = box[0] * bytes_of(element_type);
+    const std::uint64_t most_inner[] = {~std::uint64_t{0}, 32, 64, 128};
+    return swizzle >= 0 && swizzle <= 3 && inner <= most_inner[swizzle] && is_multiple(inner, 16) &&
+           std::all_of(box, box + rank, in_range(256)) &&
+           std::all_of(element_strides, element_strides + rank, in_range(8));
+}
 
 std::string describe(const cu::LaunchConfig& config, cu::Function function, void** parameters) {
     std::ostringstream text;
@@ -168,6 +221,10 @@ int fake_context_depth() {
     return static_cast<int>(context_stack.size());
 }
 
+int fake_capture_mode() {
+    return capture_mode;
+}
+
 int fake_launches() {
     const std::lock_guard<std::mutex> lock(state().mutex);
     return static_cast<int>(state().launches.size());
@@ -202,10 +259,13 @@ cu::Result cuDriverGetVersion(int* version) {
 }
 
 cu::Result cuGetErrorName(cu::Result code, const char** name) {
-    static const std::map<int, const char*> names{
-        {1, "CUDA_ERROR_INVALID_VALUE"}, {2, "CUDA_ERROR_OUT_OF_MEMORY"},
-        {100, "CUDA_ERROR_NO_DEVICE"},   {201, "CUDA_ERROR_INVALID_CONTEXT"},
-        {500, "CUDA_ERROR_NOT_FOUND"},   {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"}};
+    static const std::map<int, const char*> names{{1, "CUDA_ERROR_INVALID_VALUE"},
+                                                  {2, "CUDA_ERROR_OUT_OF_MEMORY"},
+                                                  {100, "CUDA_ERROR_NO_DEVICE"},
+                                                  {200, "CUDA_ERROR_INVALID_IMAGE"},
+                                                  {201, "CUDA_ERROR_INVALID_CONTEXT"},
+                                                  {500, "CUDA_ERROR_NOT_FOUND"},
+                                                  {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"}};
     const auto found = names.find(code);
     *name = found == names.end() ? nullptr : found->second;
     return found == names.end() ? kInvalidValue : cu::kSuccess;
@@ -274,8 +334,17 @@ cu::Result cuCtxSynchronize() {
 cu::Result cuLibraryLoadData(cu::Library* library, const void* image, int*, void**, unsigned, int*, void**,
                              unsigned) {
     ENTER();
+    // The tables of sections come last in a file.
+    Elf64_Ehdr header;
+    if (std::memcmp(image, ELFMAG, SELFMAG) != 0) {
+        return kInvalidImage;
+    }
+    std::memcpy(&header, image, sizeof(header));
+    if (header.e_shoff < sizeof(header) + sizeof(flash8::KernelInfo)) {
+        return kInvalidImage;
+    }
     auto* loaded = new LoadedLibrary();
-    std::memcpy(&loaded->info, image, sizeof(loaded->info));
+    std::memcpy(&loaded->info, static_cast<const char*>(image) + sizeof(header), sizeof(loaded->info));
     loaded->kernels[0].name = std::string(loaded->info.entry, strnlen(loaded->info.entry, 64));
     loaded->kernels[0].params_bytes = loaded->info.params_bytes;
     loaded->kernels[1].name = "plain";
@@ -302,17 +371,6 @@ cu::Result cuLibraryGetKernel(cu::Kernel* kernel, cu::Library library, const cha
         }
     }
     return kNotFound;
-}
-
-cu::Result cuLibraryGetGlobal(cu::DevicePtr* address, std::size_t* bytes, cu::Library library,
-                              const char* name) {
-    ENTER_WITH_CONTEXT();
-    if (std::strcmp(name, "kernel_info") != 0) {
-        return kNotFound;
-    }
-    *address = reinterpret_cast<cu::DevicePtr>(&reinterpret_cast<LoadedLibrary*>(library)->info);
-    *bytes = sizeof(flash8::KernelInfo);
-    return cu::kSuccess;
 }
 
 cu::Result cuKernelGetFunction(cu::Function* function, cu::Kernel kernel) {
@@ -344,12 +402,17 @@ cu::Result cuLaunchKernelEx(const cu::LaunchConfig* config, cu::Function functio
     return cu::kSuccess;
 }
 
-// The "descriptor" lists what it was made from, in eight-byte words.
+// The "descriptor" lists what it was made from, in eight-byte words; strides from word 9 on.
 cu::Result cuTensorMapEncodeTiled(void* map, int element_type, std::uint32_t rank, void* address,
                                   const std::uint64_t* dims, const std::uint64_t* strides,
                                   const std::uint32_t* box, const std::uint32_t* element_strides,
                                   int interleave, int swizzle, int l2_promotion, int fill) {
     ENTER();
+    const bool aligned = is_multiple(reinterpret_cast<std::uintptr_t>(map), 64);
+    if (!aligned || interleave != 0 || !can_encode(element_type, rank, address, dims, strides) ||
+        !can_move(element_type, rank, box, element_strides, swizzle)) {
+        return kInvalidValue;
+    }
     auto* words = static_cast<std::uint64_t*>(map);
     words[0] = static_cast<std::uint64_t>(element_type);
     words[1] = rank;
@@ -360,7 +423,8 @@ cu::Result cuTensorMapEncodeTiled(void* map, int element_type, std::uint32_t ran
     words[6] = rank > 1 ? strides[rank - 2] : 0;
     words[7] = box[rank - 1];
     words[8] = element_strides[rank - 1];
-    return reinterpret_cast<std::uintptr_t>(map) % 64 == 0 ? cu::kSuccess : kInvalidValue;
+    std::copy(strides, strides + rank - 1, words + 9);
+    return cu::kSuccess;
 }
 
 cu::Result cuMemAlloc_v2(cu::DevicePtr* address, std::size_t bytes) {
@@ -410,6 +474,12 @@ cu::Result cuStreamSynchronize(cu::Stream) {
 cu::Result cuStreamIsCapturing(cu::Stream, int* status) {
     ENTER_WITH_CONTEXT();
     *status = capturing ? 1 : cu::kCaptureNone;
+    return cu::kSuccess;
+}
+
+cu::Result cuThreadExchangeStreamCaptureMode(int* mode) {
+    ENTER();
+    std::swap(*mode, capture_mode);
     return cu::kSuccess;
 }
 

@@ -188,7 +188,7 @@ def plan(
         held.append(slopes)
         call.scores.alibi_slopes = slopes.data_ptr()
         call.scores.alibi_batch_stride = slopes.shape[-1] if slopes.dim() == 2 else 0
-    return Plan(kernel(variant, device), device, call, uneven, held)
+    return Plan(kernel(variant), device, call, uneven, held)
 
 
 def current_stream(q: Tensor) -> int:
@@ -293,10 +293,10 @@ def _variant(
     )
 
 
-def kernel(variant: Variant, device: int) -> _native.Kernel:
+def kernel(variant: Variant) -> _native.Kernel:
     """The kernel of a variant, loaded, and compiled before where it has to be."""
     _VARIANTS.setdefault(variant.name, variant)
-    return _registry().get(variant.name, device)
+    return _registry().get(variant.name)
 
 
 def variant_of(key: str) -> Variant:

@@ -159,7 +159,7 @@ class Launcher:
     def launch(self, variant: QuantizeVariant) -> None:
         device = self.x.device.index or 0
         stream = torch.cuda.current_stream(self.x.device).cuda_stream if self.x.is_cuda else 0
-        _native.launch_quantize(hopper.kernel(variant, device), device, stream, self.params)
+        _native.launch_quantize(hopper.kernel(variant), device, stream, self.params)
 
 
 class Call:

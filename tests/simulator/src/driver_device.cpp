@@ -1,6 +1,7 @@
 // Devices, contexts, streams and events. There is one device and everything happens at once.
 #include <atomic>
 #include <cstring>
+#include <utility>
 
 #include "config.h"
 #include "driver_types.h"
@@ -216,6 +217,12 @@ SIM_EXPORT int cuStreamGetCtx(void*, void** context) {
 }
 SIM_EXPORT int cuStreamIsCapturing(void*, int* status) {
     *status = 0;
+    return kSuccess;
+}
+// Nothing captures here, so a mode is only kept: 0 is global, 2 relaxed.
+SIM_EXPORT int cuThreadExchangeStreamCaptureMode(int* mode) {
+    thread_local int current = 0;
+    std::swap(*mode, current);
     return kSuccess;
 }
 SIM_EXPORT int cuEventCreate(void** event, unsigned) {

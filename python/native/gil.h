@@ -1,0 +1,40 @@
+// Letting go of the GIL, and taking it back, in threads that may outlive the interpreter.
+
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace flash8 {
+
+// Python before 3.14 ends a thread that asks for the GIL while the interpreter shuts down, by unwinding its
+// stack. A daemon thread that comes back from a launch would unwind through destructors, which ends the
+// process with an abort. These hold such a thread still instead, as Python 3.14 does by itself: it ends with
+// the process.
+
+// Without the GIL for the length of a scope, as pybind11::gil_scoped_release.
+class GilRelease {
+  public:
+    GilRelease() : state_(PyEval_SaveThread()) {}
+    ~GilRelease();
+    GilRelease(const GilRelease&) = delete;
+    GilRelease& operator=(const GilRelease&) = delete;
+
+  private:
+    PyThreadState* state_;
+};
+
+// With the GIL for the length of a scope, in a thread that Python knows.
+class GilAcquire {
+  public:
+    GilAcquire();
+    ~GilAcquire() { PyGILState_Release(state_); }
+    GilAcquire(const GilAcquire&) = delete;
+    GilAcquire& operator=(const GilAcquire&) = delete;
+
+  private:
+    PyGILState_STATE state_;
+};
+
+using ReleaseGil = pybind11::call_guard<GilRelease>;
+
+}  // namespace flash8
