@@ -16,7 +16,7 @@ def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fake(fake_library: Path) -> Iterator[control.FakeDriver]:
-    """The fake driver with one device, as if just loaded. What a thread sets is undone in the end."""
+    """The fake driver with one device, as if just loaded. What a test sets is undone in the end."""
     driver = control.FakeDriver(fake_library)
     driver.reset()
     yield driver

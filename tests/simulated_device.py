@@ -76,7 +76,8 @@ class SimulatedDevice:
         with monkeypatch.context() as patch:
             patch.setattr(backends, "kernels_wanted", lambda tensor: True)
             patch.setattr(mode, "kernels_mode", lambda: kernels)
-            patch.setattr(trust, "_findings", {})
+            for kept in ("_findings", "_troubles", "_hung"):
+                patch.setattr(trust, kept, {})
             patch.setattr(hopper, "_registry", lambda: self._registry)
             self.configure(seed=seed, strict_global=False)
             yield

@@ -43,7 +43,7 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
 
-@pytest.mark.parametrize("value", [None, "", "auto", "on", "off"])
+@pytest.mark.parametrize("value", [None, "", "auto", "on", "off", "require"])
 def test_values(environment, value):
     environment(value)
     assert mode.kernels_mode() == (value or "auto")
@@ -57,7 +57,13 @@ def test_anything_else_is_an_error_with_the_three_in_it(environment, value):
 
 
 @pytest.mark.parametrize(
-    ("value", "served"), [("auto", [True, False]), ("on", [True, True]), ("off", [False, False])]
+    ("value", "served"),
+    [
+        ("auto", [True, False]),
+        ("on", [True, True]),
+        ("off", [False, False]),
+        ("require", [True, True]),  # where it is an error
+    ],
 )
 def test_which_devices_are_for_kernels(environment, gpus, value, served):
     environment(value)
@@ -120,7 +126,13 @@ def test_portable_cuda_calls_say_why(environment, gpus, value, index):
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [("auto", "passed its check"), ("on", "unchecked"), ("off", "never")]
+    ("value", "words"),
+    [
+        ("auto", "passed its check"),
+        ("on", "unchecked"),
+        ("off", "never"),
+        ("require", "is an error"),
+    ],
 )
 def test_info_says_which_and_why(environment, gpus, capsys, value, words):
     environment(value)
@@ -129,6 +141,13 @@ def test_info_says_which_and_why(environment, gpus, capsys, value, words):
     assert f"kernels    {value} (FLASH8_KERNELS): " in text and words in text
     assert ("hopper" in text) == (value != "off")
     assert value != "off" or "FLASH8_KERNELS=off" in text
+
+
+def test_info_says_that_a_required_device_is_missing(environment, gpus, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    environment("require")
+    assert cli.main(["info"]) == 0
+    assert "FLASH8_KERNELS=require: an error, since" in capsys.readouterr().out
 
 
 def test_check_without_a_gpu_says_so(capsys):

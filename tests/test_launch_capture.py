@@ -2,7 +2,8 @@
 
 import pytest
 
-from flash8 import flash_attn_func
+from fake_driver.cubin import LAYOUT, fake_cubin
+from flash8 import _native, flash_attn_func
 from flash8.backends import hopper
 from repeated_cases import CALLS, addresses, draw, forget
 
@@ -23,6 +24,30 @@ def test_a_captured_call_is_one_launch_and_nothing_illegal(name, way, fake, on_f
     fake.capture(True)
     CALLS[name](*draw(1))
     assert count(fake) == before + 1
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_first_call_of_all_may_be_captured(name, fake, on_fake_driver):
+    """The kernel is loaded meanwhile, and nothing is copied from the device."""
+    fake.capture(True)
+    CALLS[name](*draw(0))
+    assert count(fake) == 1
+    assert fake.count("cuLibraryLoadData") == 1 and fake.count("cuMemcpyDtoH_v2") == 0
+    CALLS[name](*draw(1))
+    assert count(fake) == 2
+
+
+def test_a_first_quantization_may_be_captured(fake, driver, monkeypatch):
+    """As a launch: the call allocates through torch."""
+    image = fake_cubin(kind=8, entry="mean", params_bytes=LAYOUT["QuantizeParams"]["size"])
+    fake.capture(True)
+    kernel = _native.Registry(driver, lambda key, kind: image).get("mean")
+    call = _native.QuantizeParams()
+    call.x = (0x10000, 8 * 2 * 64, 2 * 64, 64)
+    call.batch, call.seqlen, call.heads, call.head_dim = 1, 8, 2, 64
+    call.mean_partial = 0x20000
+    _native.launch_quantize(kernel, 0, 0, call)
+    assert count(fake) == 1
 
 
 @pytest.mark.parametrize("way", ["like one before", "whole"])

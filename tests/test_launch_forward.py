@@ -87,7 +87,9 @@ class Launched:
             "batch_stride",
             "box_batch",
         )
-        return dict(zip(names, words, strict=False))
+        rank = words[1]
+        strides = struct.unpack_from(f"<{rank - 1}Q", self._bytes, offset + 72)
+        return {**dict(zip(names, words, strict=False)), "strides": strides}
 
 
 def test_a_dense_call(fake, kernel):
@@ -146,6 +148,61 @@ def test_the_stride_of_a_single_batch_is_ignored(fake, kernel):
     call.k = (ADDRESS["k"], 7, 256, 128)
     _native.launch_forward(kernel, 0, 0, call)
     assert Launched(fake).map("k")["batch_stride"] % 16 == 0
+
+
+ROW, ANY = 2 * 128, 2**62
+#: Sizes of a call, strides of its tensors in elements, and those in bytes that TMA gets: a
+#: dimension of one has that of the dimension inside of it.
+SINGLE = {
+    "a batch": ({"batch": 1}, (ANY, 1024, 128), (8 * ROW, ROW, ROW)),
+    "a row": ({"seqlen_q": 1, "seqlen_k": 1}, (1024, 7, 128), (ROW, ROW, 8 * ROW)),
+    "a head": ({"heads_q": 1, "heads_kv": 1}, (2048, 128, 0), (ROW, ROW, 16 * ROW)),
+    "all of them": (
+        {"batch": 1, "seqlen_q": 1, "seqlen_k": 1, "heads_q": 1, "heads_kv": 1},
+        (1, 0, ANY),
+        (ROW, ROW, ROW),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_dimensions_of_one_get_a_stride_that_the_driver_takes(name, fake, kernel):
+    """torch may give them any; the fake driver refuses what cuda.h does not describe."""
+    sizes, given, wanted = SINGLE[name]
+    call = dense_call(**{"heads_q": 8, "heads_kv": 8, **sizes})
+    for tensor in "qkv":
+        setattr(call, tensor, (ADDRESS[tensor], *given))
+    call.o = (ADDRESS["o"], 2048, 1024, 128)
+    _native.launch_forward(kernel, 0, 0, call)
+    assert [Launched(fake).map(tensor)["strides"] for tensor in "qkv"] == [wanted] * 3
+
+
+def test_a_folded_single_head_too(fake, folding):
+    call = dense_call(heads_q=1, heads_kv=1, batch=1)
+    call.q = (ADDRESS["q"], 3, 128, 5)
+    _native.launch_forward(folding, 0, 0, call)
+    assert Launched(fake).map("q")["strides"] == (ROW, ROW, ROW, ROW)
+
+
+EXPANDED = {"by batch": (0, 256, 128), "by row": (128_000, 0, 128), "by head": (128_000, 256, 0)}
+
+
+@pytest.mark.parametrize("name", EXPANDED)
+@pytest.mark.parametrize("tensor", ["k", "v"])
+def test_an_expanded_tensor_has_no_map(name, tensor, fake, kernel):
+    call = dense_call()
+    setattr(call, tensor, (ADDRESS[tensor], *EXPANDED[name]))
+    with pytest.raises(ValueError, match=r"strides\[.\] is 0 bytes, less than a row of 256"):
+        _native.launch_forward(kernel, 0, 0, call)
+
+
+@pytest.mark.parametrize("stride", [2**39, 2**61, 2**63 - 8, -8])
+def test_a_stride_beyond_tma_is_refused_without_overflow(stride, kernel, folding):
+    for served in (kernel, folding):
+        call = dense_call()
+        call.q = (ADDRESS["q"], 2048, 1024, stride)
+        with pytest.raises(ValueError, match=r"a stride is .* elements of 2 bytes"):
+            _native.launch_forward(served, 0, 0, call)
 
 
 def test_without_keys_the_kernel_still_runs(fake, kernel):

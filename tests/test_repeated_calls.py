@@ -177,16 +177,43 @@ def test_an_output_that_shares_memory_is_refused_as_before(on_fake_driver):
             flash_attn_func(both[0], k, v, out=out)
 
 
-def test_an_output_that_is_not_aligned_is_refused_as_before(on_fake_driver):
+def off_by_one(x):
+    return torch.empty(x.numel() + 1).bfloat16()[1:].view(x.shape)
+
+
+OUTPUTS = {
+    "its address": off_by_one,
+    "its row stride": lambda x: (
+        torch.empty(*x.shape[:2], x.shape[2] * 128 + 4)
+        .bfloat16()[..., : x.shape[2] * 128]
+        .unflatten(-1, x.shape[2:])
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:flash8 has no compiled kernel")
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_that_is_not_aligned_is_served_by_the_portable_code(name, fake, on_fake_driver):
     q, k, v = draw()
-    further = torch.empty(q.numel() + 1).bfloat16()[1:].view(q.shape)
-    messages = []
+    want = flash_attn_func(q.double(), k.double(), v.double())
     for _ in range(2):
-        with pytest.raises(ValueError, match="o is at address") as error:
-            flash_attn_func(q, k, v, out=further)
-        messages.append(str(error.value))
+        launches = len(fake.launches)
+        out = OUTPUTS[name](q)
+        flash_attn_func(q, k, v, out=out)
+        assert len(fake.launches) == launches
+        torch.testing.assert_close(out.double(), want, atol=0.02, rtol=0.02)
         flash_attn_func(q, k, v, out=torch.empty_like(q))
-    assert messages[0] == messages[1]
+        assert len(fake.launches) == launches + 1
+
+
+def test_an_output_with_an_odd_stride_of_one_element_is_launched(fake, on_fake_driver):
+    q, k, v = (x[:1] for x in draw())
+    out = (
+        torch.empty(q.numel() + 7).bfloat16()[: q.numel()].as_strided(q.shape, (3, *q.stride()[1:]))
+    )
+    for _ in range(2):
+        flash_attn_func(q, k, v, out=out)
+    assert len(fake.launches) == 2
 
 
 def test_options_that_want_gradients_are_refused_as_before(on_fake_driver):
@@ -208,6 +235,13 @@ COPIES = {
     "slopes in fp64": lambda q, k, v: flash_attn_func(q, k, v, alibi_slopes=torch.ones(4).double()),
     "means": lambda q, k, v: flash_attn_func(
         *(x.to(torch.float8_e4m3fn) for x in (q, k, v)), k_mean=torch.ones(2, 256)[:, ::2]
+    ),
+    "keys of one head": lambda q, k, v: flash_attn_func(q, k[:, :, :1].expand_as(k), v),
+    "values of one sequence": lambda q, k, v: flash_attn_func(q, k, v[:1].expand_as(v)),
+    "keys of one token": lambda q, k, v: flash_attn_func(q, k[:, :1].expand_as(k), v),
+    "queries of one head": lambda q, k, v: flash_attn_func(q[:, :, :1].expand_as(q), k, v),
+    "a window that slides": lambda q, k, v: flash_attn_func(
+        q, k.as_strided(k.shape, (k.stride(0), 64, k.stride(1), 1)), v
     ),
 }
 

@@ -24,6 +24,7 @@ def test_the_driver_gets_what_was_asked_for(driver):
     encoded = _native.encode_tensor_map(driver, **GOOD)
     words = struct.unpack("<16Q", encoded)
     assert words[:9] == (9, 4, 4096, 3, 2 * 16, 2, 2_048_000, 1, 1)
+    assert words[9:12] == (2048, 256, 2_048_000)
 
 
 @pytest.mark.parametrize("dims", [[2**32], [64, 2**32, 3]])
@@ -34,10 +35,6 @@ def test_the_largest_sizes_are_accepted(driver, dims):
         "box": [64] + [1] * (len(dims) - 1),
     }
     assert len(_native.encode_tensor_map(driver, **GOOD | shape)) == 128
-
-
-def test_a_stride_of_zero_broadcasts(driver):
-    assert len(_native.encode_tensor_map(driver, **GOOD | {"strides": [2048, 0, 0]})) == 128
 
 
 BAD = [
@@ -52,8 +49,15 @@ BAD = [
         {"strides": [2048, 8, 16]},
         r"strides\[1\] is 8 bytes; it must be a multiple of 16 below 2\^40",
     ),
-    ({"strides": [-2048, 16, 16]}, r"strides\[0\] is -2048"),
-    ({"strides": [2048, 16, 2**40]}, r"strides\[2\] is 1099511627776"),
+    ({"strides": [-2048, 256, 256]}, r"strides\[0\] is -2048"),
+    ({"strides": [2048, 256, 2**40]}, r"strides\[2\] is 1099511627776"),
+    # Expanded tensors, and dimensions of one with the stride that torch gave them.
+    ({"strides": [2048, 0, 2_048_000]}, r"strides\[1\] is 0 bytes, less than a row of 256"),
+    (
+        {"dims": [128, 1000, 8, 1], "strides": [2048, 256, 16]},
+        r"strides\[2\] is 16 bytes, less than",
+    ),
+    ({"strides": [240, 256, 2_048_000]}, r"strides\[0\] is 240 bytes, less than a row of 256"),
     ({"box": [64, 128, 1]}, "the box has rank 3, the tensor 4 dimensions"),
     ({"box": [64] * 6}, "the box has rank 6"),
     ({"box": [64, 0, 1, 1]}, r"box\[1\] is 0; supported are 1 to 256"),
@@ -83,6 +87,7 @@ def test_what_tma_cannot_do_is_refused(fake, driver, change, message):
 )
 def test_a_box_without_swizzle_may_be_256_bytes(driver, element_type, width):
     change = {"element_type": element_type, "box": [width, 1, 1, 1], "swizzle": Swizzle.NONE}
+    change["dims"] = [width, 1000, 8, 2]
     assert len(_native.encode_tensor_map(driver, **GOOD | change)) == 128
 
 

@@ -21,7 +21,10 @@ def describe(value: object) -> str:
         return f"a nested {value.dtype} tensor on {value.device}"
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # an int of more digits than Python writes, or an object that fails at it
+        text = f"an object of type {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -36,7 +39,7 @@ def require_int(name: str, value: Any, *, minimum: int, maximum: int | None = No
     number = _as_int(name, value)
     if number < minimum or (maximum is not None and number > maximum):
         limits = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        raise ValueError(f"{name} must be an integer {limits}, got {number}")
+        raise ValueError(f"{name} must be an integer {limits}, got {describe(number)}")
     return number
 
 
@@ -55,7 +58,10 @@ def require_float(name: str, value: Any) -> float:
     """A finite Python number as float (or a symbolic float while tracing)."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {describe(value)} ({type(value).__name__})")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got {describe(value)}") from None
     if not -sys.float_info.max <= number <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {number}")
     return number

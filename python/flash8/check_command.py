@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from flash8.backends import hopper, mode, trust
+from flash8.backends.watchdog import KernelHangsError
 from flash8.quantize_variants import SHIPPED_QUANTIZERS
 from flash8.variants import SHIPPED
 
@@ -76,7 +77,12 @@ def _check(variant: trust.Variant, device: torch.device) -> tuple[str | None, fl
     except Exception as error:
         return f"{type(error).__name__}: {error}", 0.0
     start = time.perf_counter()
-    finding = trust.find_fault(variant, device)
+    try:
+        finding = trust.find_fault(variant, device)
+    except KernelHangsError:
+        raise
+    except Exception as error:  # of this moment, and so no fault of the kernel
+        finding = f"{type(error).__name__}: {error}"
     return finding, (time.perf_counter() - start) * 1e3
 
 

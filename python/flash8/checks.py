@@ -73,7 +73,8 @@ def attention(
         require_shape("s_aux", s_aux, (geometry.heads,), "(heads,)")
     _check_alibi(q, geometry, options.alibi_slopes)
     if out is not None:
-        _check_out(out, (q, k, v, qv, s_aux), geometry)
+        others = [x for x in options if isinstance(x, Tensor)]
+        _check_out(out, (q, k, v, qv, s_aux), others, geometry)
     options = scalars(options)
     descales.check(q, k, geometry, options)
     return geometry, options
@@ -254,7 +255,9 @@ def lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _check_out(out: Any, inputs: tuple[Tensor | None, ...], geometry: Geometry) -> None:
+def _check_out(
+    out: Any, inputs: tuple[Tensor | None, ...], others: list[Tensor], geometry: Geometry
+) -> None:
     q = inputs[0]
     assert q is not None
     allowed = (torch.bfloat16, torch.float16) if q.dtype == FP8 else (q.dtype,)
@@ -268,24 +271,51 @@ def _check_out(out: Any, inputs: tuple[Tensor | None, ...], geometry: Geometry) 
             "out= cannot be combined with tensors that require grad; "
             "leave out=None, or call under torch.no_grad()"
         )
-    if not torch.compiler.is_compiling() and any(_share_storage(out, x) for x in given):
-        raise ValueError("out must not share memory with q, k, v, qv or s_aux")
+    if not torch.compiler.is_compiling() and any(_share_memory(out, x) for x in (*given, *others)):
+        raise ValueError(
+            "out must not share memory with q, k, v, qv or s_aux, nor with any other argument"
+        )
 
 
 def require_writable(name: str, tensor: Tensor) -> None:
     """Contiguous in its last dimension, and no element stands at two indices."""
     require_contiguous_last(name, tensor)
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    if any(size > 1 and stride == 0 for size, stride in pairs):
+    pairs = [(n, stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
+    if any(stride == 0 for _, stride in pairs):
         raise ValueError(
             f"{name} must not be an expanded tensor (it is written), got strides {tensor.stride()}"
         )
+    if not torch.compiler.is_compiling() and tensor.numel() > 0 and _overlaps_itself(pairs):
+        raise ValueError(
+            f"{name} must not overlap itself (it is written), got shape {tuple(tensor.shape)} and "
+            f"strides {tensor.stride()}"
+        )
 
 
-def _share_storage(a: Tensor, b: Tensor) -> bool:
+def _overlaps_itself(pairs: list[tuple[int, int]]) -> bool:
+    """Whether a step of some dimension ends within what the dimensions inside of it span."""
+    spanned = 1
+    for size, stride in sorted(pairs, key=lambda pair: pair[1]):
+        if stride < spanned:
+            return True
+        spanned += (size - 1) * stride
+    return False
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether they have one storage, or storages of their own over the same bytes, as of NumPy."""
     if a.numel() == 0 or b.numel() == 0 or a.device.type == "meta":
         return False
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr():
+        return True
+    (start, end), (other_start, other_end) = _span(a), _span(b)
+    return start < other_end and other_start < end
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """The addresses of the first byte of x and of the first behind it."""
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 def check_dropout_p(dropout_p: Any) -> float:
@@ -319,12 +349,12 @@ def softmax_scale(value: Any) -> float | None:
 
 def window(window_size: Any) -> tuple[int, int]:
     """(left, right) as ints: each at least 0, or -1 for unbounded."""
-    try:
-        left, right = window_size
-    except (TypeError, ValueError):
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(
-            f"window_size must be a pair (left, right), got {describe(window_size)}"
-        ) from None
+            f"window_size must be a pair (left, right) of integers, got {describe(window_size)} "
+            f"({type(window_size).__name__})"
+        )
+    left, right = window_size
     return (
         require_int("window_size[0]", left, minimum=-1, maximum=_INT32_MAX),
         require_int("window_size[1]", right, minimum=-1, maximum=_INT32_MAX),
@@ -334,8 +364,11 @@ def window(window_size: Any) -> tuple[int, int]:
 def scalars(options: Options) -> Options:
     """The scalar options checked and normalised; causal becomes a right bound of 0 as well."""
     softcap = require_float("softcap", options.softcap)
-    if softcap < 0.0 or 0.0 < softcap < _MIN_SOFTCAP:
-        raise ValueError(f"softcap must be 0 (off) or at least {_MIN_SOFTCAP}, got {softcap}")
+    if softcap != 0.0 and not _MIN_SOFTCAP <= softcap <= _MAX_SCALE:
+        raise ValueError(
+            f"softcap must be 0 (off) or at least {_MIN_SOFTCAP} and at most {_MAX_SCALE}, "
+            f"got {softcap}"
+        )
     causal = require_bool("causal", options.causal)
     pack_gqa = options.pack_gqa
     return options._replace(

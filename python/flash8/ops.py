@@ -76,7 +76,7 @@ def _forward_out(
 ) -> tuple[Tensor, Tensor, Tensor]:
     opts = Options(*options)
     lse, out_partial, lse_partial = _empty_lse_and_partials(q, k, v, opts)
-    backend = forward_backend(q, k, v, qv, opts)
+    backend = forward_backend(q, k, v, qv, opts, out)
     backend.forward(q, k, v, qv, s_aux, opts, out, lse, out_partial, lse_partial)
     return lse, out_partial, lse_partial
 

@@ -1,4 +1,3 @@
-#include <pybind11/functional.h>
 #include <pybind11/native_enum.h>
 #include <pybind11/stl.h>
 
@@ -157,16 +156,16 @@ void bind_kernel_class(py::module_& module) {
 
 void bind_registry(py::module_& module) {
     py::class_<Registry>(module, "Registry", "Kernels by key, loaded once for all threads.")
-        .def(py::init([](std::shared_ptr<const Driver> driver,
-                         std::function<py::bytes(std::string, std::string)> resolver) {
+        .def(py::init([](std::shared_ptr<const Driver> driver, py::function resolver) {
                  return std::make_unique<Registry>(
-                     std::move(driver), [resolver](const std::string& key, Registry::Image image) {
+                     std::move(driver),
+                     [resolver = std::move(resolver)](const std::string& key, Registry::Image image) {
                          const GilAcquire acquire;
-                         return static_cast<std::string>(
-                             resolver(key, image == Registry::Image::kCubin ? "cubin" : "ptx"));
+                         const py::str name(key), kind(image == Registry::Image::kCubin ? "cubin" : "ptx");
+                         return static_cast<std::string>(py::bytes(call_python(resolver, name, kind)));
                      });
              }),
-             py::arg("driver").none(false), py::arg("resolver").none(false),
+             py::arg("driver").none(false), py::arg("resolver"),
              "resolver(key, image) gives the image, 'cubin' or 'ptx', as bytes. It is called once per key, "
              "again if "
              "it raised; 'ptx' is asked for only when the driver says that the cubin is not for its device.")

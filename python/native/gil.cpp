@@ -38,6 +38,13 @@ class HoldsStillWhenUnwound {
     return state;
 }
 
+[[gnu::noinline]] PyObject* call(PyObject* callable, PyObject* first, PyObject* second) {
+    HoldsStillWhenUnwound thread;
+    PyObject* const result = PyObject_CallFunctionObjArgs(callable, first, second, nullptr);
+    thread.returned();
+    return result;
+}
+
 }  // namespace
 
 GilRelease::~GilRelease() {
@@ -45,5 +52,14 @@ GilRelease::~GilRelease() {
 }
 
 GilAcquire::GilAcquire() : state_(ensure()) {}
+
+pybind11::object call_python(const pybind11::object& callable, const pybind11::object& first,
+                             const pybind11::object& second) {
+    PyObject* const result = call(callable.ptr(), first.ptr(), second.ptr());
+    if (result == nullptr) {
+        throw pybind11::error_already_set();
+    }
+    return pybind11::reinterpret_steal<pybind11::object>(result);
+}
 
 }  // namespace flash8

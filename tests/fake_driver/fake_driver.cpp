@@ -1,8 +1,8 @@
 // A CUDA driver that does nothing: it answers the entry points of python/native/driver_api.h, keeps memory on
 // the host, counts and records calls, fails on demand, and refuses what the driver documents that it refuses:
 // tensor maps, and calls while a stream captures. A "cubin" of it is an ELF file whose header is followed by
-// a KernelInfo (cubin.py makes them), with kernels named by its entry and "plain". Control is through the
-// fake_* functions.
+// a KernelInfo (cubin.py makes them), with kernels named by its entry and "plain"; PTX has "plain" alone.
+// Control is through the fake_* functions.
 
 #include <elf.h>
 
@@ -335,16 +335,20 @@ cu::Result cuLibraryLoadData(cu::Library* library, const void* image, int*, void
                              unsigned) {
     ENTER();
     // The tables of sections come last in a file.
-    Elf64_Ehdr header;
-    if (std::memcmp(image, ELFMAG, SELFMAG) != 0) {
-        return kInvalidImage;
+    const auto* const text = static_cast<const char*>(image);
+    const bool is_elf = std::strncmp(text, ELFMAG, SELFMAG) == 0;
+    Elf64_Ehdr header{};
+    if (is_elf) {
+        std::memcpy(&header, image, sizeof(header));
     }
-    std::memcpy(&header, image, sizeof(header));
-    if (header.e_shoff < sizeof(header) + sizeof(flash8::KernelInfo)) {
+    const bool has_info = header.e_shoff >= sizeof(header) + sizeof(flash8::KernelInfo);
+    if (is_elf ? !has_info : std::strstr(text, ".version") == nullptr) {
         return kInvalidImage;
     }
     auto* loaded = new LoadedLibrary();
-    std::memcpy(&loaded->info, static_cast<const char*>(image) + sizeof(header), sizeof(loaded->info));
+    if (is_elf) {
+        std::memcpy(&loaded->info, text + sizeof(header), sizeof(loaded->info));
+    }
     loaded->kernels[0].name = std::string(loaded->info.entry, strnlen(loaded->info.entry, 64));
     loaded->kernels[0].params_bytes = loaded->info.params_bytes;
     loaded->kernels[1].name = "plain";

@@ -38,18 +38,24 @@ def backend_for(tensor: Tensor) -> ModuleType:
 
 
 def forward_backend(
-    q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: "Options"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    options: "Options",
+    out: Tensor | None = None,
 ) -> ModuleType:
-    """The backend that serves one forward call.
+    """The backend that serves one forward call. `out` is what the caller gave to be written.
 
     Raises:
         RuntimeError: the kernel has not been checked yet, and a CUDA graph is being captured.
+        KernelRequiredError: FLASH8_KERNELS=require, and no kernel serves the call.
     """
     if not kernels_wanted(q):
         return backend_for(q)
     from flash8.backends import hopper, trust
 
-    reason = hopper.refusal(q, k, v, qv, options)
+    reason = hopper.refusal(q, k, v, qv, options, out)
     if reason is not None:
         tell_about_refusal(reason)
     elif trust.is_trusted(hopper.choose(q, k, v, options), q.device):
@@ -73,12 +79,22 @@ def _tell_about_portable_cuda(index: int) -> None:
     )
 
 
-@functools.cache
 def tell_about_refusal(reason: str) -> None:
+    """Called before the portable code serves a call that no kernel takes. Warns once of a reason.
+
+    Raises:
+        KernelRequiredError: FLASH8_KERNELS=require.
+    """
+    mode.fall_back(reason)
+    _warn_of_refusal(reason)
+
+
+@functools.cache
+def _warn_of_refusal(reason: str) -> None:
     warnings.warn(
         f"flash8 has no compiled kernel for this call: {reason}; the tiled PyTorch code of the CPU "
         "backend serves it",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
@@ -91,6 +107,7 @@ def describe_mode() -> str:
     """What FLASH8_KERNELS is here, and what follows from it."""
     chosen = mode.kernels_mode()
     meaning = {
+        "require": "as with auto; a call that no kernel can serve is an error",
         "auto": "on devices of compute capability 9.0, each once it has passed its check there",
         "on": "on every CUDA device, unchecked",
         "off": "never",
@@ -116,11 +133,14 @@ def describe() -> list[Service]:
 
 def _describe_cuda(name: str) -> list[Service]:
     portable = f"{name}: the tiled PyTorch code runs there too"
-    reason = mode.why_not(torch.cuda.current_device())
+    index, chosen = torch.cuda.current_device(), mode.kernels_mode()
+    reason = mode.why_not(index)
     if reason is not None:
         return [Service("CUDA tensors, every call", "cpu", f"{portable}; {reason}")]
-    chosen = mode.kernels_mode()
-    checked = "checked once per process" if chosen == "auto" else "unchecked"
+    if chosen == "require" and (missing := mode.unfit(index)) is not None:
+        needs = f"FLASH8_KERNELS=require: an error, since {missing}"
+        return [Service("CUDA tensors, forward and fp8.quantize", "none", needs)]
+    checked = "unchecked" if chosen == "on" else "checked once per process"
     kernel = f"{name}: FLASH8_KERNELS={chosen}; compiled when first used, {checked}"
     return [
         Service("CUDA tensors, fp16 / bf16 / e4m3 forward, no pages or splits", "hopper", kernel),

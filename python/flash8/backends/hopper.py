@@ -29,6 +29,10 @@ _DTYPES: dict[torch.dtype, Element] = {
 #: The head dimensions that tiles are made for; others are filled up with zeros by TMA.
 _HEAD_DIMS = (64, 96, 128, 192, 256)
 _PER_THREAD_STREAM = 2  # CU_STREAM_PER_THREAD
+_TMA_UNIT = 16  # bytes: of addresses and strides
+_TMA_MAX_STRIDE = 1 << 40  # bytes
+_STORE_BYTES = 16  # the epilogue writes rows of O in units of this size
+_INT32_MAX = 2**31 - 1
 _INDEX_FIELDS = (
     "cu_seqlens_q",
     "cu_seqlens_k",
@@ -39,8 +43,15 @@ _INDEX_FIELDS = (
 )
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: Options) -> str | None:
-    """Why no forward kernel serves this call, or None."""
+def refusal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    options: Options,
+    out: Tensor | None = None,
+) -> str | None:
+    """Why no forward kernel serves this call, or None. `out` is the caller's."""
     if q.dtype not in _DTYPES or k.dtype != q.dtype:
         return f"there is no kernel for {q.dtype} q and {k.dtype} k"
     for name, size in (("head_dim", q.shape[-1]), ("head_dim_v", options.head_dim_v(v))):
@@ -54,16 +65,50 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: Options
     ):
         if given:
             return f"{name} has no kernel yet"
-    if not all(_tma_can_read(x) for x in (q, k, v)):
-        return "q, k or v is not aligned to 16 bytes in address and strides"
+    if any(n > _INT32_MAX for x in (q, k, v) for n in x.shape):
+        return "q, k or v has a dimension above 2^31 - 1"
+    if not all(_overlaps(x) or _tma_can_read(x) for x in (q, k, v)):
+        return "q, k or v is not aligned to 16 bytes in address and strides, or a stride is 2^40"
+    if out is not None and not _can_be_stored(out):
+        return "out is not aligned to 16 bytes in address and strides"
     return hopper_fp8.refusal(v, options) if q.dtype == E4M3 else None
 
 
 def _tma_can_read(x: Tensor) -> bool:
-    size = x.element_size()
-    steps = [stride * size for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1]
     inner_is_contiguous = x.shape[-1] == 1 or x.stride(-1) == 1
-    return inner_is_contiguous and x.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in steps[:-1])
+    return (
+        inner_is_contiguous
+        and x.data_ptr() % _TMA_UNIT == 0
+        and all(step % _TMA_UNIT == 0 and step < _TMA_MAX_STRIDE for step in _steps(x))
+    )
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether rows of x share memory: it is expanded, or a window that slides over a tensor.
+
+    The driver describes no such tensor to TMA. The kernel gets a copy: that takes far less than
+    attention does, and much less than the portable code.
+    """
+    row = x.shape[-1] * x.element_size()
+    return any(step < row for step in _steps(x))
+
+
+def _apart(x: Tensor) -> Tensor:
+    """x, or a copy whose rows share no memory."""
+    return x.contiguous() if _overlaps(x) else x
+
+
+def _can_be_stored(out: Tensor) -> bool:
+    return out.data_ptr() % _STORE_BYTES == 0 and all(
+        step % _STORE_BYTES == 0 for step in _steps(out)
+    )
+
+
+def _steps(x: Tensor) -> list[int]:
+    """The strides in bytes of all dimensions but the last, without those of one element."""
+    size = x.element_size()
+    outer = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    return [stride * size for n, stride in outer if n > 1]
 
 
 def forward(
@@ -164,9 +209,10 @@ def plan(
 ) -> Plan:
     """The kernel and the parameters of a call. `variant` is `choose`'s unless given."""
     variant = choose(q, k, v, options) if variant is None else variant
+    q, k, v = (_apart(x) for x in (q, k, v))
     given = {name: getattr(options, name) for name in _INDEX_FIELDS}
     indices = {name: x.contiguous() for name, x in given.items() if x is not None}
-    held = [*indices.values()]
+    held = [q, k, v, *indices.values()]
     device = q.device.index or 0
     uneven = heuristics.has_uneven_tiles(options)
     call = _describe(q, k, v, indices, options, out, lse)
@@ -261,8 +307,9 @@ def _describe(
 
 
 def _tensor_ref(x: Tensor) -> tuple[int, int, int, int]:
-    batch_stride = x.stride(0) if x.dim() == 4 else 0
-    return x.data_ptr(), batch_stride, x.stride(-3), x.stride(-2)
+    """Address and strides. torch gives a dimension of one any stride; here it is 0."""
+    *batch, rows, heads, _ = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), batch[0] if batch else 0, rows, heads
 
 
 @functools.cache

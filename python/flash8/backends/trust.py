@@ -2,32 +2,60 @@
 
 A kernel is checked once per process and device, when a call first wants it: small problems are run
 by it and by the portable code, and the results compared (`check_forward`, `check_quantizer`).
-A kernel that fails, or that cannot be had, is left alone from then on, and a warning says why.
+A kernel that fails, or that no compiler makes, is left alone from then on, and a warning says why.
+What may pass (no memory, no room for the cache, a compiler that took too long) says nothing of the
+kernel: the portable code serves for a while, and then the check is tried again. With
+FLASH8_KERNELS=require both are errors.
 
 The check leaves no trace: it draws from a generator of its own, records no gradients, and runs on
 the stream of the call. Nothing in it takes the way of a public call, so it cannot ask for itself.
 """
 
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
+from flash8 import _native
 from flash8.backends import mode
 from flash8.backends.watchdog import KernelHangsError
+from flash8.compiler import CompileError, CompilerNotFoundError, MissingVariantError
 from flash8.quantize_variants import QuantizeVariant
 from flash8.variants import ForwardVariant
 
 Variant = ForwardVariant | QuantizeVariant
 _Place = tuple[str, torch.device]
 
+
+class _Trouble(NamedTuple):
+    """What kept a check from being made, and when it is tried again."""
+
+    text: str
+    pause: float  # seconds
+    until: float  # of time.monotonic
+
+
 #: What was found; None of a kernel that passed.
 _findings: dict[_Place, str | None] = {}
-_locks: dict[_Place, threading.Lock] = {}
+_troubles: dict[_Place, _Trouble] = {}
+#: Devices on which a check did not end. Nothing that is enqueued there ends any more.
+_hung: dict[torch.device, str] = {}
+#: Reentrant: a finalizer may make a call while a check runs in its thread.
+_locks: dict[_Place, threading.RLock] = {}
+
+#: Seconds before a second try; every further one waits twice as long as the one before, and none
+#: takes more than a fiftieth of the time.
+_FIRST_PAUSE, _LONGEST_PAUSE, _PAUSE_PER_SECOND = 1.0, 3600.0, 50.0
+#: Errors of the driver that pass: no memory, a device in use, a capture in another thread.
+_PASSING_CODES = frozenset({2, 46, 304, 600, 800, 802, *range(900, 911)})
+#: Errors that come again whenever the same is tried.
+_LASTING = (CompileError, CompilerNotFoundError, MissingVariantError, TypeError, ValueError)
 
 
 def is_trusted(variant: Variant, device: torch.device) -> bool:
@@ -36,23 +64,32 @@ def is_trusted(variant: Variant, device: torch.device) -> bool:
     Raises:
         KernelHangsError: the check did not end.
         RuntimeError: it has not been checked yet, and a CUDA graph is being captured.
+        KernelRequiredError: FLASH8_KERNELS=require, and the kernel has failed.
     """
-    if mode.kernels_mode() != "auto":
+    chosen = mode.kernels_mode()
+    if chosen not in ("auto", "require"):
         return True
     place = variant.name, device
-    if place not in _findings:
-        if _is_watched():
-            return False  # the check would be seen: this call does without the kernel
-        _check_once(variant, place)
-    return _findings[place] is None
+    if place in _findings:
+        reason = _findings[place]
+    elif chosen == "require" and device.type == "cuda" and (missing := mode.unfit(device.index)):
+        reason = missing
+    elif _is_watched():
+        # This call does without the kernel.
+        reason = "it is not checked yet, and a mode, a transform or a trace would see the check"
+    else:
+        reason = _check(variant, place)
+    if reason is not None:
+        mode.fall_back(f"{variant.name} on {device}: {reason}")
+    return reason is None
 
 
 def find_fault(variant: Variant, device: torch.device) -> str | None:
     """What is wrong with a kernel on this device, found out now; None if nothing is.
 
     Raises:
-        torch.OutOfMemoryError: which says nothing about the kernel.
         KernelHangsError: after which nothing else runs on this stream.
+        Exception: of whatever kind, which says nothing about the kernel and may pass.
     """
     from flash8.backends import check_forward, check_quantizer
 
@@ -61,10 +98,24 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
             if isinstance(variant, ForwardVariant):
                 return check_forward.find_fault(variant, device)
             return check_quantizer.find_fault(variant, device)
-        except (torch.OutOfMemoryError, KernelHangsError):
-            raise
-        except Exception as error:  # no compiler, a launch that fails, a variant that is missing
-            return f"{type(error).__name__}: {error}"
+        except Exception as error:
+            if not _lasts(error):
+                raise
+            return _describe(error)
+
+
+def _lasts(error: Exception) -> bool:
+    """Whether an error is a fault of the kernel, or of what makes it, that no waiting mends."""
+    # torch's AcceleratorError has the runtime's code, which is the driver's.
+    code = getattr(error, "code" if isinstance(error, _native.DriverError) else "error_code", None)
+    if code is not None:
+        return code not in _PASSING_CODES
+    # A kernel has faulted, as a torch without that class says it.
+    return isinstance(error, _LASTING) or str(error).startswith("CUDA error")
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def is_captured(device: torch.device) -> bool:
@@ -75,28 +126,76 @@ def is_captured(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def _check_once(variant: Variant, place: _Place) -> None:
+def _check(variant: Variant, place: _Place) -> str | None:
+    """Why not to use a kernel of which nothing is known yet, or None."""
     name, device = place
+    if device in _hung:
+        raise KernelHangsError(_hung[device])
     if is_captured(device):
         raise RuntimeError(
             f"the kernel {name} has not been checked on {device} yet, which a stream that is being "
             "captured does not allow: call it once before capturing, or set FLASH8_KERNELS to on "
             "(no checks) or off (no kernels)"
         )
-    with _locks.setdefault(place, threading.Lock()):
+    lock = _locks.setdefault(place, threading.RLock())
+    before = _troubles.get(place)
+    # Nobody waits for a second try: the portable code serves meanwhile.
+    if not lock.acquire(blocking=before is None):
+        return before and before.text
+    try:
         if place in _findings:
-            return
-        finding = _findings[place] = find_fault(variant, device)
+            return _findings[place]
+        trouble = _troubles.get(place)
+        required = mode.kernels_mode() == "require"
+        if trouble is not None and time.monotonic() < trouble.until and not required:
+            return trouble.text
+        return _try(variant, place, required)
+    finally:
+        lock.release()
+
+
+def _try(variant: Variant, place: _Place, required: bool) -> str | None:
+    """Makes the check and keeps what was found, or when to try again."""
+    name, device = place
+    began = time.monotonic()
+    try:
+        finding = find_fault(variant, device)
+    except KernelHangsError as error:
+        _hung[device] = str(error)
+        raise
+    except Exception as error:
+        if required:
+            raise
+        return _postpone(place, _describe(error), time.monotonic() - began)
+    _findings[place] = finding
+    _troubles.pop(place, None)
     if finding is not None:
-        _tell(name, device, finding)
+        _warn(
+            f"flash8 does not use its kernel {name} on {device}: {finding}; the tiled PyTorch code "
+            "of the CPU backend serves the calls."
+        )
+    return finding
 
 
-def _tell(name: str, device: torch.device, finding: str) -> None:
+def _postpone(place: _Place, text: str, took: float) -> str:
+    before = _troubles.get(place)
+    pause = _FIRST_PAUSE if before is None else 2.0 * before.pause
+    pause = min(max(pause, _PAUSE_PER_SECOND * took), _LONGEST_PAUSE)
+    _troubles[place] = _Trouble(text, pause, time.monotonic() + pause)
+    if before is None or before.text != text:
+        name, device = place
+        _warn(
+            f"flash8 cannot check its kernel {name} on {device} now: {text}; the tiled PyTorch "
+            f"code of the CPU backend serves the calls, and it is tried again in {pause:.3g} s."
+        )
+    return text
+
+
+def _warn(text: str) -> None:
     warnings.warn(
-        f"flash8 does not use its kernel {name} on {device}: {finding}; the tiled PyTorch code of "
-        "the CPU backend serves the calls. FLASH8_KERNELS decides by hand: on uses every kernel "
-        "without a check, off uses none",
-        stacklevel=6,
+        f"{text} FLASH8_KERNELS decides by hand: on uses every kernel without a check, off uses "
+        "none, require makes this an error",
+        stacklevel=7,
     )
 
 

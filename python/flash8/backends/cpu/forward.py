@@ -76,9 +76,10 @@ def _forward_split(
     split: int,
 ) -> None:
     """Attention over one of num_splits parts of the keys. The sink belongs to the first part."""
+    found = list(units(q, k, options))  # raises what is wrong with them before anything is written
     out.zero_()
     lse.fill_(float("-inf"))
-    for unit in units(q, k, options):
+    for unit in found:
         if unit.queries.seqlen == 0:
             continue
         sink = s_aux if split == 0 else None
