@@ -6,6 +6,8 @@
 #   make bench    time flash8 on this machine
 #   make gpu-pack   compile every kernel that gpu-check runs, into build/gpu-pack; needs no GPU
 #   make gpu-check  on a Hopper GPU, with that pack: kernels, hardware facts, benchmarks, GPU tests
+#   make gpu-check  on a Hopper GPU: build, GPU tests, compute-sanitizer, hardware facts, benchmarks
+#   make sanitize  the tests of the native layer, with AddressSanitizer and UBSan in the extension
 #   make lint     ruff, mypy, clang-format
 #   make format   rewrite what lint can mend by itself
 #   make clean    remove the environment and everything built
@@ -35,7 +37,7 @@ PACKAGE := $(VENV)/.package-$(call digest,pyproject.toml CMakeLists.txt README.m
 CXX_SOURCES := $(shell find hopper cutlass_kernels python/native tests bench -type f \
 	\( -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \) 2>/dev/null)
 
-.PHONY: demo test test-full bench gpu-pack gpu-check lint format clean install fuzz
+.PHONY: demo test test-full bench gpu-pack gpu-check lint format clean install fuzz sanitize
 
 demo: $(PACKAGE)
 	$(BIN)/python examples/byte_gpt/demo.py
@@ -63,6 +65,31 @@ gpu-pack: $(TOOLS) $(PACKAGE) $(COMPILER)
 # For a machine with a GPU and perhaps no network: the system's Python, which has torch, and the pack.
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(GPU_CHECK_ARGS)
+
+# The extension and the fake driver with sanitizers, in a copy of the package beside the installed one. Python and
+# torch are as they are, so the runtimes are preloaded. PYTHONMALLOC: objects of Python end where malloc says.
+# Leaks are not looked for: Python and torch keep what they have until the process ends, and
+# test_calls_leak_nothing, which a quarantine of freed memory would fail, counts ours. FLASH8_NVCC: no compiler is
+# run in here, and so no simulated device; what it runs has other bounds than these.
+SANITIZED := build/sanitize
+SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -g
+runtime = $(shell $(CXX) -print-file-name=$(1))
+NATIVE_TESTS := tests/test_native.py tests/test_driver.py tests/test_driver_launch.py tests/test_fake_driver.py \
+	tests/test_kernel_image.py tests/test_tensor_map.py $(wildcard tests/test_launch_*.py) \
+	$(wildcard tests/test_repeated*.py) tests/test_expanded.py tests/test_threads.py tests/test_trust_troubles.py
+
+sanitize: $(TOOLS)
+	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B $(SANITIZED) -G Ninja -DFLASH8_SANITIZE=ON \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	PATH=$(abspath $(BIN)):$$PATH cmake --build $(SANITIZED) --target _native
+	rm -rf $(SANITIZED)/site && mkdir -p $(SANITIZED)/site
+	cp -r python/flash8 $(SANITIZED)/site/ && cp $(SANITIZED)/_native*.so $(SANITIZED)/site/flash8/
+	cp -r hopper cutlass_kernels $(SANITIZED)/site/flash8/
+	env PYTHONPATH=$(abspath $(SANITIZED)/site) PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
+		FLASH8_TEST_CXXFLAGS="$(SANITIZERS)" FLASH8_NVCC=none \
+		ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$(call runtime,libasan.so) $(call runtime,libubsan.so) $(call runtime,libstdc++.so)" \
+		$(BIN)/python -P -m pytest -q $(NATIVE_TESTS) -k "not leak" $(PYTEST_ARGS)
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .

@@ -1,13 +1,13 @@
 """Arguments that nobody should pass: refused by their name, and nothing is read outside."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import light_process
 from flash8 import (
     _native,
     flash_attn_func,
@@ -337,7 +337,7 @@ time.sleep(0.2)
 
 def test_a_process_ends_while_threads_launch(fake_library):
     """Python before 3.14 ends such threads inside the extension, which must not abort for it."""
-    command = [sys.executable, "-P", "-c", REMAINS, Path(__file__).parent, fake_library]
+    command = light_process.command(REMAINS, str(Path(__file__).parent), str(fake_library))
     for _ in range(3):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")

@@ -44,7 +44,7 @@ struct State {
 };
 
 State& state() {
-    static State instance;
+    static State& instance = *new State();  // for threads that outlive main
     return instance;
 }
 
@@ -57,13 +57,14 @@ thread_local int capture_mode = 0;  // global
 // also what loads and allocates beside the graph. Everything else waits for the device, or may, and would
 // spoil the graph.
 bool is_legal_in_capture(const std::string& entry) {
-    static const std::set<std::string> legal{"cuDeviceGet",          "cuDeviceGetCount",
-                                             "cuDeviceGetAttribute", "cuCtxGetCurrent",
-                                             "cuCtxPushCurrent_v2",  "cuCtxPopCurrent_v2",
-                                             "cuStreamIsCapturing",  "cuTensorMapEncodeTiled",
-                                             "cuLaunchKernelEx",     "cuInit",
-                                             "cuDriverGetVersion",   "cuThreadExchangeStreamCaptureMode"};
-    static const std::set<std::string> relaxed{
+    static const auto& legal =
+        *new std::set<std::string>{"cuDeviceGet",          "cuDeviceGetCount",
+                                   "cuDeviceGetAttribute", "cuCtxGetCurrent",
+                                   "cuCtxPushCurrent_v2",  "cuCtxPopCurrent_v2",
+                                   "cuStreamIsCapturing",  "cuTensorMapEncodeTiled",
+                                   "cuLaunchKernelEx",     "cuInit",
+                                   "cuDriverGetVersion",   "cuThreadExchangeStreamCaptureMode"};
+    static const auto& relaxed = *new std::set<std::string>{
         "cuLibraryLoadData",  "cuLibraryGetKernel",       "cuKernelGetFunction", "cuFuncSetAttribute",
         "cuFuncGetAttribute", "cuDevicePrimaryCtxRetain", "cuMemAlloc_v2"};
     return legal.count(entry) != 0 || (capture_mode == cu::kCaptureModeRelaxed && relaxed.count(entry) != 0);
