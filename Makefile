@@ -6,7 +6,6 @@
 #   make bench    time flash8 on this machine
 #   make gpu-pack   compile every kernel that gpu-check runs, into build/gpu-pack; needs no GPU
 #   make gpu-check  on a Hopper GPU, with that pack: kernels, hardware facts, benchmarks, GPU tests
-#   make gpu-check  on a Hopper GPU: build, GPU tests, compute-sanitizer, hardware facts, benchmarks
 #   make sanitize  the tests of the native layer, with AddressSanitizer and UBSan in the extension
 #   make lint     ruff, mypy, clang-format
 #   make format   rewrite what lint can mend by itself
