@@ -116,13 +116,22 @@ def test_packed_by_position_ids(kind, lengths, name):
     check(layout, dense, *tensors(SEQLEN, SEQLEN))
 
 
-def test_unpadded_causal_needs_no_layout(name):
+def test_plain_masks_are_dense_and_never_none(name):
+    """None would be a mask that hides nothing, to a model that computes attention itself."""
     position_ids = torch.arange(SEQLEN).expand(BATCH, -1)
-    assert build("causal", name, SEQLEN, position_ids=position_ids) is None
-    assert build("causal", name, SEQLEN, torch.ones(BATCH, SEQLEN)) is None
-    assert isinstance(build("window_4", name, SEQLEN), Dense)
     cache = filled_cache("dynamic", None, SEQLEN - 1)
-    assert build("causal", name, 1, cache=cache) is None
+    plain = [
+        build("causal", name, SEQLEN),
+        build("causal", name, SEQLEN, position_ids=position_ids),
+        build("causal", name, SEQLEN, torch.ones(BATCH, SEQLEN)),
+        build("causal", name, 1, cache=cache),
+        make_mask(BATCH, SEQLEN, SEQLEN),
+    ]
+    for layout in plain:
+        assert isinstance(layout, Dense)
+        assert (layout.causal, layout.window) == (True, (-1, -1))
+    assert build("window_4", name, SEQLEN).window == (3, 0)
+    assert not build("bidirectional", name, SEQLEN).causal
 
 
 def filled_cache(kind, window, length):
@@ -247,3 +256,9 @@ def test_layouts_move_between_devices(name):
     assert moved.keys.cu_seqlens.is_meta
     assert moved.queries.indices.is_meta
     assert moved.window == layout.window
+    # Models cast masks; a layout has no values to cast.
+    for cast in (layout.to(torch.float16), layout.to("cpu", torch.bool), layout.to(torch.zeros(1))):
+        assert cast.keys.cu_seqlens.dtype == torch.int32
+        assert cast.queries.indices.dtype == torch.int64
+        assert torch.equal(cast.keys.cu_seqlens, layout.keys.cu_seqlens)
+    assert layout.to(device="meta", dtype=torch.bool, non_blocking=True).keys.cu_seqlens.is_meta

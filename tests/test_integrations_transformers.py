@@ -143,10 +143,28 @@ def test_logits_and_gradients_of_padded_batches(pair, side):
 
 
 def test_logits_and_gradients_of_packed_sequences(pair):
+    """Against transformers' attention on each sequence alone: where the mask is made without
+    position_ids (GPT-OSS), its own packed run lets sequences see each other."""
+    theirs, ours = pair
     lengths = [[4, 8], [1, 10, 1], [12]]
     position_ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     valid = torch.ones(3, SEQLEN, dtype=torch.bool)
-    check_same(pair, valid, input_ids=tokens(), position_ids=position_ids)
+    input_ids = tokens()
+    logits, gradients = logits_and_gradients(
+        ours, valid, input_ids=input_ids, position_ids=position_ids
+    )
+    theirs.zero_grad()
+    alone = [
+        theirs(input_ids=sequence[None], use_cache=False).logits[0]
+        for row, parts in zip(input_ids, lengths, strict=True)
+        for sequence in row.split(parts)
+    ]
+    alone = torch.cat(alone)
+    alone.square().mean().backward()
+    torch.testing.assert_close(logits, alone.detach(), **LOGITS)
+    for name, parameter in theirs.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, **GRADIENTS)
 
 
 def test_packing_equals_running_each_sequence_alone(pair):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from flash8.attention import flash_attn_func, flash_attn_varlen_func
 from flash8.fp8 import BlockScaling, CurrentScaling, fp8_attention
 from flash8.integrations.autocast import cast_for_autocast
+from flash8.integrations.transformers import packing
 from flash8.integrations.transformers.fp8 import recipe_of
 from flash8.integrations.transformers.layouts import (
     UNBOUNDED,
@@ -15,9 +16,11 @@ from flash8.integrations.transformers.layouts import (
     Dense,
     Layout,
     Packed,
-    Tokens,
 )
 from flash8.kvcache import flash_attn_with_kvcache
+
+#: Arguments of transformers' attention functions that change the result and are not served.
+REFUSED = ("position_bias", "head_mask", "cache", "indices", "block_indices", "sinks")
 
 _REMEDY = "use attn_implementation='sdpa' or 'eager' for that"
 
@@ -46,14 +49,14 @@ def attend(
         attention_mask: what `masks.make_mask` answered.
         sliding_window: tokens that a query sees, itself included, when there is no layout.
         s_aux: (heads,) attention sinks.
-        kwargs: of these, cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k describe
-            packed sequences, as `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` does.
+        kwargs: of these, cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k, or else
+            position_ids that restart, describe packed sequences: see `packing.resolve`.
 
     Returns:
         (batch, seqlen_q, heads, head_dim_v), and None in place of attention weights.
 
     Raises:
-        ValueError: attention weights, a mask tensor, a position bias or a paged cache.
+        ValueError: attention weights, a mask tensor, a position bias, chosen keys or a paged cache.
     """
     _refuse_unsupported(attention_mask, kwargs)
     q, k, v = cast_for_autocast(query, key, value)
@@ -61,8 +64,8 @@ def attend(
     layout = attention_mask if isinstance(attention_mask, Layout) else None
     if layout is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        layout = Dense(causal, _window(sliding_window, causal))
-    layout = _with_given_boundaries(layout, kwargs)
+        layout = Dense(causal, _window(sliding_window, causal), packing_known=not causal)
+    layout = packing.resolve(layout, q, k, kwargs)
     options: dict[str, Any] = dict(
         softmax_scale=scaling,
         causal=layout.causal,
@@ -134,7 +137,7 @@ def _refuse_unsupported(attention_mask: Any, kwargs: dict[str, Any]) -> None:
             f"attention_mask must be a padding mask or None, got {type(attention_mask).__name__}; "
             f"{_REMEDY}"
         )
-    for name in ("position_bias", "head_mask", "cache"):
+    for name in REFUSED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is not supported; {_REMEDY}")
 
@@ -143,26 +146,6 @@ def _window(sliding_window: int | None, causal: bool) -> tuple[int, int]:
     if sliding_window is None:
         return UNBOUNDED
     return (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)
-
-
-def _with_given_boundaries(layout: Layout, kwargs: dict[str, Any]) -> Layout:
-    """Boundaries given by the caller need no look at the data, so they come first."""
-    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-    cu_q, cu_k, max_q, max_k = (kwargs.get(name) for name in names)
-    if cu_q is None or cu_k is None or max_q is None or max_k is None:
-        return layout
-    padded = isinstance(layout, Packed) and layout.keys.indices is not None
-    if padded or isinstance(layout, Cached):
-        raise ValueError(
-            "cu_seq_lens_q and cu_seq_lens_k cannot be combined with a padding mask or a static "
-            "cache; pass attention_mask=None"
-        )
-    return Packed(
-        layout.causal,
-        layout.window,
-        Tokens(None, cu_q.to(torch.int32), int(max_q)),
-        Tokens(None, cu_k.to(torch.int32), int(max_k)),
-    )
 
 
 def _sinks(s_aux: Tensor | None, q: Tensor) -> Tensor | None:

@@ -1,49 +1,70 @@
 """What a layer is told instead of a mask: which tokens there are and how they see each other.
 
 A model passes the layout of its mask on to every layer as `attention_mask`. It answers the few
-questions that transformers asks of a mask on the way (`ndim`, `contiguous`, `to`).
+questions that transformers asks of a mask on the way (`opaque.Opaque`) and refuses to be used as
+a tensor, for a model that does so computes attention itself.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from flash8.attention import Window
+from flash8.integrations.transformers.opaque import Opaque
 
 UNBOUNDED: Window = (-1, -1)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Base of the layouts. `window` is flash8's window_size."""
+@dataclass(frozen=True, eq=False)
+class Layout(Opaque):
+    """Base of the layouts. `window` is flash8's window_size.
+
+    `chunk`: sequences fall into chunks of so many tokens, which do not see each other.
+    `packing_known`: the model's mask was made from its position_ids; a layer need not ask them.
+    `owner`: the model, for error messages.
+    `memo`: what layers found out about the position_ids of this forward, for the other layers.
+    """
 
     causal: bool
     window: Window
-
-    #: Anything but 2: transformers converts two-dimensional masks to bool tensors.
-    ndim: ClassVar[int] = 4
-
-    def contiguous(self) -> Self:
-        return self
+    chunk: int | None = field(default=None, kw_only=True)
+    packing_known: bool = field(default=False, kw_only=True)
+    owner: str = field(default="the model", kw_only=True)
+    memo: dict[int, Any] = field(default_factory=dict, kw_only=True, repr=False)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """The layout with its tensors moved, for models that are spread over devices."""
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        """The layout with its tensors moved, for models that are spread over devices. A dtype among
+        the arguments of Tensor.to is of a mask's values, which a layout does not have."""
+        device = _device(args, kwargs)
+        if device is None:
+            return self
+        moved: dict[str, Any] = {"memo": {}}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
             if isinstance(value, (Tensor, Tokens)):
-                moved[field.name] = value.to(*args, **kwargs)
+                moved[entry.name] = value.to(device, non_blocking=kwargs.get("non_blocking", False))
         return replace(self, **moved)
 
 
-@dataclass(frozen=True)
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The device among the arguments of Tensor.to, or None."""
+    for value in (*args, kwargs.get("device"), kwargs.get("other")):
+        if isinstance(value, Tensor):
+            return value.device
+        if isinstance(value, (torch.device, str)) or type(value) is int:
+            return value
+    return None
+
+
+@dataclass(frozen=True, eq=False)
 class Dense(Layout):
     """All tokens of all rows are used, and queries end where keys end."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cached(Layout):
     """Dense queries over keys of which each row uses [leftpad, used); queries end at `used`."""
 
@@ -51,7 +72,7 @@ class Cached(Layout):
     leftpad: Tensor | None  # int32 (batch,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokens:
     """Which tokens of a (batch, seqlen) tensor are used, and the sequences they form."""
 
@@ -71,14 +92,19 @@ class Tokens:
             x = zeros.index_copy(0, self.indices, x)
         return x.view(shape)
 
-    def to(self, *args: Any, **kwargs: Any) -> "Tokens":
-        indices = None if self.indices is None else self.indices.to(*args, **kwargs)
-        return replace(self, indices=indices, cu_seqlens=self.cu_seqlens.to(*args, **kwargs))
+    def to(self, device: Any, *, non_blocking: bool = False) -> "Tokens":
+        move = partial(Tensor.to, device=device, non_blocking=non_blocking)
+        indices = None if self.indices is None else move(self.indices)
+        return replace(self, indices=indices, cu_seqlens=move(self.cu_seqlens))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed(Layout):
     """Sequences back to back, once unused tokens are dropped."""
 
     queries: Tokens
     keys: Tokens
+
+    @property
+    def is_padded(self) -> bool:
+        return self.keys.indices is not None

@@ -1,5 +1,6 @@
 """The mask function that models call once per forward: it answers with a layout, not a mask."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,14 @@ from flash8.integrations.transformers.layouts import (
     Packed,
     Tokens,
 )
-from flash8.integrations.transformers.patterns import MaskFunction, Pattern, Request, recognise
+from flash8.integrations.transformers.packing import tokens_from_begins
+from flash8.integrations.transformers.patterns import (
+    MaskFunction,
+    Pattern,
+    Request,
+    known_pattern,
+    recognise,
+)
 from flash8.varlen import cu_seqlens_from_mask, max_seqlen_of
 
 
@@ -35,7 +43,7 @@ def make_mask(
     config: Any = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> Layout | None:
+) -> Layout:
     """The layout of a mask, as transformers' `AttentionMaskInterface` asks for it.
 
     Args:
@@ -47,7 +55,8 @@ def make_mask(
         use_vmap: set for masks that a caller composed.
 
     Returns:
-        None for a causal mask over queries and keys that end together; a `Layout` otherwise.
+        A `Layout`, never None: a model that computes attention itself would take None for a mask
+        that hides nothing, while a Layout refuses to be computed with.
 
     Raises:
         ValueError: the mask is none that flash8 serves.
@@ -75,9 +84,18 @@ def make_mask(
         known_bidirectional=allow_is_bidirectional_skip,
         wants_packing=torch.is_grad_enabled() or wants_fp8(config),
         device=torch.device(device),
+        owner=_owner(config),
     )
-    layout: Layout | None = _describe(request, attention_mask)
+    pattern = known_pattern(request)
+    if pattern is not None and attention_mask is None:
+        return _layout(request, pattern, None)
+    layout: Layout = _describe(request, attention_mask)
     return layout
+
+
+def _owner(config: Any) -> str:
+    kind = getattr(config, "model_type", None)
+    return "the model" if not kind else f"the model of type {kind!r}"
 
 
 def _chunk_size(config: Any) -> int | None:
@@ -87,12 +105,21 @@ def _chunk_size(config: Any) -> int | None:
 
 
 @torch.compiler.disable
-def _describe(request: Request, attention_mask: Tensor | None) -> Layout | None:
-    pattern = recognise(request)
+def _describe(request: Request, attention_mask: Tensor | None) -> Layout:
+    """What looks at the data."""
+    pattern = known_pattern(request) or recognise(request)
     valid = None if attention_mask is None else _valid_slots(request, attention_mask)
-    if pattern.causal:
-        return _causal(request, pattern, valid)
-    return _bidirectional(request, pattern, valid)
+    return _layout(request, pattern, valid)
+
+
+def _layout(request: Request, pattern: Pattern, valid: Tensor | None) -> Layout:
+    make = _causal if pattern.causal else _bidirectional
+    return replace(
+        make(request, pattern, valid),
+        chunk=pattern.chunk,
+        packing_known=pattern.packing_known,
+        owner=request.owner,
+    )
 
 
 def _valid_slots(request: Request, attention_mask: Tensor) -> Tensor:
@@ -108,7 +135,7 @@ def _valid_slots(request: Request, attention_mask: Tensor) -> Tensor:
     return mask[:, request.kv_offset : end].expand(request.batch, -1)
 
 
-def _causal(request: Request, pattern: Pattern, valid: Tensor | None) -> Layout | None:
+def _causal(request: Request, pattern: Pattern, valid: Tensor | None) -> Layout:
     window = _causal_window(request, pattern)
     used = request.q_offset + request.q_length - request.kv_offset
     aligned = request.q_length == request.kv_length
@@ -123,7 +150,7 @@ def _causal(request: Request, pattern: Pattern, valid: Tensor | None) -> Layout 
         return Packed(True, window, everything, everything)
     if not aligned:
         return Cached(True, window, _per_row(request, used), None)
-    return None if window == UNBOUNDED else Dense(True, window)
+    return Dense(True, window)
 
 
 def _padded(
@@ -196,9 +223,7 @@ def _sequences(begins: Tensor, valid: Tensor | None) -> Tokens:
         indices = valid.flatten().nonzero().flatten()
         sequence = sequence[indices]
         flat = sequence != F.pad(sequence, (1, 0))[:-1]
-    starts = flat.nonzero().flatten()
-    cu_seqlens = F.pad(starts, (0, 1), value=flat.numel()).to(torch.int32)
-    return Tokens(indices, cu_seqlens, max_seqlen_of(cu_seqlens))
+    return tokens_from_begins(flat, indices)
 
 
 def _refuse_holes(valid: Tensor) -> None:

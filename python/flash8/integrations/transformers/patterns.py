@@ -7,7 +7,7 @@ shows where sequences begin, and checked at the edges of what the layout would t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,48 +34,58 @@ class Request:
     known_bidirectional: bool
     wants_packing: bool  # of whole sequences, rather than to leave left padding where it is
     device: torch.device
+    owner: str
 
 
 @dataclass(frozen=True)
 class Pattern:
     """causal or bidirectional, with a window where `window` is given, in sequences that begin where
-    `begins` (batch, seqlen) says, or with each row."""
+    `begins` (batch, seqlen) says, or with each row. `begins` counts chunks, where `chunk` is given,
+    as sequences; `packing_known` says that it counts packed sequences."""
 
     causal: bool
     window: int | None = None
     begins: Tensor | None = None
+    chunk: int | None = None
+    packing_known: bool = False
 
 
-def recognise(request: Request) -> Pattern:
-    """The pattern of a request.
-
-    Raises:
-        ValueError: the mask function draws something that flash8 does not serve.
-    """
+def known_pattern(request: Request) -> Pattern | None:
+    """The pattern, where it takes no look at the mask function's values."""
     if request.mask_function is causal_mask_function:
         return Pattern(causal=True)
     if request.mask_function is bidirectional_mask_function:
         return Pattern(causal=False)
     if request.is_chunked and request.local_size is not None:
-        return _chunked(request, request.local_size)
+        fits = request.kv_offset + request.kv_length <= request.local_size
+        plain = request.known_causal or request.q_length == 1
+        return Pattern(causal=True) if fits and plain else None
     if request.known_bidirectional:
         return Pattern(causal=False, window=request.local_size)
     # One query over a cache: only a static cache keeps transformers from calling it plain.
     if request.known_causal or request.q_length == 1:
         return Pattern(causal=True, window=request.local_size)
-    return _probe(request, request.local_size)
+    return None
 
 
-def _chunked(request: Request, chunk_size: int) -> Pattern:
-    if request.kv_offset + request.kv_length <= chunk_size:
-        return Pattern(causal=True)
-    if request.q_length != request.kv_length:
-        raise ValueError(
-            f"attention_chunk_size {chunk_size} is not supported over a KV cache of "
-            f"{request.kv_offset + request.kv_length} tokens, which is longer; "
-            "use attn_implementation='sdpa' for that"
-        )
-    return _probe(request, window=None)
+def recognise(request: Request) -> Pattern:
+    """The pattern of any request.
+
+    Raises:
+        ValueError: the mask function draws something that flash8 does not serve.
+    """
+    chunk = request.local_size if request.is_chunked else None
+    if chunk is None:
+        return _probe(request, request.local_size)
+    if request.q_length == request.kv_length:
+        return replace(_probe(request, window=None), chunk=chunk, packing_known=False)
+    if request.kv_offset + request.kv_length <= chunk:
+        raise _unrecognised("over a KV cache")
+    raise ValueError(
+        f"attention_chunk_size {chunk} is not supported over a KV cache of "
+        f"{request.kv_offset + request.kv_length} tokens, which is longer; "
+        "use attn_implementation='sdpa' for that"
+    )
 
 
 def _probe(request: Request, window: int | None) -> Pattern:
@@ -94,8 +104,9 @@ def _probe(request: Request, window: int | None) -> Pattern:
     if window is not None:
         first = torch.maximum(first, token - window + 1)
     _check(diagonals, token, first, token)
-    only_rows = not begins[:, 1:].any()
-    return Pattern(causal=True, window=window, begins=None if only_rows else begins)
+    if not begins[:, 1:].any():  # transformers may not have looked at the position_ids
+        return Pattern(causal=True, window=window)
+    return Pattern(causal=True, window=window, begins=begins, packing_known=True)
 
 
 class _Diagonals:
