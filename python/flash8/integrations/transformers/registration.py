@@ -1,6 +1,7 @@
 """Entering flash8 into the registries of transformers."""
 
 from flash8.integrations.transformers.attention import attend
+from flash8.integrations.transformers.own_attention import refuse_when_loaded
 
 #: The value of `attn_implementation`.
 ATTENTION_NAME = "f8_attention"
@@ -13,7 +14,7 @@ def register() -> str:
     """Makes flash8 known to transformers and returns its `attn_implementation` name.
 
     Every later `from_pretrained`, `from_config` and `model.set_attn_implementation` accepts the
-    name. May be called again.
+    name, unless the model's attention is none that transformers dispatches. May be called again.
 
     Raises:
         ImportError: transformers is missing or older than 5.23.
@@ -27,6 +28,7 @@ def register() -> str:
         raise ImportError(f"{_NEEDS}, found {transformers.__version__}")
     from flash8.integrations.transformers.masks import make_mask
 
+    refuse_when_loaded(ATTENTION_NAME)
     transformers.AttentionInterface.register(ATTENTION_NAME, attend)
     transformers.AttentionMaskInterface.register(ATTENTION_NAME, make_mask)
     return ATTENTION_NAME
