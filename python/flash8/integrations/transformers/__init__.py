@@ -6,13 +6,16 @@
         ..., attn_implementation=flash8_transformers.register()
     )
 
-Two public registries are used, `AttentionInterface` and `AttentionMaskInterface`; nothing of
-transformers is patched. The name of the implementation avoids the word "flash": transformers takes
-every name that contains it for a FlashAttention package of its own and looks for that on the hub.
+Two public registries are used, `AttentionInterface` and `AttentionMaskInterface`. One method is
+wrapped, so that models with an attention of their own are refused when they load (`own_attention`).
+The name of the implementation avoids the word "flash": transformers takes every name that contains
+it for a FlashAttention package of its own and looks for that on the hub.
 
-How a call goes: the model asks for a mask, and `masks.describe` answers with None or a `layouts`
-object that says where sequences begin and end, never with a (seqlen x seqlen) tensor. Each layer
-hands that object to `attention.attend`, which calls the flash8 function that fits.
+How a call goes: the model asks for a mask, and `masks.make_mask` answers with a `layouts` object
+that says where sequences begin and end, never with None or a (seqlen x seqlen) tensor. Each layer
+hands that object to `attention.attend`, which adds the packed sequences that it is told of
+(`packing`) and calls the flash8 function that fits. A model that uses the object itself gets an
+error (`opaque`).
 """
 
 from flash8.integrations.transformers.registration import ATTENTION_NAME, register
