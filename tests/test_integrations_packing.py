@@ -227,7 +227,7 @@ def test_reentrant_gradient_checkpointing(name):
     losses = []
     for enable in (False, True):
         if enable:
-            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.activation_checkpointing_enable({"use_reentrant": True})
             model.enable_input_require_grads()
         model.zero_grad()
         loss = model(**inputs).loss
