@@ -1,11 +1,13 @@
 """A pytest plugin under which the GPU tests run on the CPU, and say which kernels they ask for.
 
 CPU tensors pass for CUDA tensors; no kernel is trusted, so the portable code serves every call. The
-variants go to the file that FLASH8_RECORDED names: a JSON of class names and fields.
+variants go to the file that FLASH8_RECORDED names: a JSON of class names and fields. Tests that
+start other processes are skipped: what those ask for is not seen here.
 """
 
 import json
 import os
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,13 +36,20 @@ def _record(variant, device) -> bool:
 
 def pytest_configure() -> None:
     torch.cuda.is_available = lambda: True  # which the tests ask when they are collected
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    torch.cuda.synchronize = lambda *_: None
     backends.kernels_wanted = lambda tensor: True
     mode.kernels_mode = lambda: "auto"
     trust.is_trusted = _record
 
 
+def _skip(*_, **__) -> None:
+    pytest.skip("another process is not recorded")
+
+
 @pytest.fixture(autouse=True)
-def _cuda_is_the_cpu():
+def _cuda_is_the_cpu(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", _skip)
     with _CudaIsTheCpu():
         yield
 

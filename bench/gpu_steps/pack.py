@@ -28,8 +28,6 @@ _FILES = (
     "bench/bench_choices.py",
     "bench/gpu_steps/units.py",
     "tests/gpu_driver.cu",
-    "tests/test_gpu.py",
-    "tests/test_gpu_quantizer.py",
 )
 
 
@@ -69,7 +67,7 @@ def open_pack(folder: Path, *, root: Path = ROOT) -> Pack:
 
 def source_digest(root: Path = ROOT) -> str:
     """Of every file that the pack depends on, with its name."""
-    paths = [root / name for name in _FILES]
+    paths = [*(root / name for name in _FILES), *gpu_tests(root)]
     for name, suffixes in _FOLDERS.items():
         paths += [path for path in (root / name).rglob("*") if path.suffix in suffixes]
     found = hashlib.sha256()
@@ -78,6 +76,12 @@ def source_digest(root: Path = ROOT) -> str:
             found.update(str(path.relative_to(root)).encode() + b"\0")
             found.update(hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()
+
+
+def gpu_tests(root: Path = ROOT) -> list[Path]:
+    """The files of tests that need a GPU: those with the mark."""
+    files = sorted((root / "tests").glob("test_*.py"))
+    return [path for path in files if "pytest.mark.gpu" in path.read_text()]
 
 
 def native_sources(root: Path = ROOT) -> list[Path]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .pack import ROOT, Pack
+from .pack import ROOT, Pack, gpu_tests
 from .runner import Step
 
 RESULTS = ROOT / "bench" / "results"
@@ -33,7 +33,6 @@ _BENCH_RESULTS = {
     "quantize": "quantize_gpu.json",
     "choices": "choices.json",
 }
-_TEST_FILES = ("test_gpu.py", "test_gpu_quantizer.py", "test_gpu_driver.py")
 _SANITIZED_KERNELS = (
     "forward_bf16_d128_causal",
     "forward_e4m3_d128_causal_headscales",
@@ -127,8 +126,10 @@ def _tests() -> Iterator[Step]:
         "--timeout=40",
         "--timeout-method=thread",
     )
+    files = [path.name for path in gpu_tests()]
     for mode in ("on", "auto", "off"):
-        for file in _TEST_FILES if mode == "on" else _TEST_FILES[:2]:
+        # The others say by themselves which kernels they want, or launch their own.
+        for file in files if mode == "on" else ("test_gpu.py", "test_gpu_quantizer.py"):
             command = (sys.executable, "-P", "-m", "pytest", *options, f"tests/{file}")
             yield Step(
                 "tests",

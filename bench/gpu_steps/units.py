@@ -22,10 +22,8 @@ from flash8.options import Options
 from flash8.quantize_variants import SHIPPED_QUANTIZERS, QuantizeVariant
 from flash8.variants import SHIPPED, ForwardVariant
 
-from .pack import ROOT
+from .pack import ROOT, gpu_tests
 
-#: The GPU tests that take the kernels of calls.
-TEST_FILES = ("test_gpu.py", "test_gpu_quantizer.py")
 _E4M3 = torch.float8_e4m3fn
 
 
@@ -86,7 +84,7 @@ def _of_tests() -> Iterator[ForwardVariant | QuantizeVariant]:
     with tempfile.TemporaryDirectory() as folder:
         recorded = Path(folder) / "recorded.json"
         command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "gpu_recorder", "-m", "gpu"]
-        command += ["-p", "no:cacheprovider", *(f"tests/{name}" for name in TEST_FILES)]
+        command += ["-p", "no:cacheprovider", *map(str, gpu_tests())]
         environ = {**os.environ, "PYTHONPATH": "tests", "FLASH8_RECORDED": str(recorded)}
         environ["FLASH8_COMPILE"] = "never"
         done = subprocess.run(
