@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash8 import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
@@ -77,6 +78,15 @@ def test_it_shares_memory_with_no_option_either():
     out = torch.zeros(q.shape)
     with pytest.raises(ValueError, match="out must not share memory"):
         flash_attn_func(q, q, q, out=out, alibi_slopes=out.flatten()[:4])
+
+
+def test_a_fake_output_shares_memory_with_its_alias_only():
+    with FakeTensorMode():
+        q = torch.empty(2, 8, 4, 64)
+        out = torch.empty_like(q)
+        assert flash_attn_func(q, q, q, out=out) is out
+        with pytest.raises(ValueError, match="out must not share memory"):
+            flash_attn_func(q, q, q, out=q.view(q.shape))
 
 
 @pytest.mark.parametrize(
