@@ -1,6 +1,8 @@
 """A slice of the fuzzed calls of `tests/fuzz`; `make fuzz` makes a hundred thousand."""
 
+import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ import torch
 
 import flash8
 from fuzz import cpu, driver, harness
+from simulated_device import missing_compiler
 
 RUN = Path(__file__).resolve().parent / "fuzz" / "run.py"
 
@@ -115,6 +118,32 @@ def test_another_launch_of_a_correct_call_is_a_fault():
             repeat(leg, range(20))
     finally:
         leg._right.update(right)
+
+
+def test_a_process_that_dies_is_a_fault(tmp_path):
+    """A crash, too, names the call that it came from."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import random, os\n"
+        "choices = random.Random.choices\n"
+        "seen = []\n"
+        "def dying(self, *given, **options):\n"
+        "    seen.append(1)\n"
+        "    return choices(self, *given, **options) if len(seen) < 40 else os._exit(9)\n"
+        "random.Random.choices = dying\n"
+    )
+    command = [sys.executable, str(RUN), "--leg", "driver", "--calls", "99"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.search(r"driver \d+: the process ended with 9\n  python tests/fuzz/run", done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+def test_kernels_stand_what_no_host_has_looked_at():
+    said = fuzz("--leg", "device", "--calls", "500")
+    assert "hostile launched" in said
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Runs calls by their seeds, tells what went wrong, and how to see it again."""
 
+import faulthandler
 import random
 import resource
 import signal
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -56,14 +57,26 @@ class Tally:
         return sum(self.verdicts.values())
 
 
-def run(legs: Mapping[str, tuple[float, Call]], seeds: range, most_faults: int = 20) -> Tally:
-    """The calls of these seeds. `legs` by name: how often, as a weight, and the call of a seed."""
+def run(
+    legs: Mapping[str, tuple[float, Call]],
+    seeds: range,
+    most_faults: int = 20,
+    at: BinaryIO | None = None,
+) -> Tally:
+    """The calls of these seeds. `legs` by name: how often, as a weight, and the call of a seed.
+
+    `at` is told which call comes next, for a process that does not live to tell itself.
+    """
     tally = Tally()
     start = time.monotonic()
     names = list(legs)
     weights = [legs[name][0] for name in names]
     for seed in seeds:
         name = random.Random(f"leg {seed}").choices(names, weights)[0]
+        if at is not None:
+            at.seek(0)
+            at.write(f"{name} {seed}".ljust(60).encode())
+            at.flush()
         try:
             with _in_time():
                 verdict = legs[name][1](seed)
@@ -84,9 +97,12 @@ def _in_time() -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(SLOW)
+    # No signal is looked at inside of a launch: then the process ends.
+    faulthandler.dump_traceback_later(4 * SLOW, exit=True)
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
 

@@ -7,6 +7,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -24,13 +25,10 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--leg", action="append", choices=sorted(WEIGHTS), help="only these")
     parser.add_argument("--most-faults", type=int, default=20, help="after which a worker stops")
-    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     start = time.monotonic()
-    if options.workers > 1:
-        verdicts, faults = _spread(options)
-    else:
-        verdicts, faults = _here(options)
+    verdicts, faults = _here(options) if options.json else _spread(options)
     if options.json:
         print(json.dumps([verdicts, faults]))
         return 0
@@ -54,31 +52,38 @@ def _here(options: argparse.Namespace) -> tuple[dict[str, int], list[str]]:
     warnings.simplefilter("ignore")
     chosen = {name: WEIGHTS[name] for name in options.leg or WEIGHTS}
     seeds = range(options.seed, options.seed + options.calls)
-    tally = harness.run(legs.of(chosen), seeds, options.most_faults)
+    with open(options.json, "r+b") as at:
+        tally = harness.run(legs.of(chosen), seeds, options.most_faults, at)
     return dict(tally.verdicts), [str(fault) for fault in tally.faults]
 
 
 def _spread(options: argparse.Namespace) -> tuple[dict[str, int], list[str]]:
-    """The seeds in as many slices as there are workers, each in a process of its own."""
-    step = -(-options.calls // options.workers)
+    """The seeds in as many slices as there are workers, each in a process of its own, so that one
+    that dies is a fault like others."""
+    step = max(1, -(-options.calls // options.workers))
     processes = []
     for start in range(0, options.calls, step):
-        command = [sys.executable, "-P", __file__, "--json", f"--seed={options.seed + start}"]
+        at = tempfile.NamedTemporaryFile(prefix="flash8-fuzz-")  # noqa: SIM115
+        command = [sys.executable, "-P", __file__, f"--json={at.name}"]
+        command += [f"--seed={options.seed + start}"]
         command += [f"--calls={min(step, options.calls - start)}"]
         command += [f"--most-faults={options.most_faults}"]
         command += [f"--leg={leg}" for leg in options.leg or ()]
-        processes.append((start, subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))
+        processes.append((at, subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))
     verdicts: Counter[str] = Counter()
     faults = []
-    for start, process in processes:
+    for at, process in processes:
         said, _ = process.communicate()
         if process.returncode != 0:
+            leg, _, seed = at.read().decode().strip().partition(" ")
             faults.append(
-                f"the worker from seed {options.seed + start} on ended with {process.returncode}: "
-                "run it by itself (--workers 1) to see where"
+                f"{leg} {seed}: the process ended with {process.returncode}\n"
+                f"  python tests/fuzz/run.py --leg {leg} --seed {seed} --calls 1"
             )
             continue
-        found, wrong = json.loads(said.splitlines()[-1])
+        *notes, counted = said.splitlines()
+        print(*notes, sep="\n", end="\n" if notes else "")
+        found, wrong = json.loads(counted)
         verdicts.update(found)
         faults += wrong
     return dict(verdicts), faults
