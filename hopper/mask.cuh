@@ -22,6 +22,8 @@ struct KeyBlocks {
     int left_end;
     int right_begin;
     int end;
+    int first_key;  // keys [first_key, end_key) are those that some query of the block sees
+    int end_key;
 
     __device__ bool empty() const { return begin >= end; }
 };
@@ -41,8 +43,9 @@ class Mask {
           shift_(info.seqlen_k - info.seqlen_q),
           block_queries_(kPackGqa ? kBlockM / (params.heads_q / params.heads_kv) : kBlockM) {
         if constexpr (kMask == MaskMode::kLocal) {
-            left_ = bounded(params.scores.window_left);
-            right_ = bounded(params.scores.window_right);
+            // Windows as long as a sequence hold all of it; so none of the sums below overflows.
+            left_ = bounded(params.scores.window_left, seqlen_k_);
+            right_ = bounded(params.scores.window_right, seqlen_q_);
             // A chunk as long as the sequences already holds all their positions.
             chunk_ = min(params.scores.attention_chunk, max(seqlen_q_, seqlen_k_));
         }
@@ -52,12 +55,12 @@ class Mask {
         int const first = m_block * block_queries_;
         int const last = min(first + block_queries_, seqlen_q_) - 1;
         if (first > last) {
-            return {0, 0, 0, 0};
+            return {0, 0, 0, 0, 0, 0};
         }
         KeyRange const head = visible_keys(first);
         KeyRange const tail = visible_keys(last);
         return {max(0, head.begin) / kBlockN, ceil_div(max(0, tail.begin)), max(0, head.end) / kBlockN,
-                ceil_div(max(0, tail.end))};
+                ceil_div(max(0, tail.end)),   max(0, head.begin),           max(0, tail.end)};
     }
 
     __device__ KeyRange visible_keys(int query) const {
@@ -116,11 +119,8 @@ class Mask {
 
     __device__ static int ceil_div(int keys) { return (keys + kBlockN - 1) / kBlockN; }
 
-    // -1 is unbounded, and so is whatever reaches past both sequences.
-    __device__ int bounded(int window) const {
-        int const all = seqlen_q_ + seqlen_k_;
-        return window < 0 ? all : min(window, all);
-    }
+    // -1 is unbounded.
+    __device__ static int bounded(int window, int all) { return window < 0 ? all : min(window, all); }
 
     int seqlen_q_;
     int seqlen_k_;

@@ -9,8 +9,10 @@ namespace flash8 {
 enum class NamedBarrier : int {
     // Consumer warpgroup i may issue its products: WarpgroupTurn + i.
     kWarpgroupTurn = 1,  // and 2, 3
-    // All consumer warpgroups, or all warps that transpose V, have cleared their share of V's tail rows.
-    kTailCleared = 4,
+    // All consumer warpgroups, or all warps that transpose V, have cleared their share of V's hidden keys.
+    kHiddenKeysCleared = 4,
+    // Consumer warpgroup i agrees on something: WarpgroupVote + i.
+    kWarpgroupVote = 5,  // and 6, 7
 };
 
 // Ping-pong: the warpgroups take turns to issue their products, so that one's softmax overlaps the

@@ -13,7 +13,7 @@
 
 namespace flash8 {
 
-inline constexpr std::uint32_t kAbiVersion = 3;
+inline constexpr std::uint32_t kAbiVersion = 4;
 
 // Tokens that share a descale of granularity block. Sequences of V by keys start with such a block, too.
 inline constexpr int kScaleBlock = 128;
@@ -97,7 +97,8 @@ struct ScoreParams {
 
 // Work distribution. The counters are zero when a kernel starts and zero again when it has ended.
 struct SchedulerParams {
-    std::int32_t* tile_count;          // one counter that the dynamic persistent scheduler draws from
+    std::int32_t*
+        tile_count;  // two counters: what the dynamic scheduler draws from, and the CTAs that are done
     const std::int32_t* num_m_blocks;  // (batch) or null: written by the prepare step of varlen
     const std::int32_t* num_splits;    // (batch) or null: KV splits of every sequence
     const std::int32_t* batch_order;   // (batch) or null: longest sequence first

@@ -115,6 +115,22 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Whether `mine` holds for any of the threads.
+__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool mine) {
+    int any;
+    asm volatile(
+        "{\n"
+        ".reg .pred mine, any;\n"
+        "setp.ne.s32 mine, %3, 0;\n"
+        "barrier.cta.red.or.pred any, %1, %2, mine;\n"
+        "selp.s32 %0, 1, 0, any;\n"
+        "}\n"
+        : "=r"(any)
+        : "r"(id), "r"(threads), "r"(static_cast<int>(mine))
+        : "memory");
+    return any != 0;
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void release_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));

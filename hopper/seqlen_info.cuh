@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "clamp.cuh"
 #include "params.h"
 
 namespace flash8 {
@@ -15,24 +16,33 @@ struct SeqlenInfo {
     int seqlen_k;    // used keys
     int capacity_q;  // rows that belong to the sequence: those not used are written as zero
 
-    __device__ static SeqlenInfo read(SequenceParams const& sequences, int batch) {
+    // offset_q: where the tile scheduler has found the first row of the sequence (WorkTile).
+    __device__ static SeqlenInfo read(SequenceParams const& sequences, int batch, int offset_q) {
         SeqlenInfo info;
         bool const packed_q = sequences.cu_seqlens_q != nullptr;
         bool const packed_k = sequences.cu_seqlens_k != nullptr;
-        int const row = sequences.kv_batch_idx ? sequences.kv_batch_idx[batch] : batch;
+        int const total_q = static_cast<int>(sequences.total_q);
         info.batch_q = packed_q ? 0 : batch;
-        info.batch_k = packed_k ? 0 : row;
-        info.offset_q = packed_q ? sequences.cu_seqlens_q[batch] : 0;
-        info.offset_k = packed_k ? sequences.cu_seqlens_k[batch] : 0;
-        info.capacity_q =
-            packed_q ? sequences.cu_seqlens_q[batch + 1] - info.offset_q : sequences.max_seqlen_q;
-        int const capacity_k =
-            packed_k ? sequences.cu_seqlens_k[batch + 1] - info.offset_k : sequences.max_seqlen_k;
-        int const leftpad = sequences.leftpad_k ? sequences.leftpad_k[batch] : 0;
-        info.seqlen_q = sequences.seqused_q ? sequences.seqused_q[batch] : info.capacity_q;
-        info.seqlen_k = (sequences.seqused_k ? sequences.seqused_k[batch] : capacity_k) - leftpad;
-        info.offset_k += leftpad;
+        info.offset_q = offset_q;
+        info.capacity_q = packed_q ? clamped(sequences.cu_seqlens_q[batch + 1], offset_q, total_q) - offset_q
+                                   : sequences.max_seqlen_q;
+
+        int const row = sequences.kv_batch_idx ? sequences.kv_batch_idx[batch] : batch;
+        bool const exists = packed_k || (row >= 0 && row < sequences.batch_k);  // -1: nothing to do
+        info.seqlen_q = exists ? used(sequences.seqused_q, batch, info.capacity_q, info.capacity_q) : 0;
+        RowRange const keys = packed_k ? packed_rows(sequences.cu_seqlens_k, batch, sequences.total_k)
+                                       : RowRange{0, exists ? sequences.max_seqlen_k : 0};
+        int const end = used(sequences.seqused_k, batch, keys.size(), keys.size());
+        int const leftpad = used(sequences.leftpad_k, batch, end, 0);
+        info.batch_k = packed_k || !exists ? 0 : row;
+        info.offset_k = keys.begin + leftpad;
+        info.seqlen_k = end - leftpad;
         return info;
+    }
+
+  private:
+    __device__ static int used(int32_t const* lengths, int batch, int capacity, int otherwise) {
+        return lengths ? clamped(lengths[batch], 0, capacity) : otherwise;
     }
 };
 

@@ -30,11 +30,11 @@ struct RowStatistics {
     float lse[kRowsPerThread];        // natural log
 };
 
-// row_sum holds this thread's part of the sum of 2^(s - reference + offset); maximum is that of the scores,
-// in log2 units like reference. A sink (natural log, -inf: none) is one more logit without a value.
+// row_sum holds this thread's part of the sum of 2^(s - reference); maximum is that of the scores, in log2
+// units like reference. A sink (natural log, -inf: none) is one more logit without a value.
 __device__ inline RowStatistics finish_rows(float const (&reference)[kRowsPerThread],
                                             float const (&maximum)[kRowsPerThread],
-                                            float const (&row_sum)[kRowsPerThread], float offset,
+                                            float const (&row_sum)[kRowsPerThread],
                                             float const (&sink)[kRowsPerThread]) {
     RowStatistics rows;
 #pragma unroll
@@ -44,11 +44,11 @@ __device__ inline RowStatistics finish_rows(float const (&reference)[kRowsPerThr
         float const safe = top == -INFINITY ? 0.0f : top;
         float const factor = ptx::exp2(reference[r] - safe);
         float const sum = quad_sum(row_sum[r]) * factor;
-        float const total = sum + ptx::exp2(logit - safe + offset);
+        float const total = sum + ptx::exp2(logit - safe);
         bool const empty = total == 0.0f;
         rows.normalise[r] = empty ? 0.0f : factor / total;
         rows.weight[r] = empty ? 0.0f : sum / total;
-        rows.lse[r] = empty ? -INFINITY : (safe - offset + ptx::log2(total)) * kLn2;
+        rows.lse[r] = empty ? -INFINITY : (safe + ptx::log2(total)) * kLn2;
     }
     return rows;
 }
@@ -72,9 +72,11 @@ class OnlineSoftmax {
             }
             maximum = quad_max(maximum);
             row_max_[r] = maximum;
-            float const reference = kMayBeEmpty && maximum == -INFINITY ? 0.0f : maximum;
-            float const offset = reference * scale_log2_;
-            alpha[r] = kFirst ? 1.0f : ptx::exp2(previous * scale_log2_ - offset);
+            float const scaled = maximum * scale_log2_;
+            float const offset = kMayBeEmpty && scaled == -INFINITY ? 0.0f : scaled;
+            // From the rounded offset that P had: beside large scores the difference tells.
+            alpha[r] = kFirst ? 1.0f : ptx::exp2(row_max_log2_[r] - offset);
+            row_max_log2_[r] = scaled;
             float sum = kFirst ? 0.0f : row_sum_[r] * alpha[r];
 #pragma unroll
             for (int i = 0; i < cute::size<1>(scores); ++i) {
@@ -86,17 +88,13 @@ class OnlineSoftmax {
     }
 
     __device__ RowStatistics finish(float const (&sink)[kRowsPerThread]) const {
-        float maximum[kRowsPerThread];
-#pragma unroll
-        for (int r = 0; r < kRowsPerThread; ++r) {
-            maximum[r] = row_max_[r] * scale_log2_;
-        }
-        return finish_rows(maximum, maximum, row_sum_, 0.0f, sink);
+        return finish_rows(row_max_log2_, row_max_log2_, row_sum_, sink);
     }
 
   private:
     float scale_log2_;
     float row_max_[kRowsPerThread] = {-INFINITY, -INFINITY};
+    float row_max_log2_[kRowsPerThread] = {-INFINITY, -INFINITY};  // times scale_log2_, rounded
     float row_sum_[kRowsPerThread] = {0.0f, 0.0f};
 };
 

@@ -1,11 +1,12 @@
 // The softmax of one warpgroup's 64 rows where P is e4m3: as in softmax.cuh, but the reference belongs to the
 // block of keys, so that P uses all of e4m3 wherever the largest score stands. In log2 units:
 //
-//   m_ref = max(m_block, row_max - kGrowth)
-//   P     = 2^(s - m_ref + kOffset)
+//   reference = max(m_block, row_max - kGrowth) - kOffset
+//   P         = 2^(s - reference)
 //
-// and what is accumulated is rescaled by 2^(m_ref_before - m_ref), at most 2^kGrowth. row_sum adds the P of
-// fp32, not the rounded one; the offset is taken back in LSE.
+// and what is accumulated is rescaled by 2^(reference_before - reference), at most 2^kGrowth. row_sum adds
+// the P of fp32, not the rounded one. How the reference is rounded does not matter, since P, the rescaling
+// and LSE take the same one; below kLargest it is off by 1/8 at most.
 
 #pragma once
 
@@ -19,31 +20,47 @@ class BlockLocalSoftmax {
     static constexpr float kGrowth = 24.0f;
 
   public:
+    // Scores of this size, in log2 units, need `step` with kAnySize: the reference has no room for the
+    // offset, and the exponent of the largest P would be what the product with scale_log2 was rounded by.
+    static constexpr float kLargest = 4194304.0f;  // 2^22
+
     // Turns a tile of scores (row, (2, kBlockN / 8)) into P in place. scale_log2: what makes the scores
     // of a row log2 units. Returns in `alpha` what everything accumulated so far must be multiplied by: 0
     // before the first tile. With kMayBeEmpty a row may have seen no key yet. Every kPolynomialEvery-th
     // exponential is a polynomial, which relieves the special function unit; 0 is none.
-    template <bool kMayBeEmpty, int kPolynomialEvery, class Scores>
+    template <bool kMayBeEmpty, bool kAnySize, int kPolynomialEvery, class Scores>
     __device__ __forceinline__ void step(Scores&& scores, float const (&scale_log2)[kRowsPerThread],
                                          float (&alpha)[kRowsPerThread]) {
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
-            float block_max = scores(r, 0);
+            float top = scores(r, 0);
 #pragma unroll
             for (int i = 1; i < cute::size<1>(scores); ++i) {
-                block_max = fmaxf(block_max, scores(r, i));
+                top = fmaxf(top, scores(r, i));
             }
-            block_max = quad_max(block_max) * scale_log2[r];
+            top = quad_max(top);
+            float const block_max = top * scale_log2[r];
             row_max_[r] = fmaxf(row_max_[r], block_max);
-            float const reference = fmaxf(block_max, row_max_[r] - kGrowth);
-            float const shift = kMayBeEmpty && reference == -INFINITY ? 0.0f : reference;
-            alpha[r] = ptx::exp2(reference_[r] - shift);
-            reference_[r] = reference;
-            float const offset = kOffset - shift;
+            float const largest = fmaxf(block_max, row_max_[r] - kGrowth);
+            float reference = (kMayBeEmpty && largest == -INFINITY ? 0.0f : largest) - kOffset;
+            float factor = scale_log2[r];
+            float shift = reference;
+            if constexpr (kAnySize) {
+                float const size = fabsf(largest);
+                if (size >= kLargest && size < INFINITY && largest == block_max) {
+                    // Scores that differ do so by much. A power of two for a scale, which brings the largest
+                    // near 2^22, tells equal ones apart from the others, exactly.
+                    factor = power_of_two(scale_log2[r], largest);
+                    shift = top * factor;
+                    reference = largest;
+                }
+            }
+            alpha[r] = ptx::exp2(reference_[r] - reference);
+            reference_[r] = kMayBeEmpty && largest == -INFINITY ? -INFINITY : reference;
             float sum = row_sum_[r] * alpha[r];
 #pragma unroll
             for (int i = 0; i < cute::size<1>(scores); ++i) {
-                float const exponent = scores(r, i) * scale_log2[r] + offset;
+                float const exponent = scores(r, i) * factor - shift;
                 bool const polynomial = kPolynomialEvery > 0 && (i + 1) % max(kPolynomialEvery, 1) == 0;
                 scores(r, i) = polynomial ? exp2_polynomial(exponent) : ptx::exp2(exponent);
                 sum += scores(r, i);
@@ -53,10 +70,18 @@ class BlockLocalSoftmax {
     }
 
     __device__ RowStatistics finish(float const (&sink)[kRowsPerThread]) const {
-        return finish_rows(reference_, row_max_, row_sum_, kOffset, sink);
+        return finish_rows(reference_, row_max_, row_sum_, sink);
     }
 
   private:
+    // 2^22 times what `scale` has for a power of two, over that of `largest`.
+    __device__ __forceinline__ static float power_of_two(float scale, float largest) {
+        constexpr uint32_t kExponent = 0x7f800000;
+        uint32_t const exponents =
+            (__float_as_uint(scale) & kExponent) - (__float_as_uint(largest) & kExponent);
+        return __uint_as_float(exponents + ((127 + 22) << 23));
+    }
+
     float reference_[kRowsPerThread] = {-INFINITY, -INFINITY};
     float row_max_[kRowsPerThread] = {-INFINITY, -INFINITY};
     float row_sum_[kRowsPerThread] = {0.0f, 0.0f};

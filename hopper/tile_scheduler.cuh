@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include "clamp.cuh"
 #include "params.h"
 #include "pipeline.cuh"
 
@@ -16,8 +17,10 @@ struct WorkTile {
     int m_block;
     int head;
     int batch;
+    int offset_q;  // first row of a packed sequence in Q and O, else 0
 
-    __device__ static WorkTile none() { return {0, 0, -1}; }
+    // No tile any more. Behind the last packed sequence there may be rows of nobody, from offset_q on.
+    __device__ static WorkTile none(int offset_q) { return {0, 0, -1, offset_q}; }
     __device__ bool valid() const { return batch >= 0; }
 };
 
@@ -34,54 +37,63 @@ struct TileOrder {
     int heads;
     int heads_per_section;
 
-    __device__ WorkTile at(int index, int batch) const {
+    __device__ WorkTile at(int index, int batch, int offset_q) const {
         int const section = index / (m_blocks * heads_per_section);
         int const first_head = section * heads_per_section;
         int const section_heads = min(heads_per_section, heads - first_head);
         int const rest = index - m_blocks * first_head;
         int const step = rest / section_heads;
-        return {m_blocks - 1 - step, first_head + rest - step * section_heads, batch};
+        return {m_blocks - 1 - step, first_head + rest - step * section_heads, batch, offset_q};
     }
 };
 
-// Finds the tiles of packed sequences, whose lengths only the device knows: the lanes of a warp hold the tile
-// counts of 32 sequences at a time, added up. All calls by the whole warp, with indices that never fall. What
-// is remembered is little, because the producer warp has few registers.
+// Finds the tiles of packed sequences, whose lengths only the device knows: the lanes of a warp hold 32
+// sequences at a time, with their tile counts added up. All calls by the whole warp, with indices that never
+// fall. What is remembered is little, because the producer warp has few registers.
+//
+// Offsets that decrease count as the largest before them, and none reaches past the tensor: every row belongs
+// to at most one sequence, and there are never more tiles than the host has counted.
 template <int kBlockM, bool kPackGqa>
 class PackedTiles {
   public:
-    __device__ explicit PackedTiles(ForwardParams const& params) : params_(params) {}
+    __device__ explicit PackedTiles(ForwardParams const& params) : params_(params) {
+        if (params.sequences.cu_seqlens_q != nullptr) {
+            rows_before_ = offset(0);
+        }
+    }
 
     __device__ WorkTile at(int index) {
         while (true) {
             int const batch = first_batch_ + static_cast<int>(threadIdx.x % 32);
-            int const m_blocks = m_blocks_of(batch);
+            int const row_end = inclusive_max(batch < params_.sequences.batch ? offset(batch + 1) : 0);
+            int const above = __shfl_up_sync(0xffffffff, row_end, 1);
+            int const row_begin = threadIdx.x % 32 == 0 ? rows_before_ : above;
+            int const m_blocks = m_blocks_of(row_end - row_begin);
             int const end = tiles_before_ + inclusive_sum(m_blocks * tile_heads<kPackGqa>(params_));
             unsigned const behind = __ballot_sync(0xffffffff, end > index);
             if (behind != 0) {
                 int const lane = __ffs(behind) - 1;
                 return found(index, first_batch_ + lane, __shfl_sync(0xffffffff, m_blocks, lane),
-                             __shfl_sync(0xffffffff, end, lane));
+                             __shfl_sync(0xffffffff, end, lane), __shfl_sync(0xffffffff, row_begin, lane));
             }
-            int const group_end = __shfl_sync(0xffffffff, end, 31);
-            if (first_batch_ + 32 >= params_.sequences.batch) {
-                tiles_before_ = group_end;
-                return WorkTile::none();
-            }
-            tiles_before_ = group_end;
+            rows_before_ = __shfl_sync(0xffffffff, row_end, 31);
+            tiles_before_ = __shfl_sync(0xffffffff, end, 31);
             first_batch_ += 32;
+            if (first_batch_ >= params_.sequences.batch) {
+                return WorkTile::none(rows_before_);
+            }
         }
     }
 
-    // The number of all tiles, once `at` has found none.
-    __device__ int count() const { return tiles_before_; }
-
   private:
-    __device__ int m_blocks_of(int batch) const {
-        int const* const offsets = params_.sequences.cu_seqlens_q;
-        int const rows = batch < params_.sequences.batch ? offsets[batch + 1] - offsets[batch] : 0;
-        int const rows_per_query = kPackGqa ? params_.heads_q / params_.heads_kv : 1;
-        return (rows * rows_per_query + kBlockM - 1) / kBlockM;
+    __device__ int offset(int index) const {
+        return clamped(params_.sequences.cu_seqlens_q[index], 0, static_cast<int>(params_.sequences.total_q));
+    }
+
+    __device__ int m_blocks_of(int queries) const {
+        // In unsigned arithmetic, which has room for a block more than there are rows.
+        unsigned const block = kPackGqa ? kBlockM / (params_.heads_q / params_.heads_kv) : kBlockM;
+        return static_cast<int>((static_cast<unsigned>(queries) + block - 1) / block);
     }
 
     __device__ static int inclusive_sum(int value) {
@@ -93,27 +105,41 @@ class PackedTiles {
         return value;
     }
 
-    __device__ WorkTile found(int index, int batch, int m_blocks, int end) const {
+    // Also over what stands before the group.
+    __device__ int inclusive_max(int value) const {
+        value = max(value, rows_before_);
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            value = max(value, __shfl_up_sync(0xffffffff, value, distance));
+        }
+        return value;
+    }
+
+    __device__ WorkTile found(int index, int batch, int m_blocks, int end, int row_begin) const {
         int const heads = tile_heads<kPackGqa>(params_);
         TileOrder const order{m_blocks, heads, min(params_.scheduler.heads_per_section, heads)};
-        return order.at(index - (end - m_blocks * heads), batch);
+        return order.at(index - (end - m_blocks * heads), batch, row_begin);
     }
 
     ForwardParams const& params_;
     int first_batch_ = 0;   // of the group of 32 sequences
     int tiles_before_ = 0;  // tiles of all sequences before the group
+    int rows_before_ = 0;   // where the first of them starts
 };
 
-// What a CTA does next; all calls but `draw` by the whole producer warp. The host keeps the number of tiles
-// below 2^31. The CTAs of a cluster take neighbouring blocks of rows: to this class they are one CTA with
-// kClusterM times the rows, and draw nothing.
+// What a CTA does next; all calls but `draw` by the whole producer warp. The host keeps the number of tiles,
+// and of CTAs with it, below 2^31. The CTAs of a cluster take neighbouring blocks of rows: to this class they
+// are one CTA with kClusterM times the rows, and draw nothing.
+//
+// The counter is zero when a kernel starts and zero again when it has ended, whatever the tensors hold: the
+// last CTA to find no tile any more, which no CTA draws behind, puts it back.
 template <int kBlockM, bool kPackGqa, int kClusterM>
 class TileScheduler {
   public:
     __device__ explicit TileScheduler(ForwardParams const& params)
         : params_(params), packed_tiles_(params), index_(blockIdx.x / kClusterM) {}
 
-    __device__ WorkTile first() { return in_cluster(tile()); }
+    __device__ WorkTile first() { return leave_behind_last(tile()); }
 
     // By the first lane, once a tile: begins to find out the next one, which `next` waits for. Nothing is
     // made of the number here, or the lane would wait for it here.
@@ -123,25 +149,27 @@ class TileScheduler {
         }
     }
 
-    // Every tile is followed by one draw, so the draw that returns the number of tiles less one is the last
-    // of the whole grid. It leaves the counter at zero for the next kernel.
     __device__ WorkTile next() {
         index_ = __shfl_sync(0xffffffff, index_, 0) + static_cast<int>(gridDim.x / kClusterM);
-        WorkTile const found = in_cluster(tile());
-        bool const last = counter() != nullptr && index_ - static_cast<int>(gridDim.x) == count() - 1;
-        if (!found.valid() && last && threadIdx.x % 32 == 0) {
-            *counter() = 0;
-        }
-        return found;
+        return leave_behind_last(tile());
     }
 
   private:
     __device__ int* counter() const { return kClusterM == 1 ? params_.scheduler.tile_count : nullptr; }
     __device__ bool packed() const { return params_.sequences.cu_seqlens_q != nullptr; }
 
-    __device__ static WorkTile in_cluster(WorkTile tile) {
+    // A CTA finds none once, and draws no more. The counter of the CTAs that have left wraps to zero by
+    // itself.
+    __device__ WorkTile leave_behind_last(WorkTile tile) const {
         if constexpr (kClusterM > 1) {
             tile.m_block = tile.m_block * kClusterM + ptx::cluster_rank();
+        } else if (!tile.valid() && counter() != nullptr && threadIdx.x % 32 == 0) {
+            unsigned const last = gridDim.x - 1;
+            __threadfence();  // this CTA's draws are made before it counts as gone
+            if (atomicInc(reinterpret_cast<unsigned*>(counter() + 1), last) == last) {
+                __threadfence();
+                atomicExch(counter(), 0);
+            }
         }
         return tile;
     }
@@ -149,20 +177,16 @@ class TileScheduler {
     // The heads of all sequences, when all have the same length.
     __device__ int dense_heads() const { return tile_heads<kPackGqa>(params_) * params_.sequences.batch; }
 
-    __device__ int count() const {
-        return packed() ? packed_tiles_.count() : params_.scheduler.max_m_blocks * dense_heads();
-    }
-
     __device__ WorkTile tile() {
         if (packed()) {
             return packed_tiles_.at(index_);
         }
-        if (index_ >= count()) {
-            return WorkTile::none();
+        if (index_ >= params_.scheduler.max_m_blocks * dense_heads()) {
+            return WorkTile::none(0);
         }
         TileOrder const order{params_.scheduler.max_m_blocks, dense_heads(),
                               params_.scheduler.heads_per_section};
-        WorkTile tile = order.at(index_, 0);
+        WorkTile tile = order.at(index_, 0, 0);
         tile.batch = tile.head / tile_heads<kPackGqa>(params_);
         tile.head -= tile.batch * tile_heads<kPackGqa>(params_);
         return tile;
@@ -176,7 +200,7 @@ class TileScheduler {
 // One tile on its way from the producer warp to the CTA's other warps, who give the place back as soon as
 // they have read it: so the next tile is known, and its loads are under way, while they work.
 struct TileQueue {
-    int4 tile;  // m_block, head, batch, 0
+    int4 tile;  // as WorkTile has it
     Pipeline<1> pipeline;
 
     __device__ void init(int reader_warps) { pipeline.init(reader_warps); }
@@ -184,7 +208,7 @@ struct TileQueue {
     // By one thread.
     __device__ void publish(PipelineState<1>& state, WorkTile const& next) {
         ptx::mbarrier_wait(&pipeline.empty[0], state.parity ^ 1);
-        tile = make_int4(next.m_block, next.head, next.batch, 0);
+        tile = make_int4(next.m_block, next.head, next.batch, next.offset_q);
         ptx::mbarrier_arrive(&pipeline.full[0]);
         state.advance();
     }
@@ -196,7 +220,7 @@ struct TileQueue {
         __syncwarp();
         pipeline.release(state);
         state.advance();
-        return {taken.x, taken.y, taken.z};
+        return {taken.x, taken.y, taken.z, taken.w};
     }
 };
 

@@ -34,6 +34,7 @@ class Call:
     attention_chunk: int = 0
     alibi_slopes: Tensor | None = None  # (heads) or (batch, heads)
     indices: dict[str, Tensor] = field(default_factory=dict)  # cu_seqlens_q, seqused_k, ...: int32
+    v_offsets: Tensor | None = None  # by which V goes by keys, where it is not cu_seqlens_k
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
     s_aux: Tensor | None = None
@@ -86,14 +87,14 @@ class ForwardKernel:
         self._sequences(params.sequences, call)
         self._scores(params.scores, call)
         self._descales(params, call)
-        counter = self._upload(torch.tensor([schedule.first_draw], dtype=torch.int32))
+        counter = self._upload(torch.tensor([schedule.first_draw, 0], dtype=torch.int32))
         params.scheduler.tile_count = counter.address if schedule.dynamic else 0
         params.scheduler.heads_per_section = schedule.heads_per_section
         margin = self._multiprocessors - schedule.num_ctas
         _native.launch_forward(self._kernel, 0, 0, params, sm_margin=margin)
         self._driver.synchronize()
-        left = _download(counter, torch.zeros(1, dtype=torch.int32))
-        assert schedule.first_draw or not left.item(), f"the counter is left at {left.item()}"
+        left = _download(counter, torch.zeros(2, dtype=torch.int32)).tolist()
+        assert left == [0, 0], f"the counters are left at {left}"
         return _download(o_memory, o), _download(lse_memory, lse)
 
     def _sequences(self, sequences: _native.SequenceParams, call: Call) -> None:
@@ -159,7 +160,8 @@ class ForwardKernel:
 def _by_keys(call: Call) -> Tensor:
     """V as the quantizer would write it, but with NaN where it writes zeros; (..., d, heads, keys)
     as the struct has it."""
-    tokens = Tokens(call.indices.get("cu_seqlens_k"))
+    offsets = call.indices.get("cu_seqlens_k") if call.v_offsets is None else call.v_offsets
+    tokens = Tokens(offsets)
     written = transposed.transpose(torch.ones_like(call.v, dtype=torch.uint8), tokens)
     keys = transposed.transpose(call.v, tokens)
     keys.view(torch.uint8)[written == 0] = 0x7F

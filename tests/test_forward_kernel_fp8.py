@@ -182,7 +182,7 @@ def test_the_bounds_catch_swapped_descales():
 
 
 def test_the_bounds_catch_an_offset_that_lse_keeps(tmp_path):
-    changed = changed_kernel(tmp_path, DENSE, ("softmax.cuh", "(safe - offset + ", "(safe + "))
+    changed = changed_kernel(tmp_path, DENSE, ("softmax.cuh", "(safe + ", "(safe + 8.0f + "))
     call = dense_call(DENSE, 1, 100, 300, 2, 1)
     with pytest.raises(AssertionError, match="LSE"):
         compare(call, *changed(call, Schedule()))

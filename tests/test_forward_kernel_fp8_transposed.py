@@ -102,18 +102,18 @@ def test_both_ways_of_v_agree_where_tiles_do():
 MUTATIONS = {
     "tails are left": (
         "forward/mainloop_fp8.cuh",
-        "if constexpr (Config::kVTransposed) {",
-        "if constexpr (false) {",
+        "if constexpr (Config::kVTransposed) {\n            clear",
+        "if constexpr (false) {\n            clear",
     ),
     "one key too many is left": (
-        "forward/clear_tail.cuh",
-        "int const kept = used - chunk * kChunk;",
-        "int const kept = used + 1 - chunk * kChunk;",
+        "forward/hidden_keys.cuh",
+        "int const end = seen.end - chunk * kChunk;",
+        "int const end = seen.end + 1 - chunk * kChunk;",
     ),
     "keys are in their own order": (
-        "forward/clear_tail.cuh",
-        "return pair(used - 2 * q) | pair(used - 8 - 2 * q) << 16;",
-        "return pair(used - 4 * q) | pair(used - 2 - 4 * q) << 16;",
+        "forward/hidden_keys.cuh",
+        "return pair(count - 2 * q) | pair(count - 8 - 2 * q) << 16;",
+        "return pair(count - 4 * q) | pair(count - 2 - 4 * q) << 16;",
     ),
 }
 
@@ -129,7 +129,7 @@ def test_the_cases_catch_wrong_tails(name, tmp_path):
 
 
 def test_the_simulator_catches_tails_that_are_not_fenced(tmp_path):
-    edit = ("forward/clear_tail.cuh", "    ptx::fence_proxy_async();\n", "")
+    edit = ("forward/hidden_keys.cuh", "    ptx::fence_proxy_async();\n", "")
     changed = changed_kernel(tmp_path, DENSE, edit)
     call = dense_call(DENSE, 1, 3, 150, 1, 1)
     device().configure(seed=1)

@@ -265,7 +265,7 @@ BAD = [
     (lambda c: change_sequences(c, batch=-1), "batch is -1; supported are 0 to"),
     (lambda c: change_sequences(c, max_seqlen_q=-5), "max_seqlen_q is -5"),
     (lambda c: change_sequences(c, total_k=2**31), "total_k is 2147483648"),
-    (lambda c: change_sequences(c, batch=2**30), r"there are more than 2\^31 - 1 tiles"),
+    (lambda c: change_sequences(c, batch=2**30), r"there are more than 2\^31 - 2\^20 tiles"),
 ]
 
 

@@ -24,25 +24,26 @@ class Consumer {
         : params_(params), shared_(shared), warpgroup_(warpgroup) {}
 
     __device__ void run() {
-        int const warp = static_cast<int>(threadIdx.x / 32) - 4;
-        clear_tail_rows(params_, blockIdx.x * Config::kConsumerWarps + warp,
-                        gridDim.x * Config::kConsumerWarps);
         if constexpr (Config::kTakeTurns) {
             Turns::start(warpgroup_);
         }
-        for (WorkTile tile = next_tile(); tile.valid(); tile = next_tile()) {
+        WorkTile tile = next_tile();
+        for (; tile.valid(); tile = next_tile()) {
             work(tile);
         }
         if constexpr (Config::kTakeTurns) {
             Turns::finish(warpgroup_);
         }
+        int const warp = static_cast<int>(threadIdx.x / 32) - 4;
+        clear_tail_rows(params_, tile.offset_q, blockIdx.x * Config::kConsumerWarps + warp,
+                        gridDim.x * Config::kConsumerWarps);
     }
 
   private:
     __device__ WorkTile next_tile() { return shared_.tiles.take(tiles_state_); }
 
     __device__ void work(WorkTile const& tile) {
-        SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch);
+        SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch, tile.offset_q);
         TileMask const mask(params_, info);
         KeyBlocks const blocks = mask.key_blocks(first_of_cluster<Config::kClusterM>(tile));
         int const row = first_row(tile.m_block);
@@ -57,7 +58,7 @@ class Consumer {
                                                    : params_.scores.softmax_scale_log2);
             if (!blocks.empty()) {
                 Scores<Config> const scores(params_, info, mask, tile, row);
-                Mainloop<Config> mainloop(params_, shared_, state_, scores, warpgroup_, info.seqlen_k);
+                Mainloop<Config> mainloop(params_, shared_, state_, scores, warpgroup_);
                 mainloop.run(o, softmax, blocks);
             }
             Epilogue<Config>::store(params_, info, tile, row, o, softmax, Leftovers{});
@@ -87,14 +88,47 @@ class Consumer {
                 keep_score_shift(tile, head_kv, score_scale);
             }
             Scores<Config> const scores(params_, info, mask, tile, row);
-            MainloopFp8<Config> mainloop(params_, shared_, state_, scores, warpgroup_, info.seqlen_k);
-            leftovers.v_scale = mainloop.run(o, softmax, blocks, score_scale, k_descale, v_descale);
+            float const k_largest = k_descale.largest(blocks.begin, blocks.end);
+            poison(o, score_scale, k_largest, v_descale.largest(blocks.begin, blocks.end));
+            bool const large = scores_may_be_large(scores, info, score_scale, k_largest);
+            MainloopFp8<Config> mainloop(params_, shared_, state_, scores, warpgroup_);
+            leftovers.v_scale =
+                checked_descale(mainloop.run(o, softmax, blocks, score_scale, large, k_descale, v_descale));
             if (params_.k_mean.ptr != nullptr) {
                 leftovers.score_shift[0] = shared_.score_shift[tile_row()];
                 leftovers.score_shift[1] = shared_.score_shift[tile_row() + 8];
             }
         }
         Epilogue<Config>::store(params_, info, tile, row, o, softmax, leftovers);
+    }
+
+    // Descales that are none: NaN in O and, but for V's, in LSE. It stays there, 0 * NaN is NaN.
+    template <class Accumulator>
+    __device__ __forceinline__ static void poison(Accumulator& o, float (&score_scale)[kRowsPerThread],
+                                                  float k_largest, float v_largest) {
+        if (isnan(k_largest)) {
+            score_scale[0] = score_scale[1] = k_largest;
+        }
+        if (isnan(v_largest)) {
+            cute::fill(o, v_largest);
+        }
+    }
+
+    // Whether some score of this warpgroup's rows can be too large for the unmasked loop, going by the
+    // descales. Its threads agree, since they run the same loops.
+    __device__ __forceinline__ bool scores_may_be_large(Scores<Config> const& scores, SeqlenInfo const& info,
+                                                        float const (&score_scale)[kRowsPerThread],
+                                                        float k_largest) const {
+        constexpr float kLargestProduct = 448.0f * 448.0f * Config::kHeadDim;
+        float const scale = fmaxf(score_scale[0], score_scale[1]) * k_largest;
+        float const penalty = scores.largest_penalty(info);
+        float const bound = Config::kSoftcap ? params_.scores.softcap * kLog2E * (1.0f + penalty)
+                                             : scale * kLargestProduct + penalty;
+        int const barrier = static_cast<int>(NamedBarrier::kWarpgroupVote) + warpgroup_;
+        bool const large = ptx::named_barrier_any(barrier, 128, bound >= BlockLocalSoftmax::kLargest);
+        // From a shuffle, ptxas takes it to be the same in a warp, and keeps descriptors in uniform
+        // registers.
+        return __shfl_sync(0xffffffff, static_cast<int>(large), 0) != 0;
     }
 
     // Before the mainloop gives Q back. Shared memory keeps it, which has room where registers have not.

@@ -1,10 +1,12 @@
 // The descales of a work tile, x ~ descale * x_fp8, as the mainloop needs them.
 //
 // Nothing is multiplied into the operands: Q's and K's join the softmax scale, V's joins the factor that
-// rescales O from block to block.
+// rescales O from block to block. What is no descale (clamp.cuh) makes NaN of the rows of every tile that
+// reads it, which is found out before the mainloop.
 
 #pragma once
 
+#include "../clamp.cuh"
 #include "../seqlen_info.cuh"
 #include "query_row.cuh"
 
@@ -42,6 +44,18 @@ class KeyDescale {
         return kBlocks ? __ldg(values_ + n_block * block_stride_) : __ldg(values_);
     }
 
+    // The largest of KV blocks [begin, end), or NaN where one of them is no descale. By all lanes of a warp.
+    __device__ float largest(int begin, int end) const {
+        if (!kBlocks || values_ == nullptr) {
+            return checked_descale(of(begin));
+        }
+        uint32_t bits = 0;  // which order as positive numbers do, and NaN above them
+        for (int n_block = begin + static_cast<int>(threadIdx.x % 32); n_block < end; n_block += 32) {
+            bits = max(bits, __float_as_uint(checked_descale(of(n_block))));
+        }
+        return __uint_as_float(__reduce_max_sync(0xffffffff, bits));
+    }
+
   private:
     float const* values_;
     int64_t block_stride_;
@@ -60,9 +74,10 @@ __device__ float q_descale(ForwardParams const& params, SeqlenInfo const& info, 
     if constexpr (kBlocks) {
         bool const packed = params.sequences.cu_seqlens_q != nullptr;
         int const first = packed ? info.offset_q / kScaleBlock + batch : 0;
-        return values[info.batch_q * ref.batch_stride + (first + query / kScaleBlock) * ref.block_stride];
+        return checked_descale(
+            values[info.batch_q * ref.batch_stride + (first + query / kScaleBlock) * ref.block_stride]);
     } else {
-        return values[batch * ref.batch_stride];
+        return checked_descale(values[batch * ref.batch_stride]);
     }
 }
 

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "../clamp.cuh"
 #include "../convert.cuh"
 #include "../softmax.cuh"
 #include "../tile_scheduler.cuh"
@@ -82,7 +83,7 @@ class Epilogue {
 
         __device__ __forceinline__ float restore(float x, int channel, RowFactors const& factors) const {
             float value = scaled(x, factors.normalise);
-            value *= descale_ != nullptr ? descale_[channel] : 1.0f;
+            value *= descale_ != nullptr ? checked_descale(descale_[channel]) : 1.0f;
             value += mean_ != nullptr ? factors.weight * mean_[channel] : 0.0f;
             return value;
         }

@@ -9,8 +9,8 @@
 #include "../named_barriers.cuh"
 #include "../softmax.cuh"
 #include "../wgmma.cuh"
-#include "clear_tail.cuh"
 #include "config.cuh"
+#include "hidden_keys.cuh"
 #include "scores.cuh"
 
 namespace flash8 {
@@ -33,13 +33,8 @@ class Mainloop {
   public:
     __device__ __forceinline__ Mainloop(ForwardParams const& params, SharedStorage<Config>& shared,
                                         ConsumerState<Config>& state, Scores<Config> const& scores,
-                                        int warpgroup, int seqlen_k)
-        : params_(params),
-          shared_(shared),
-          state_(state),
-          scores_(scores),
-          warpgroup_(warpgroup),
-          seqlen_k_(seqlen_k) {}
+                                        int warpgroup)
+        : params_(params), shared_(shared), state_(state), scores_(scores), warpgroup_(warpgroup) {}
 
     template <class Accumulator>
     __device__ __forceinline__ void run(Accumulator& o, OnlineSoftmax& softmax, KeyBlocks const& blocks) {
@@ -72,7 +67,7 @@ class Mainloop {
         scores_.template apply<true>(s, n_block, inner);
         softmax.template step<true, true>(rows_of(s), alpha);
         round(s, p);
-        clear_tail(n_block);
+        clear_hidden_keys(blocks, n_block);
 
         auto advance = [&](auto masked) __attribute__((always_inline)) {
             constexpr bool kMasked = decltype(masked)::value;
@@ -115,6 +110,11 @@ class Mainloop {
             }
         }
         release(shared_.pipeline_q, state_.q);
+        if constexpr (Config::kMask == MaskMode::kLocal) {
+            if (blocks.begin + 1 < blocks.end) {
+                clear_hidden_keys(blocks, blocks.begin);
+            }
+        }
         shared_.pipeline_v.wait(state_.v);
         multiply<false>(mma_pv, p, rV(_, _, _, state_.v.stage), o);
         warpgroup_wait<0>();
@@ -144,15 +144,16 @@ class Mainloop {
         }
     }
 
-    __device__ void clear_tail(int n_block) {
-        int const used = seqlen_k_ - n_block * kBlockN;
-        if (used >= kBlockN) {
+    // By all warpgroups, none of which has the turn then.
+    __device__ void clear_hidden_keys(KeyBlocks const& blocks, int n_block) {
+        SeenKeys const seen = SeenKeys::of<kBlockN>(blocks, n_block);
+        if (seen.all<kBlockN>()) {
             return;
         }
         shared_.pipeline_v.wait(state_.v);
-        flash8::clear_tail<kBlockN, Config::kPanelV * sizeof(Element), Config::kHeadDimV / Config::kPanelV,
-                           Config::kConsumerWarpgroups * 128>(shared_.v + state_.v.stage * Config::kElementsV,
-                                                              used, threadIdx.x - 128);
+        flash8::clear_hidden_keys<kBlockN, Config::kPanelV * sizeof(Element),
+                                  Config::kHeadDimV / Config::kPanelV, Config::kConsumerWarpgroups * 128>(
+            shared_.v + state_.v.stage * Config::kElementsV, seen, threadIdx.x - 128);
     }
 
     ForwardParams const& params_;
@@ -160,7 +161,6 @@ class Mainloop {
     ConsumerState<Config>& state_;
     Scores<Config> const& scores_;
     int warpgroup_;
-    int seqlen_k_;
 };
 
 }  // namespace flash8

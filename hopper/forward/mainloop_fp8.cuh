@@ -11,9 +11,9 @@
 #include "../named_barriers.cuh"
 #include "../softmax_fp8.cuh"
 #include "../wgmma.cuh"
-#include "clear_tail.cuh"
 #include "config.cuh"
 #include "descales.cuh"
+#include "hidden_keys.cuh"
 #include "mainloop.cuh"
 #include "scores.cuh"
 
@@ -29,20 +29,20 @@ class MainloopFp8 {
   public:
     __device__ __forceinline__ MainloopFp8(ForwardParams const& params, SharedStorage<Config>& shared,
                                            ConsumerState<Config>& state, Scores<Config> const& scores,
-                                           int warpgroup, int seqlen_k)
+                                           int warpgroup)
         : shared_(shared),
           state_(state),
           scores_(scores),
           warpgroup_(warpgroup),
-          seqlen_k_(seqlen_k),
           final_scale_{final_scale(params), final_scale(params)} {}
 
     // score_scale, of each row: softmax_scale_log2 times Q's descale, or with softcap what tanh's argument is
-    // scaled with but for K's descale. Returns V's descale that O is still to be multiplied with.
+    // scaled with but for K's descale. large: scores may be too large for the unmasked loop, so that the
+    // masked one does it all. Returns V's descale that O is still to be multiplied with.
     template <class Accumulator>
     __device__ __forceinline__ float run(Accumulator& o, BlockLocalSoftmax& softmax, KeyBlocks const& blocks,
-                                         float const (&score_scale)[kRowsPerThread], Descale const& k_descale,
-                                         Descale const& v_descale) {
+                                         float const (&score_scale)[kRowsPerThread], bool large,
+                                         Descale const& k_descale, Descale const& v_descale) {
         using namespace cute;
         typename Config::MmaQK mma_qk;
         auto thread_qk = mma_qk.get_slice(threadIdx.x % 128);
@@ -69,7 +69,7 @@ class MainloopFp8 {
             float alpha[kRowsPerThread];
             // A polynomial is never quite 0, and what a mask hides must be.
             constexpr int kPolynomialEvery = kMasked ? 0 : Config::kPolynomialEvery;
-            softmax.template step<kMasked && Config::kMask != MaskMode::kNone, kPolynomialEvery>(
+            softmax.template step<kMasked && Config::kMask != MaskMode::kNone, kMasked, kPolynomialEvery>(
                 rows_of(s), kFinalScale ? final_scale_ : scale, alpha);
             // P as the A operand: (4 keys, 2 rows, 2 halves) of 32 keys, in the order of transpose.cuh.
             Tensor p = make_tensor<typename Config::Element>(
@@ -80,6 +80,11 @@ class MainloopFp8 {
                 alpha[0] *= ratio;
                 alpha[1] *= ratio;
                 v_scale_before = v_scale;
+            }
+            if constexpr (Config::kVTransposed && kMasked && Config::kMask == MaskMode::kLocal) {
+                if (n_block == blocks.begin && n_block + 1 < blocks.end) {
+                    clear_hidden_keys(blocks, n_block);
+                }
             }
             // V before the turn: this wait ends a block of instructions. Within one ptxas would take the
             // turn, which touches no memory, before the softmax that is to run in the other warpgroup's turn.
@@ -95,13 +100,14 @@ class MainloopFp8 {
         };
 
         if constexpr (Config::kVTransposed) {
-            clear_tail(blocks.end - 1);
+            clear_hidden_keys(blocks, blocks.end - 1);
         }
         shared_.pipeline_q.wait(state_.q);
         Turns::wait(warpgroup_);
         int n_block = blocks.end - 1;
         int const unmasked_begin = max(blocks.begin, blocks.left_end);
-        for (; n_block >= max(blocks.right_begin, blocks.begin); --n_block) {
+        int const right_begin = large ? blocks.begin : max(blocks.right_begin, blocks.begin);
+        for (; n_block >= right_begin; --n_block) {
             attend(true_type{}, n_block);
         }
         for (; n_block >= unmasked_begin; --n_block) {
@@ -166,16 +172,15 @@ class MainloopFp8 {
         }
     }
 
-    // Before the first turn, since all warpgroups have to come here; and where registers are free.
-    __device__ __forceinline__ void clear_tail(int n_block) {
-        int const used = seqlen_k_ - n_block * kBlockN;
-        if (used >= kBlockN) {
+    // By all warpgroups, so that none may have the turn: before the first one, and where registers are free.
+    __device__ __forceinline__ void clear_hidden_keys(KeyBlocks const& blocks, int n_block) {
+        SeenKeys const seen = SeenKeys::of<kBlockN>(blocks, n_block);
+        if (seen.all<kBlockN>()) {
             return;
         }
         shared_.pipeline_v.wait(state_.k);
-        clear_transposed_tail<Config::kHeadDimV, kBlockN, Config::kPanelVt,
-                              Config::kConsumerWarpgroups * 128>(
-            shared_.v + state_.k.stage * Config::kElementsV, used, threadIdx.x - 128);
+        clear_hidden_columns<Config::kHeadDimV, kBlockN, Config::kPanelVt, Config::kConsumerWarpgroups * 128>(
+            shared_.v + state_.k.stage * Config::kElementsV, seen, threadIdx.x - 128);
     }
 
     // Scores are (2 columns, 2 rows, kBlockN / 8); a word of P takes a row of two column groups.
@@ -193,7 +198,6 @@ class MainloopFp8 {
     ConsumerState<Config>& state_;
     Scores<Config> const& scores_;
     int warpgroup_;
-    int seqlen_k_;
     float const final_scale_[kRowsPerThread];
 };
 

@@ -51,7 +51,7 @@ class Producer {
     // The next tile is drawn just before the last load, which waits until the consumers have all but reached
     // the end of this tile. Whoever draws earlier keeps a tile waiting that an idle CTA could have.
     __device__ void load_tile(WorkTile const& tile, Scheduler& scheduler) {
-        SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch);
+        SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch, tile.offset_q);
         typename Config::TileMask const mask(params_, info);
         KeyBlocks const blocks = mask.key_blocks(first_of_cluster<Config::kClusterM>(tile));
         if (blocks.empty()) {

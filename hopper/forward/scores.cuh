@@ -38,6 +38,18 @@ class Scores {
         }
     }
 
+    // What ALiBi takes off a score of this thread's rows at most, in the units that the scores then have.
+    __device__ float largest_penalty(SeqlenInfo const& info) const {
+        float steepest = 0.0f;
+        if constexpr (Config::kAlibi) {
+#pragma unroll
+            for (int r = 0; r < kRowsPerThread; ++r) {
+                steepest = fmaxf(steepest, fabsf(alibi_[r].slope));
+            }
+        }
+        return steepest * static_cast<float>(info.seqlen_q + info.seqlen_k);
+    }
+
     // With softcap the scores become tanh(scale * s), and the cap is left to the softmax. With kGivesLog2,
     // `scale` is what makes them log2 units.
     template <bool kMasked, class Accumulator>

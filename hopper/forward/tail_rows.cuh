@@ -1,21 +1,25 @@
-// Rows of packed O and LSE behind the last sequence: nobody's, and written all the same.
+// Rows of packed O and LSE before the first sequence and behind the last one: nobody's, and written all the
+// same.
 
 #pragma once
 
+#include "../clamp.cuh"
 #include "../params.h"
 
 namespace flash8 {
 
 // O = 0 and LSE = -inf there. By all consumer warps of the grid, a row of one head each; `warp` counts them
-// from 0 to `warps`.
-__device__ inline void clear_tail_rows(ForwardParams const& params, int warp, int warps) {
+// from 0 to `warps`. end: of the last sequence, as the tile scheduler has found it.
+__device__ inline void clear_tail_rows(ForwardParams const& params, int end, int warp, int warps) {
     if (params.sequences.cu_seqlens_q == nullptr) {
         return;
     }
-    int const begin = params.sequences.cu_seqlens_q[params.sequences.batch];
-    int64_t const count = (params.sequences.total_q - begin) * params.heads_q;
+    int const total = static_cast<int>(params.sequences.total_q);
+    int const before = clamped(params.sequences.cu_seqlens_q[0], 0, total);
+    int64_t const count = static_cast<int64_t>(before + (total - end)) * params.heads_q;
     for (int64_t i = warp; i < count; i += warps) {
-        int64_t const row = begin + i / params.heads_q;
+        int const nobodys = static_cast<int>(i / params.heads_q);
+        int64_t const row = nobodys < before ? nobodys : nobodys - before + end;
         int const head = static_cast<int>(i % params.heads_q);
         // O has two bytes an element, and its rows are multiples of 16 bytes.
         uint16_t* const o =

@@ -15,8 +15,8 @@
 #include "../ptx.cuh"
 #include "../swizzled_tile.cuh"
 #include "../tile_scheduler.cuh"
-#include "clear_tail.cuh"
 #include "config.cuh"
+#include "hidden_keys.cuh"
 #include "query_row.cuh"
 
 namespace flash8 {
@@ -37,30 +37,36 @@ class Transposer {
 
     __device__ void run() {
         for (WorkTile tile = shared_.tiles.take(tiles_); tile.valid(); tile = shared_.tiles.take(tiles_)) {
-            SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch);
+            SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch, tile.offset_q);
             typename Config::TileMask const mask(params_, info);
             KeyBlocks const blocks = mask.key_blocks(first_of_cluster<Config::kClusterM>(tile));
             if (!blocks.empty()) {
-                clear_tail(info.seqlen_k - (blocks.end - 1) * kBlockN);
+                clear_hidden_keys(blocks, blocks.end - 1);
             }
 #pragma unroll 1
             for (int count = blocks.end - blocks.begin; count > 0; --count) {
+                if constexpr (Config::kMask == MaskMode::kLocal) {
+                    if (count == 1 && blocks.begin + 1 < blocks.end) {
+                        clear_hidden_keys(blocks, blocks.begin);
+                    }
+                }
                 transpose();
             }
         }
     }
 
   private:
-    // used: keys that there are of the rightmost block, which is the next one.
-    __device__ __forceinline__ void clear_tail(int used) {
-        if (used >= kBlockN) {
+    // Of the block that comes next.
+    __device__ __forceinline__ void clear_hidden_keys(KeyBlocks const& blocks, int n_block) {
+        SeenKeys const seen = SeenKeys::of<kBlockN>(blocks, n_block);
+        if (seen.all<kBlockN>()) {
             return;
         }
         shared_.pipeline_v_rows.wait(state_);
         constexpr int kPanelBytes = Config::kPanelV;  // elements are bytes
-        flash8::clear_tail<kBlockN, kPanelBytes, Config::kHeadDimV / kPanelBytes,
-                           Config::kTransposerWarps * 32>(shared_.v_rows + state_.stage * Config::kBytesV,
-                                                          used, threadIdx.x - 32);
+        flash8::clear_hidden_keys<kBlockN, kPanelBytes, Config::kHeadDimV / kPanelBytes,
+                                  Config::kTransposerWarps * 32>(
+            shared_.v_rows + state_.stage * Config::kBytesV, seen, threadIdx.x - 32);
     }
 
     __device__ __forceinline__ void transpose() {

@@ -11,7 +11,10 @@ namespace flash8 {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896340736f;
-constexpr std::int64_t kMaxTiles = 2147483647;
+// Below 2^31 by more than any grid: every CTA draws one number behind the last tile.
+constexpr std::int64_t kMaxTiles = 2147483647 - (1 << 20);
+// Rows of Q with query heads folded in, and those of Q and K together, with a tile of each behind them.
+constexpr std::int64_t kMaxRows = 2147483647 - 1024;
 constexpr std::int64_t kStoreBytes = 16;  // the epilogue stores O in units of this size
 
 void check_kernel(const Kernel& kernel) {
@@ -153,6 +156,20 @@ void encode_maps(const Driver& driver, const KernelInfo& info, ForwardParams& pa
     }
 }
 
+// The kernels count rows in 32 bits.
+void check_rows(const ForwardParams& call, const KernelInfo& info) {
+    const SequenceParams& sequences = call.sequences;
+    const std::int64_t ratio = info.pack_gqa ? call.heads_q / call.heads_kv : 1;
+    const std::int64_t rows_q = sequences.cu_seqlens_q ? sequences.total_q : sequences.max_seqlen_q;
+    const std::int64_t rows_k = sequences.cu_seqlens_k ? sequences.total_k : sequences.max_seqlen_k;
+    require(rows_q + rows_k <= kMaxRows && rows_q * ratio <= kMaxRows, "forward: q has ", rows_q, " rows of ",
+            ratio, " folded heads and k has ", rows_k, "; supported are less than 2^31 in all");
+    const std::int64_t blocks =
+        sequences.cu_seqlens_k ? sequences.total_k / kScaleBlock + sequences.batch : 0;
+    require(info.v_transposed == 0 || blocks * kScaleBlock <= kMaxRows, "forward: v by keys has ", blocks,
+            " blocks of ", kScaleBlock, " keys; supported are less than 2^31 keys");
+}
+
 // The blocks of rows of a cluster, and the heads that tiles are made of: of all query heads, or of the KV
 // heads with their query heads folded into the rows.
 struct TileCounts {
@@ -171,7 +188,7 @@ TileCounts count_tiles(const ForwardParams& call, const KernelInfo& info) {
     const std::int64_t packed = full_blocks(sequences.total_q) + sequences.batch;
     const std::int64_t blocks = sequences.cu_seqlens_q ? packed : max_m_blocks * sequences.batch;
     require(blocks <= kMaxTiles / heads && max_m_blocks <= kMaxTiles,
-            "forward: there are more than 2^31 - 1 tiles of queries");
+            "forward: there are more than 2^31 - 2^20 tiles of queries");
     return {max_m_blocks, heads, blocks * heads};
 }
 
@@ -189,6 +206,7 @@ void launch_forward(Kernel& kernel, int device, std::uint64_t stream, const Forw
                : call.sequences.max_seqlen_q == 0 || call.sequences.batch == 0) {
         return;
     }
+    check_rows(call, info);
     const TileCounts counts = count_tiles(call, info);
     check_output(call);
     check_descales(call, info);

@@ -49,7 +49,7 @@ class Recall {
         std::array<pybind11::object, 2> tensor_types;
         pybind11::object empty_like;
         pybind11::object current_stream;  // (tensor) -> handle
-        pybind11::object tile_count;      // (device, stream, captured) -> int32 tensor of one element
+        pybind11::object tile_count;      // (device, stream, captured) -> int32 tensor of two elements
     };
 
     // option_names: the fields of Options, in order.

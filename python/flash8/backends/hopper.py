@@ -243,14 +243,14 @@ def current_stream(q: Tensor) -> int:
 
 
 def get_tile_count(device: torch.device, stream: int, captured: bool = False) -> Tensor:
-    """The counter that the CTAs of one launch draw tiles from: zero before it and after it.
+    """The counters of one launch, of tiles drawn and of CTAs done: zero before it and after it.
 
     Launches that run at the same time must not share one. Those of one stream never do, so each
     stream has its own for ever. A captured launch may run again on any stream, next to anything:
-    it gets a counter of its own, in the graph's memory, that the graph sets to zero every time.
+    it gets counters of its own, in the graph's memory, that the graph sets to zero every time.
     """
     if captured:
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return _new_tile_count(device)
     # The handle of the per-thread default stream means another stream in every thread.
     thread = threading.get_ident() if stream == _PER_THREAD_STREAM else 0
     return _stream_tile_count(device, stream, thread)
@@ -258,7 +258,11 @@ def get_tile_count(device: torch.device, stream: int, captured: bool = False) ->
 
 @functools.cache
 def _stream_tile_count(device: torch.device, stream: int, thread: int) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
+    return _new_tile_count(device)
+
+
+def _new_tile_count(device: torch.device) -> Tensor:
+    return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 def _mask(options: Options) -> Mask:
