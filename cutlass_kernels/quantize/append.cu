@@ -6,13 +6,18 @@ namespace flash8::quantize {
 
 // Where one token goes.
 struct Place {
+    static constexpr unsigned kFarthest = 0x7fffffff;
+
     int slot;
     int row;    // within the slot
     int block;  // of the slot's descales
     bool exists;
 
     __device__ Place(AppendParams const& append, int batch, int token) {
-        int const position = append.cache_seqlens[batch] + token;
+        // Behind a length below 0, or without room in 32 bits, there is no place.
+        int const length = append.cache_seqlens[batch];
+        int const position =
+            length < 0 ? -1 : static_cast<int>(min(static_cast<unsigned>(length) + token, kFarthest));
         if (append.page_table != nullptr) {
             int const column = position / append.slot_tokens;
             bool const listed = position >= 0 && column < append.max_pages;
@@ -24,7 +29,7 @@ struct Place {
             row = position;
             block = position / Config::kTokens;
         }
-        exists = slot >= 0 && slot < append.num_slots && row >= 0 && row < append.slot_tokens;
+        exists = position >= 0 && slot >= 0 && slot < append.num_slots && row < append.slot_tokens;
     }
 };
 
@@ -35,8 +40,8 @@ __device__ __forceinline__ float inverse_descale(QuantizeParams const& params, T
         return 1.0f;
     }
     int const batch = params.append.descale_by_slot ? place.slot : tile.batch;
-    return reciprocal(
-        ref.ptr[batch * ref.batch_stride + tile.head * ref.head_stride + place.block * ref.block_stride]);
+    return reciprocal(checked_descale(
+        ref.ptr[batch * ref.batch_stride + tile.head * ref.head_stride + place.block * ref.block_stride]));
 }
 
 __device__ __forceinline__ void append_row(QuantizeParams const& params, TokenTile const& tile,

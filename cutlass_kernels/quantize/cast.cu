@@ -33,7 +33,7 @@ __device__ __forceinline__ float choose_descale(QuantizeParams const& params, To
                                                 uint32_t tile_amax) {
     float* const entry = params.descale.ptr + tile.group(params, params.descale);
     if (params.scale_source == ScaleSource::kGiven) {
-        return *entry;
+        return checked_descale(*entry);
     }
     bool const own = params.scale_source == ScaleSource::kTile;
     float const* const amax = params.amax.ptr + (own ? 0 : tile.group(params, params.amax));

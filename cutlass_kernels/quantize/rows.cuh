@@ -151,7 +151,8 @@ struct Rows {
         if (tile.empty()) {
             return;
         }
-        int const start = params.rope_offsets != nullptr ? params.rope_offsets[tile.batch] : 0;
+        int64_t const start = params.rope_offsets != nullptr ? params.rope_offsets[tile.batch] : 0;
+        int64_t const last = params.rope_rows - 1;
         int const half = params.rotary_dim / 2;
         bool const turns = channel < params.rotary_dim;
         bool const first = channel < half;
@@ -161,8 +162,8 @@ struct Rows {
         asm("" : "+r"(turned_bits));
 #pragma unroll
         for (int j = 0; j < Config::kRows; ++j) {
-            int const position = max(0, min(start + readable_row(tile, j), params.rope_rows - 1));
-            int64_t const table = static_cast<int64_t>(position) * half;
+            int64_t const position = max(int64_t{0}, min(start + readable_row(tile, j), last));
+            int64_t const table = position * half;
             if (!params.interleaved) {
                 int const entry = !turns ? 0 : first ? channel : channel - half;
                 int const partner = !turns ? 0 : first ? half : -half;

@@ -2,13 +2,14 @@
 
 #pragma once
 
+#include "clamp.cuh"
 #include "config.cuh"
 
 namespace flash8::quantize {
 
-// The first block of a packed sequence.
-__device__ __forceinline__ int first_block(int const* cu_seqlens, int batch) {
-    return cu_seqlens[batch] / Config::kTokens + batch;
+// The first block of a packed sequence, or behind the last one the number of blocks at most.
+__device__ __forceinline__ int first_block(QuantizeParams const& params, int batch) {
+    return clamped(params.cu_seqlens[batch], 0, static_cast<int>(params.total)) / Config::kTokens + batch;
 }
 
 struct TokenTile {
@@ -37,7 +38,7 @@ struct TokenTile {
             tile.capacity = tile.counted = params.seqlen;
         }
         if (params.seqused != nullptr) {
-            tile.counted = min(params.seqused[tile.batch], tile.capacity);
+            tile.counted = clamped(params.seqused[tile.batch], 0, tile.counted);
         }
         return tile;
     }
@@ -55,26 +56,28 @@ struct TokenTile {
 
   private:
     // The last sequence whose first block is not behind this one. Rows behind the last sequence are cast with
-    // it and do not count.
+    // it and do not count. Offsets that decrease may leave blocks that no sequence reaches, and those that do
+    // not start with 0 blocks before the first one: they are empty.
     __device__ void find_packed(QuantizeParams const& params, int packed_block) {
         int low = 0;
         int high = params.batch - 1;
         while (low < high) {
             int const middle = (low + high + 1) / 2;
-            if (first_block(params.cu_seqlens, middle) <= packed_block) {
+            if (first_block(params, middle) <= packed_block) {
                 low = middle;
             } else {
                 high = middle - 1;
             }
         }
-        int const start = params.cu_seqlens[low];
-        int const end = min(params.cu_seqlens[low + 1], static_cast<int>(params.total));
+        RowRange const rows = packed_rows(params.cu_seqlens, low, params.total);
+        int const blocks_before = packed_block - first_block(params, low);
         batch = low;
         block = packed_block;
-        first = (packed_block - first_block(params.cu_seqlens, low)) * Config::kTokens;
-        offset = start;
-        counted = end - start;
-        capacity = low + 1 == params.batch ? static_cast<int>(params.total) - start : counted;
+        first = max(blocks_before, 0) * Config::kTokens;
+        offset = rows.begin;
+        counted = blocks_before < 0 ? 0 : rows.size();
+        capacity = low + 1 == params.batch ? static_cast<int>(params.total) - rows.begin : counted;
+        capacity = blocks_before < 0 ? 0 : capacity;
     }
 };
 

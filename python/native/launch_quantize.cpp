@@ -118,6 +118,11 @@ void launch_quantize(Kernel& kernel, int device, std::uint64_t stream, const Qua
     const bool finishes = info.kind == KernelKind::kQuantizeMeanFinish;
     const std::int64_t blocks = finishes ? call.batch : blocks_of(call, info.kBlockM);
     require(blocks <= kMaxTiles / call.heads, "quantize: there are more than 2^31 - 1 tiles");
+    // The kernels count rows in 32 bits, up to the end of the last block.
+    const std::int64_t rows =
+        call.cu_seqlens != nullptr ? blocks_of(call, info.kBlockM) * info.kBlockM : call.seqlen;
+    require(rows <= kMaxTiles - info.kBlockM, "quantize: there are ", rows,
+            " rows; supported are less than 2^31");
     if (!finishes) {
         check_tensor("x", call.x, kStrideUnit);
         check_steps(call);
