@@ -82,9 +82,10 @@ class OnlineSoftmax:
 class BlockLocalSoftmax:
     """FP8: the reference belongs to the block, so P uses all of e4m3 wherever the maximum stands.
 
-    In log2 units, per block: m_ref = max(m_block, m_running - 24), P = e4m3(2^(s - m_ref + 8)),
+    In log2 units, per block: m_ref = max(m_block, m_running - 24), P = e4m3(2^8 * 2^(s - m_ref)),
     and what is accumulated is multiplied by 2^(m_ref_prev - m_ref), at most 2^24. row_sum adds the
-    fp32 P, not the rounded one. Without growth the reference is the running maximum.
+    fp32 P, not the rounded one. Without growth the reference is the running maximum. The factor
+    2^8 stands apart: beside a large m_ref a sum would lose the 8.
     """
 
     OFFSET = 8.0  # the largest P is 2^8, under e4m3's 448
@@ -94,6 +95,7 @@ class BlockLocalSoftmax:
         self, rows: tuple[int, ...], like: Tensor, growth: float = GROWTH, offset: float = OFFSET
     ) -> None:
         self._growth, self._offset = growth, offset
+        self._factor = 2.0**offset
         self._row_max = like.new_full(rows, _MINUS_INF)
         self._reference = like.new_full(rows, _MINUS_INF)
         self._row_sum = like.new_zeros(rows)
@@ -104,7 +106,7 @@ class BlockLocalSoftmax:
         self._row_max = torch.maximum(self._row_max, block_max)
         reference = torch.maximum(block_max, self._row_max - self._growth)
         shift = _finite(reference)
-        p = s.sub_(shift[..., None] - self._offset).exp2_()
+        p = s.sub_(shift[..., None]).exp2_().mul_(self._factor)
         alpha = (self._reference - shift).exp2_()
         self._row_sum = self._row_sum * alpha + p.sum(dim=-1)
         self._reference = reference
@@ -121,7 +123,7 @@ class BlockLocalSoftmax:
             top = torch.maximum(self._row_max, scaled)
             shift = _finite(top)
             alpha = (reference - shift).exp2_()
-            row_sum = row_sum * alpha + (scaled - shift + self._offset).exp2_()
+            row_sum = row_sum * alpha + (scaled - shift).exp2_() * self._factor
             reference = top
-        lse = (_finite(reference) - self._offset + row_sum.log2()) / _LOG2_E
+        lse = (_finite(reference) + (row_sum.log2() - self._offset)) / _LOG2_E
         return alpha * _inverse(row_sum), lse
