@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Tokens that share a block descale: kBlockN of the kernels, and kBlockM of a warpgroup pair.
 BLOCK = 128
+#: Descales are at least this, the smallest normal number of fp32, and finite.
+SMALLEST = 2.0**-126
 #: Pages with fewer tokens have no page descales.
 MIN_PAGE_SIZE = 16
 
@@ -54,6 +56,38 @@ def block_offsets(cu_seqlens: Tensor) -> Tensor:
     require_rank("cu_seqlens", cu_seqlens, 1, "(batch + 1,)")
     starts = cu_seqlens[:-1].long()
     return starts // BLOCK + torch.arange(starts.shape[0], device=starts.device)
+
+
+def checked(descale: Tensor) -> Tensor:
+    """The descale with NaN for every value that is none: not positive, too small or not finite.
+
+    So whoever reads what it scales sees that it is wrong, on devices where nobody has looked.
+    """
+    return torch.where(_fits(descale), descale, float("nan"))
+
+
+def check_values(options: "Options") -> None:
+    """Raises ValueError where a descale holds what is none. Reads them: for CPU tensors."""
+    for name in ("q_descale", "k_descale", "v_descale", "v_channel_descale"):
+        descale = getattr(options, name)
+        if descale is not None:
+            check_value(name, descale)
+
+
+def check_value(name: str, descale: Tensor) -> None:
+    """The same for one descale, or that of a ScaledTensor."""
+    fits = _fits(descale)
+    if bool(fits.all()):
+        return
+    index = (~fits).nonzero()[0].tolist()
+    place = f" at {index}" if index else ""
+    raise ValueError(
+        f"{name} must be positive and finite, at least 2^-126, got {descale[tuple(index)]}{place}"
+    )
+
+
+def _fits(descale: Tensor) -> Tensor:
+    return (descale >= SMALLEST) & (descale < float("inf"))
 
 
 def check(q: Tensor, k: Tensor, geometry: "Geometry", options: "Options") -> None:

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from flash8.arguments import describe, require_tensor
+from flash8.descales import SMALLEST, checked
 from flash8.float8 import E4M3, MAX, saturating_cast
 from flash8.fp8.request import Request
 from flash8.fp8.transposed import transpose
 from flash8.rotary import embed_position
 
-_SMALLEST_DESCALE = 2.0**-126
 _WIDE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -33,7 +33,8 @@ def quantize(request: Request) -> tuple[Tensor, Tensor, Tensor]:
     descale = request.descale
     if descale is None:
         descale = descale_of(tokens.finite_amax(y, request.granularity), request.dtype)
-    scaled = y * tokens.spread_descale(descale, y, request.granularity).reciprocal()
+    inverse = checked(descale).reciprocal()
+    scaled = y * tokens.spread_descale(inverse, y, request.granularity)
     data = saturating_cast(scaled, request.dtype)
     if request.transpose:
         data = transpose(data, tokens)
@@ -54,5 +55,5 @@ def descale_of(amax: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
     require_tensor("amax", amax, _WIDE)
     if not isinstance(dtype, torch.dtype) or dtype not in MAX:
         raise TypeError(f"dtype must be one of {', '.join(map(str, MAX))}, got {describe(dtype)}")
-    descale = (amax.double() / MAX[dtype]).clamp_min(_SMALLEST_DESCALE)
+    descale = (amax.double() / MAX[dtype]).clamp_min(SMALLEST)
     return torch.where(amax == 0.0, 1.0, descale).float()

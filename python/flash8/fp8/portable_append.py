@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from flash8.descales import BLOCK
+from flash8.descales import BLOCK, checked
 from flash8.float8 import saturating_cast
 from flash8.fp8.request import Appended
 from flash8.rotary import embed_position, token_positions, token_sequences
@@ -28,23 +28,25 @@ def quantize(appended: Appended) -> Tensor:
     if a.mean is not None:
         x = x - (a.mean if a.mean.dim() == 2 else a.mean[sequences])
     if a.descale is not None:
-        x = x * _of_rows(a, a.descale, sequences).reciprocal()
+        x = x * _of_rows(a, checked(a.descale), sequences).reciprocal()
     return saturating_cast(x)
 
 
 def _of_rows(appended: Appended, descale: Tensor, sequences: Tensor) -> Tensor:
-    """The descale of every row, broadcasting over (..., heads_kv, d)."""
+    """The descale of every row, broadcasting over (..., heads_kv, d); of rows without a place in
+    the cache, which are refused or dropped later, any."""
     if descale.dim() == 0:
         return descale
     if descale.dim() == 2:
         return descale[sequences][..., None]
     rows = sequences
     if appended.kv_batch_idx is not None:
-        rows = appended.kv_batch_idx.long()[rows]
+        slots = (descale if appended.page_table is None else appended.page_table).shape[0]
+        rows = appended.kv_batch_idx.long()[rows].clamp(0, slots - 1)
     positions = token_positions(appended.x, appended.starts, appended.cu_seqlens)
     table = appended.page_table
     if table is None:
-        blocks = (positions // BLOCK).clamp(max=descale.shape[2] - 1)
+        blocks = (positions // BLOCK).clamp(0, descale.shape[2] - 1)
         return descale[rows, :, blocks][..., None]
-    entries = (positions // appended.cache.shape[1]).clamp(max=table.shape[1] - 1)
-    return descale[table[rows, entries].long().clamp(min=0)]
+    entries = (positions // appended.cache.shape[1]).clamp(0, table.shape[1] - 1)
+    return descale[table[rows, entries].long().clamp(0, descale.shape[0] - 1)]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8 import backends
+from flash8 import backends, descales
 from flash8.arguments import (
     describe,
     require_bool,
@@ -206,6 +206,8 @@ def _check_outputs(x: Tensor, granularity: str, descale: Any, amax: Any, transpo
                 "descale per channel must have shape (heads, d) or (batch, heads, d), ending in "
                 f"{tuple(x.shape[-2:])}, got {tuple(descale.shape)}"
             )
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            descales.check_value("descale", descale)
     if amax is not None:
         require_tensor("amax", amax, torch.float32, x)
         require_shape("amax", amax, (), "one value")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash8.backends.cpu.mask import Tile
 from flash8.backends.cpu.sequences import KeyRows, QueryRows, Unit
-from flash8.descales import BLOCK
+from flash8.descales import BLOCK, checked
 from flash8.float8 import E4M3
 from flash8.options import Options
 
@@ -106,6 +106,7 @@ def _query_factor(
     heads_kv, group = grouped
     if descale is None:
         return q.new_full((1, 1, 1, 1), scale, dtype=torch.float32)
+    descale = checked(descale)
     if descale.dim() == 0:
         return (descale * scale).reshape(1, 1, 1, 1)
     if descale.dim() == 2:
@@ -131,6 +132,7 @@ def _query_blocks(queries: QueryRows, descale: Tensor) -> Tensor:
 def _key_descale(unit: Unit, descale: Tensor | None, page: int) -> KeyDescale | None:
     if descale is None:
         return None
+    descale = checked(descale)
     if descale.dim() == 0:
         return KeyDescale(descale.reshape(1, 1, 1), None, 0)
     if descale.dim() == 2:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flash8 import descales
 from flash8.backends.cpu import study
 from flash8.backends.cpu.accumulator import accumulator_for
 from flash8.backends.cpu.combine import combine_into
@@ -45,6 +46,8 @@ def forward(
     lse_partial: Tensor,
 ) -> None:
     """Fills out and lse (every row of them), and the partials where num_splits > 1."""
+    if q.device.type == "cpu":
+        descales.check_values(options)
     if options.v_keys is not None:
         v, options = _by_token(v, options.v_keys, options), options._replace(v_keys=None)
     if options.num_splits == 1:

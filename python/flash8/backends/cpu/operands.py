@@ -13,6 +13,7 @@ from torch import Tensor
 from flash8.backends.cpu.descales import Descales, load_descales
 from flash8.backends.cpu.sequences import Unit
 from flash8.checks import FP8
+from flash8.descales import checked
 from flash8.options import Options
 
 #: Elements of a score tile per KV head, and the bounds of its sides.
@@ -120,6 +121,8 @@ def load(
     if slopes is not None:
         slopes = slopes[None] if slopes.dim() == 1 else slopes[unit.batch]
         slopes = slopes.to(dtype).unflatten(1, grouped)[..., None, None]
+    channels = options.v_channel_descale
+    channels = None if channels is None else checked(channels)
     q_rows = heads_first(unit.queries.tokens(q), heads_kv, dtype)
     return Operands(
         q=q_rows if float8_q else q_rows * scale,
@@ -132,7 +135,7 @@ def load(
         descales=load_descales(unit, q, options, scale, grouped, page),
         k_mean=_channels(options.k_mean, unit, dtype),
         v_mean=_channels(options.v_mean, unit, dtype),
-        v_channel_descale=_channels(options.v_channel_descale, unit, dtype),
+        v_channel_descale=_channels(channels, unit, dtype),
         scale=scale,
         dtype=q.dtype,
     )
