@@ -25,7 +25,7 @@ def embed_position(x: Tensor, rope: Rope, batch: int, cu_seqlens: Tensor | None)
     offsets = rope.offsets
     if offsets is None:
         offsets = torch.zeros(batch, dtype=torch.int64, device=x.device)
-    positions = token_positions(x, offsets, cu_seqlens).clamp(max=rope.cos.shape[0] - 1)
+    positions = token_positions(x, offsets, cu_seqlens).clamp(0, rope.cos.shape[0] - 1)
     return apply_rotary(x, rope.cos, rope.sin, positions, interleaved=rope.interleaved)
 
 
@@ -66,8 +66,12 @@ def apply_rotary(
 
     x: (..., heads, d); positions: (...); cos, sin: (seqlen_rotary, rotary_dim / 2). interleaved
     pairs elements (0, 1), (2, 3), ...; otherwise (0, rotary_dim / 2), (1, rotary_dim / 2 + 1), ...
-    Computed in fp32 (fp64 for fp64 x) and rounded once to x's dtype.
+    Computed in fp32 (fp64 for fp64 x) and rounded once to x's dtype. On a CUDA device positions
+    outside of the tables are the nearest row's.
     """
+    if positions.device.type != "cpu":
+        # Where nobody has looked, a position without a row must not end the device's context.
+        positions = positions.clamp(0, max(cos.shape[0] - 1, 0))
     return rotate(x, cos[positions], sin[positions], interleaved=interleaved)
 
 

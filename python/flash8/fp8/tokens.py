@@ -91,18 +91,22 @@ class Tokens:
         return token_sequences(x, self.cu_seqlens.shape[0] - 1, self.cu_seqlens)
 
     def places(self, x: Tensor) -> Tensor:
-        """The place of every packed token where sequences start with a block."""
+        """The place of every packed token where sequences start with a block. Offsets that nobody
+        has looked at, on a CUDA device, give places that exist."""
         assert self.cu_seqlens is not None
         sequences = self._sequences(x)
         token = torch.arange(x.shape[0], device=x.device)
         within = token - self.cu_seqlens[:-1].long()[sequences]
-        return block_offsets(self.cu_seqlens)[sequences] * BLOCK + within
+        places = block_offsets(self.cu_seqlens)[sequences] * BLOCK + within
+        return places.clamp(0, self._blocks(x) * BLOCK - 1)
 
     def _slots(self, x: Tensor) -> Tensor:
         """The block of every packed token."""
+        return self.places(x) // BLOCK
+
+    def _blocks(self, x: Tensor) -> int:
         assert self.cu_seqlens is not None
-        last = num_packed_blocks(x.shape[0], self.cu_seqlens.shape[0] - 1) - 1
-        return (self.places(x) // BLOCK).clamp(max=last)
+        return num_packed_blocks(x.shape[0], self.cu_seqlens.shape[0] - 1)
 
     def _sequence_amax(self, tokens: Tensor) -> Tensor:
         """(batch, ...) of non-negative (batch, seqlen, ...) or (total, ...); 0 of nothing."""
