@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash8 import autograd, checks
-from flash8.backends import backend_for, choose_num_splits, forward_backend
+from flash8 import autograd, checks, descales
+from flash8.backends import backend_for, choose_num_splits, forward_backend, index_checks
 from flash8.checks import Geometry
 from flash8.options import SCHEMA, Options
 
@@ -262,9 +262,15 @@ def resolve_num_splits(q: Tensor, geometry: Geometry, options: Options) -> Optio
 
 
 def check_indices(q: Tensor, k: Tensor, options: Options) -> None:
-    """Checks the data of index tensors (on the CPU) ahead of an in-place change."""
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+    """Checks the data of index tensors and descales ahead of an in-place change: of CPU tensors,
+    of others with FLASH8_CHECK_INDICES=1."""
+    if torch.compiler.is_compiling():
+        return
+    if q.device.type == "cpu":
         backend_for(q).check_indices(q, k, options)
+        descales.check_values(options)
+    else:
+        index_checks.check_attention(q, k, options)
 
 
 def run_forward(

@@ -53,8 +53,9 @@ def forward_backend(
     """
     if not kernels_wanted(q):
         return backend_for(q)
-    from flash8.backends import hopper, trust
+    from flash8.backends import hopper, index_checks, trust
 
+    index_checks.check_attention(q, k, options)
     reason = hopper.refusal(q, k, v, qv, options, out)
     if reason is not None:
         tell_about_refusal(reason)

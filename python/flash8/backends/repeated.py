@@ -24,6 +24,7 @@ from torch.compiler import is_compiling
 
 from flash8 import backends
 from flash8.autograd import Launched
+from flash8.backends import index_checks
 from flash8.options import Options
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def _may_be_launched(q: Any) -> bool:
     return (
         isinstance(q, Tensor)
         and backends.kernels_wanted(q)
+        and not index_checks.wanted()
         and not _len_torch_dispatch_stack()
         and not _len_torch_function_stack()
         and peek_interpreter_stack() is None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8.backends import trust
+from flash8.backends import index_checks, trust
 from flash8.fp8 import appender, portable, portable_append, quantizer
 from flash8.fp8.hadamard import Rotation
 from flash8.fp8.request import Appended, Request
@@ -68,6 +68,7 @@ def _request(
 def _quantize(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     request = _request(*arguments)
     device = request.x.device
+    index_checks.check_quantize(request.x, request.cu_seqlens, request.seqused, request.descale)
     if all(trust.is_trusted(variant, device) for variant in quantizer.variants(request)):
         return quantizer.quantize(request)
     data, descale, mean = portable.quantize(request)
@@ -109,6 +110,7 @@ def _append(
     rope = None if position[0] is None else Rope(*position)
     where = (starts, cu_seqlens, page_table, kv_batch_idx)
     appended = Appended(cache, x, *where, descale, mean, rope)
+    index_checks.check_append(cache, x, *where, descale)
     if trust.is_trusted(appender.variant(appended), x.device):
         appender.append(appended)
     else:

@@ -8,16 +8,18 @@ A call is resolved into units (`sequences`), each of which has dense q, k and v 
 """
 
 from flash8.backends.cpu.backward import backward
-from flash8.backends.cpu.cache import append_kv
+from flash8.backends.cpu.cache import append_kv, check_slots
 from flash8.backends.cpu.combine import combine, combine_backward
 from flash8.backends.cpu.forward import forward
 from flash8.backends.cpu.fp8_backward import fp8_backward
-from flash8.backends.cpu.sequences import check_indices
+from flash8.backends.cpu.sequences import check_indices, check_tokens
 
 __all__ = [
     "append_kv",
     "backward",
     "check_indices",
+    "check_slots",
+    "check_tokens",
     "combine",
     "combine_backward",
     "forward",

@@ -51,6 +51,23 @@ def append_rows(
             cache[rows // page_size, rows % page_size] = values
 
 
+def check_slots(
+    cache: Tensor,
+    new: Tensor,
+    starts: Tensor,
+    cu_seqlens: Tensor | None,
+    page_table: Tensor | None,
+    kv_batch_idx: Tensor | None,
+) -> None:
+    """Raises what `append_rows` would raise, without anything else happening."""
+    options = Options(page_table=page_table, kv_batch_idx=kv_batch_idx)
+    lengths = [new.shape[-3]] * starts.shape[0]
+    if cu_seqlens is not None:
+        offsets = checked_cu_seqlens("cu_seqlens_k_new", cu_seqlens, new.shape[0])
+        lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    list(cache_slots(cache, lengths, starts.tolist(), options))
+
+
 def _cast(new: Tensor, cache: Tensor) -> Tensor:
     if cache.dtype == E4M3 and new.dtype != E4M3:
         return saturating_cast(new.float())

@@ -106,6 +106,17 @@ def check_indices(q: Tensor, k: Tensor, options: Options) -> None:
         pass
 
 
+def check_tokens(x: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None) -> None:
+    """Raises ValueError on the cu_seqlens and seqused of a single tensor."""
+    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if cu_seqlens is None:
+        capacities = [x.shape[1]] * batch
+    else:
+        offsets = checked_cu_seqlens("cu_seqlens", cu_seqlens, x.shape[0])
+        capacities = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    _used("seqused", seqused, capacities)
+
+
 def _is_plain_batch(options: Options) -> bool:
     return all(getattr(options, name) is None for name in _PER_SEQUENCE)
 
