@@ -6,7 +6,7 @@
 //
 // and what is accumulated is rescaled by 2^(reference_before - reference), at most 2^kGrowth. row_sum adds
 // the P of fp32, not the rounded one. How the reference is rounded does not matter, since P, the rescaling
-// and LSE take the same one; below kLargest it is off by 1/8 at most.
+// and LSE take the same one.
 
 #pragma once
 
@@ -20,9 +20,14 @@ class BlockLocalSoftmax {
     static constexpr float kGrowth = 24.0f;
 
   public:
-    // Scores of this size, in log2 units, need `step` with kAnySize: the reference has no room for the
-    // offset, and the exponent of the largest P would be what the product with scale_log2 was rounded by.
-    static constexpr float kLargest = 4194304.0f;  // 2^22
+    // In log2 units. The exponent of the largest P is off by what its product with scale_log2 was rounded by,
+    // and e4m3 P with it, but not row_sum. From kExact on `step` with kAnySize takes a scale of ten bits,
+    // with which scores of 14 bits, all that FP8's accumulator has, give exact products. Tiles whose scores
+    // may reach kLargest need that step. From kNoOffset on scores differ by more than e4m3 has room for, and
+    // the reference soon has no room for the offset.
+    static constexpr float kExact = 65536.0f;
+    static constexpr float kLargest = 262144.0f;
+    static constexpr float kNoOffset = 4194304.0f;
 
     // Turns a tile of scores (row, (2, kBlockN / 8)) into P in place. scale_log2: what makes the scores
     // of a row log2 units. Returns in `alpha` what everything accumulated so far must be multiplied by: 0
@@ -47,12 +52,11 @@ class BlockLocalSoftmax {
             float shift = reference;
             if constexpr (kAnySize) {
                 float const size = fabsf(largest);
-                if (size >= kLargest && size < INFINITY && largest == block_max) {
-                    // Scores that differ do so by much. A power of two for a scale, which brings the largest
-                    // near 2^22, tells equal ones apart from the others, exactly.
-                    factor = power_of_two(scale_log2[r], largest);
-                    shift = top * factor;
-                    reference = largest;
+                if (size >= kExact && size < INFINITY && largest == block_max) {
+                    float const offset = size < kNoOffset ? kOffset : 0.0f;
+                    factor = ten_bits(factor);
+                    shift = top * factor - offset;
+                    reference = largest - offset;
                 }
             }
             alpha[r] = ptx::exp2(reference_[r] - reference);
@@ -60,7 +64,7 @@ class BlockLocalSoftmax {
             float sum = row_sum_[r] * alpha[r];
 #pragma unroll
             for (int i = 0; i < cute::size<1>(scores); ++i) {
-                float const exponent = scores(r, i) * factor - shift;
+                float const exponent = __fmaf_rn(scores(r, i), factor, -shift);
                 bool const polynomial = kPolynomialEvery > 0 && (i + 1) % max(kPolynomialEvery, 1) == 0;
                 scores(r, i) = polynomial ? exp2_polynomial(exponent) : ptx::exp2(exponent);
                 sum += scores(r, i);
@@ -74,12 +78,8 @@ class BlockLocalSoftmax {
     }
 
   private:
-    // 2^22 times what `scale` has for a power of two, over that of `largest`.
-    __device__ __forceinline__ static float power_of_two(float scale, float largest) {
-        constexpr uint32_t kExponent = 0x7f800000;
-        uint32_t const exponents =
-            (__float_as_uint(scale) & kExponent) - (__float_as_uint(largest) & kExponent);
-        return __uint_as_float(exponents + ((127 + 22) << 23));
+    __device__ __forceinline__ static float ten_bits(float scale) {
+        return __uint_as_float(__float_as_uint(scale) & 0xffffc000);
     }
 
     float reference_[kRowsPerThread] = {-INFINITY, -INFINITY};

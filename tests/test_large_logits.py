@@ -26,11 +26,12 @@ needs_compiler = pytest.mark.skipif(missing_compiler() is not None, reason=str(m
 DENSE = ForwardVariant("e4m3", 128, 128, scales="head")
 BLOCKS = ForwardVariant("e4m3", 128, 128, mask="causal", scales="block")
 BF16 = ForwardVariant("bf16", 128, 128, mask="causal")
-SIZES = [1e3, 4e5, 1e8, 4e8]  # beside 1e8, half a unit of the last place is 8
+SIZES = [1e3, 4e5, 7e5, 1e8, 4e8]  # beside 1e8, half a unit of the last place is 8
 #: Of 1e3 the smaller ones count as well, in e4m3.
 O_BOUNDS = {
     1e3: Bound(0.02, 0.0075, "O of large logits"),
     4e5: Bound(0.004, 0.002, "O of large logits"),
+    7e5: Bound(0.004, 0.002, "O of large logits"),
     1e8: Bound(0.004, 0.002, "O of large logits"),
     4e8: Bound(0.004, 0.002, "O of large logits"),
 }
@@ -119,29 +120,29 @@ def test_a_sink_beside_them(size):
 
 
 MUTATIONS = {
-    "large scores are like others": (
+    "products are not exact": (
         DENSE,
-        4e8,
-        ("softmax_fp8.cuh", "kLargest = 4194304.0f;", "kLargest = INFINITY;"),
+        7e5,
+        ("softmax_fp8.cuh", "kExact = 65536.0f;", "kExact = INFINITY;"),
     ),
     "tiles never have large scores": (
         DENSE,
         4e8,
         ("forward/mainloop_fp8.cuh", "large ? blocks.begin : max", "false ? blocks.begin : max"),
     ),
-    "the rescaling has another reference": (
+    "an offset beside the largest": (
         DENSE,
-        4e5,
-        (
-            "softmax_fp8.cuh",
-            "ptx::exp2(reference_[r] - reference);",
-            "ptx::exp2((reference_[r] + kOffset) - largest);",
-        ),
+        1e8,
+        ("softmax_fp8.cuh", "size < kNoOffset ? kOffset : 0.0f", "kOffset"),
     ),
     "the rescaling is not rounded": (
         BF16,
-        4e5,
-        ("softmax.cuh", "ptx::exp2(row_max_log2_[r] -", "ptx::exp2(previous * scale_log2_ -"),
+        7e5,
+        (
+            "softmax.cuh",
+            "ptx::exp2(row_max_log2_[r] -",
+            "ptx::exp2(__fmaf_rn(previous, scale_log2_, -offset)); //",
+        ),
     ),
 }
 
