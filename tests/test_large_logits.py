@@ -130,10 +130,10 @@ MUTATIONS = {
         4e8,
         ("forward/mainloop_fp8.cuh", "large ? blocks.begin : max", "false ? blocks.begin : max"),
     ),
-    "an offset beside the largest": (
+    "the reference lacks the offset": (
         DENSE,
-        1e8,
-        ("softmax_fp8.cuh", "size < kNoOffset ? kOffset : 0.0f", "kOffset"),
+        7e5,
+        ("softmax_fp8.cuh", "reference = largest - offset;", "reference = largest;"),
     ),
     "the rescaling is not rounded": (
         BF16,
