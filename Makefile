@@ -88,7 +88,7 @@ sanitize: $(TOOLS)
 		FLASH8_TEST_CXXFLAGS="$(SANITIZERS)" FLASH8_NVCC=none \
 		ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$(call runtime,libasan.so) $(call runtime,libubsan.so) $(call runtime,libstdc++.so)" \
-		$(BIN)/python -P -m pytest -q $(NATIVE_TESTS) -k "not leak" $(PYTEST_ARGS)
+		$(BIN)/python -P -m pytest -q $(NATIVE_TESTS) -k "not calls_leak" $(PYTEST_ARGS)
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .
