@@ -20,8 +20,10 @@
 
 #include "driver_api.h"
 #include "params.h"
+#include "rules.h"
 
 namespace cu = flash8::cu;
+using fake::capture_mode;
 
 namespace {
 
@@ -51,28 +53,10 @@ State& state() {
 std::atomic<bool> recording{true};
 std::atomic<bool> capturing{false};
 thread_local std::vector<cu::Context> context_stack;
-thread_local int capture_mode = 0;  // global
-
-// What a thread may call while a stream captures: what asks, and what becomes a node; in the relaxed mode
-// also what loads and allocates beside the graph. Everything else waits for the device, or may, and would
-// spoil the graph.
-bool is_legal_in_capture(const std::string& entry) {
-    static const auto& legal =
-        *new std::set<std::string>{"cuDeviceGet",          "cuDeviceGetCount",
-                                   "cuDeviceGetAttribute", "cuCtxGetCurrent",
-                                   "cuCtxPushCurrent_v2",  "cuCtxPopCurrent_v2",
-                                   "cuStreamIsCapturing",  "cuTensorMapEncodeTiled",
-                                   "cuLaunchKernelEx",     "cuInit",
-                                   "cuDriverGetVersion",   "cuThreadExchangeStreamCaptureMode"};
-    static const auto& relaxed = *new std::set<std::string>{
-        "cuLibraryLoadData",  "cuLibraryGetKernel",       "cuKernelGetFunction", "cuFuncSetAttribute",
-        "cuFuncGetAttribute", "cuDevicePrimaryCtxRetain", "cuMemAlloc_v2"};
-    return legal.count(entry) != 0 || (capture_mode == cu::kCaptureModeRelaxed && relaxed.count(entry) != 0);
-}
 
 // Counts the call and gives the failure that a test has planted for it.
 cu::Result enter(const char* entry) {
-    if (capturing && !is_legal_in_capture(entry)) {
+    if (capturing && !fake::is_legal_in_capture(entry)) {
         return kCaptureUnsupported;
     }
     if (!recording) {
@@ -114,46 +98,6 @@ struct LoadedLibrary {
     flash8::KernelInfo info;
     LoadedKernel kernels[2];
 };
-
-bool is_multiple(std::uint64_t value, std::uint64_t unit) {
-    return value % unit == 0;
-}
-
-std::uint64_t bytes_of(int element_type) {
-    static const std::map<int, std::uint64_t> bytes{{0, 1}, {1, 2}, {2, 4}, {3, 4}, {4, 8},
-                                                    {5, 8}, {6, 2}, {7, 4}, {8, 8}, {9, 2}};
-    const auto found = bytes.find(element_type);
-    return found == bytes.end() ? 0 : found->second;
-}
-
-// What cuda.h says of the tensor of cuTensorMapEncodeTiled without interleaving. The strides that it
-// describes begin with the size of a row, and none is smaller.
-bool can_encode(int element_type, std::uint32_t rank, const void* address, const std::uint64_t* dims,
-                const std::uint64_t* strides) {
-    if (bytes_of(element_type) == 0 || rank < 1 || rank > 5 || address == nullptr ||
-        !is_multiple(reinterpret_cast<std::uintptr_t>(address), 16)) {
-        return false;
-    }
-    const auto fits = [](std::uint64_t dim) { return dim >= 1 && dim <= std::uint64_t{1} << 32; };
-    const auto steps = [&](std::uint64_t stride) {
-        return is_multiple(stride, 16) && stride < std::uint64_t{1} << 40 &&
-               stride >= dims[0] * bytes_of(element_type);
-    };
-    return std::all_of(dims, dims + rank, fits) && std::all_of(strides, strides + rank - 1, steps);
-}
-
-// The same of the box and the swizzle.
-bool can_move(int element_type, std::uint32_t rank, const std::uint32_t* box,
-              const std::uint32_t* element_strides, int swizzle) {
-    const auto in_range = [](std::uint32_t most) {
-        return [most](std::uint32_t value) { return value >= 1 && value <= most; };
-    };
-    const std::uint64_t inner = box[0] * bytes_of(element_type);
-    const std::uint64_t most_inner[] = {~std::uint64_t{0}, 32, 64, 128};
-    return swizzle >= 0 && swizzle <= 3 && inner <= most_inner[swizzle] && is_multiple(inner, 16) &&
-           std::all_of(box, box + rank, in_range(256)) &&
-           std::all_of(element_strides, element_strides + rank, in_range(8));
-}
 
 std::string describe(const cu::LaunchConfig& config, cu::Function function, void** parameters) {
     std::ostringstream text;
@@ -413,9 +357,9 @@ cu::Result cuTensorMapEncodeTiled(void* map, int element_type, std::uint32_t ran
                                   const std::uint32_t* box, const std::uint32_t* element_strides,
                                   int interleave, int swizzle, int l2_promotion, int fill) {
     ENTER();
-    const bool aligned = is_multiple(reinterpret_cast<std::uintptr_t>(map), 64);
-    if (!aligned || interleave != 0 || !can_encode(element_type, rank, address, dims, strides) ||
-        !can_move(element_type, rank, box, element_strides, swizzle)) {
+    const bool aligned = fake::is_multiple(reinterpret_cast<std::uintptr_t>(map), 64);
+    if (!aligned || interleave != 0 || !fake::can_encode(element_type, rank, address, dims, strides) ||
+        !fake::can_move(element_type, rank, box, element_strides, swizzle)) {
         return kInvalidValue;
     }
     auto* words = static_cast<std::uint64_t*>(map);
