@@ -23,7 +23,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import machine_order
@@ -107,6 +107,7 @@ class MachineCode:
     lines: tuple[tuple[int, str], ...]
 
     @staticmethod
+    @cache
     def of(cubin: Path) -> "MachineCode":
         environment = {**os.environ, "PATH": _search_path()}
         command = ["cuobjdump", "-sass", str(cubin)]

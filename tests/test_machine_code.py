@@ -1,6 +1,5 @@
 """What must be true of the machine code of every kernel that ships."""
 
-import functools
 import re
 import sys
 from pathlib import Path
@@ -27,7 +26,6 @@ pytestmark = [
 shipped = pytest.mark.parametrize("variant", SHIPPED, ids=lambda variant: variant.name)
 
 
-@functools.cache
 def machine_code_of(variant):
     return machine_code.MachineCode.of(compile_unit(variant.unit()).cubin)
 
