@@ -15,6 +15,15 @@ from torch import Tensor
 Dtypes = torch.dtype | tuple[torch.dtype, ...]
 
 
+class WrongIndex(ValueError):
+    """What the data of an index tensor is refused for, where it is read: behind the torch op, which
+    knows the argument by the name in `Options`. The public function says the caller's."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(f"{name} {text}")
+        self.name, self.text = name, text
+
+
 def describe(value: object) -> str:
     """A short text for a value in a message: tensors by type, shape and device."""
     if isinstance(value, Tensor) and value.is_nested:  # it has no shape to ask for

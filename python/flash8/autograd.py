@@ -1,4 +1,4 @@
-"""The gradient of a forward call, for the op and for launches that went past it.
+"""The derivatives of a forward call, for the op and for launches that went past it.
 
 What is saved and how gradients come of it is written once; the two differ in who asks for it.
 """
@@ -24,9 +24,11 @@ def save(
     outputs: tuple[Tensor, Tensor],
     options: tuple[Any, ...],
 ) -> None:
-    """Saves q, k, v, qv and s_aux, O and LSE, and the options for `gradients`."""
+    """Saves q, k, v, qv and s_aux, O and LSE, and the options for `gradients` and `tangents`."""
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, *outputs, *_tensors_of(options))
+    saved = (*inputs, *outputs, *_tensors_of(options))
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
     ctx.numbers = _numbers_of(options)
 
 
@@ -34,20 +36,62 @@ def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> InputGradie
     """Those of q, k, v, qv and s_aux."""
     if dout is None and dlse is None:
         return (None,) * 5
-    q, k, v, qv, s_aux, out, lse, *tensors = ctx.saved_tensors
-    if k.dtype == E4M3:
-        raise ValueError(
-            f"attention on raw {E4M3} inputs has no backward: call flash8.fp8_attention on "
-            "16-bit tensors, which quantizes inside and is differentiable"
-        )
-    options = Options(
-        **dict(zip(TENSOR_FIELDS, tensors, strict=True)),
-        **dict(zip(NUMBER_FIELDS, ctx.numbers, strict=True)),
-    )
+    (q, k, v, qv, s_aux, out, lse), options = _saved(ctx)
     dq, dk, dv, dqv, ds_aux = torch.ops.flash8.backward(
         dout, dlse, q, k, v, qv, s_aux, out, lse, *options
     )
     return dq, dk, dv, None if qv is None else dqv, None if s_aux is None else ds_aux
+
+
+def tangents(ctx: Any, given: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+    """Those of O and LSE, from those of all arguments."""
+    for name, tangent in zip(Options._fields, given[5:], strict=True):
+        if tangent is not None:
+            raise RuntimeError(f"{name} is not differentiable, got a tangent of it; detach it")
+    (q, k, v, qv, s_aux, _, lse), options = _saved(ctx)
+    found: tuple[Tensor, Tensor] = torch.ops.flash8.jvp(
+        *given[:5], q, k, v, qv, s_aux, lse, *options
+    )
+    return found
+
+
+def _saved(ctx: Any) -> tuple[tuple[Any, ...], Options]:
+    """What `save` got."""
+    saved = ctx.saved_tensors
+    inputs, tensors = saved[:7], saved[7:]
+    if inputs[1].dtype == E4M3:
+        raise ValueError(
+            f"attention on raw {E4M3} inputs has no backward: call flash8.fp8_attention on "
+            "16-bit tensors, which quantizes inside and is differentiable"
+        )
+    return inputs, Options(
+        **dict(zip(TENSOR_FIELDS, tensors, strict=True)),
+        **dict(zip(NUMBER_FIELDS, ctx.numbers, strict=True)),
+    )
+
+
+def combined_tangents(
+    out_tangent: Tensor | None,
+    lse_tangent: Tensor | None,
+    out_partial: Tensor,
+    lse_partial: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Of what `combine` merges: with weights w = exp(LSE_split - LSE) and dots for tangents,
+    LSE' = sum of w LSE_split' and O' = sum of w (O_split' + (LSE_split' - LSE') O_split)."""
+    weights = (lse_partial - lse.masked_fill(torch.isneginf(lse), 0.0)).exp()
+    found = torch.zeros_like(out_partial) if out_tangent is None else out_tangent
+    row = torch.zeros_like(lse)
+    if lse_tangent is not None:
+        row = _weighed(weights, lse_tangent)
+        found = found + (lse_tangent - row)[..., None] * out_partial
+    return _weighed(weights[..., None], found).to(out.dtype), row
+
+
+def _weighed(weights: Tensor, x: Tensor) -> Tensor:
+    """The sum over splits, of those that have seen a key."""
+    return torch.where(weights == 0.0, 0.0, weights * x).sum(dim=0)
 
 
 class Launched(torch.autograd.Function):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash8 import autograd, checks, descales
+from flash8 import autograd, batching, checks, derivatives, descales
 from flash8.backends import backend_for, choose_num_splits, forward_backend, index_checks
 from flash8.checks import Geometry
 from flash8.options import SCHEMA, Options
@@ -42,6 +42,10 @@ _library.define(f"forward_out({_INPUTS}, Tensor(a!) out, {SCHEMA}) -> (Tensor, T
 _library.define(
     f"backward(Tensor? dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "jvp(Tensor? q_tangent, Tensor? k_tangent, Tensor? v_tangent, Tensor? qv_tangent, "
+    f"Tensor? s_aux_tangent, {_INPUTS}, Tensor lse, {SCHEMA}) -> (Tensor, Tensor)"
 )
 _library.define(
     "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, "
@@ -98,6 +102,27 @@ def _backward(
     return gradients
 
 
+def _jvp(
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    qv_tangent: Tensor | None,
+    s_aux_tangent: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    opts = Options(*options)
+    tangents = _empty_tangents(q, v, lse, opts)
+    given = (q_tangent, k_tangent, v_tangent, qv_tangent, s_aux_tangent)
+    backend_for(q).jvp(*given, q, k, v, qv, s_aux, lse, opts, *tangents)
+    return tangents
+
+
 def _append_kv(k_cache: Tensor, v_cache: Tensor, *rest: Any) -> None:
     backend_for(k_cache).append_kv(k_cache, v_cache, *rest)
 
@@ -148,6 +173,12 @@ def _empty_gradients(
     return Gradients(like(q), like(k), like(v), like(qv), like(s_aux))
 
 
+def _empty_tangents(
+    q: Tensor, v: Tensor, lse: Tensor, options: Options
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:-1], options.head_dim_v(v))), lse.new_empty(lse.shape)
+
+
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, s_aux: Tensor | None, *options: Any
 ) -> ForwardResult:
@@ -179,6 +210,23 @@ def _backward_fake(
     return _empty_gradients(q, k, v, qv, s_aux)
 
 
+def _jvp_fake(
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    qv_tangent: Tensor | None,
+    s_aux_tangent: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    return _empty_tangents(q, v, lse, Options(*options))
+
+
 def _append_kv_fake(*args: Any) -> None:
     return None
 
@@ -207,10 +255,15 @@ def _forward_autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: An
     return (*autograd.gradients(ctx, dout, dlse), *(None,) * len(Options._fields))
 
 
+def _forward_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
+    return (*autograd.tangents(ctx, tangents), None, None)
+
+
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     out_partial, lse_partial, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(out_partial, lse_partial)
+    ctx.save_for_forward(out_partial, lse_partial, *output)
 
 
 def _combine_autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
@@ -219,12 +272,17 @@ def _combine_autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any
     return (*torch.ops.flash8.combine_backward(dout, dlse, *ctx.saved_tensors), None)
 
 
-def _no_second_order(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError("flash8 attention has first-order gradients only; got a double backward")
+def _combine_jvp(
+    ctx: Any, out_tangent: Tensor | None, lse_tangent: Tensor | None, _: None
+) -> tuple[Tensor, Tensor]:
+    return autograd.combined_tangents(out_tangent, lse_tangent, *ctx.saved_tensors)
 
 
-def _nothing_to_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    return None
+_WRITES = (
+    "flash8 writes in place here (out=, or keys that are appended to a cache), which has no "
+    "derivative; leave out=None, detach what is differentiated, or append under torch.no_grad() "
+    "and attend in a call of its own"
+)
 
 
 def _register() -> None:
@@ -232,6 +290,7 @@ def _register() -> None:
         "forward": (_forward, _forward_fake),
         "forward_out": (_forward_out, _forward_out_fake),
         "backward": (_backward, _backward_fake),
+        "jvp": (_jvp, _jvp_fake),
         "append_kv": (_append_kv, _append_kv_fake),
         "combine": (_combine, _combine_fake),
         "combine_backward": (_combine_backward, _combine_backward_fake),
@@ -240,15 +299,17 @@ def _register() -> None:
         for key in ("CPU", "CUDA"):
             _library.impl(name, implementation, key)
         torch.library.register_fake(f"flash8::{name}", fake, lib=_library)
-    for name, formula, setup in (
-        ("forward", _forward_autograd, _forward_setup),
-        ("backward", _no_second_order, _nothing_to_save),
-        ("combine", _combine_autograd, _combine_setup),
-        ("combine_backward", _no_second_order, _nothing_to_save),
+        batching.register(_library, name, merges=name in ("forward", "backward", "jvp"))
+    for name, formulas in (
+        ("forward", derivatives.Formulas(_forward_setup, _forward_autograd, _forward_jvp)),
+        ("backward", derivatives.NO_SECOND_ORDER),
+        ("jvp", derivatives.NO_SECOND_ORDER),
+        ("combine", derivatives.Formulas(_combine_setup, _combine_autograd, _combine_jvp)),
+        ("combine_backward", derivatives.NO_SECOND_ORDER),
     ):
-        torch.library.register_autograd(
-            f"flash8::{name}", formula, setup_context=setup, lib=_library
-        )
+        derivatives.register(_library, name, formulas)
+    for name in ("forward_out", "append_kv"):
+        derivatives.refuse(_library, name, _WRITES)
 
 
 _register()

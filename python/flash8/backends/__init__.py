@@ -1,6 +1,6 @@
 """Which backend serves which call.
 
-A backend is a module with `forward`, `backward`, `append_kv`, `combine` and `combine_backward`
+A backend is a module with `forward`, `backward`, `jvp`, `append_kv`, `combine`, `combine_backward`
 that fill tensors allocated by `flash8.ops`. The CPU backend has all of them; the Hopper backend
 has the forward, for the calls that it does not refuse.
 """

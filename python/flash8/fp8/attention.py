@@ -2,7 +2,7 @@
 
 Q8, K8, V8 = quantize(q M, k M, v)    by the recipe, without gradient; M only if it rotates
 O, LSE     = attention(Q8, K8, V8)    one op; its gradients pass straight through to q M, k M, v
-dq, dk     = d(q M) M^T, d(k M) M^T   the quantizer rotates, so only the gradient is rotated here
+dq, dk     = d(q M) M^T, d(k M) M^T   the quantizer rotates, so only gradients are rotated there
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from flash8 import checks
 from flash8.arguments import require_bool
 from flash8.dropout import draw_seed
 from flash8.fp8 import ops
-from flash8.fp8.hadamard import Rotation, rotation_for
+from flash8.fp8.hadamard import rotation_for
 from flash8.fp8.recipes import BACKWARDS, CurrentScaling, Recipe, check_call
 from flash8.options import Options
 from flash8.scaled_tensor import ScaledTensor
@@ -85,6 +85,11 @@ def fp8_attention(
     )
     _, options = checks.attention(q, k, v, None, s_aux, None, options)
     check_call(chosen, options)
+    if chosen.gradient_amax() is not None and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "recipe DelayedScaling gathers amax in place, which the transforms of torch.func do not "
+            "allow: use CurrentScaling or BlockScaling there, or .eval() it"
+        )
     if options.dropout_p > 0.0:
         seed = (
             draw_seed(q.device)
@@ -96,8 +101,6 @@ def fp8_attention(
     q8 = chosen.quantize("q", q.detach(), cu_seqlens_q)
     k8 = chosen.quantize("k", k.detach(), cu_seqlens_k)
     v8 = chosen.quantize("v", v.detach(), cu_seqlens_k)
-    if rotation is not None:
-        q, k = (_GradientOfRotation.apply(x, rotation.seed) for x in (q, k))
     out, lse = ops.forward(
         q,
         k,
@@ -106,6 +109,7 @@ def fp8_attention(
         q8.data,
         k8.data,
         v8.data,
+        None if rotation is None else rotation.seed,
         _FP8_PRODUCTS[chosen.backward],
         chosen.gradient_dtype,
         chosen.gradient_descale(),
@@ -123,21 +127,6 @@ def _with_scales(options: Options, q8: ScaledTensor, k8: ScaledTensor, v8: Scale
         k_mean=k8.mean,
         v_mean=v8.mean,
     )
-
-
-class _GradientOfRotation(torch.autograd.Function):
-    """x itself; a gradient of x M becomes one of x, in fp32 (fp64 for fp64) and rounded once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, seed: int) -> Tensor:
-        ctx.seed = seed
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        compute = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-        rotation = Rotation(gradient.shape[-1], ctx.seed)
-        return rotation.invert(gradient.to(compute)).to(gradient.dtype), None
 
 
 def _refuse_quantized(**tensors: Any) -> None:

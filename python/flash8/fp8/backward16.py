@@ -44,9 +44,6 @@ def backward(
     if mean is not None:
         mean = rows.of_queries(mean)
         centred_lse = lse - rows.scale * rows.heads_first((q * mean).sum(dim=-1))
-    plain = options._replace(
-        q_descale=None, k_descale=None, v_descale=None, k_mean=None, v_mean=None
-    )
     dtype = out.dtype
     dq, dk, dv, _, _ = torch.ops.flash8.backward(
         dout,
@@ -58,7 +55,7 @@ def backward(
         None,
         out,
         centred_lse,
-        *plain,
+        *_plain(options),
     )
     p_sink = None if s_aux is None else rows.sink_share(s_aux, lse)
     d = None if p_sink is None else rows.row_sum(dout, out)
@@ -71,6 +68,36 @@ def backward(
         return dq, dk, dv, None
     ds_aux = -(p_sink * (d if dlse is None else d - dlse)).transpose(-1, -2)
     return dq, dk, dv, ds_aux.flatten(0, -2).sum(dim=0).to(s_aux.dtype)
+
+
+def tangents(
+    given: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    q8: Tensor,
+    k8: Tensor,
+    v8: Tensor,
+    s_aux: Tensor | None,
+    lse: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """Those of O and LSE, in fp32, from those of q, k, v and s_aux, passed straight through the
+    rounding."""
+    rows = _Rows(q8, k8, options)
+    q, k, v = rows.dequantized(q8, k8, v8, options)
+    if options.k_mean is not None:
+        shared = options.k_mean.dim() == 2
+        k = k + (options.k_mean if shared else Tokens(options.cu_seqlens_k).spread(options.k_mean, k))
+    *wide, sink = (None if x is None else x.float() for x in given)
+    found: tuple[Tensor, Tensor] = torch.ops.flash8.jvp(
+        *wide, None, sink, q, k, v, None, s_aux, lse, *_plain(options)
+    )
+    return found
+
+
+def _plain(options: Options) -> Options:
+    """Of a call on the dequantized operands."""
+    return options._replace(
+        q_descale=None, k_descale=None, v_descale=None, k_mean=None, v_mean=None
+    )
 
 
 def _row_sum_of_ds(p_sink: Tensor | None, d: Tensor | None, dlse: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash8 import derivatives
 from flash8.backends import index_checks, trust
 from flash8.fp8 import appender, portable, portable_append, quantizer
 from flash8.fp8.hadamard import Rotation
@@ -128,3 +129,9 @@ for _name, _implementation, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _implementation, _key)
     torch.library.register_fake(f"flash8::{_name}", _fake, lib=_library)
+derivatives.refuse(
+    _library,
+    "append_quantized",
+    "flash8 quantizes keys into a cache in place here, which has no derivative; append under "
+    "torch.no_grad(), and detach what is differentiated",
+)

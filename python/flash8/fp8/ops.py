@@ -1,32 +1,36 @@
 """The torch op behind `fp8_attention`: FP8 forward, straight-through gradients.
 
 `flash8::fp8_forward` takes the wide q, k and v only to hand gradients to them: it computes with
-their quantized twins and saves those, O and LSE, nothing wide of q, k and v.
+their quantized twins and saves those, O and LSE, nothing wide of q, k and v. Where the twins of q
+and k are rotated, by the rotation of this seed, the gradients are rotated back.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flash8 import batching, derivatives
 from flash8.backends import backend_for
 from flash8.fp8 import backward16
+from flash8.fp8.hadamard import Rotation
 from flash8.fp8.tokens import Tokens
 from flash8.options import SCHEMA, Options
 
 _library = torch.library.Library("flash8", "FRAGMENT")
 _FLOAT8 = "Tensor q8, Tensor k8, Tensor v8"
 _library.define(
-    f"fp8_forward(Tensor q, Tensor k, Tensor v, Tensor? s_aux, {_FLOAT8}, int fp8_products, "
-    f"ScalarType gradient_dtype, Tensor? gradient_descale, Tensor? gradient_amax, {SCHEMA}) "
-    "-> (Tensor, Tensor)"
+    f"fp8_forward(Tensor q, Tensor k, Tensor v, Tensor? s_aux, {_FLOAT8}, int? rotation, "
+    "int fp8_products, ScalarType gradient_dtype, Tensor? gradient_descale, Tensor? gradient_amax, "
+    f"{SCHEMA}) -> (Tensor, Tensor)"
 )
 _library.define(
     f"fp8_backward(Tensor? dout, Tensor? dlse, {_FLOAT8}, Tensor? s_aux, Tensor out, Tensor lse, "
     f"int fp8_products, ScalarType gradient_dtype, Tensor? gradient_descale, {SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-_FORWARD_INPUTS = 11  # before the options
+_FORWARD_INPUTS = 12  # before the options
 
 
 def _forward(
@@ -37,6 +41,7 @@ def _forward(
     q8: Tensor,
     k8: Tensor,
     v8: Tensor,
+    rotation: int | None,
     fp8_products: int,
     gradient_dtype: torch.dtype,
     gradient_descale: Tensor | None,
@@ -108,27 +113,26 @@ def _empty_gradients(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, s_aux, q8, k8, v8, fp8_products, gradient_dtype, descale, amax, *options = inputs
+    q, k, v, s_aux, q8, k8, v8, seed, products, gradient_dtype, descale, amax, *options = inputs
     out, lse = output
     ctx.set_materialize_grads(False)
     tensors = [x for x in options if isinstance(x, Tensor)]
-    ctx.save_for_backward(q8, k8, v8, s_aux, out, lse, descale, *tensors)
+    saved = (q8, k8, v8, s_aux, out, lse, descale, *tensors)
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
     ctx.options = [None if isinstance(x, Tensor) else x for x in options]
     ctx.tensor_fields = [i for i, x in enumerate(options) if isinstance(x, Tensor)]
     ctx.dtypes = (q.dtype, k.dtype, v.dtype)
-    ctx.how = (fp8_products, gradient_dtype)
+    ctx.how = (products, gradient_dtype)
     ctx.gradient_amax = amax
+    ctx.rotation = None if seed is None else Rotation(q.shape[-1], seed)
 
 
 def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
     nothing = (None,) * (_FORWARD_INPUTS - 4 + len(Options._fields))
     if dout is None and dlse is None:
         return (None,) * 4 + nothing
-    q8, k8, v8, s_aux, out, lse, descale, *tensors = ctx.saved_tensors
-    fields = list(ctx.options)
-    for field, tensor in zip(ctx.tensor_fields, tensors, strict=True):
-        fields[field] = tensor
-    options = Options(*fields)
+    (q8, k8, v8, s_aux, out, lse, descale), options = _saved(ctx)
     if ctx.gradient_amax is not None and dout is not None:
         amax = Tokens(options.cu_seqlens_q).finite_amax(dout.float(), "tensor")
         ctx.gradient_amax.copy_(torch.maximum(ctx.gradient_amax, amax))
@@ -141,7 +145,34 @@ def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
     dq, dk, dv = (
         gradient.to(dtype) for gradient, dtype in zip(gradients[:3], ctx.dtypes, strict=True)
     )
+    if ctx.rotation is not None:
+        dq, dk = (_widened(x, ctx.rotation.invert) for x in (dq, dk))
     return (dq, dk, dv, None if s_aux is None else gradients[3], *nothing)
+
+
+def _saved(ctx: Any) -> tuple[tuple[Any, ...], Options]:
+    saved = ctx.saved_tensors
+    fields = list(ctx.options)
+    for field, tensor in zip(ctx.tensor_fields, saved[7:], strict=True):
+        fields[field] = tensor
+    return saved[:7], Options(*fields)
+
+
+def _jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, sink = tangents[:4]
+    if ctx.rotation is not None:
+        q, k = (None if x is None else _widened(x, ctx.rotation.apply) for x in (q, k))
+    for name, tangent in zip(Options._fields, tangents[_FORWARD_INPUTS:], strict=True):
+        if tangent is not None:
+            raise RuntimeError(f"{name} is not differentiable, got a tangent of it; detach it")
+    (q8, k8, v8, s_aux, out, lse, _), options = _saved(ctx)
+    o, row = backward16.tangents((q, k, v, sink), q8, k8, v8, s_aux, lse, options)
+    return o.to(out.dtype), row
+
+
+def _widened(x: Tensor, rotate: Callable[[Tensor], Tensor]) -> Tensor:
+    """x rotated in fp32 (fp64 for fp64) and rounded once."""
+    return rotate(x if x.dtype == torch.float64 else x.float()).to(x.dtype)
 
 
 for _name, _implementation, _fake in (
@@ -151,9 +182,9 @@ for _name, _implementation, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _implementation, _key)
     torch.library.register_fake(f"flash8::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "flash8::fp8_forward", _autograd, setup_context=_setup, lib=_library
-)
+    batching.register(_library, _name)
+derivatives.register(_library, "fp8_forward", derivatives.Formulas(_setup, _autograd, _jvp))
+derivatives.register(_library, "fp8_backward", derivatives.NO_SECOND_ORDER)
 
 #: The op, called with its arguments in the order of its schema.
 forward = torch.ops.flash8.fp8_forward

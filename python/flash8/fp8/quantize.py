@@ -87,12 +87,12 @@ def quantize(
     smooth, mean = _checked_mean(x, smooth_k, smooth_v, granularity, cu_seqlens)
     position = _checked_rope(x, rope, cu_seqlens)
     request = Request(
-        x=x,
+        x=x.detach(),  # no_grad forgets gradients, and no tangents
         granularity=granularity,
         dtype=dtype,
         rotation=rotation,
         smooth=smooth,
-        mean=mean,
+        mean=None if mean is None else mean.detach(),
         rope=position,
         cu_seqlens=cu_seqlens,
         seqused=seqused,

@@ -12,6 +12,7 @@ from flash8.backends.cpu.cache import append_kv, check_slots
 from flash8.backends.cpu.combine import combine, combine_backward
 from flash8.backends.cpu.forward import forward
 from flash8.backends.cpu.fp8_backward import fp8_backward
+from flash8.backends.cpu.jvp import jvp
 from flash8.backends.cpu.sequences import check_indices, check_tokens
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "combine_backward",
     "forward",
     "fp8_backward",
+    "jvp",
 ]

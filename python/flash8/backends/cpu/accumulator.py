@@ -8,6 +8,7 @@ O = alpha * O + T in fp32, at the price of the multiplication that rescales O an
 from torch import Tensor
 
 from flash8.backends.cpu import tensor_core
+from flash8.backends.cpu.products import product
 from flash8.backends.cpu.study import Study
 from flash8.float8 import E4M3
 
@@ -32,10 +33,11 @@ class Accumulator:
     def __init__(self, rows: tuple[int, ...], values: Tensor) -> None:
         self._o = values.new_zeros((*rows, values.shape[-1]))
 
-    def add(self, alpha: Tensor, p: Tensor, values: Tensor) -> None:
-        """O = alpha * O + P V; alpha (B, heads_kv, G, M), P (..., M, N), V (B, heads_kv, N, d)."""
-        product = (p.flatten(2, 3) @ values).view_as(self._o)
-        self._o.mul_(alpha[..., None]).add_(product)
+    def add(self, alpha: Tensor, p: Tensor, values: Tensor, hidden: Tensor | None) -> None:
+        """O = alpha * O + P V; alpha (B, heads_kv, G, M), P (..., M, N), V (B, heads_kv, N, d),
+        hidden (M, N) as in `product`."""
+        values = product(p.flatten(2, 3), values, hidden)
+        self._o.mul_(alpha[..., None]).add_(values.view_as(self._o))
 
     def finish(self) -> Tensor:
         return self._o
@@ -50,7 +52,7 @@ class Float8Accumulator:
         self._keys = 0  # in T
         self._study = study
 
-    def add(self, alpha: Tensor, p: Tensor, values: Tensor) -> None:
+    def add(self, alpha: Tensor, p: Tensor, values: Tensor, hidden: Tensor | None) -> None:
         self._o.mul_(alpha[..., None])
         if self._t is not None:
             self._t.mul_(alpha[..., None])
@@ -60,7 +62,8 @@ class Float8Accumulator:
             end = values.shape[2]
             if limit is not None:
                 end = min(end, begin + limit - self._keys)
-            self._collect(stacked[..., begin:end], values[:, :, begin:end])
+            part = None if hidden is None else hidden[:, begin:end]
+            self._collect(stacked[..., begin:end], values[:, :, begin:end], part)
             begin = end
             if self._keys == limit:
                 self._promote()
@@ -71,9 +74,13 @@ class Float8Accumulator:
         self._promote()
         return self._o
 
-    def _collect(self, p: Tensor, values: Tensor) -> None:
+    def _collect(self, p: Tensor, values: Tensor, hidden: Tensor | None) -> None:
         t = None if self._t is None else self._t.flatten(2, 3)
-        self._t = float8_matmul(p, values, self._study, t).view_as(self._o)
+
+        def matmul(p: Tensor, values: Tensor) -> Tensor:
+            return float8_matmul(p, values, self._study, t)
+
+        self._t = product(p, values, hidden, matmul).view_as(self._o)
         self._keys += values.shape[2]
 
     def _promote(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flash8.backends.cpu.mask import Tile
 from flash8.backends.cpu.operands import Operands, heads_first, load, tokens_first
+from flash8.backends.cpu.products import product, select, transposed
 from flash8.backends.cpu.scores import Scores
 from flash8.backends.cpu.sequences import Unit, units
 from flash8.options import Options
@@ -136,25 +137,30 @@ def _backward_tile(
     dout_tile = rows.dout.flatten(2, 3)
     k_tile, v_tile = operands.k[:, :, keys], operands.v[:, :, keys]
 
+    hidden = scores.hidden(tile)
+    by_keys = transposed(hidden)  # of products over queries
     s = scores.cap(scores.tile(q_tile, qv_tile, tile))
     capped = s.clone() if scores.softcap > 0.0 else None
-    p = scores.bias_and_mask(s, tile).sub_(rows.lse[..., None]).exp_()
-    dp = operands.split_rows(dout_tile @ v_tile.transpose(-1, -2))
+    p = scores.bias_and_mask(s, tile, hidden).sub_(rows.lse[..., None]).exp_()
+    p = select(p, hidden)  # a row whose LSE is NaN is that to no key that it does not see
+    dp = select(operands.split_rows(dout_tile @ v_tile.transpose(-1, -2)), hidden)
     p_dropped = p
     keep = scores.keep(tile)
     if keep is not None:
         survival = keep.to(p.dtype).div_(1.0 - dropout_p)
         p_dropped, dp = p * survival, dp.mul_(survival)
-    sums.dv[:, :, keys] += _product_operand(p_dropped, operands).transpose(-1, -2) @ dout_tile
+    p_tile = _product_operand(p_dropped, operands).transpose(-1, -2)
+    sums.dv[:, :, keys] += product(p_tile, dout_tile, by_keys)
     d = _row_sums(p, dp, rows) if whole else rows.d
     ds = scores.cap_gradient(dp.sub_(d[..., None]).mul_(p), capped)
-    ds_tile = _product_operand(ds, operands)  # (B, heads_kv, G * M, N)
+    # (B, heads_kv, G * M, N)
+    ds_tile = _product_operand(select(ds, hidden), operands)
     # q and qv carry the softmax scale already; dq and dqv get it at the end.
-    sums.dk[:, :, keys] += ds_tile.transpose(-1, -2) @ q_tile
-    sums.dq[:, :, :, queries] += operands.split_rows(ds_tile @ k_tile)
+    sums.dk[:, :, keys] += product(ds_tile.transpose(-1, -2), q_tile, by_keys)
+    sums.dq[:, :, :, queries] += operands.split_rows(product(ds_tile, k_tile, hidden))
     if qv_tile is not None and sums.dqv is not None:
-        sums.dv[:, :, keys] += ds_tile.transpose(-1, -2) @ qv_tile
-        sums.dqv[:, :, :, queries] += operands.split_rows(ds_tile @ v_tile)
+        sums.dv[:, :, keys] += product(ds_tile.transpose(-1, -2), qv_tile, by_keys)
+        sums.dqv[:, :, :, queries] += operands.split_rows(product(ds_tile, v_tile, hidden))
 
 
 def _row_sums(p: Tensor, dp: Tensor, rows: _Rows) -> Tensor:

@@ -43,11 +43,11 @@ def append_rows(
     else:
         offsets = checked_cu_seqlens("cu_seqlens_k_new", cu_seqlens, first.shape[0])
     lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
-    slots = list(cache_slots(first_cache, lengths, starts.tolist(), options))
+    slots = cache_slots(first_cache, lengths, starts.tolist(), options)
     for cache, new in pairs:
         page_size = cache.shape[1]
         for start, length, rows in zip(offsets, lengths, slots, strict=False):
-            values = _cast(new[start : start + length], cache)
+            values = _cast(new[start : start + length], cache)[: rows.numel()]
             cache[rows // page_size, rows % page_size] = values
 
 

@@ -148,13 +148,14 @@ def _forward_block(
     sums = accumulator_for(operands.dtype == FP8, shape, operands.v, studied)
     v_descale = RunningDescale(operands.descales.v)
     for tile in n_blocks:
-        s = scores.bias_and_mask(scores.cap(scores.tile(q_tile, qv_tile, tile)), tile)
-        p, alpha = softmax.step(s)
+        hidden = scores.hidden(tile)
+        s = scores.cap(scores.tile(q_tile, qv_tile, tile))
+        p, alpha = softmax.step(scores.bias_and_mask(s, tile, hidden))
         keep = scores.keep(tile)
         if keep is not None:
             p = p.mul_(keep)
         alpha = v_descale.enter(tile, alpha)
-        sums.add(alpha, p, operands.v[:, :, tile.n_begin : tile.n_end])
+        sums.add(alpha, p, operands.v[:, :, tile.n_begin : tile.n_end], hidden)
     shift = operands.lse_shift(queries)
     normalise, lse = softmax.finish(_shifted(operands.sink, shift))
     factor = v_descale.leave(normalise / (1.0 - dropout_p))

@@ -24,6 +24,7 @@ from flash8.backends.cpu import study
 from flash8.backends.cpu.accumulator import float8_matmul
 from flash8.backends.cpu.mask import Tile
 from flash8.backends.cpu.operands import Operands, heads_first, load, tokens_first
+from flash8.backends.cpu.products import Matmul, product, select, transposed
 from flash8.backends.cpu.scores import Scores
 from flash8.backends.cpu.sequences import Unit, units
 from flash8.descales import BLOCK
@@ -190,7 +191,10 @@ class _Unit:
         k = self._operands.k
         if self._operands.descales.k is not None:
             k = k * self._key_rows()
-        mean = k.mean(dim=2)[:, :, None, None]  # (B, heads_kv, 1, 1, head_dim)
+        # Of what is finite: a key that no query sees may hold anything.
+        finite = k.isfinite()
+        mean = k.where(finite, 0.0).sum(dim=2) / finite.sum(dim=2).clamp_min(1)
+        mean = mean[:, :, None, None]  # (B, heads_kv, 1, 1, head_dim)
         dq = dq + (self._rows.ds_sum - self._sums.ds_sum)[..., None] * mean
         if self._operands.k_mean is not None:
             dq = dq + self._rows.ds_sum[..., None] * self._operands.k_mean
@@ -215,16 +219,18 @@ class _Unit:
         q8 = o.q[:, :, :, tile.m_begin : tile.m_end]
         s = self._scores.cap(self._scores.tile(q8.flatten(2, 3), None, tile))
         capped = s.clone() if self._has_softcap else None
-        p = self._scores.bias_and_mask(s, tile).sub_(rows.lse[..., None]).exp_()
-        dp = self._dp(rows, o.v[:, :, keys], tile)
+        hidden = self._scores.hidden(tile)
+        p = self._scores.bias_and_mask(s, tile, hidden).sub_(rows.lse[..., None]).exp_()
+        p = select(p, hidden)
+        dp = select(self._dp(rows, o.v[:, :, keys], tile), hidden)
         keep = self._scores.keep(tile)
         kept = p if keep is None else p * keep
         survival = 1.0 / (1.0 - self._dropout_p)
         if keep is not None:
             dp = dp * keep * survival
-        self._sums.dv[:, :, keys] += self._dv(kept, rows) * survival
+        self._sums.dv[:, :, keys] += self._dv(kept, rows, hidden) * survival
         ds = self._scores.cap_gradient(dp.sub_(rows.d[..., None]).mul_(p), capped)
-        self._add_dq_dk(ds, q8, tile)
+        self._add_dq_dk(select(ds, hidden), q8, tile, hidden)
 
     def _dp(self, rows: _Rows, v8: Tensor, tile: Tile) -> Tensor:
         """dO V^T, (B, heads_kv, G, M, N)."""
@@ -238,19 +244,24 @@ class _Unit:
             dp = dp + (rows.dout * self._operands.v_mean).sum(dim=-1, keepdim=True)
         return dp
 
-    def _dv(self, p: Tensor, rows: _Rows) -> Tensor:
+    def _dv(self, p: Tensor, rows: _Rows, hidden: Tensor | None) -> Tensor:
         """P^T dO, (B, heads_kv, N, head_dim_v)."""
-        how = self._how
+        how, by_keys = self._how, transposed(hidden)
         if how.products < 3:
-            return how.rounded(p).flatten(2, 3).transpose(-1, -2) @ rows.dout.flatten(2, 3)
+            stacked = how.rounded(p).flatten(2, 3).transpose(-1, -2)
+            return product(stacked, rows.dout.flatten(2, 3), by_keys)
         p8 = saturating_cast(p * how.study.p_scale).float()
-        dtypes = (E4M3, how.gradient_dtype)
+        matmul = self._matmul(E4M3, how.gradient_dtype)
         # Heads of a group have descales of their own, so each is a product of its own.
-        dv = float8_matmul(p8.transpose(-1, -2), rows.dout8, how.study, dtypes=dtypes)
+        dv = product(p8.transpose(-1, -2), rows.dout8, by_keys, matmul)
         factor = rows.dout_descale[..., :1, None] / how.study.p_scale
         return (dv * factor).sum(dim=2)
 
-    def _add_dq_dk(self, ds: Tensor, q8: Tensor, tile: Tile) -> None:
+    def _matmul(self, *dtypes: torch.dtype) -> Matmul:
+        """The product of float8 values of these types."""
+        return lambda a, b: float8_matmul(a, b, self._how.study, dtypes=(dtypes[0], dtypes[1]))
+
+    def _add_dq_dk(self, ds: Tensor, q8: Tensor, tile: Tile, hidden: Tensor | None) -> None:
         """dQ += dS K, dK += dS^T Q times the softmax scale, and the row sums of the rounded dS."""
         how, o = self._how, self._operands
         queries, keys = slice(tile.m_begin, tile.m_end), slice(tile.n_begin, tile.n_end)
@@ -258,18 +269,19 @@ class _Unit:
         assert q_factor is not None
         q_factor = q_factor[..., None]  # times softmax_scale
         k_factor = 1.0 if o.descales.k is None else o.descales.k.of(tile)[..., None]
-        k8 = o.k[:, :, None, keys]
+        k8, by_keys = o.k[:, :, None, keys], transposed(hidden)
         if how.products < 5:
             ds = how.rounded(ds)
-            dq = ds @ how.rounded(k8 * k_factor)
-            dk = ds.transpose(-1, -2) @ (how.rounded(q8 * (q_factor / o.scale)) * o.scale)
+            dq = product(ds, how.rounded(k8 * k_factor), hidden)
+            q = how.rounded(q8 * (q_factor / o.scale)) * o.scale
+            dk = product(ds.transpose(-1, -2), q, by_keys)
         else:
             finite = torch.where(ds.isfinite(), ds.abs(), 0.0)
             descale = _descale(finite.amax(dim=(-2, -1), keepdim=True), how.gradient_dtype)
             ds8 = saturating_cast(ds / descale, how.gradient_dtype).float()
-            dtypes = (how.gradient_dtype, E4M3)
-            dq = float8_matmul(ds8, k8, how.study, dtypes=dtypes) * (descale * k_factor)
-            dk = float8_matmul(ds8.transpose(-1, -2), q8, how.study, dtypes=dtypes)
+            matmul = self._matmul(how.gradient_dtype, E4M3)
+            dq = product(ds8, k8, hidden, matmul) * (descale * k_factor)
+            dk = product(ds8.transpose(-1, -2), q8, by_keys, matmul)
             dk = dk * (descale * q_factor[..., :1, :])
             ds = ds8 * descale
         self._sums.dq[:, :, :, queries] += dq

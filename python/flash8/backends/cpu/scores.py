@@ -46,12 +46,15 @@ class Scores:
         """ds times the derivative of `cap`, which is 1 - (capped / softcap)^2, in place."""
         return ds if capped is None else ds.mul_(1.0 - (capped / self.softcap).square_())
 
-    def bias_and_mask(self, s: Tensor, tile: Tile) -> Tensor:
-        """Adds ALiBi and hides what the mask hides, in place."""
+    def hidden(self, tile: Tile) -> Tensor | None:
+        """bool (M, N), True where the mask hides the key; None if the whole tile is visible."""
+        return self.mask.hidden(tile, self._operands.q.device)
+
+    def bias_and_mask(self, s: Tensor, tile: Tile, hidden: Tensor | None) -> Tensor:
+        """Adds ALiBi and hides what is `hidden` of the tile, in place."""
         slopes = self._operands.slopes
         if slopes is not None:
             s -= slopes * self._distance(tile)
-        hidden = self.mask.hidden(tile, s.device)
         return s if hidden is None else s.masked_fill_(hidden, float("-inf"))
 
     def keep(self, tile: Tile) -> Tensor | None:

@@ -1,6 +1,7 @@
 """From cumulative lengths, used lengths, left padding and page tables to units of dense attention.
 
-This is where the data of index tensors is read, and so where it is checked.
+This is where the data of index tensors is read, and so where it is checked. Of a page table only
+what the mask lets a query see: other entries may be pages that were freed, or no pages at all.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,8 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flash8.arguments import WrongIndex
+from flash8.backends.cpu.mask import Mask
 from flash8.options import Options
 
+#: The row of a cache that a sequence without work has.
+NO_ROW = -1
 #: Heads of a dense batch that are worked on together: enough to fill two cores, few enough that
 #: the score tiles of all of them stay in cache.
 _HEADS_TOGETHER = 32
@@ -97,7 +102,10 @@ def units(q: Tensor, k: Tensor, options: Options) -> Iterator[Unit]:
     queries = _query_rows(q, batch, options)
     keys = _key_rows(k, batch, options)
     for b in range(batch):
-        yield Unit(slice(b, b + 1), queries(b), keys(b))
+        rows = queries(b)
+        row_keys = keys(b, rows.seqlen)
+        if row_keys is not None:
+            yield Unit(slice(b, b + 1), rows, row_keys)
 
 
 def check_indices(q: Tensor, k: Tensor, options: Options) -> None:
@@ -145,19 +153,30 @@ def _query_rows(q: Tensor, batch: int, options: Options) -> Callable[[int], Quer
     return rows
 
 
-def _key_rows(k: Tensor, batch: int, options: Options) -> Callable[[int], KeyRows]:
+def _key_rows(
+    k: Tensor, batch: int, options: Options
+) -> Callable[[int, int], KeyRows | None]:
     packed = options.cu_seqlens_k is not None
     cache_rows = _cache_rows(k, batch, options)
+    idle = [row == NO_ROW for row in cache_rows]
     starts, capacities = _key_extents(k, batch, options)
-    ends = _used("seqused_k (cache_seqlens and appended rows)", options.seqused_k, capacities)
+    ends = _used("seqused_k", options.seqused_k, capacities, idle=idle)
     _check_max_seqlen("max_seqlen_k", options.max_seqlen_k, ends)
-    padding = _used("leftpad_k (cache_leftpad)", options.leftpad_k, ends, default=0)
+    padding = _used("leftpad_k", options.leftpad_k, ends, default=0, idle=idle)
     pages = None if options.page_table is None else _Pages(k, options.page_table)
 
-    def rows(b: int) -> KeyRows:
-        row = cache_rows[b]
-        used_pages = None if pages is None else pages.of(row, ends[b])
-        start, seqlen = starts[b] + padding[b], ends[b] - padding[b]
+    def rows(b: int, seqlen_q: int) -> KeyRows | None:
+        """The keys of a sequence with so many queries; None for one without work."""
+        if idle[b]:
+            return None
+        row, start, seqlen = cache_rows[b], starts[b] + padding[b], ends[b] - padding[b]
+        used_pages = None
+        if pages is not None:
+            seen = range(0)
+            if seqlen_q > 0:
+                begin, end = Mask(seqlen_q, seqlen, options).visible_range(0, seqlen_q)
+                seen = range(start + begin, start + end)
+            used_pages = pages.of(row, ends[b], seen)
         return KeyRows(slice(row, row + 1), start, seqlen, packed, used_pages)
 
     return rows
@@ -185,51 +204,59 @@ def checked_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
     """cu_seqlens as a list that starts with 0, never decreases and ends within `total` rows."""
     offsets: list[int] = cu_seqlens.tolist()
     if offsets[0] != 0:
-        raise ValueError(f"{name} must start with 0, got {offsets[0]}")
+        raise WrongIndex(name, f"must start with 0, got {offsets[0]}")
     for b, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
         if end < start:
-            raise ValueError(
-                f"{name} must never decrease, got {start} at index {b} and {end} at index {b + 1}"
+            raise WrongIndex(
+                name, f"must never decrease, got {start} at index {b} and {end} at index {b + 1}"
             )
     if offsets[-1] > total:
-        raise ValueError(
-            f"{name} must end within the {total} rows of its packed tensor, got {offsets[-1]}"
+        raise WrongIndex(
+            name, f"must end within the {total} rows of its packed tensor, got {offsets[-1]}"
         )
     return offsets
 
 
 def _used(
-    name: str, used: Tensor | None, capacities: list[int], default: int | None = None
+    name: str,
+    used: Tensor | None,
+    capacities: list[int],
+    default: int | None = None,
+    idle: list[bool] | None = None,
 ) -> list[int]:
-    """The checked values of a (batch,) tensor of lengths; without it `default` or the capacity."""
+    """The checked values of a (batch,) tensor of lengths; without it `default` or the capacity.
+    Those of idle sequences are not looked at, and 0."""
     if used is None:
         return capacities if default is None else [default] * len(capacities)
     values: list[int] = used.tolist()
     for b, (value, capacity) in enumerate(zip(values, capacities, strict=True)):
-        if not 0 <= value <= capacity:
-            raise ValueError(f"{name} must be from 0 to {capacity} at index {b}, got {value}")
+        if idle is not None and idle[b]:
+            values[b] = 0
+        elif not 0 <= value <= capacity:
+            raise WrongIndex(name, f"must be from 0 to {capacity} at index {b}, got {value}")
     return values
 
 
 def _check_max_seqlen(name: str, max_seqlen: int | None, lengths: list[int]) -> None:
     longest = max(lengths, default=0)
     if max_seqlen is not None and longest > max_seqlen:
-        raise ValueError(
-            f"{name} must be at least the longest sequence {longest}, got {max_seqlen}"
+        raise WrongIndex(
+            name, f"must be at least the longest sequence {longest}, got {max_seqlen}"
         )
 
 
 def _cache_rows(k: Tensor, batch: int, options: Options) -> list[int]:
-    """The row of the cache (or of its page table) of every batch entry."""
+    """The row of the cache (or of its page table) of every batch entry, or `NO_ROW`."""
     if options.kv_batch_idx is None:
         return list(range(batch))
     available = k.shape[0] if options.page_table is None else options.page_table.shape[0]
     rows: list[int] = options.kv_batch_idx.tolist()
     for b, row in enumerate(rows):
-        if not 0 <= row < available:
-            raise ValueError(
-                "kv_batch_idx (cache_batch_idx) must be from 0 to "
-                f"{available - 1} at index {b}, got {row}"
+        if row != NO_ROW and not 0 <= row < available:
+            raise WrongIndex(
+                "kv_batch_idx",
+                f"must be from 0 to {available - 1}, or {NO_ROW} for a row without work, "
+                f"at index {b}, got {row}",
             )
     return rows
 
@@ -241,36 +268,75 @@ class _Pages:
         self._num_pages, self._page_size = cache.shape[:2]
         self._table = page_table
 
-    def of(self, row: int, seqlen: int) -> Tensor:
-        """int64 indices of the pages that hold the first `seqlen` positions."""
-        used = self._table[row, : -(-seqlen // self._page_size)].long()
-        wrong = (used < 0) | (used >= self._num_pages)
+    def of(self, row: int, seqlen: int, needed: range) -> Tensor:
+        """int64 indices of the pages that hold the first `seqlen` positions.
+
+        Only those of the `needed` positions count; others, which need not exist, are page 0.
+        """
+        size = self._page_size
+        used = self._table[row, : -(-seqlen // size)].long()
+        first, last = (needed.start // size, -(-needed.stop // size)) if needed else (0, 0)
+        counts = used[first:last]
+        wrong = (counts < 0) | (counts >= self._num_pages)
         if bool(wrong.any()):
-            position = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"page_table must hold page indices from 0 to {self._num_pages - 1}, "
-                f"got {int(used[position])} at [{row}, {position}]"
+            position = first + int(wrong.nonzero()[0])
+            raise WrongIndex(
+                "page_table",
+                f"must hold page indices from 0 to {self._num_pages - 1}, "
+                f"got {int(used[position])} at [{row}, {position}]",
             )
-        return used
+        pages = torch.zeros_like(used)
+        pages[first:last] = counts
+        return pages
 
 
 def cache_slots(
     cache: Tensor, lengths: list[int], starts: list[int], options: Options
-) -> Iterator[Tensor]:
-    """For every batch entry the flat cache rows of positions [start, start + length)."""
+) -> list[Tensor]:
+    """For every batch entry the flat cache rows of positions [start, start + length); none for one
+    without work. Raises ValueError where two would be one."""
     batch = len(lengths)
     rows = _cache_rows(cache, batch, options)
     pages = None if options.page_table is None else _Pages(cache, options.page_table)
     capacity = _key_extents(cache, batch, options)[1]
+    slots = []
     for b, (row, start, length) in enumerate(zip(rows, starts, lengths, strict=True)):
         end = start + length
+        if row == NO_ROW:
+            slots.append(cache.new_empty((0,), dtype=torch.int64))
+            continue
         if start < 0 or end > capacity[b]:
-            raise ValueError(
-                f"cache_seqlens must leave room for {length} new rows in a cache of "
-                f"{capacity[b]} at index {b}, got {start}"
+            raise WrongIndex(
+                "cache_seqlens",
+                f"must leave room for {length} new rows in a cache of "
+                f"{capacity[b]} at index {b}, got {start}",
             )
         positions = cache.new_tensor(range(start, end), dtype=torch.int64)
         if pages is None:
-            yield positions + row * cache.shape[1]
+            slots.append(positions + row * cache.shape[1])
         else:
-            yield page_slots(pages.of(row, end), cache.shape[1])[start:end]
+            used = pages.of(row, end, range(start, end))
+            slots.append(page_slots(used, cache.shape[1])[start:end])
+    _refuse_shared(slots, options)
+    return slots
+
+
+def _refuse_shared(slots: list[Tensor], options: Options) -> None:
+    """Which of two new rows is kept would be chance."""
+    every = torch.cat(slots) if slots else torch.empty(0)
+    if every.unique().numel() == every.numel():
+        return
+    seen: dict[int, int] = {}
+    for b, rows in enumerate(slots):
+        for slot in rows.tolist():
+            first = seen.setdefault(slot, b)
+            if first != b:
+                name = "page_table" if options.kv_batch_idx is None else "kv_batch_idx"
+                raise WrongIndex(
+                    name,
+                    f"must give every sequence rows of its own to append to, got the same for "
+                    f"sequences {first} and {b}",
+                )
+    raise WrongIndex(
+        "page_table", "must not hold a page twice where a sequence appends across both"
+    )
