@@ -65,11 +65,20 @@ BAD = [
     (cache, dict(cache_seqlens=None), ValueError, "cache_seqlens", "None"),
     (
         cache,
-        dict(cache_seqlens=torch.tensor([5, 17])),
+        dict(cache_seqlens=torch.tensor([5, 17], dtype=torch.int16)),
         TypeError,
         "cache_seqlens",
         "int32",
-        "int64",
+        "int16",
+    ),
+    (cache, dict(cache_seqlens=torch.tensor([5, 2**32])), ValueError, "cache_seqlens", "0 to 20"),
+    (cache, dict(cache_seqlens=torch.tensor([-(2**32), 5])), ValueError, "cache_seqlens", "0 to 20"),
+    (
+        pages,
+        dict(page_table=torch.tensor([[0, 2**32 + 1, 1, 3], [4, 5, 6, 7]])),
+        ValueError,
+        "page_table",
+        "[0, 1]",
     ),
     (cache, dict(cache_seqlens=int32([5])), ValueError, "cache_seqlens", "(2,)", "(1,)"),
     (cache, dict(cache_seqlens=-1), ValueError, "cache_seqlens", "0", "-1"),
@@ -144,11 +153,34 @@ BAD = [
     (cache, dict(cache_batch_idx=int32([0])), ValueError, "cache_batch_idx", "(2,)", "(1,)"),
     (
         cache,
-        dict(cache_batch_idx=torch.tensor([0, 1])),
+        dict(cache_batch_idx=torch.tensor([0, 1], dtype=torch.int16)),
         TypeError,
         "cache_batch_idx",
         "int32",
-        "int64",
+        "int16",
+    ),
+    (cache, dict(cache_batch_idx=torch.tensor([0, 2**32])), ValueError, "cache_batch_idx", "0 to 1"),
+    (cache, dict(cache_batch_idx=int32([0, -2])), ValueError, "cache_batch_idx", "0 to 1", "-2"),
+    # two appends to one place
+    (cache, dict(cache_batch_idx=int32([1, 1]), cache_seqlens=5), ValueError, "cache_batch_idx"),
+    (
+        pages,
+        dict(page_table=int32([[0, 8, 1, 3], [4, 8, 6, 3]]), cache_seqlens=13),
+        ValueError,
+        "page_table",
+        "sequences 0 and 1",
+    ),
+    (
+        pages,
+        dict(
+            page_table=int32([[0, 8, 1, 3], [4, 5, 6, 6]]),
+            cache_seqlens=int32([5, 7]),
+            k=ones(2, 6, 2, 32),
+            v=ones(2, 6, 2, 8),
+        ),
+        ValueError,
+        "page_table",
+        "twice",
     ),
     (cache, dict(cache_leftpad=int32([0, 21])), ValueError, "cache_leftpad", "17", "21"),
     (cache, dict(cache_leftpad=int32([0, -1])), ValueError, "cache_leftpad", "0", "-1"),
@@ -212,6 +244,44 @@ def name_of(row):
 @pytest.mark.parametrize("row", BAD, ids=name_of)
 def test_bad_argument(row):
     refuses(*row)
+
+
+@pytest.mark.parametrize(
+    "new,old",
+    [("v", "v_cache"), ("k", "k_cache"), ("k", "v_cache"), ("v", "k_cache"), ("q", "k_cache")],
+)
+def test_what_overlaps_a_cache_is_refused(new, old):
+    """Before K is appended: V would be read out of what K has written."""
+    wide = torch.randn(2, 20, 4, 32)
+    arguments = {old: wide[:, :, :2], new: wide[:, 1:4] if new == "q" else wide[:, 1:4, 1:3]}
+    same = dict(v_cache=torch.randn(2, 20, 2, 32), v=torch.randn(2, 3, 2, 32))
+    refuses(cache, {**same, **no_rotary, **arguments}, ValueError, new, old, "share memory")
+
+
+@pytest.mark.parametrize("shift", [0, 1, 32, 64 * 19])
+def test_caches_that_overlap_are_refused(shift):
+    buffer = torch.randn(2 * 20 * 64 + 2000)
+    k_cache, v_cache = (buffer[n : n + 2 * 1280].view(2, 20, 2, 32) for n in (0, shift))
+    changes = dict(k_cache=k_cache, v_cache=v_cache)
+    v = dict(v=torch.randn(2, 3, 2, 32))
+    refuses(cache, {**v, **changes}, ValueError, "v_cache", "k_cache", "share memory")
+
+
+@pytest.mark.parametrize("split", ["channels", "heads", "rows", "halves"])
+def test_caches_of_one_buffer_may_lie_side_by_side(split):
+    dimension, shape = {
+        "channels": (3, (2, 20, 2, 64)),
+        "heads": (2, (2, 20, 4, 32)),
+        "rows": (1, (2, 40, 2, 32)),
+        "halves": (0, (4, 20, 2, 32)),
+    }[split]
+    k_cache, v_cache = torch.randn(shape).chunk(2, dim=dimension)
+    both = [x.clone() for x in (k_cache, v_cache)]
+    new = torch.randn(2, 3, 2, 64).chunk(2, dim=3)  # k and v of one tensor, which is none of both
+    arguments = dict(q=torch.randn(2, 3, 4, 32), k=new[0], v=new[1], **no_rotary)
+    expected = cache(**arguments, k_cache=both[0], v_cache=both[1])
+    assert torch.equal(cache(**arguments, k_cache=k_cache, v_cache=v_cache), expected)
+    assert torch.equal(k_cache, both[0]) and torch.equal(v_cache, both[1])
 
 
 SIZES = dict(

@@ -79,7 +79,7 @@ KEYWORD_ONLY = {
 def test_every_argument_is_the_option_of_its_name(name, monkeypatch):
     """They are handed on by position."""
     seen = []
-    monkeypatch.setattr(attention, "_attend", lambda *args: seen.append(args))
+    monkeypatch.setattr(attention, "attend", lambda *args: seen.append(args))
     names = inspect.signature(getattr(flash8, name)).parameters
     getattr(flash8, name)(**{x: f"<{x}>" for x in names})
     (_, _, _, _, _, _, options, window, seed, lse), inputs = seen[0], seen[0][:6]

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flash8 import backends, checks
-from flash8.arguments import require_rank, require_shape, require_tensor
+from flash8 import backends, checks, derivatives
+from flash8.arguments import INDEX_DTYPES, require_rank, require_shape, require_tensor, to_int32
 from flash8.float8 import E4M3
 from flash8.options import Options
 from flash8.rotary import Rope, apply_rotary, token_positions
@@ -35,10 +35,10 @@ class NewKeys:
             raise ValueError("k and v need cache_seqlens: where to append, got None")
         checks.require_writable("k_cache", k_cache)
         checks.require_writable("v_cache", v_cache)
-        self._k_cache, self._v_cache, self._cu_seqlens = k_cache, v_cache, cu_seqlens
+        self._k_cache, self._v_cache, self._cu_seqlens = k_cache, v_cache, to_int32(cu_seqlens)
         self._starts = options.seqused_k
         if cu_seqlens is not None:
-            require_tensor("cu_seqlens_k_new", cu_seqlens, torch.int32, k_cache)
+            require_tensor("cu_seqlens_k_new", cu_seqlens, INDEX_DTYPES, k_cache)
             require_shape("cu_seqlens_k_new", cu_seqlens, (geometry.batch + 1,), "(batch + 1,)")
         for name, new, head_dim in (("k", k, geometry.head_dim), ("v", v, geometry.head_dim_v)):
             self._check_new(name, new, head_dim, geometry)
@@ -66,12 +66,25 @@ class NewKeys:
             meaning = "(batch, seqlen_new, heads_kv, head_dim)"
         require_shape(name, new, (*rows, heads_kv, head_dim), meaning)
 
+    def refuse_overlap(self, q: Tensor, qv: Tensor | None) -> None:
+        """A cache is written before the rest is read: what shares its memory would change."""
+        if torch.compiler.is_compiling():
+            return
+        given = {"q": q, "qv": qv, "k": self._k, "v": self._v}
+        caches = {"k_cache": self._k_cache, "v_cache": self._v_cache}
+        for name, x in given.items():
+            for cache_name, cache in caches.items():
+                if x is not None and checks.spans_meet(x, cache):
+                    raise ValueError(f"{name} must not share memory with {cache_name}; clone it")
+        if _elements_meet(self._k_cache, self._v_cache):
+            raise ValueError("v_cache must not share memory with k_cache: both are written")
+
     def refuse_gradients(self, *tensors: Tensor | None) -> None:
         everything = (*tensors, self._k, self._v, self._k_cache, self._v_cache)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in everything):
+        if derivatives.is_differentiated(*everything):
             raise ValueError(
-                "flash_attn_with_kvcache appends k and v in place and has no backward then; call "
-                "it under torch.no_grad(), or pass tensors that do not require grad"
+                "flash_attn_with_kvcache appends k and v in place and has no backward then, and no "
+                "tangents; call it under torch.no_grad(), or pass tensors that do not require grad"
             )
 
     def refuse_rotated_cache(self, rotary_cos: Any) -> None:
@@ -93,8 +106,10 @@ class NewKeys:
         """Rotates the new keys and returns the rotated q."""
         offsets = self._starts
         if rotary_seqlens is not None:
-            offsets = require_tensor("rotary_seqlens", rotary_seqlens, torch.int32, q)
+            offsets = to_int32(require_tensor("rotary_seqlens", rotary_seqlens, INDEX_DTYPES, q))
             require_shape("rotary_seqlens", offsets, tuple(self._starts.shape), "(batch,)")
+        if options.kv_batch_idx is not None:  # rows without work have no position
+            offsets = offsets.masked_fill(options.kv_batch_idx < 0, 0)
         _check_rotary(q, cos, sin)
         advance = options.causal or options.is_local
         q_positions = token_positions(q, offsets, options.cu_seqlens_q, advance=advance)
@@ -160,6 +175,30 @@ class NewKeys:
                     backends.tell_about_refusal(reason)
                 return False
         return True
+
+
+def _elements_meet(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype have an element in common. Views of one buffer that are
+    interlaced, as kv[:, 0] and kv[:, 1] are, have none; told for equal strides, else assumed."""
+    if not checks.spans_meet(a, b) or a.stride() != b.stride():
+        return checks.spans_meet(a, b)
+    steps = sorted(
+        (stride, 1 - a_size, b_size - 1)
+        for stride, a_size, b_size in zip(a.stride(), a.shape, b.shape, strict=True)
+        if stride > 0  # 0 only where the size is 1
+    )
+    return _is_sum_of((a.data_ptr() - b.data_ptr()) // a.element_size(), steps)
+
+
+def _is_sum_of(distance: int, steps: list[tuple[int, int, int]]) -> bool:
+    """Whether it is a sum of multiples of strides, ascending, each from a least to a most."""
+    if not steps:
+        return distance == 0
+    *rest, (stride, least, most) = steps
+    low = distance - sum(step * high for step, _, high in rest)
+    high = distance - sum(step * low for step, low, _ in rest)
+    times = range(max(least, -(-low // stride)), min(most, high // stride) + 1)
+    return any(_is_sum_of(distance - n * stride, rest) for n in times)
 
 
 def _check_rotary(q: Tensor, cos: Any, sin: Any) -> None:

@@ -6,8 +6,9 @@ sees plain Python and installs ordinary guards. Messages are built when a check 
 
 import operator
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,13 +16,44 @@ from torch import Tensor
 Dtypes = torch.dtype | tuple[torch.dtype, ...]
 
 
-class WrongIndex(ValueError):
-    """What the data of an index tensor is refused for, where it is read: behind the torch op, which
-    knows the argument by the name in `Options`. The public function says the caller's."""
+INDEX_DTYPES = (torch.int32, torch.int64)
+#: What the caller calls an argument where that is not the name it has in `Options`.
+Names = Mapping[str, str]
+OWN_NAMES: Names = MappingProxyType({})
+_INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
+_Result = TypeVar("_Result")
 
-    def __init__(self, name: str, text: str) -> None:
-        super().__init__(f"{name} {text}")
-        self.name, self.text = name, text
+
+def wrong_index(name: str, text: str) -> ValueError:
+    """For data of an index tensor that is refused where it is read: behind the torch op, which
+    knows the argument by the name in `Options`. `call_by` says the caller's."""
+    error = ValueError(f"{name} {text}")
+    error.argument = name, text  # type: ignore[attr-defined]
+    return error
+
+
+def call_by(names: Names, function: Callable[..., _Result], *arguments: Any) -> _Result:
+    """The function's result; its `wrong_index` under the name that the caller gave."""
+    if names is OWN_NAMES or torch.compiler.is_compiling():
+        return function(*arguments)
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        name, text = getattr(error, "argument", (None, None))
+        if name not in names:
+            raise
+        raise ValueError(f"{names[name]} {text}") from None
+
+
+def to_int32(index: Any) -> Any:
+    """An int64 index (what cumsum makes) as int32, without a wait; anything else as it is.
+
+    A value beyond int32 becomes the nearest that int32 has, which no length, row or page reaches:
+    on CPU tensors it is refused where it is read, and a kernel takes it for one that is too large.
+    """
+    if isinstance(index, Tensor) and index.dtype == torch.int64:
+        return index.clamp(_INT32_MIN, _INT32_MAX).to(torch.int32)
+    return index
 
 
 def describe(value: object) -> str:
@@ -44,12 +76,34 @@ def require_bool(name: str, value: object) -> bool:
 
 
 def require_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
-    """A Python int (or a symbolic one while tracing) within [minimum, maximum]."""
+    """A Python int (or a symbolic one while tracing) within [minimum, maximum].
+
+    A trace does not know the value of an int that came out of a tensor by `.item()`: then the limits
+    become assertions of the graph.
+    """
     number = _as_int(name, value)
-    if number < minimum or (maximum is not None and number > maximum):
+    if torch.compiler.is_compiling():
+        wrong = is_known(number < minimum) or (maximum is not None and is_known(number > maximum))
+        if not wrong:
+            torch._check(number >= minimum)
+            if maximum is not None:
+                torch._check(number <= maximum)
+    else:
+        wrong = number < minimum or (maximum is not None and number > maximum)
+    if wrong:
         limits = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
         raise ValueError(f"{name} must be an integer {limits}, got {describe(number)}")
     return number
+
+
+def is_known(condition: Any) -> bool:
+    """Whether a comparison holds, as far as a trace can tell: False where it depends on data."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental import symbolic_shapes
+
+    guard = getattr(symbolic_shapes, "guard_or_false", None)  # torch 2.7
+    return bool((guard or symbolic_shapes.guard_size_oblivious)(condition))
 
 
 def _as_int(name: str, value: Any) -> int:
@@ -66,7 +120,10 @@ def _as_int(name: str, value: Any) -> int:
 def require_float(name: str, value: Any) -> float:
     """A finite Python number as float (or a symbolic float while tracing)."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} must be a number, got {describe(value)} ({type(value).__name__})")
+        text = f"{name} must be a number, got {describe(value)} ({type(value).__name__})"
+        if isinstance(value, Tensor):
+            text += f"; pass {name}.item(), which waits for the device, or better the number itself"
+        raise TypeError(text)
     try:
         number = float(value)
     except OverflowError:
@@ -88,18 +145,25 @@ def require_tensor(name: str, value: Any, dtypes: Dtypes, like: Tensor | None = 
         kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{name} must be a strided (dense) tensor, got {kind}")
     if like is not None and value.device != like.device:
-        raise ValueError(f"{name} must be on {like.device} like q, got {value.device}")
+        raise ValueError(f"{name} must be on {like.device} like the other tensors, got {value.device}")
     return value
 
 
 def require_shape(name: str, value: Tensor, shape: Sequence[int], meaning: str) -> None:
     """`value.shape == shape`; `meaning` spells the shape out, e.g. "(batch, heads_kv)"."""
-    if len(value.shape) != len(shape) or any(
-        have != want for have, want in zip(value.shape, shape, strict=True)
-    ):
+    if differ(value.shape, shape):
         raise ValueError(
             f"{name} must have shape {meaning} = {tuple(shape)}, got {tuple(value.shape)}"
         )
+
+
+def differ(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two shapes are known not to be the same."""
+    if len(shape) != len(other):
+        return True
+    if torch.compiler.is_compiling():
+        return any(is_known(a != b) for a, b in zip(shape, other, strict=True))
+    return any(a != b for a, b in zip(shape, other, strict=True))
 
 
 def require_rank(name: str, value: Tensor, rank: int, meaning: str) -> None:

@@ -21,7 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from flash8 import checks, ops, scaled_tensor
-from flash8.arguments import require_bool
+from flash8.arguments import OWN_NAMES, Names, call_by, require_bool
+from flash8.autocast import cast_for_autocast, is_autocast_on
 from flash8.backends import repeated
 from flash8.dropout import draw_seed
 from flash8.options import Options
@@ -136,7 +137,7 @@ def flash_attn_func(
             None,  # v_keys
         )
     )
-    return _attend(q, k, v, qv, s_aux, out, options, window_size, dropout_seed, return_attn_probs)
+    return attend(q, k, v, qv, s_aux, out, options, window_size, dropout_seed, return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -182,11 +183,13 @@ def flash_attn_varlen_func(
             (batch, seqlen_k, heads_kv, head_dim[_v]), or with page_table
             (pages, page_size, heads_kv, head_dim[_v]).
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,): sequence b has rows
-            cu_seqlens[b] to cu_seqlens[b + 1]; starts with 0, never decreases.
+            cu_seqlens[b] to cu_seqlens[b + 1]; starts with 0, never decreases. int64 indices, here
+            and below, are converted, without a wait.
         max_seqlen_q, max_seqlen_k: at least the longest sequence.
         seqused_q, seqused_k: int32 (batch,): only so many rows of each sequence are used. The rows
             behind them are not read, get O = 0 and LSE = -inf, and zero gradients.
         page_table: int32 (batch, max_pages): the pages of each sequence, in order; needs seqused_k.
+            Of pages that the mask hides from every query neither number nor contents are looked at.
 
     Returns:
         O in q's layout with head_dim_v last; with return_attn_probs (O, LSE), LSE (heads, total_q)
@@ -226,10 +229,10 @@ def flash_attn_varlen_func(
             None,  # v_keys
         )
     )
-    return _attend(q, k, v, qv, s_aux, out, options, window_size, dropout_seed, return_attn_probs)
+    return attend(q, k, v, qv, s_aux, out, options, window_size, dropout_seed, return_attn_probs)
 
 
-def _attend(
+def attend(
     q: Input,
     k: Input,
     v: Input,
@@ -240,25 +243,37 @@ def _attend(
     window_size: Any,
     dropout_seed: Any,
     return_lse: bool,
+    names: Names = OWN_NAMES,
 ) -> Output:
-    """Checks the call, completes its options and runs it."""
+    """Checks the call, completes its options and runs it. names: the caller's own."""
     require_bool("return_attn_probs", return_lse)
+    if is_autocast_on():
+        q, k, v, qv = cast_for_autocast(q, k, v, qv)
     query, key, value, options = scaled_tensor.unwrap(q, k, v, options)
     call: repeated.Call = ((query, key, value, qv, s_aux, out), options, window_size)
     if dropout_seed is None:
         done = repeated.run(call, return_lse)
         if done is not None:
             return done  # type: ignore[no-any-return]
+        narrow = checks.narrowed(options)
+        if narrow is not options:  # what is remembered points to int32 indices
+            call = (call[0], narrow, window_size)
+            options = narrow
+            done = repeated.run(call, return_lse)
+            if done is not None:
+                return done  # type: ignore[no-any-return]
     window_left, window_right = checks.window(window_size)
     options = options._replace(window_left=window_left, window_right=window_right)
-    geometry, options = checks.attention(query, key, value, qv, s_aux, out, options)
+    geometry, options = checks.attention(query, key, value, qv, s_aux, out, options, names)
     seed = None
     if dropout_seed is not None:
         seed = checks.dropout_seed_tensor(dropout_seed, query.device)
     if options.dropout_p > 0.0:
         options = options._replace(dropout_seed=draw_seed(query.device) if seed is None else seed)
     options = ops.resolve_num_splits(query, geometry, options)
-    o, lse, _, _ = ops.run_forward(query, key, value, qv, s_aux, out, options)
+    o, lse, _, _ = call_by(
+        names, ops.run_forward, query, key, value, qv, s_aux, out, options
+    )
     if dropout_seed is None:
         repeated.remember(call, options, o, lse)
     return (o, lse) if return_lse else o

@@ -5,17 +5,19 @@ or ValueError and returns the normalised `Options`. What can only be seen in the
 lengths, page indices) is checked by the CPU backend when it reads them.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash8 import descales
+from flash8 import derivatives, descales
 from flash8.arguments import (
+    INDEX_DTYPES,
+    OWN_NAMES,
+    Names,
     describe,
+    differ,
     require_bool,
     require_contiguous_last,
     require_float,
@@ -23,6 +25,7 @@ from flash8.arguments import (
     require_rank,
     require_shape,
     require_tensor,
+    to_int32,
 )
 from flash8.float8 import E4M3
 from flash8.options import Options
@@ -32,9 +35,10 @@ INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, FP8
 MAX_HEAD_DIM = 512
 MAX_SPLITS = 256
 _INT32_MAX = 2**31 - 1
-#: What the caller calls an argument where that is not the name it has here.
-Names = Mapping[str, str]
-_OWN_NAMES: Names = MappingProxyType({})
+_INDEX_FIELDS = (
+    *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
+    *("leftpad_k", "page_table", "kv_batch_idx"),
+)
 _MAX_SCALE = 1e30  # finite in fp32, and so are its products with small scores
 _MIN_SOFTCAP = 1e-30  # its inverse is finite in fp32
 
@@ -61,12 +65,13 @@ def attention(
     s_aux: Any,
     out: Any,
     options: Options,
-    names: Names = _OWN_NAMES,
+    names: Names = OWN_NAMES,
 ) -> tuple[Geometry, Options]:
     """Checks one attention call. `options` may hold raw user values; the result is normalised."""
+    options = narrowed(options)
     geometry = qkv(q, k, v, options, names)
     if qv is not None:
-        _check_qv(q, k, qv, geometry)
+        _check_qv(q, k, qv, geometry, names)
     _check_index_tensors(q, geometry, options, names)
     if s_aux is not None:
         require_tensor("s_aux", s_aux, (torch.float32, torch.float64, q.dtype), q)
@@ -75,17 +80,27 @@ def attention(
     if out is not None:
         others = [x for x in options if isinstance(x, Tensor)]
         _check_out(out, (q, k, v, qv, s_aux), others, geometry)
-    options = scalars(options)
+    options = scalars(options, names)
     descales.check(q, k, geometry, options)
     return geometry, options
 
 
-def qkv(q: Any, k: Any, v: Any, options: Options, names: Names = _OWN_NAMES) -> Geometry:
+def narrowed(options: Options) -> Options:
+    """The options with int32 indices for int64 ones; the same object if there are none."""
+    changed = {}
+    for name in _INDEX_FIELDS:
+        index = getattr(options, name)
+        if isinstance(index, Tensor) and index.dtype == torch.int64:
+            changed[name] = to_int32(index)
+    return options._replace(**changed) if changed else options
+
+
+def qkv(q: Any, k: Any, v: Any, options: Options, names: Names = OWN_NAMES) -> Geometry:
     """Checks dtype, device and shape of q, k and v against each other."""
-    k_name, v_name = names.get("k", "k"), names.get("v", "v")
-    require_tensor("q", q, INPUT_DTYPES)
+    q_name, k_name, v_name = (names.get(name, name) for name in ("q", "k", "v"))
+    require_tensor(q_name, q, INPUT_DTYPES)
     if q.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"q must be on a cpu or cuda device, got {q.device}")
+        raise ValueError(f"{q_name} must be on a cpu or cuda device, got {q.device}")
     require_tensor(k_name, k, q.dtype if q.dtype == FP8 else (q.dtype, FP8), q)
     require_tensor(v_name, v, k.dtype, q)
     q_packed = options.cu_seqlens_q is not None
@@ -100,9 +115,9 @@ def qkv(q: Any, k: Any, v: Any, options: Options, names: Names = _OWN_NAMES) -> 
         used = names.get("seqused_k", "seqused_k")
         raise ValueError(f"page_table needs {used}: the used length of every sequence, got None")
     if q_packed:
-        require_rank("q", q, 3, "(total_q, heads, head_dim) when cu_seqlens_q is given")
+        require_rank(q_name, q, 3, "(total_q, heads, head_dim) when cu_seqlens_q is given")
     else:
-        require_rank("q", q, 4, "(batch, seqlen_q, heads, head_dim)")
+        require_rank(q_name, q, 4, "(batch, seqlen_q, heads, head_dim)")
     for name, x in ((k_name, k), (v_name, v)):
         if k_packed:
             require_rank(name, x, 3, "(total_k, heads_kv, head_dim) when cu_seqlens_k is given")
@@ -111,7 +126,7 @@ def qkv(q: Any, k: Any, v: Any, options: Options, names: Names = _OWN_NAMES) -> 
         else:
             require_rank(name, x, 4, "(batch, seqlen_k, heads_kv, head_dim)")
     geometry = Geometry(
-        batch=_batch_size(q, k, options),
+        batch=_batch_size(q, options, names),
         heads=q.shape[-2],
         heads_kv=k.shape[-2],
         head_dim=q.shape[-1],
@@ -124,25 +139,26 @@ def qkv(q: Any, k: Any, v: Any, options: Options, names: Names = _OWN_NAMES) -> 
     return geometry
 
 
-def _batch_size(q: Tensor, k: Tensor, options: Options) -> int:
+def _batch_size(q: Tensor, options: Options, names: Names) -> int:
     cu_seqlens = options.cu_seqlens_q
     if cu_seqlens is None:
         return q.shape[0]
-    require_tensor("cu_seqlens_q", cu_seqlens, torch.int32, q)
-    require_rank("cu_seqlens_q", cu_seqlens, 1, "(batch + 1,)")
+    name = names.get("cu_seqlens_q", "cu_seqlens_q")
+    require_tensor(name, cu_seqlens, INDEX_DTYPES, q)
+    require_rank(name, cu_seqlens, 1, "(batch + 1,)")
     if cu_seqlens.shape[0] < 1:
-        raise ValueError("cu_seqlens_q must have batch + 1 elements, at least 1, got 0")
+        raise ValueError(f"{name} must have batch + 1 elements, at least 1, got 0")
     return cu_seqlens.shape[0] - 1
 
 
 def _check_sizes(
     q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, options: Options, names: Names
 ) -> None:
-    k_name, v_name = names.get("k", "k"), names.get("v", "v")
+    q_name, k_name, v_name = (names.get(name, name) for name in ("q", "k", "v"))
     head_dim, head_dim_v = geometry.head_dim, geometry.head_dim_v
     place_v = "last" if options.v_keys is None else "second last"
     for name, size, place in (
-        ("q (head_dim)", head_dim, "last"),
+        (f"{q_name} (head_dim)", head_dim, "last"),
         (f"{v_name} (head_dim_v)", head_dim_v, place_v),
     ):
         if not 1 <= size <= MAX_HEAD_DIM:
@@ -150,10 +166,12 @@ def _check_sizes(
                 f"the {place} dimension of {name} must be from 1 to {MAX_HEAD_DIM}, got {size}"
             )
     if k.shape[-1] != head_dim:
-        raise ValueError(f"{k_name} must have q's head_dim {head_dim}, got shape {tuple(k.shape)}")
+        raise ValueError(
+            f"{k_name} must have {q_name}'s head_dim {head_dim}, got shape {tuple(k.shape)}"
+        )
     if options.v_keys is not None:
         _check_v_by_keys(k, v, geometry, options, names)
-    elif k.shape[:-1] != v.shape[:-1]:
+    elif differ(k.shape[:-1], v.shape[:-1]):
         raise ValueError(
             f"{v_name} must have {k_name}'s shape but for its last dimension, "
             f"got {k_name} {tuple(k.shape)} and {v_name} {tuple(v.shape)}"
@@ -161,13 +179,13 @@ def _check_sizes(
     heads, heads_kv = geometry.heads, geometry.heads_kv
     if heads < 1 or heads_kv < 1 or heads % heads_kv != 0:
         raise ValueError(
-            f"the heads of q must be a positive multiple of the heads of {k_name}, "
+            f"the heads of {q_name} must be a positive multiple of the heads of {k_name}, "
             f"got {heads} and {heads_kv}"
         )
     dense_k = not geometry.k_packed and not geometry.paged
-    if dense_k and options.kv_batch_idx is None and k.shape[0] != geometry.batch:
+    if dense_k and options.kv_batch_idx is None and differ(k.shape[:1], (geometry.batch,)):
         raise ValueError(
-            f"{k_name} must have the batch size {geometry.batch} of q, got {k.shape[0]}"
+            f"{k_name} must have the batch size {geometry.batch} of {q_name}, got {k.shape[0]}"
         )
     if geometry.paged and k.shape[1] < 1:
         raise ValueError(
@@ -195,9 +213,12 @@ def _check_v_by_keys(
         )
 
 
-def _check_qv(q: Tensor, k: Tensor, qv: Any, geometry: Geometry) -> None:
+def _check_qv(q: Tensor, k: Tensor, qv: Any, geometry: Geometry, names: Names) -> None:
     if k.dtype == FP8:
-        raise ValueError(f"qv is not supported with {FP8} k; use torch.bfloat16 or torch.float16")
+        raise ValueError(
+            f"qv is not supported with {FP8} {names.get('k', 'k')}; use torch.bfloat16 or "
+            "torch.float16"
+        )
     require_tensor("qv", qv, q.dtype, q)
     shape = (*q.shape[:-1], geometry.head_dim_v)
     require_shape("qv", qv, shape, "q's shape with head_dim_v last")
@@ -206,30 +227,29 @@ def _check_qv(q: Tensor, k: Tensor, qv: Any, geometry: Geometry) -> None:
 def _check_index_tensors(q: Tensor, geometry: Geometry, options: Options, names: Names) -> None:
     batch = geometry.batch
     for side in ("q", "k"):
-        cu_seqlens = getattr(options, f"cu_seqlens_{side}")
-        max_seqlen = getattr(options, f"max_seqlen_{side}")
+        field, longest = f"cu_seqlens_{side}", f"max_seqlen_{side}"
+        name, cu_seqlens = names.get(field, field), getattr(options, field)
         if cu_seqlens is not None:
-            name = f"cu_seqlens_{side}"
-            require_tensor(name, cu_seqlens, torch.int32, q)
+            require_tensor(name, cu_seqlens, INDEX_DTYPES, q)
             require_shape(name, cu_seqlens, (batch + 1,), "(batch + 1,)")
-            if max_seqlen is None:
-                raise ValueError(f"max_seqlen_{side} must be given with {name}, got None")
+            if getattr(options, longest) is None:
+                raise ValueError(f"{names.get(longest, longest)} must be given with {name}, got None")
     for field in ("seqused_q", "seqused_k", "leftpad_k", "kv_batch_idx"):
         tensor, name = getattr(options, field), names.get(field, field)
         if tensor is not None:
-            require_tensor(name, tensor, torch.int32, q)
+            require_tensor(name, tensor, INDEX_DTYPES, q)
             require_shape(name, tensor, (batch,), "(batch,)")
     if options.kv_batch_idx is not None and geometry.k_packed:
         raise ValueError(
-            "kv_batch_idx (cache_batch_idx) cannot be combined with cu_seqlens_k: "
+            f"{names.get('kv_batch_idx', 'kv_batch_idx')} cannot be combined with cu_seqlens_k: "
             "it selects rows of a dense or paged cache"
         )
     if options.page_table is not None:
-        require_tensor("page_table", options.page_table, torch.int32, q)
+        require_tensor("page_table", options.page_table, INDEX_DTYPES, q)
         require_rank("page_table", options.page_table, 2, "(batch, max_pages)")
-        rows = options.page_table.shape[0]
-        if options.kv_batch_idx is None and rows != batch:
-            raise ValueError(f"page_table must have batch = {batch} rows, got {rows}")
+        rows = options.page_table.shape[:1]
+        if options.kv_batch_idx is None and differ(rows, (batch,)):
+            raise ValueError(f"page_table must have batch = {batch} rows, got {rows[0]}")
 
 
 def _check_alibi(q: Tensor, geometry: Geometry, alibi_slopes: Any) -> None:
@@ -266,9 +286,9 @@ def _check_out(
     require_shape("out", out, shape, "q's shape with head_dim_v last")
     require_writable("out", out)
     given = [x for x in inputs if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*given, out)):
+    if derivatives.is_differentiated(*given, out):
         raise ValueError(
-            "out= cannot be combined with tensors that require grad; "
+            "out= cannot be combined with tensors that require grad or carry a tangent; "
             "leave out=None, or call under torch.no_grad()"
         )
     if not torch.compiler.is_compiling() and any(_share_memory(out, x) for x in (*given, *others)):
@@ -304,14 +324,29 @@ def _overlaps_itself(pairs: list[tuple[int, int]]) -> bool:
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether they have one storage, or storages of their own over the same bytes, as of NumPy."""
-    if a.numel() == 0 or b.numel() == 0 or a.device.type == "meta":
+    if not _have_addresses(a, b):
         return False
-    if torch._C._is_alias_of(a, b):  # type: ignore[attr-defined]
-        return True
-    if not all(type(x) in (Tensor, torch.nn.Parameter) for x in (a, b)):
-        return False  # fake tensors, say, have no address
+    return torch._C._is_alias_of(a, b) or spans_meet(a, b)  # type: ignore[attr-defined]
+
+
+def spans_meet(a: Tensor, b: Tensor) -> bool:
+    """Whether a byte between the first and the last of one is also that of the other."""
+    if not _have_addresses(a, b):
+        return False
     (start, end), (other_start, other_end) = _span(a), _span(b)
     return start < other_end and other_start < end
+
+
+def _have_addresses(*tensors: Tensor) -> bool:
+    """Empty and meta tensors, fake ones, and those that a transform of torch.func maps over or
+    differentiates have none."""
+    if any(x.numel() == 0 or x.device.type == "meta" for x in tensors):
+        return False
+    if torch._C._are_functorch_transforms_active():
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        if any(wrapped(x) for x in tensors):
+            return False
+    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
 def _span(x: Tensor) -> tuple[int, int]:
@@ -363,7 +398,7 @@ def window(window_size: Any) -> tuple[int, int]:
     )
 
 
-def scalars(options: Options) -> Options:
+def scalars(options: Options, names: Names = OWN_NAMES) -> Options:
     """The scalar options checked and normalised; causal becomes a right bound of 0 as well."""
     softcap = require_float("softcap", options.softcap)
     if softcap != 0.0 and not _MIN_SOFTCAP <= softcap <= _MAX_SCALE:
@@ -374,8 +409,8 @@ def scalars(options: Options) -> Options:
     causal = require_bool("causal", options.causal)
     pack_gqa = options.pack_gqa
     return options._replace(
-        max_seqlen_q=_max_seqlen("max_seqlen_q", options.max_seqlen_q),
-        max_seqlen_k=_max_seqlen("max_seqlen_k", options.max_seqlen_k),
+        max_seqlen_q=_max_seqlen("max_seqlen_q", options.max_seqlen_q, names),
+        max_seqlen_k=_max_seqlen("max_seqlen_k", options.max_seqlen_k, names),
         dropout_p=check_dropout_p(options.dropout_p),
         softmax_scale=softmax_scale(options.softmax_scale),
         causal=causal,
@@ -391,5 +426,7 @@ def scalars(options: Options) -> Options:
     )
 
 
-def _max_seqlen(name: str, value: Any) -> int | None:
-    return None if value is None else require_int(name, value, minimum=0, maximum=_INT32_MAX)
+def _max_seqlen(name: str, value: Any, names: Names) -> int | None:
+    if value is None:
+        return None
+    return require_int(names.get(name, name), value, minimum=0, maximum=_INT32_MAX)

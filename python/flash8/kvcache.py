@@ -5,16 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8 import checks, ops, scaled_tensor
+from flash8 import checks, derivatives, ops, scaled_tensor
 from flash8.append import NewKeys
 from flash8.arguments import (
+    INDEX_DTYPES,
+    call_by,
     require_bool,
     require_contiguous_last,
     require_int,
     require_shape,
     require_tensor,
+    to_int32,
 )
 from flash8.attention import Window
+from flash8.autocast import cast_for_autocast, is_autocast_on
 from flash8.options import Options
 from flash8.scaled_tensor import Input
 from flash8.scheduler import num_splits_of
@@ -27,6 +31,7 @@ _CACHE_NAMES = {
     "leftpad_k": "cache_leftpad",
     "kv_batch_idx": "cache_batch_idx",
 }
+_LENGTHENED_NAMES = {**_CACHE_NAMES, "seqused_k": "cache_seqlens, with the appended rows,"}
 
 
 def flash_attn_with_kvcache(
@@ -85,7 +90,8 @@ def flash_attn_with_kvcache(
         cache_seqlens: int or int32 (batch,): used length of the cache before the append; None:
             all of it.
         cache_batch_idx: int32 (batch,): which row of the cache, or of the page table, each
-            sequence has.
+            sequence has; -1 for a row without work: nothing is appended, O = 0, LSE = -inf. A row
+            that is appended to must stand there once (refused on CPU tensors).
         cache_leftpad: int32 (batch,): the first used position of each row.
         page_table: int32 (batch or batch_cache, max_pages).
         rotary_seqlens: int32 (batch,): the rotary position of the first new token, default
@@ -104,7 +110,8 @@ def flash_attn_with_kvcache(
         and empty unless num_splits > 1.
 
     Without k and v the call is differentiable. With them the cache changes in place, so tensors
-    that require grad are refused.
+    that require grad or carry a tangent are refused. Inside torch.autocast q, qv, k and v are cast
+    where the cache has autocast's dtype or is e4m3; a cache never is.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is supported. The cache is
@@ -114,6 +121,8 @@ def flash_attn_with_kvcache(
     require_bool("rotary_interleaved", rotary_interleaved)
     if cu_seqlens_q is not None and max_seqlen_q is None:
         raise ValueError("max_seqlen_q must be given with cu_seqlens_q, got None")
+    if is_autocast_on():
+        q, k, v, qv = _cast_for_autocast(k_cache, q, k, v, qv)
     window_left, window_right = checks.window(window_size)
     options = Options(
         q_descale=q_descale,
@@ -161,17 +170,28 @@ def flash_attn_with_kvcache(
         new = NewKeys(k, v, cu_seqlens_k_new, keys, values, geometry, options)
         appended_with = (*rotary, options.k_descale, options.v_descale)
         tables = [x for x in appended_with if isinstance(x, Tensor)]
+        new.refuse_overlap(query, qv)
         new.refuse_gradients(query, qv, s_aux, *tables)
         if rotated:
             new.refuse_rotated_cache(rotary_cos)
-        ops.check_indices(query, keys, options)
+        call_by(_CACHE_NAMES, ops.check_indices, query, keys, options)
         if rotary_cos is not None or rotary_sin is not None:
             query = new.rotate(query, options, *rotary, rotary_seqlens, rotary_interleaved)
         options = new.lengthen(options)
-        ops.check_indices(query, keys, options)
-        new.append(options)
-    result = ops.run_forward(query, keys, values, qv, s_aux, out, options)
+        call_by(_LENGTHENED_NAMES, ops.check_indices, query, keys, options)
+        call_by(_CACHE_NAMES, new.append, options)
+    result = call_by(
+        _CACHE_NAMES, ops.run_forward, query, keys, values, qv, s_aux, out, options
+    )
     return (*result,) if return_softmax_lse else result.out
+
+
+def _cast_for_autocast(k_cache: Any, *inputs: Any) -> tuple[Any, ...]:
+    """The inputs as autocast would have them, if the cache is that already: its own dtype, or e4m3.
+    A cache is never cast, it is written in place."""
+    cast = cast_for_autocast(*inputs)
+    dtype = getattr(cast[0], "dtype", None)
+    return cast if getattr(k_cache, "dtype", None) in (dtype, checks.FP8) else inputs
 
 
 def _lengths(q: Any, k_cache: Any, cache_seqlens: Any, cu_seqlens_q: Any) -> Tensor | None:
@@ -179,11 +199,11 @@ def _lengths(q: Any, k_cache: Any, cache_seqlens: Any, cu_seqlens_q: Any) -> Ten
     if cache_seqlens is None:
         return None
     if isinstance(cache_seqlens, Tensor):
-        return require_tensor("cache_seqlens", cache_seqlens, torch.int32)
+        return to_int32(require_tensor("cache_seqlens", cache_seqlens, INDEX_DTYPES))
     length = require_int("cache_seqlens", cache_seqlens, minimum=0, maximum=2**31 - 1)
     require_tensor("q", q, checks.INPUT_DTYPES)
     if cu_seqlens_q is not None:
-        require_tensor("cu_seqlens_q", cu_seqlens_q, torch.int32)
+        require_tensor("cu_seqlens_q", cu_seqlens_q, INDEX_DTYPES)
         batch = cu_seqlens_q.shape[0] - 1
     else:
         batch = q.shape[0]
@@ -240,10 +260,10 @@ def flash_attn_combine(
         require_tensor("out", out, dtypes if out_dtype is None else out_dtype, out_partial)
         require_shape("out", out, tuple(out_partial.shape[1:]), "out_partial's without splits")
         checks.require_writable("out", out)
-        if torch.is_grad_enabled() and any(
-            x.requires_grad for x in (out, out_partial, lse_partial)
-        ):
-            raise ValueError("out= cannot be combined with tensors that require grad")
+        if derivatives.is_differentiated(out, out_partial, lse_partial):
+            raise ValueError(
+                "out= cannot be combined with tensors that require grad or carry a tangent"
+            )
         out_dtype = out.dtype
     merged, lse = torch.ops.flash8.combine(out_partial, lse_partial, out_dtype)
     if out is None:

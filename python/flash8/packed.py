@@ -1,6 +1,7 @@
 """The packed-input twins of the public attention functions: q, k, v (or k, v) in one tensor.
 
-They take views of the packed tensor and call `flash8.attention`; gradients arrive packed.
+They take views of the packed tensor and call `flash8.attention`; gradients arrive packed, and errors
+name the packed tensor.
 """
 
 from typing import Any, TypedDict, Unpack
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from flash8 import checks
-from flash8.arguments import describe, require_int, require_rank, require_tensor
-from flash8.attention import Output, Window, flash_attn_func, flash_attn_varlen_func
+from flash8.arguments import Names, describe, require_int, require_rank, require_tensor
+from flash8.attention import Output, Window, attend
+from flash8.options import Options
 
 
 class Extras(TypedDict, total=False):
@@ -21,6 +23,17 @@ class Extras(TypedDict, total=False):
     dropout_p: float
     dropout_seed: int | Tensor | None
     out: Tensor | None
+    k_mean: Tensor | None
+    v_mean: Tensor | None
+    v_channel_descale: Tensor | None
+
+
+_QKV: Names = {
+    **dict.fromkeys("qkv", "qkv"),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "cu_seqlens"),
+    **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), "max_seqlen"),
+}
+_KV: Names = dict.fromkeys("kv", "kv")
 
 
 def flash_attn_qkvpacked_func(
@@ -46,10 +59,10 @@ def flash_attn_qkvpacked_func(
             (batch, seqlen, num_heads_q + 2 * heads_kv, head_dim): heads of q, then k, then v.
     """
     q, k, v = _unpack_qkv(qkv, num_heads_q, leading="batch, seqlen", leading_rank=2)
-    return flash_attn_func(
-        q,
-        k,
-        v,
+    return _attend(
+        _QKV,
+        (q, k, v),
+        extras,
         softmax_scale=softmax_scale,
         causal=causal,
         q_descale=q_descale,
@@ -61,7 +74,6 @@ def flash_attn_qkvpacked_func(
         deterministic=deterministic,
         sm_margin=sm_margin,
         return_attn_probs=return_attn_probs,
-        **extras,
     )
 
 
@@ -90,14 +102,14 @@ def flash_attn_varlen_qkvpacked_func(
             (total, num_heads_q + 2 * heads_kv, head_dim).
     """
     q, k, v = _unpack_qkv(qkv, num_heads_q, leading="total", leading_rank=1)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
+    return _attend(
+        _QKV,
+        (q, k, v),
+        extras,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
         softmax_scale=softmax_scale,
         causal=causal,
         q_descale=q_descale,
@@ -109,7 +121,6 @@ def flash_attn_varlen_qkvpacked_func(
         deterministic=deterministic,
         sm_margin=sm_margin,
         return_attn_probs=return_attn_probs,
-        **extras,
     )
 
 
@@ -136,10 +147,10 @@ def flash_attn_kvpacked_func(
     Args as in `flash_attn_func`, without qv.
     """
     k, v = _unpack_kv(kv, leading="batch, seqlen_k", leading_rank=2)
-    return flash_attn_func(
-        q,
-        k,
-        v,
+    return _attend(
+        _KV,
+        (q, k, v),
+        extras,
         softmax_scale=softmax_scale,
         causal=causal,
         q_descale=q_descale,
@@ -153,7 +164,6 @@ def flash_attn_kvpacked_func(
         deterministic=deterministic,
         sm_margin=sm_margin,
         return_attn_probs=return_attn_probs,
-        **extras,
     )
 
 
@@ -186,16 +196,16 @@ def flash_attn_varlen_kvpacked_func(
     Args as in `flash_attn_varlen_func`, without qv and page_table.
     """
     k, v = _unpack_kv(kv, leading="total_k", leading_rank=1)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        seqused_q,
-        seqused_k,
+    return _attend(
+        _KV,
+        (q, k, v),
+        extras,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
         softmax_scale=softmax_scale,
         causal=causal,
         q_descale=q_descale,
@@ -209,7 +219,35 @@ def flash_attn_varlen_kvpacked_func(
         deterministic=deterministic,
         sm_margin=sm_margin,
         return_attn_probs=return_attn_probs,
-        **extras,
+    )
+
+
+def _attend(
+    names: Names,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    extras: Extras,
+    *,
+    window_size: Window,
+    return_attn_probs: bool,
+    **options: Any,
+) -> Output:
+    """`flash8.attention.attend` of the options of a call and of what it takes by keyword only."""
+    given: dict[str, Any] = dict(extras)
+    s_aux, out, seed = (given.pop(name, None) for name in ("s_aux", "out", "dropout_seed"))
+    unknown = given.keys() - Extras.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}")
+    options |= given
+    return attend(
+        *tensors,
+        None,
+        s_aux,
+        out,
+        Options(**options),
+        window_size,
+        seed,
+        return_attn_probs,
+        names,
     )
 
 
@@ -232,6 +270,11 @@ def _unpack_qkv(
             f"k and v, got {num_heads_q}"
         )
     heads_kv = (heads - num_heads_q) // 2
+    if num_heads_q % heads_kv != 0:
+        raise ValueError(
+            f"num_heads_q must be a multiple of the {heads_kv} heads of k and v that it leaves of "
+            f"the {heads} heads of qkv, got {num_heads_q}"
+        )
     q, k, v = torch.split(qkv, [num_heads_q, heads_kv, heads_kv], dim=-2)
     return q, k, v
 

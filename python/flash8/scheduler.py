@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from flash8 import checks
-from flash8.arguments import require_bool, require_int, require_shape, require_tensor
+from flash8.arguments import (
+    INDEX_DTYPES,
+    require_bool,
+    require_int,
+    require_shape,
+    require_tensor,
+)
 from flash8.backends import choose_num_splits
 from flash8.checks import Geometry
 from flash8.options import Options
@@ -64,14 +70,14 @@ def get_scheduler_metadata(
     sizes["max_seqlen_k_new"] = max_seqlen_k_new
     for name, size in sizes.items():
         require_int(name, size, minimum=0)
-    require_tensor("cache_seqlens", cache_seqlens, torch.int32)
+    require_tensor("cache_seqlens", cache_seqlens, INDEX_DTYPES)
     require_shape("cache_seqlens", cache_seqlens, (batch_size,), "(batch_size,)")
     for name, lengths in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k_new", cu_seqlens_k_new)):
         if lengths is not None:
-            require_tensor(name, lengths, torch.int32, cache_seqlens)
+            require_tensor(name, lengths, INDEX_DTYPES, cache_seqlens)
             require_shape(name, lengths, (batch_size + 1,), "(batch_size + 1,)")
     if cache_leftpad is not None:
-        require_tensor("cache_leftpad", cache_leftpad, torch.int32, cache_seqlens)
+        require_tensor("cache_leftpad", cache_leftpad, INDEX_DTYPES, cache_seqlens)
         require_shape("cache_leftpad", cache_leftpad, (batch_size,), "(batch_size,)")
     if qkv_dtype not in checks.INPUT_DTYPES:
         names = ", ".join(str(dtype) for dtype in checks.INPUT_DTYPES)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from flash8.arguments import to_int32
 from flash8.float8 import E4M3
 from flash8.fp8.quantizer import Launcher, group_ref, refusal_of, tensor_ref, variant_for
 from flash8.fp8.request import Appended
@@ -52,4 +53,5 @@ def append(appended: Appended) -> None:
 
 
 def _int32(index: Tensor) -> Tensor:
-    return index.to(torch.int32).contiguous()
+    contiguous: Tensor = to_int32(index).contiguous()
+    return contiguous

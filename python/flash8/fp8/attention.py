@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flash8 import checks
 from flash8.arguments import require_bool
+from flash8.autocast import cast_for_autocast, is_autocast_on
 from flash8.dropout import draw_seed
 from flash8.fp8 import ops
 from flash8.fp8.hadamard import rotation_for
@@ -67,6 +68,8 @@ def fp8_attention(
     chosen: Recipe = _DEFAULT if recipe is None else recipe
     require_bool("return_attn_probs", return_attn_probs)
     _refuse_quantized(q=q, k=k, v=v)
+    if is_autocast_on():
+        q, k, v = cast_for_autocast(q, k, v)
     left, right = checks.window(window_size)
     options = Options(
         cu_seqlens_q=cu_seqlens_q,
@@ -98,9 +101,9 @@ def fp8_attention(
         )
         options = options._replace(dropout_seed=seed)
     rotation = rotation_for(chosen.hadamard, q.shape[-1])
-    q8 = chosen.quantize("q", q.detach(), cu_seqlens_q)
-    k8 = chosen.quantize("k", k.detach(), cu_seqlens_k)
-    v8 = chosen.quantize("v", v.detach(), cu_seqlens_k)
+    q8 = chosen.quantize("q", q.detach(), options.cu_seqlens_q)
+    k8 = chosen.quantize("k", k.detach(), options.cu_seqlens_k)
+    v8 = chosen.quantize("v", v.detach(), options.cu_seqlens_k)
     out, lse = ops.forward(
         q,
         k,

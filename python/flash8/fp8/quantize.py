@@ -18,11 +18,13 @@ from torch import Tensor
 
 from flash8 import backends, descales
 from flash8.arguments import (
+    INDEX_DTYPES,
     describe,
     require_bool,
     require_rank,
     require_shape,
     require_tensor,
+    to_int32,
 )
 from flash8.float8 import E4M3, E5M2, MAX
 from flash8.fp8 import kernels, portable, quantizer
@@ -67,8 +69,8 @@ def quantize(
             (heads, d) or (batch, heads, d), in x's basis. Exact for O and LSE without softcap.
         smooth_v: the same for V; added to O by the attention functions.
         rope: rotate by position first, (cos, sin[, offsets[, interleaved]]).
-        cu_seqlens: int32 (batch + 1,), the sequences of a packed x.
-        seqused: int32 (batch,): only so many tokens of each sequence count for amax and mean.
+        cu_seqlens: int32 or int64 (batch + 1,), the sequences of a packed x.
+        seqused: int32 or int64 (batch,): only so many tokens of each sequence count for amax and mean.
         descale: a given fp32 descale of the granularity's shape, as delayed scaling has it.
         amax: with a given descale: fp32 (), raised to the largest finite value where that is more.
         transpose: data by keys, (batch, heads, d, 128 * blocks) or packed (heads, d, 128 * blocks),
@@ -94,8 +96,8 @@ def quantize(
         smooth=smooth,
         mean=None if mean is None else mean.detach(),
         rope=position,
-        cu_seqlens=cu_seqlens,
-        seqused=seqused,
+        cu_seqlens=to_int32(cu_seqlens),
+        seqused=to_int32(seqused),
         descale=descale,
         amax=amax,
         transpose=transpose,
@@ -181,7 +183,7 @@ def _check(x: Tensor, granularity: Any, dtype: Any, cu_seqlens: Any, seqused: An
         require_rank("x", x, 4, f"{layout}; (total, heads, d) needs cu_seqlens")
     else:
         require_rank("x", x, 3, "(total, heads, d) with cu_seqlens")
-        require_tensor("cu_seqlens", cu_seqlens, torch.int32, x)
+        require_tensor("cu_seqlens", cu_seqlens, INDEX_DTYPES, x)
         require_rank("cu_seqlens", cu_seqlens, 1, "(batch + 1,)")
     if granularity == "page" and (cu_seqlens is not None or seqused is not None):
         raise ValueError(
@@ -191,7 +193,7 @@ def _check(x: Tensor, granularity: Any, dtype: Any, cu_seqlens: Any, seqused: An
         raise ValueError(f"x must have heads and a head dimension, got {describe(x)}")
     if seqused is not None:
         batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        require_tensor("seqused", seqused, torch.int32, x)
+        require_tensor("seqused", seqused, INDEX_DTYPES, x)
         require_shape("seqused", seqused, (batch,), "(batch,)")
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
+from flash8.arguments import to_int32
 from flash8.backends import hopper
 from flash8.descales import BLOCK
 from flash8.float8 import E4M3
@@ -143,7 +144,7 @@ class Launcher:
         params.rope_cos = self.keep(floats(rope.cos)).data_ptr()
         params.rope_sin = self.keep(floats(rope.sin)).data_ptr()
         if rope.offsets is not None:
-            params.rope_offsets = self.keep(rope.offsets.int().contiguous()).data_ptr()
+            params.rope_offsets = self.keep(to_int32(rope.offsets).int().contiguous()).data_ptr()
         params.rope_rows, params.rotary_dim = rope.cos.shape[0], 2 * rope.cos.shape[1]
         params.interleaved = int(rope.interleaved)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash8.arguments import WrongIndex
+from flash8.arguments import wrong_index
 from flash8.backends.cpu.mask import Mask
 from flash8.options import Options
 
@@ -204,14 +204,14 @@ def checked_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
     """cu_seqlens as a list that starts with 0, never decreases and ends within `total` rows."""
     offsets: list[int] = cu_seqlens.tolist()
     if offsets[0] != 0:
-        raise WrongIndex(name, f"must start with 0, got {offsets[0]}")
+        raise wrong_index(name, f"must start with 0, got {offsets[0]}")
     for b, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
         if end < start:
-            raise WrongIndex(
+            raise wrong_index(
                 name, f"must never decrease, got {start} at index {b} and {end} at index {b + 1}"
             )
     if offsets[-1] > total:
-        raise WrongIndex(
+        raise wrong_index(
             name, f"must end within the {total} rows of its packed tensor, got {offsets[-1]}"
         )
     return offsets
@@ -233,14 +233,14 @@ def _used(
         if idle is not None and idle[b]:
             values[b] = 0
         elif not 0 <= value <= capacity:
-            raise WrongIndex(name, f"must be from 0 to {capacity} at index {b}, got {value}")
+            raise wrong_index(name, f"must be from 0 to {capacity} at index {b}, got {value}")
     return values
 
 
 def _check_max_seqlen(name: str, max_seqlen: int | None, lengths: list[int]) -> None:
     longest = max(lengths, default=0)
     if max_seqlen is not None and longest > max_seqlen:
-        raise WrongIndex(
+        raise wrong_index(
             name, f"must be at least the longest sequence {longest}, got {max_seqlen}"
         )
 
@@ -253,7 +253,7 @@ def _cache_rows(k: Tensor, batch: int, options: Options) -> list[int]:
     rows: list[int] = options.kv_batch_idx.tolist()
     for b, row in enumerate(rows):
         if row != NO_ROW and not 0 <= row < available:
-            raise WrongIndex(
+            raise wrong_index(
                 "kv_batch_idx",
                 f"must be from 0 to {available - 1}, or {NO_ROW} for a row without work, "
                 f"at index {b}, got {row}",
@@ -280,7 +280,7 @@ class _Pages:
         wrong = (counts < 0) | (counts >= self._num_pages)
         if bool(wrong.any()):
             position = first + int(wrong.nonzero()[0])
-            raise WrongIndex(
+            raise wrong_index(
                 "page_table",
                 f"must hold page indices from 0 to {self._num_pages - 1}, "
                 f"got {int(used[position])} at [{row}, {position}]",
@@ -306,7 +306,7 @@ def cache_slots(
             slots.append(cache.new_empty((0,), dtype=torch.int64))
             continue
         if start < 0 or end > capacity[b]:
-            raise WrongIndex(
+            raise wrong_index(
                 "cache_seqlens",
                 f"must leave room for {length} new rows in a cache of "
                 f"{capacity[b]} at index {b}, got {start}",
@@ -332,11 +332,11 @@ def _refuse_shared(slots: list[Tensor], options: Options) -> None:
             first = seen.setdefault(slot, b)
             if first != b:
                 name = "page_table" if options.kv_batch_idx is None else "kv_batch_idx"
-                raise WrongIndex(
+                raise wrong_index(
                     name,
                     f"must give every sequence rows of its own to append to, got the same for "
                     f"sequences {first} and {b}",
                 )
-    raise WrongIndex(
+    raise wrong_index(
         "page_table", "must not hold a page twice where a sequence appends across both"
     )
