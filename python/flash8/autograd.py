@@ -70,30 +70,6 @@ def _saved(ctx: Any) -> tuple[tuple[Any, ...], Options]:
     )
 
 
-def combined_tangents(
-    out_tangent: Tensor | None,
-    lse_tangent: Tensor | None,
-    out_partial: Tensor,
-    lse_partial: Tensor,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Of what `combine` merges: with weights w = exp(LSE_split - LSE) and dots for tangents,
-    LSE' = sum of w LSE_split' and O' = sum of w (O_split' + (LSE_split' - LSE') O_split)."""
-    weights = (lse_partial - lse.masked_fill(torch.isneginf(lse), 0.0)).exp()
-    found = torch.zeros_like(out_partial) if out_tangent is None else out_tangent
-    row = torch.zeros_like(lse)
-    if lse_tangent is not None:
-        row = _weighed(weights, lse_tangent)
-        found = found + (lse_tangent - row)[..., None] * out_partial
-    return _weighed(weights[..., None], found).to(out.dtype), row
-
-
-def _weighed(weights: Tensor, x: Tensor) -> Tensor:
-    """The sum over splits, of those that have seen a key."""
-    return torch.where(weights == 0.0, 0.0, weights * x).sum(dim=0)
-
-
 class Launched(torch.autograd.Function):
     """Makes O and LSE of a launch that has been made already the outputs of a node.
 

@@ -33,8 +33,14 @@ def register(library: torch.library.Library, name: str, *, merges: bool = False)
 
 
 def _one_by_one(op: Any, size: int, in_dims: Dims, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+    for argument, dim in zip(op._schema.arguments, in_dims, strict=False):
+        if dim is None and argument.alias_info is not None and argument.alias_info.is_write:
+            raise RuntimeError(
+                f"{argument.name} is written in place, by each element of torch.vmap: map over it "
+                "as well, or write out of place"
+            )
     results = [
-        op(*(x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims)))
+        op(*(x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
         for i in range(size)
     ]
     if not results or results[0] is None:

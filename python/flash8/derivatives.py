@@ -84,6 +84,8 @@ def _is_watched() -> bool:
 
 
 def _tangent(x: Tensor) -> Tensor | None:
+    if torch._C._functorch.is_batchedtensor(x):  # the op asks below torch.vmap
+        return None
     tangent: Tensor | None = torch._VF._unpack_dual(x, level=0)[1]  # type: ignore[attr-defined]
     return tangent
 

@@ -58,6 +58,10 @@ _library.define(
     "combine_backward(Tensor? dout, Tensor? dlse, Tensor out_partial, Tensor lse_partial) "
     "-> (Tensor, Tensor)"
 )
+_library.define(
+    "combine_jvp(Tensor? out_tangent, Tensor? lse_tangent, Tensor out_partial, Tensor lse_partial, "
+    "Tensor out, Tensor lse) -> (Tensor, Tensor)"
+)
 
 
 def _forward(
@@ -143,6 +147,15 @@ def _combine_backward(
         dout, dlse, out_partial, lse_partial
     )
     return gradients
+
+
+def _combine_jvp(
+    out_tangent: Tensor | None, lse_tangent: Tensor | None, *saved: Tensor
+) -> tuple[Tensor, Tensor]:
+    tangents: tuple[Tensor, Tensor] = backend_for(saved[0]).combine_jvp(
+        out_tangent, lse_tangent, *saved
+    )
+    return tangents
 
 
 def _empty_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> ForwardResult:
@@ -244,6 +257,12 @@ def _combine_backward_fake(
     return torch.empty_like(out_partial), torch.empty_like(lse_partial)
 
 
+def _combine_jvp_fake(
+    out_tangent: Any, lse_tangent: Any, out_partial: Any, lse_partial: Any, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(out), torch.empty_like(lse)
+
+
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: ForwardResult) -> None:
     q, k, v, qv, s_aux, *options = inputs
     out, lse, out_partial, lse_partial = output
@@ -272,10 +291,10 @@ def _combine_autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any
     return (*torch.ops.flash8.combine_backward(dout, dlse, *ctx.saved_tensors), None)
 
 
-def _combine_jvp(
+def _combine_tangents(
     ctx: Any, out_tangent: Tensor | None, lse_tangent: Tensor | None, _: None
-) -> tuple[Tensor, Tensor]:
-    return autograd.combined_tangents(out_tangent, lse_tangent, *ctx.saved_tensors)
+) -> Any:
+    return torch.ops.flash8.combine_jvp(out_tangent, lse_tangent, *ctx.saved_tensors)
 
 
 _WRITES = (
@@ -294,6 +313,7 @@ def _register() -> None:
         "append_kv": (_append_kv, _append_kv_fake),
         "combine": (_combine, _combine_fake),
         "combine_backward": (_combine_backward, _combine_backward_fake),
+        "combine_jvp": (_combine_jvp, _combine_jvp_fake),
     }
     for name, (implementation, fake) in implementations.items():
         for key in ("CPU", "CUDA"):
@@ -304,8 +324,9 @@ def _register() -> None:
         ("forward", derivatives.Formulas(_forward_setup, _forward_autograd, _forward_jvp)),
         ("backward", derivatives.NO_SECOND_ORDER),
         ("jvp", derivatives.NO_SECOND_ORDER),
-        ("combine", derivatives.Formulas(_combine_setup, _combine_autograd, _combine_jvp)),
+        ("combine", derivatives.Formulas(_combine_setup, _combine_autograd, _combine_tangents)),
         ("combine_backward", derivatives.NO_SECOND_ORDER),
+        ("combine_jvp", derivatives.NO_SECOND_ORDER),
     ):
         derivatives.register(_library, name, formulas)
     for name in ("forward_out", "append_kv"):

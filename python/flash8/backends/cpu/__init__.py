@@ -9,7 +9,7 @@ A call is resolved into units (`sequences`), each of which has dense q, k and v 
 
 from flash8.backends.cpu.backward import backward
 from flash8.backends.cpu.cache import append_kv, check_slots
-from flash8.backends.cpu.combine import combine, combine_backward
+from flash8.backends.cpu.combine import combine, combine_backward, combine_jvp
 from flash8.backends.cpu.forward import forward
 from flash8.backends.cpu.fp8_backward import fp8_backward
 from flash8.backends.cpu.jvp import jvp
@@ -23,6 +23,7 @@ __all__ = [
     "check_tokens",
     "combine",
     "combine_backward",
+    "combine_jvp",
     "forward",
     "fp8_backward",
     "jvp",

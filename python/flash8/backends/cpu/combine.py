@@ -44,6 +44,30 @@ def combine_backward(
     return d_out_partial, d_lse_partial
 
 
+def combine_jvp(
+    out_tangent: Tensor | None,
+    lse_tangent: Tensor | None,
+    out_partial: Tensor,
+    lse_partial: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Tangents of O and LSE: with w the weights and dots for tangents, LSE' = sum of w LSE_split'
+    and O' = sum of w (O_split' + (LSE_split' - LSE') O_split)."""
+    _, weights = _weights(lse_partial)
+    found = torch.zeros_like(out_partial) if out_tangent is None else out_tangent
+    row = torch.zeros_like(lse)
+    if lse_tangent is not None:
+        row = _weighed(weights, lse_tangent)
+        found = found + (lse_tangent - row)[..., None] * out_partial
+    return _weighed(weights[..., None], found).to(out.dtype), row
+
+
+def _weighed(weights: Tensor, x: Tensor) -> Tensor:
+    """The sum over splits, of those that have seen a key."""
+    return torch.where(weights == 0.0, 0.0, weights * x).sum(dim=0)
+
+
 def _weights(lse_partial: Tensor) -> tuple[Tensor, Tensor]:
     """LSE over all splits, and exp(LSE_split - LSE), 0 where a split has seen no key."""
     lse = torch.logsumexp(lse_partial, dim=0)
