@@ -1,5 +1,7 @@
 """torch.autocast: flash8's functions do to their inputs what scaled_dot_product_attention does."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,3 +30,17 @@ def cast_for_autocast(q: Any, *others: Any) -> tuple[Any, ...]:
     return tuple(
         x.to(dtype) if isinstance(x, Tensor) and x.dtype in _WIDE else x for x in (q, *others)
     )
+
+
+def unaffected(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel of an op, whose own products autocast must not round: the inputs are cast before
+    the op, and what it is made of is its own affair."""
+
+    @functools.wraps(kernel)
+    def run(*arguments: Any) -> Any:
+        if not is_autocast_on():
+            return kernel(*arguments)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return kernel(*arguments)
+
+    return run

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flash8 import autograd, batching, checks, derivatives, descales
+from flash8.autocast import unaffected
 from flash8.backends import backend_for, choose_num_splits, forward_backend, index_checks
 from flash8.checks import Geometry
 from flash8.options import SCHEMA, Options
@@ -317,7 +318,7 @@ def _register() -> None:
     }
     for name, (implementation, fake) in implementations.items():
         for key in ("CPU", "CUDA"):
-            _library.impl(name, implementation, key)
+            _library.impl(name, unaffected(implementation), key)
         torch.library.register_fake(f"flash8::{name}", fake, lib=_library)
         batching.register(_library, name, merges=name in ("forward", "backward", "jvp"))
     for name, formulas in (

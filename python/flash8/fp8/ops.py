@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flash8 import batching, derivatives
+from flash8.autocast import unaffected
 from flash8.backends import backend_for
 from flash8.fp8 import backward16
 from flash8.fp8.hadamard import Rotation
@@ -180,7 +181,7 @@ for _name, _implementation, _fake in (
     ("fp8_backward", _backward, _backward_fake),
 ):
     for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _implementation, _key)
+        _library.impl(_name, unaffected(_implementation), _key)
     torch.library.register_fake(f"flash8::{_name}", _fake, lib=_library)
     batching.register(_library, _name)
 derivatives.register(_library, "fp8_forward", derivatives.Formulas(_setup, _autograd, _jvp))
