@@ -83,7 +83,11 @@ BAD = [
     (varlen_kvpacked, dict(seqused_k=int32([8, 1])), "seqused_k must be from 0 to 7"),
     (cache, dict(cache_seqlens=int32([5, 21])), "cache_seqlens must be from 0 to 20"),
     (cache, dict(cache_seqlens=int32([5, 19])), "cache_seqlens, with the appended rows, must"),
-    (cache, dict(k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=21), "cache_seqlens"),
+    (
+        cache,
+        dict(k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=21),
+        "cache_seqlens",
+    ),
     (cache, dict(cache_seqlens=ones(2)), "cache_seqlens must have dtype"),
     (cache, dict(cache_leftpad=int32([6, 0])), "cache_leftpad must be from 0 to 5"),
     (cache, dict(cache_leftpad=ones(2)), "cache_leftpad must have dtype"),

@@ -72,7 +72,13 @@ BAD = [
         "int16",
     ),
     (cache, dict(cache_seqlens=torch.tensor([5, 2**32])), ValueError, "cache_seqlens", "0 to 20"),
-    (cache, dict(cache_seqlens=torch.tensor([-(2**32), 5])), ValueError, "cache_seqlens", "0 to 20"),
+    (
+        cache,
+        dict(cache_seqlens=torch.tensor([-(2**32), 5])),
+        ValueError,
+        "cache_seqlens",
+        "0 to 20",
+    ),
     (
         pages,
         dict(page_table=torch.tensor([[0, 2**32 + 1, 1, 3], [4, 5, 6, 7]])),
@@ -159,7 +165,13 @@ BAD = [
         "int32",
         "int16",
     ),
-    (cache, dict(cache_batch_idx=torch.tensor([0, 2**32])), ValueError, "cache_batch_idx", "0 to 1"),
+    (
+        cache,
+        dict(cache_batch_idx=torch.tensor([0, 2**32])),
+        ValueError,
+        "cache_batch_idx",
+        "0 to 1",
+    ),
     (cache, dict(cache_batch_idx=int32([0, -2])), ValueError, "cache_batch_idx", "0 to 1", "-2"),
     # two appends to one place
     (cache, dict(cache_batch_idx=int32([1, 1]), cache_seqlens=5), ValueError, "cache_batch_idx"),

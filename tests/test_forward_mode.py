@@ -45,7 +45,9 @@ def call_of(case):
 
 def draw_like(tensors, seed=3):
     g = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in tensors)
+    return tuple(
+        torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in tensors
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,7 +96,7 @@ def test_one_tangent_at_a_time(position):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_lower_precision(dtype):
-    """As exact as the output's type: sums are taken in fp32, also of scores that share a tangent."""
+    """As exact as the output's type, also where all scores of a row share a tangent."""
     case = Case((40, 40), (300, 300), heads=4, heads_kv=2, causal=True, dtype=dtype)
     problem = build(case)
     leaves = (problem.q, problem.k, problem.v)
@@ -149,7 +151,9 @@ def test_linearize():
         return flash8.flash_attn_func(q, k, v).sin()
 
     tangent = torch.randn_like(q)
-    torch.testing.assert_close(linearize(function, q)[1](tangent), jvp(function, (q,), (tangent,))[1])
+    torch.testing.assert_close(
+        linearize(function, q)[1](tangent), jvp(function, (q,), (tangent,))[1]
+    )
 
 
 def test_dual_tensors():
@@ -291,7 +295,8 @@ def test_fp8_attention(recipe, packed):
 
     _, found = jvp(ours, (*inputs, sink), tangents)
     seen = [
-        fp8.dequantize(chosen.quantize(name, x, ends)) for name, x in zip("qkv", inputs, strict=True)
+        fp8.dequantize(chosen.quantize(name, x, ends))
+        for name, x in zip("qkv", inputs, strict=True)
     ]
 
     def wide(q, k, v, sink):
@@ -320,7 +325,9 @@ def test_a_tangent_of_what_is_not_differentiable_is_refused(field):
     q, k, v = small()
     with pytest.raises(RuntimeError, match=f"{field} is not differentiable"):
         jvp(
-            lambda x: flash8.flash_attn_func(q, k, v, **{field: x}), (torch.ones(2),), (torch.ones(2),)
+            lambda x: flash8.flash_attn_func(q, k, v, **{field: x}),
+            (torch.ones(2),),
+            (torch.ones(2),),
         )
 
 
@@ -340,9 +347,13 @@ def test_what_is_written_in_place_is_refused_before_it_is_written():
             call(forward_ad.make_dual(q, torch.ones_like(q)))
         assert not out.any() and not any(cache.any() for cache in caches)
     for call in calls[:3]:
-        with pytest.raises((ValueError, RuntimeError), match="tangent|derivative|in place|inplace"):
+        with pytest.raises(
+            (ValueError, RuntimeError), match=r"tangent|derivative|in place|inplace"
+        ):
             jvp(torch.vmap(call), (q[None],), (q[None],))
-        with pytest.raises((ValueError, RuntimeError), match="tangent|derivative|in place|inplace"):
+        with pytest.raises(
+            (ValueError, RuntimeError), match=r"tangent|derivative|in place|inplace"
+        ):
             torch.vmap(lambda x, call=call: jvp(call, (x,), (x,)))(q[None])
         assert not out.any() and not any(cache.any() for cache in caches)
     forward_out, append = torch.ops.flash8.forward_out, torch.ops.flash8.append_kv

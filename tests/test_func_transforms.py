@@ -49,7 +49,12 @@ def test_vmap(name, mapped):
 
     def each(call):
         results = [
-            call(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, mapped)))
+            call(
+                *(
+                    x if dim is None else x.select(dim, i)
+                    for x, dim in zip(inputs, mapped, strict=True)
+                )
+            )
             for i in range(3)
         ]
         if isinstance(results[0], tuple):
@@ -105,9 +110,9 @@ def test_vmap_over_lengths_seeds_and_slopes():
     torch.testing.assert_close(vmap(drop)(seeds), torch.stack([drop(seed) for seed in seeds]))
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(lambda q: flash8.flash_attn_func(q, k, v, dropout_p=0.5))(q[None])
-    both = vmap(
-        lambda q: flash8.flash_attn_func(q, k, v, dropout_p=0.5), randomness="different"
-    )(torch.stack((q, q)))
+    both = vmap(lambda q: flash8.flash_attn_func(q, k, v, dropout_p=0.5), randomness="different")(
+        torch.stack((q, q))
+    )
     assert not torch.equal(both[0], both[1])
 
 

@@ -57,7 +57,9 @@ def test_forward_of_a_bad_key(mask, bad, dtype):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("options", [dict(), dict(softcap=3.0, alibi="h", qv=True, sink=True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(softcap=3.0, alibi="h", qv=True, sink=True)], ids=str
+)
 @pytest.mark.parametrize("name", ["k", "v", "q", "dout"])
 def test_gradients_of_a_bad_row(mask, options, name):
     """A pair of query and key that the mask hides carries nothing, in either direction."""
@@ -155,9 +157,8 @@ def test_a_window_over_pages_of_fp8(how):
     descales = torch.rand(2, 16, 2, 1) + 0.5
     changed = free_pages(arguments, how)
     seen = set()
-    for b, (used, table) in enumerate(
-        zip(arguments["cache_seqlens"].tolist(), arguments["page_table"], strict=True)
-    ):
+    lengths = arguments["cache_seqlens"].tolist()
+    for used, table in zip(lengths, arguments["page_table"], strict=True):
         seen |= {int(table[j // 16]) for j in range(used - 22, used)}
     hidden = [page for page in range(16) if page not in seen]
     bad = descales.clone()

@@ -5,9 +5,9 @@ import torch
 
 import flash8
 from cases import Case, build, int32, run_flash8
-from repeated_cases import ENDS, addresses, draw
 from flash8.arguments import to_int32
 from flash8.fp8 import quantize
+from repeated_cases import ENDS, addresses, draw
 
 pytest_plugins = ["driver_fixtures", "repeated_fixtures"]
 
@@ -63,7 +63,9 @@ def test_int64_indices_of_a_cache(paged):
 
 def test_int64_indices_of_fp8():
     x, ends = torch.randn(9, 2, 16), torch.tensor([0, 4, 9])
-    wide, narrow = (quantize(x, "block", cu_seqlens=e, seqused=e[1:] - 1) for e in (ends, ends.int()))
+    wide, narrow = (
+        quantize(x, "block", cu_seqlens=e, seqused=e[1:] - 1) for e in (ends, ends.int())
+    )
     assert torch.equal(wide.data.float(), narrow.data.float())
     assert torch.equal(wide.descale, narrow.descale)
     outs = [

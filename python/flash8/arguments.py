@@ -39,7 +39,7 @@ def call_by(names: Names, function: Callable[..., _Result], *arguments: Any) -> 
     try:
         return function(*arguments)
     except ValueError as error:
-        name, text = getattr(error, "argument", (None, None))
+        name, text = getattr(error, "argument", ("", ""))
         if name not in names:
             raise
         raise ValueError(f"{names[name]} {text}") from None
@@ -78,8 +78,8 @@ def require_bool(name: str, value: object) -> bool:
 def require_int(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
     """A Python int (or a symbolic one while tracing) within [minimum, maximum].
 
-    A trace does not know the value of an int that came out of a tensor by `.item()`: then the limits
-    become assertions of the graph.
+    A trace does not know the value of an int that came out of a tensor by `.item()`: then the
+    limits become assertions of the graph.
     """
     number = _as_int(name, value)
     if torch.compiler.is_compiling():
@@ -145,7 +145,9 @@ def require_tensor(name: str, value: Any, dtypes: Dtypes, like: Tensor | None = 
         kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{name} must be a strided (dense) tensor, got {kind}")
     if like is not None and value.device != like.device:
-        raise ValueError(f"{name} must be on {like.device} like the other tensors, got {value.device}")
+        raise ValueError(
+            f"{name} must be on {like.device} like the other tensors, got {value.device}"
+        )
     return value
 
 

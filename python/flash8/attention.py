@@ -271,9 +271,7 @@ def attend(
     if options.dropout_p > 0.0:
         options = options._replace(dropout_seed=draw_seed(query.device) if seed is None else seed)
     options = ops.resolve_num_splits(query, geometry, options)
-    o, lse, _, _ = call_by(
-        names, ops.run_forward, query, key, value, qv, s_aux, out, options
-    )
+    o, lse, _, _ = call_by(names, ops.run_forward, query, key, value, qv, s_aux, out, options)
     if dropout_seed is None:
         repeated.remember(call, options, o, lse)
     return (o, lse) if return_lse else o

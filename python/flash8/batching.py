@@ -40,7 +40,12 @@ def _one_by_one(op: Any, size: int, in_dims: Dims, arguments: tuple[Any, ...]) -
                 "as well, or write out of place"
             )
     results = [
-        op(*(x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
+        op(
+            *(
+                x if dim is None else x.select(dim, i)
+                for x, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
         for i in range(size)
     ]
     if not results or results[0] is None:

@@ -233,7 +233,9 @@ def _check_index_tensors(q: Tensor, geometry: Geometry, options: Options, names:
             require_tensor(name, cu_seqlens, INDEX_DTYPES, q)
             require_shape(name, cu_seqlens, (batch + 1,), "(batch + 1,)")
             if getattr(options, longest) is None:
-                raise ValueError(f"{names.get(longest, longest)} must be given with {name}, got None")
+                raise ValueError(
+                    f"{names.get(longest, longest)} must be given with {name}, got None"
+                )
     for field in ("seqused_q", "seqused_k", "leftpad_k", "kv_batch_idx"):
         tensor, name = getattr(options, field), names.get(field, field)
         if tensor is not None:

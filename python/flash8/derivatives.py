@@ -86,7 +86,7 @@ def _is_watched() -> bool:
 def _tangent(x: Tensor) -> Tensor | None:
     if torch._C._functorch.is_batchedtensor(x):  # the op asks below torch.vmap
         return None
-    tangent: Tensor | None = torch._VF._unpack_dual(x, level=0)[1]  # type: ignore[attr-defined]
+    tangent: Tensor | None = torch._VF._unpack_dual(x, level=0)[1]
     return tangent
 
 
@@ -99,7 +99,7 @@ def _call_below(op: Any, keyset: torch._C.DispatchKeySet, inputs: tuple[Any, ...
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
 
-def _node(op: Any, formulas: Formulas) -> type[_SingleLevelFunction]:
+def _node(op: Any, formulas: Formulas) -> Any:
     def forward(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
         if not torch._C._are_functorch_transforms_active():
             return _call_below(op, keyset, inputs)

@@ -180,9 +180,7 @@ def flash_attn_with_kvcache(
         options = new.lengthen(options)
         call_by(_LENGTHENED_NAMES, ops.check_indices, query, keys, options)
         call_by(_CACHE_NAMES, new.append, options)
-    result = call_by(
-        _CACHE_NAMES, ops.run_forward, query, keys, values, qv, s_aux, out, options
-    )
+    result = call_by(_CACHE_NAMES, ops.run_forward, query, keys, values, qv, s_aux, out, options)
     return (*result,) if return_softmax_lse else result.out
 
 
@@ -199,7 +197,8 @@ def _lengths(q: Any, k_cache: Any, cache_seqlens: Any, cu_seqlens_q: Any) -> Ten
     if cache_seqlens is None:
         return None
     if isinstance(cache_seqlens, Tensor):
-        return to_int32(require_tensor("cache_seqlens", cache_seqlens, INDEX_DTYPES))
+        given: Tensor = to_int32(require_tensor("cache_seqlens", cache_seqlens, INDEX_DTYPES))
+        return given
     length = require_int("cache_seqlens", cache_seqlens, minimum=0, maximum=2**31 - 1)
     require_tensor("q", q, checks.INPUT_DTYPES)
     if cu_seqlens_q is not None:

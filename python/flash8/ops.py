@@ -187,9 +187,7 @@ def _empty_gradients(
     return Gradients(like(q), like(k), like(v), like(qv), like(s_aux))
 
 
-def _empty_tangents(
-    q: Tensor, v: Tensor, lse: Tensor, options: Options
-) -> tuple[Tensor, Tensor]:
+def _empty_tangents(q: Tensor, v: Tensor, lse: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:-1], options.head_dim_v(v))), lse.new_empty(lse.shape)
 
 

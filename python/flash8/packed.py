@@ -1,7 +1,7 @@
 """The packed-input twins of the public attention functions: q, k, v (or k, v) in one tensor.
 
-They take views of the packed tensor and call `flash8.attention`; gradients arrive packed, and errors
-name the packed tensor.
+They take views of the packed tensor and call `flash8.attention`; gradients arrive packed, and
+errors name the packed tensor.
 """
 
 from typing import Any, TypedDict, Unpack

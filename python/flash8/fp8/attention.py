@@ -90,7 +90,7 @@ def fp8_attention(
     check_call(chosen, options)
     if chosen.gradient_amax() is not None and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "recipe DelayedScaling gathers amax in place, which the transforms of torch.func do not "
+            "recipe DelayedScaling gathers amax in place, which torch.func's transforms do not "
             "allow: use CurrentScaling or BlockScaling there, or .eval() it"
         )
     if options.dropout_p > 0.0:

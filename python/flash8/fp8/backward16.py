@@ -85,7 +85,9 @@ def tangents(
     q, k, v = rows.dequantized(q8, k8, v8, options)
     if options.k_mean is not None:
         shared = options.k_mean.dim() == 2
-        k = k + (options.k_mean if shared else Tokens(options.cu_seqlens_k).spread(options.k_mean, k))
+        k = k + (
+            options.k_mean if shared else Tokens(options.cu_seqlens_k).spread(options.k_mean, k)
+        )
     *wide, sink = (None if x is None else x.float() for x in given)
     found: tuple[Tensor, Tensor] = torch.ops.flash8.jvp(
         *wide, None, sink, q, k, v, None, s_aux, lse, *_plain(options)

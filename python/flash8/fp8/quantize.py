@@ -70,7 +70,8 @@ def quantize(
         smooth_v: the same for V; added to O by the attention functions.
         rope: rotate by position first, (cos, sin[, offsets[, interleaved]]).
         cu_seqlens: int32 or int64 (batch + 1,), the sequences of a packed x.
-        seqused: int32 or int64 (batch,): only so many tokens of each sequence count for amax and mean.
+        seqused: int32 or int64 (batch,): only so many tokens of each sequence count for amax and
+            mean.
         descale: a given fp32 descale of the granularity's shape, as delayed scaling has it.
         amax: with a given descale: fp32 (), raised to the largest finite value where that is more.
         transpose: data by keys, (batch, heads, d, 128 * blocks) or packed (heads, d, 128 * blocks),

@@ -18,7 +18,7 @@ from flash8.backends.cpu.mask import Tile
 from flash8.backends.cpu.operands import Operands, heads_first, load, tokens_first
 from flash8.backends.cpu.products import product, select
 from flash8.backends.cpu.scores import Scores
-from flash8.backends.cpu.sequences import units
+from flash8.backends.cpu.sequences import Unit, units
 from flash8.options import Options
 
 
@@ -56,28 +56,31 @@ def jvp(
         if unit.queries.seqlen == 0:
             continue
         operands = load(unit, q, k, v, qv, s_aux, options)
-        heads_kv, group, dtype = operands.k.shape[1], operands.group, operands.q.dtype
-
-        def queries(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            return heads_first(unit.queries.tokens(x), heads_kv, dtype) * operands.scale
-
-        def keys(x: Tensor | None) -> Tensor | None:
-            return None if x is None else heads_first(unit.keys.tokens(x), heads_kv, dtype).squeeze(2)
-
-        sink = s_aux_tangent
-        tangents = _Tangents(
-            queries(q_tangent),
-            keys(k_tangent),
-            keys(v_tangent),
-            queries(qv_tangent),
-            None if sink is None else sink.to(dtype).unflatten(0, (heads_kv, group))[..., None],
+        tangents = _tangents(
+            unit,
+            operands,
+            (q_tangent, k_tangent, v_tangent, qv_tangent, s_aux_tangent),
         )
-        lse_rows = unit.queries.rows(lse).unflatten(1, (heads_kv, group))
+        lse_rows = unit.queries.rows(lse).unflatten(1, (operands.k.shape[1], operands.group))
         o, row = _unit(operands, tangents, lse_rows, options)
         unit.queries.tokens(out_tangent).copy_(tokens_first(o))
         unit.queries.rows(lse_tangent).copy_(row.flatten(1, 2))
+
+
+def _tangents(unit: Unit, operands: Operands, given: tuple[Tensor | None, ...]) -> _Tangents:
+    heads_kv, group, dtype = operands.k.shape[1], operands.group, operands.q.dtype
+    q, k, v, qv, sink = given
+
+    def queries(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        return heads_first(unit.queries.tokens(x), heads_kv, dtype) * operands.scale
+
+    def keys(x: Tensor | None) -> Tensor | None:
+        return None if x is None else heads_first(unit.keys.tokens(x), heads_kv, dtype).squeeze(2)
+
+    sinks = None if sink is None else sink.to(dtype).unflatten(0, (heads_kv, group))[..., None]
+    return _Tangents(queries(q), keys(k), keys(v), queries(qv), sinks)
 
 
 def _unit(
@@ -144,9 +147,7 @@ class _Block:
             lse_tangent = lse_tangent + share * self._tangents.sink
         return self._tangent - lse_tangent[..., None] * self._o, lse_tangent
 
-    def _scores_tangent(
-        self, q_tile: Tensor, qv_tile: Tensor | None, tile: Tile
-    ) -> Tensor | None:
+    def _scores_tangent(self, q_tile: Tensor, qv_tile: Tensor | None, tile: Tile) -> Tensor | None:
         """S' before the cap, (B, heads_kv, G, M, N)."""
         queries, keys = slice(tile.m_begin, tile.m_end), slice(tile.n_begin, tile.n_end)
         o, t = self._operands, self._tangents
@@ -166,6 +167,4 @@ class _Block:
 
     def _product(self, weights: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
         """Weights (B, heads_kv, G, M, N) times values (B, heads_kv, N, d)."""
-        return self._operands.split_rows(
-            product(weights.flatten(2, 3), values, hidden)
-        )
+        return self._operands.split_rows(product(weights.flatten(2, 3), values, hidden))

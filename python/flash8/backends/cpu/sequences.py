@@ -153,9 +153,7 @@ def _query_rows(q: Tensor, batch: int, options: Options) -> Callable[[int], Quer
     return rows
 
 
-def _key_rows(
-    k: Tensor, batch: int, options: Options
-) -> Callable[[int, int], KeyRows | None]:
+def _key_rows(k: Tensor, batch: int, options: Options) -> Callable[[int, int], KeyRows | None]:
     packed = options.cu_seqlens_k is not None
     cache_rows = _cache_rows(k, batch, options)
     idle = [row == NO_ROW for row in cache_rows]
