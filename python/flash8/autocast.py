@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled as is_autocast_on
+
+__all__ = ["cast_for_autocast", "is_autocast_on", "unaffected"]
 
 _DEVICES = ("cpu", "cuda")
 _WIDE = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def is_autocast_on() -> bool:
-    """Whether autocast is on for any device."""
-    return torch._C._is_any_autocast_enabled()
 
 
 def cast_for_autocast(q: Any, *others: Any) -> tuple[Any, ...]:

@@ -23,13 +23,14 @@ def save(
     inputs: tuple[Tensor | None, ...],
     outputs: tuple[Tensor, Tensor],
     options: tuple[Any, ...],
-) -> None:
-    """Saves q, k, v, qv and s_aux, O and LSE, and the options for `gradients` and `tangents`."""
+) -> tuple[Any, ...]:
+    """Saves q, k, v, qv and s_aux, O and LSE, and the options for `gradients`, and returns the
+    tensors, which `tangents` wants saved for forward."""
     ctx.set_materialize_grads(False)
     saved = (*inputs, *outputs, *_tensors_of(options))
     ctx.save_for_backward(*saved)
-    ctx.save_for_forward(*saved)
     ctx.numbers = _numbers_of(options)
+    return saved
 
 
 def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> InputGradients:

@@ -266,7 +266,7 @@ def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: ForwardResult) -> 
     q, k, v, qv, s_aux, *options = inputs
     out, lse, out_partial, lse_partial = output
     ctx.mark_non_differentiable(out_partial, lse_partial)
-    autograd.save(ctx, (q, k, v, qv, s_aux), (out, lse), tuple(options))
+    ctx.save_for_forward(*autograd.save(ctx, (q, k, v, qv, s_aux), (out, lse), tuple(options)))
 
 
 def _forward_autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> Any:
