@@ -22,7 +22,7 @@ def arguments(recipe, requires_grad, dtype=torch.bfloat16):
     wide = [x.requires_grad_(requires_grad) for x in (q, k, v)]
     products = BACKWARDS.index(recipe.backward) and 5
     how = (products, recipe.gradient_dtype, recipe.gradient_descale(), recipe.gradient_amax())
-    return (*wide, SINK, *(x.data for x in scaled), *how, *options)
+    return (*wide, SINK, *(x.data for x in scaled), None, *how, *options)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_opcheck(recipe):
     torch.library.opcheck(forward, arguments(recipe, True), test_utils=tests)
     inputs = arguments(recipe, False)
     out, lse = forward(*inputs)
-    rest = (*inputs[4:7], SINK, out, lse, 5, recipe.gradient_dtype, None, *inputs[11:])
+    rest = (*inputs[4:7], SINK, out, lse, 5, recipe.gradient_dtype, None, *inputs[12:])
     backward = torch.ops.flash8.fp8_backward.default
     checked = "test_faketensor"
     torch.library.opcheck(backward, (torch.randn_like(out), None, *rest), test_utils=checked)

@@ -255,7 +255,7 @@ def test_what_is_copied_for_the_launch_goes_the_whole_way(name, on_fake_driver, 
 
 UNKNOWN = {
     "a list for a window": lambda q, k, v: flash_attn_func(q, k, v, window_size=[7, 2]),
-    "a tensor in a window": lambda q, k, v: flash_attn_func(q, k, v, window_size=(ENDS[1], -1)),
+    "NumPy in a window": lambda q, k, v: flash_attn_func(q, k, v, window_size=(np.int64(13), -1)),
     "a number of NumPy": lambda q, k, v: flash_attn_func(q, k, v, softmax_scale=np.float64(0.2)),
 }
 
