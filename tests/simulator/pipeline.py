@@ -29,7 +29,7 @@ mbarrier.init.shared::cta.b64 [mem + {FULL}], 1; //tag init_full
 mbarrier.init.shared::cta.b64 [mem + {FULL + 8}], 1;
 mbarrier.init.shared::cta.b64 [mem + {EMPTY}], 1; //tag empty_count
 mbarrier.init.shared::cta.b64 [mem + {EMPTY + 8}], 1;
-fence.mbarrier_init.release.cluster;
+fence.mbarrier_init.release.cluster; //tag init_fence
 $READY:
 bar.sync 0; //tag ready
 setp.lt.u32 p, wid, 4; @p bra $CONSUMER;

@@ -129,7 +129,7 @@ def test_atomics(
     finish = (
         ""
         if space == "global"
-        else f"bar.sync 0; ld.shared.{reg} x, [mem]; st.global.{reg} [g], x;"
+        else f"bar.sync 0; setp.ne.u32 p, t, 0; @p bra $F; ld.shared.{reg} x, [mem]; st.global.{reg} [g], x; $F:"
     )
     action = f"atom.{space}.{op} old, {target}, v;" if returns else f"red.{space}.{op} {target}, v;"
     ptx = S.kernel(

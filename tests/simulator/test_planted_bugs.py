@@ -66,6 +66,14 @@ BUGS = {
     "missing wait for the load": Bug(
         {"wait_full": ""}, ("race", "uninitialized"), ("mma",), ("wgmma", "shared memory 0x2400")
     ),
+    "wait for the load without a retry": Bug(
+        {
+            "wait_full": "{ .reg .pred ok; mbarrier.try_wait.parity.shared::cta.b64 ok, [full], par; }"
+        },
+        ("race", "uninitialized"),
+        ("mma",),
+        ("shared memory 0x",),
+    ),
     "missing wait for a free slot": Bug(
         {"wait_empty": ""},
         ("race", "barrier"),
@@ -82,7 +90,7 @@ BUGS = {
     "tx-count too small": Bug(
         {"expect": f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [full], {BYTES // 2};"},
         ("barrier", "race", "uninitialized"),
-        ("mma", "load_a"),
+        ("mma", "load_a", "load_b"),
         ("shared memory 0x2400", FULL_0),
         ("load_b",),
     ),
@@ -142,9 +150,17 @@ BUGS = {
     ),
     "no barrier after the initialization": Bug(
         {"ready": ""},
-        ("barrier",),
+        ("race", "barrier"),
         ("wait_empty", "wait_full"),
-        (f"{BASE + EMPTY:#x} is no initialized mbarrier",),
+        (f"mbarrier {BASE + FULL:#x} is initialized by warp 0", "used by warp 1"),
+        ("init_full",),
+    ),
+    "no fence after the initialization": Bug(
+        {"init_fence": ""},
+        ("proxy-fence",),
+        ("load_a",),
+        (f"{FULL_0} was initialized by warp 0", "fence.mbarrier_init", "warp 4"),
+        ("init_full",),
     ),
     "accumulator never written": Bug(
         {

@@ -26,7 +26,7 @@ def load_ptx(dimensions: int, bytes_: int) -> str:
     coordinates = " ".join(f"ld.param.u32 c{i}, [c + {4 * i}];" for i in range(dimensions))
     return S.kernel(
         f""".reg .pred p; .reg .b32 t, s, x, i, c<5>; .reg .b64 m, o, g; mov.u32 t, %tid.x; mov.u32 s, mem; setp.ne.u32 p, t, 0; @p bra $W;
-    mbarrier.init.shared::cta.b64 [mem + {BARRIER}], 1; mbarrier.arrive.expect_tx.shared::cta.b64 _, [mem + {BARRIER}], {bytes_}; {coordinates}
+    mbarrier.init.shared::cta.b64 [mem + {BARRIER}], 1; fence.mbarrier_init.release.cluster; mbarrier.arrive.expect_tx.shared::cta.b64 _, [mem + {BARRIER}], {bytes_}; {coordinates}
     mov.b64 m, map; cvta.param.u64 m, m; add.u32 x, s, {BARRIER};
     cp.async.bulk.tensor.{dimensions}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [s], [m, {{{at}}}], [x];
     $W: bar.sync 0; {{ .reg .pred ok; L: mbarrier.try_wait.parity.shared::cta.b64 ok, [mem + {BARRIER}], 0; @ok bra D; bra L; D: }}

@@ -2,6 +2,7 @@
 
 #include "checker.h"
 #include "errors.h"
+#include "global_shadow.h"
 #include "lanes.h"
 #include "launch.h"
 
@@ -16,17 +17,13 @@ namespace {
 }
 
 uint8_t* resolve_shared(Warp& w, uint32_t address, uint32_t size, bool cluster_allowed, AccessKind kind,
-                        int line) {
+                        const Op& op, int lane) {
     uint32_t offset = 0;
-    Cta& cta = shared_target(w, address, size, cluster_allowed, line, &offset);
+    Cta& cta = shared_target(w, address, size, cluster_allowed, op.line, &offset);
     if (kind == AccessKind::kRead) {
-        generic_read(w, cta, offset, size, line);
-    } else if (kind == AccessKind::kWrite) {
-        generic_write(w, cta, offset, size, line);
-    } else if (kind == AccessKind::kAtomic) {
-        for (uint32_t word = offset / 4; word <= (offset + size - 1) / 4; ++word) {
-            cta.shadow.written[word] = 0xf;
-        }
+        generic_read(w, cta, offset, size, op, lane);
+    } else {
+        generic_write(w, cta, offset, size, op, lane);
     }
     return cta.shared.data() + offset;
 }
@@ -126,30 +123,30 @@ Cta& shared_target(Warp& w, uint32_t address, uint32_t size, bool cluster_allowe
     return cta;
 }
 
-uint8_t* resolve(Warp& w, Space space, uint64_t address, uint32_t size, AccessKind kind, int line, int lane) {
+uint8_t* resolve(Warp& w, const Op& op, uint64_t address, uint32_t size, AccessKind kind, int lane) {
     if ((address & (size - 1)) != 0) {
-        misaligned(address, size, lane, line);
+        misaligned(address, size, lane, op.line);
     }
-    switch (space) {
+    switch (op.space) {
         case Space::kSharedCta:
-            return resolve_shared(w, static_cast<uint32_t>(address), size, false, kind, line);
+            return resolve_shared(w, static_cast<uint32_t>(address), size, false, kind, op, lane);
         case Space::kSharedCluster:
-            return resolve_shared(w, static_cast<uint32_t>(address), size, true, kind, line);
+            return resolve_shared(w, static_cast<uint32_t>(address), size, true, kind, op, lane);
         case Space::kLocal:
-            return resolve_local(w, address, size, lane, line);
+            return resolve_local(w, address, size, lane, op.line);
         case Space::kParam:
-            return resolve_param(w, address, size, line);
+            return resolve_param(w, address, size, op.line);
         case Space::kGeneric:
             if (address >= kLocalWindow) {
-                return resolve_local(w, address - kLocalWindow, size, lane, line);
+                return resolve_local(w, address - kLocalWindow, size, lane, op.line);
             }
             if (address >= kSharedWindow) {
-                return resolve_shared(w, static_cast<uint32_t>(address - kSharedWindow), size, true, kind,
-                                      line);
+                return resolve_shared(w, static_cast<uint32_t>(address - kSharedWindow), size, true, kind, op,
+                                      lane);
             }
-            return resolve_global_lane(w, address, size, lane, line);
+            return resolve_global_lane(w, address, size, lane, op.line);
         default:
-            return resolve_global_lane(w, address, size, lane, line);
+            return resolve_global_lane(w, address, size, lane, op.line);
     }
 }
 
@@ -172,7 +169,30 @@ void resolve_lanes(Warp& w, const Op& op, uint32_t mask, uint32_t size, AccessKi
     uint64_t addresses[kLanes];
     lane_addresses(w, op, addresses);
     for (int i = 0; i < kLanes; ++i) {
-        pointers[i] = in_mask(mask, i) ? resolve(w, op.space, addresses[i], size, kind, op.line, i) : nullptr;
+        pointers[i] = in_mask(mask, i) ? resolve(w, op, addresses[i], size, kind, i) : nullptr;
+    }
+    if (op.access == 0) {
+        return;
+    }
+    if (w.cta->cluster->launch->global) {
+        check_global_lanes(w, op, mask, addresses, size);
+    }
+    if (op.level == kWeak || !w.cta->cluster->launch->config.check_races) {
+        return;
+    }
+    const bool shared = op.space == Space::kSharedCta || op.space == Space::kSharedCluster;
+    std::shared_ptr<const Publication> own;
+    for (int i = 0; i < kLanes; ++i) {
+        if (!in_mask(mask, i)) {
+            continue;
+        }
+        const uint64_t address = addresses[i] + (shared ? kSharedWindow : 0);
+        if (kind != AccessKind::kWrite) {
+            strong_read(w, op, address);
+        }
+        if (kind != AccessKind::kRead) {
+            strong_write(w, op, address, kind == AccessKind::kAtomic, mask, own);
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 
 namespace sim {
 
-enum class AccessKind : uint8_t { kRead, kWrite, kAtomic, kSynchronizing };
+enum class AccessKind : uint8_t { kRead, kWrite, kAtomic };
 
 // Bytes moved, by path; the names are in statistics.cpp.
 enum class BytePath : uint8_t {
@@ -28,8 +28,7 @@ enum class BytePath : uint8_t {
 void lane_addresses(const Warp& warp, const Op& op, uint64_t* addresses);
 
 // Host pointer of one access of one lane. Throws on a bad one.
-uint8_t* resolve(Warp& warp, Space space, uint64_t address, uint32_t size, AccessKind kind, int line,
-                 int lane);
+uint8_t* resolve(Warp& warp, const Op& op, uint64_t address, uint32_t size, AccessKind kind, int lane);
 void resolve_lanes(Warp& warp, const Op& op, uint32_t mask, uint32_t size, AccessKind kind,
                    uint8_t** pointers);
 

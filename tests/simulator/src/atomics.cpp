@@ -119,10 +119,10 @@ Step atomic(Warp& w, const Op& op, uint32_t mask) {
     const uint32_t elements = op.target;
     uint8_t* pointers[kLanes];
     resolve_lanes(w, op, mask, bytes * elements, AccessKind::kAtomic, pointers);
-    release(w, w.cta->sync_clock, w.cta->sync_proxy);
     const std::lock_guard<std::mutex> lock(global_atomics());
     const uint32_t* lists = w.program->lists.data() + op.list;
     const bool returns = op.list_size > elements;
+    bool changed = false;
     for (int i = 0; i < kLanes; ++i) {
         for (uint32_t e = 0; in_mask(mask, i) && e < elements; ++e) {
             uint64_t old = 0, b = 0, c = 0;
@@ -135,6 +135,7 @@ Step atomic(Warp& w, const Op& op, uint32_t mask) {
             } else {
                 fresh = reduce_value(operation, type, old, b);
             }
+            changed = changed || std::memcmp(pointers[i] + e * bytes, &fresh, bytes) != 0;
             std::memcpy(pointers[i] + e * bytes, &fresh, bytes);
             if (returns) {
                 std::memcpy(destination<uint8_t>(w, lists[elements + e]) + static_cast<uint32_t>(i) * bytes,
@@ -142,10 +143,9 @@ Step atomic(Warp& w, const Op& op, uint32_t mask) {
             }
         }
     }
-    acquire(w, w.cta->sync_clock, w.cta->sync_proxy);
     count_bytes(*w.cta->cluster, BytePath::kAtomic,
                 uint64_t{bytes} * elements * static_cast<uint64_t>(__builtin_popcount(mask)));
-    ++w.cta->cluster->progress;
+    w.cta->cluster->progress += changed;  // one that changes nothing is polling
     return Step::kNext;
 }
 
@@ -157,7 +157,7 @@ void decode_atomic(Decoder& d) {
     d.op.op_class = OpClass::kAtomic;
     d.op.dataflow = Dataflow::kRequire;
     const bool returns = d.in().opcode == "atom";
-    take_memory_order(d);
+    take_memory_order(d, kGpuLevel);
     d.op.space = d.take_space();
     const ReduceOp operation = take_reduce_op(d);
     d.take("noftz");

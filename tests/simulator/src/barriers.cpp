@@ -19,8 +19,7 @@ void complete_if_full(Cta& cta, NamedBarrier& barrier) {
     barrier.done_votes = barrier.votes;
     barrier.done_voters = barrier.voters;
     barrier.done_time = barrier.time;
-    join_clock(barrier.done_clock, barrier.clock);
-    join_clock(barrier.done_proxy_clock, barrier.proxy_clock);
+    join(barrier.done, barrier.order);
     barrier.arrived = barrier.votes = barrier.voters = 0;
     barrier.expected = kAllWarps;
     ++barrier.generation;
@@ -65,7 +64,8 @@ void arrive(Warp& w, const Op& op, uint32_t lanes, uint32_t id, uint32_t threads
                        format("barrier %u: more than the expected %u threads arrived", id, threads), op.line);
     }
     barrier.time = std::max(barrier.time, w.time);
-    release(w, barrier.clock, barrier.proxy_clock);
+    release(w, lanes, barrier.order);
+    meet_in_order(w);
     ++cta.cluster->progress;
     complete_if_full(cta, barrier);
 }
@@ -88,7 +88,7 @@ void deliver_vote(Warp& w, const Op& op, const NamedBarrier& barrier, uint32_t l
 Step named_barrier(Warp& w, const Op& op, uint32_t) {
     if (w.fragment().wait.kind == WaitKind::kNamedBarrier) {
         const NamedBarrier& barrier = w.cta->barriers[w.fragment().wait.address];
-        acquire(w, barrier.done_clock, barrier.done_proxy_clock);
+        acquire(w, barrier.done);
         wait_until(w, barrier.done_time, "barrier", w.fragment().wait.address, op.line);
         w.fragment().wait = Wait{};
         deliver_vote(w, op, barrier, w.fragment().mask);
@@ -125,6 +125,7 @@ Step warp_barrier(Warp& w, const Op& op, uint32_t mask) {
     if (!meet(w, op, members, &joint)) {
         return Step::kBlocked;
     }
+    meet_in_order(w);
     return Step::kNext;
 }
 
@@ -160,7 +161,10 @@ Step cluster_arrive(Warp& w, const Op& op, uint32_t) {
     w.cluster_arrival_time = w.time;
     w.cluster_generation = cluster.barrier_generation;
     if (op.code2 == 0) {
-        release(w, cluster.barrier_clock, cluster.barrier_proxy_clock);
+        release(w, lanes, cluster.barrier_order);
+        meet_in_order(w);
+    } else {
+        release_completions(w, cluster.barrier_order);
     }
     ++cluster.progress;
     settle_cluster_barrier(cluster);
@@ -186,7 +190,7 @@ Step cluster_wait(Warp& w, const Op& op, uint32_t) {
     }
     w.fragment().wait = Wait{};
     w.cluster_arrived = false;
-    acquire(w, cluster.barrier_done_clock, cluster.barrier_done_proxy_clock);
+    acquire(w, cluster.barrier_done);
     wait_until(w, cluster.barrier_done_time, "cluster barrier", 0, op.line);
     return Step::kNext;
 }
@@ -257,8 +261,7 @@ void settle_cluster_barrier(Cluster& cluster) {
     if (!any) {
         return;
     }
-    join_clock(cluster.barrier_done_clock, cluster.barrier_clock);
-    join_clock(cluster.barrier_done_proxy_clock, cluster.barrier_proxy_clock);
+    join(cluster.barrier_done, cluster.barrier_order);
     cluster.barrier_done_time = time;
     ++cluster.barrier_generation;
     ++cluster.progress;

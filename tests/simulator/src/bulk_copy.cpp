@@ -1,5 +1,5 @@
-// cp.async.bulk and cp.async.bulk.tensor: decoding, issue, bulk groups.
-#include "bulk_copy.h"
+// cp.async.bulk and cp.async.bulk.tensor: issue and bulk groups.
+#include "bulk_instruction.h"
 
 #include <algorithm>
 
@@ -14,20 +14,6 @@
 
 namespace sim {
 namespace {
-
-// The operands of a copy in Program::lists, at fixed places; addresses take three entries.
-enum Place : uint32_t {
-    kTo = 0,
-    kFrom = 3,
-    kBarrier = 6,
-    kMap = 9,
-    kSize = 12,
-    kMask = 13,
-    kCoordinates = 14,
-    kPlaces = 19
-};
-enum Kind : uint16_t { kLoad, kStore, kSharedToShared };
-constexpr uint32_t kReduces = 1, kTiled = 2, kMulticast = 4;  // op.target
 
 uint64_t address_at(const Warp& w, const uint32_t* entry, int lane) {
     const uint64_t base =
@@ -67,6 +53,7 @@ std::unique_ptr<Item> start(Warp& w, const Op& op, const uint32_t* places, int l
     item->warp_index = w.index;
     item->line = op.line;
     item->issue_time = w.time;
+    item->access = op.access;
     item->reduces = (op.target & kReduces) != 0;
     item->reduce_op = static_cast<ReduceOp>(op.target2 >> 8);
     item->reduce_type = static_cast<Type>(op.target2 & 0xff);
@@ -81,10 +68,10 @@ std::unique_ptr<Item> start(Warp& w, const Op& op, const uint32_t* places, int l
 }
 
 template <class Item>
-void hand_over(Warp& w, BytePath path, std::unique_ptr<Item> item) {
+void hand_over(Warp& w, int lane, BytePath path, std::unique_ptr<Item> item) {
     Cluster& cluster = *w.cta->cluster;
     if (cluster.launch->config.check_races) {
-        fork(w, item->clock, item->proxy);
+        fork(w, 1u << lane, item->order);
     }
     count_bytes(cluster, path, item->bytes);
     submit(cluster, std::move(item));
@@ -112,7 +99,11 @@ TransferIn::Destination destination_in(Warp& w, const Op& op, uint32_t to, uint3
     if (&announced != destination.cta) {
         throw SimError(ErrorKind::kBarrier, "the mbarrier is in another CTA than the destination", op.line);
     }
-    destination.phase = mbarrier_at(announced, destination.barrier, op.line).phase;
+    const Mbarrier& object = mbarrier_at(announced, destination.barrier, op.line);
+    if (w.cta->cluster->launch->config.check_races) {
+        check_init(w, announced, destination.barrier, object, true, op.line);
+    }
+    destination.phase = object.phase;
     return destination;
 }
 
@@ -129,7 +120,8 @@ void issue_in(Warp& w, const Op& op, const uint32_t* places, int lane) {
     } else if (!item->tiled) {
         const uint64_t from = address_at(w, places + kFrom, lane);
         require_aligned(from, 16, "the global source", op.line);
-        item->plain_source = resolve_global(cluster, from, item->bytes, op.line, "a bulk load");
+        resolve_global(cluster, from, item->bytes, op.line, "a bulk load");
+        item->plain_source = from;
     }
     const uint32_t barrier = shared_address(address_at(w, places + kBarrier, lane));
     const uint32_t targets = target_ranks(w, op, places, lane, to);
@@ -144,7 +136,7 @@ void issue_in(Warp& w, const Op& op, const uint32_t* places, int lane) {
         }
     }
     const BytePath path = item->tiled ? BytePath::kTensorLoad : BytePath::kBulkLoad;
-    hand_over(w, path, std::move(item));
+    hand_over(w, lane, path, std::move(item));
 }
 
 void issue_out(Warp& w, const Op& op, const uint32_t* places, int lane) {
@@ -167,15 +159,17 @@ void issue_out(Warp& w, const Op& op, const uint32_t* places, int lane) {
     ++item->group->pending_reads;
     ++item->group->pending_writes;
     w.last_bulk_store_line = op.line;
-    item->agent = warp_bulk_agent(w);
+    item->agent = agent_of(w, kBulkReads);
     item->group_number = w.bulk_groups_committed + 1;
     const BytePath path = !item->tiled    ? (item->reduces ? BytePath::kBulkReduce : BytePath::kBulkStore)
                           : item->reduces ? BytePath::kTensorReduce
                                           : BytePath::kTensorStore;
-    hand_over(w, path, std::move(item));
+    hand_over(w, lane, path, std::move(item));
 }
 
-Step bulk(Warp& w, const Op& op, uint32_t mask) {
+}  // namespace
+
+Step issue_bulk(Warp& w, const Op& op, uint32_t mask) {
     const uint32_t* places = w.program->lists.data() + op.list;
     for (int i = 0; i < kLanes; ++i) {
         if (!in_mask(mask, i)) {
@@ -190,7 +184,7 @@ Step bulk(Warp& w, const Op& op, uint32_t mask) {
     return Step::kNext;
 }
 
-Step commit(Warp& w, const Op&, uint32_t mask) {
+Step commit_bulk(Warp& w, const Op&, uint32_t mask) {
     if (!w.open_bulk_group) {
         w.open_bulk_group = std::make_shared<BulkGroup>();
     }
@@ -201,7 +195,7 @@ Step commit(Warp& w, const Op&, uint32_t mask) {
     return Step::kNext;
 }
 
-Step wait(Warp& w, const Op& op, uint32_t mask) {
+Step wait_bulk(Warp& w, const Op& op, uint32_t mask) {
     const uint32_t allowed = static_cast<uint32_t>(op.imm);
     const bool reads_only = op.code != 0;
     if (!bulk_groups_done(w, mask, allowed, reads_only)) {
@@ -220,7 +214,10 @@ Step wait(Warp& w, const Op& op, uint32_t mask) {
     if (owner) {
         w.bulk_reads_waited = std::max(w.bulk_reads_waited, covered);
         if (w.cta->cluster->launch->config.check_races) {
-            set_clock(w.clock, warp_bulk_agent(w), covered);
+            set_clock(w.order.clock, agent_of(w, kBulkReads), covered);
+            if (!reads_only) {
+                set_clock(w.order.clock, agent_of(w, kBulkWrites), covered);
+            }
         }
     }
     while (w.bulk_groups.size() > allowed && w.bulk_groups.front()->pending_writes == 0) {
@@ -229,153 +226,9 @@ Step wait(Warp& w, const Op& op, uint32_t mask) {
     return Step::kNext;
 }
 
-Step nothing(Warp&, const Op&, uint32_t) {
-    return Step::kNext;
+bool is_bulk_store(const Op& op) {
+    return op.run == issue_bulk && op.code == kStore;
 }
-
-class BulkDecoder {
-  public:
-    explicit BulkDecoder(Decoder& d) : d_(d), places_(kPlaces, kNone) {}
-
-    void address(const Operand& operand, uint32_t place) {
-        bool wide = false;
-        places_[place] = d_.address(operand, &wide);
-        places_[place + 1] = static_cast<uint32_t>(d_.op.imm);
-        places_[place + 2] = wide;
-        d_.op.imm = 0;
-    }
-
-    void tensor(const Operand& operand, uint32_t dimensions) {
-        if (operand.kind != Operand::kAddress || operand.elements.size() != dimensions + 1) {
-            d_.fail(format("expected [map, {%u coordinates}]", dimensions));
-        }
-        Operand base = operand;
-        base.elements.resize(1);
-        address(base, kMap);
-        for (uint32_t i = 0; i < dimensions; ++i) {
-            places_[kCoordinates + i] = d_.src(operand.elements[i + 1], Type::kS32);
-        }
-    }
-
-    void value(const Operand& operand, uint32_t place, Type type) { places_[place] = d_.src(operand, type); }
-
-    void finish() {
-        d_.op.list = d_.list(places_);
-        d_.op.list_size = kPlaces;
-        d_.op.run = bulk;
-    }
-
-  private:
-    Decoder& d_;
-    std::vector<uint32_t> places_;
-};
-
-bool take_policy(Decoder& d) {
-    return d.take("L2::cache_hint");
-}
-
-void take_reduction(Decoder& d, bool with_type) {
-    if ((d.op.target & kReduces) == 0) {
-        return;
-    }
-    const ReduceOp operation = take_reduce_op(d);
-    d.take("noftz");
-    const Type type = with_type ? d.take_type() : Type::kNone;
-    d.op.target2 = static_cast<uint32_t>(operation) << 8 | static_cast<uint32_t>(type);
-}
-
-uint32_t take_dimensions(Decoder& d) {
-    const std::string dimensions = d.take_any({"1d", "2d", "3d", "4d", "5d"});
-    d.take("tile");
-    if (d.in().has("im2col") || d.in().has("im2col_no_offs")) {
-        d.fail("im2col tensor maps are not supported");
-    }
-    return static_cast<uint32_t>(dimensions[0] - '0');
-}
-
-void decode_tensor(Decoder& d) {
-    const uint32_t dimensions = take_dimensions(d);
-    BulkDecoder b(d);
-    d.op.target |= kTiled;
-    d.op.code2 = static_cast<uint16_t>(dimensions);
-    const Space to = d.take_space();
-    const Space from = d.take_space();
-    if (to == Space::kSharedCluster || (to == Space::kSharedCta && from == Space::kGlobal)) {
-        d.op.code = kLoad;
-        d.take_any({"mbarrier::complete_tx::bytes"});
-        const bool multicast = d.take("multicast::cluster");
-        const bool policy = take_policy(d);
-        d.need_operands(3u + multicast + policy, 3u + multicast + policy);
-        b.address(d.operand(0), kTo);
-        b.tensor(d.operand(1), dimensions);
-        b.address(d.operand(2), kBarrier);
-        if (multicast) {
-            d.op.target |= kMulticast;
-            b.value(d.operand(3), kMask, Type::kU16);
-        }
-    } else if (to == Space::kGlobal && from == Space::kSharedCta) {
-        d.op.code = kStore;
-        take_reduction(d, false);
-        d.take_any({"bulk_group"});
-        const bool policy = take_policy(d);
-        d.need_operands(2u + policy, 2u + policy);
-        b.tensor(d.operand(0), dimensions);
-        b.address(d.operand(1), kFrom);
-    } else {
-        d.fail("unknown pair of state spaces");
-    }
-    b.finish();
-}
-
-void decode_plain(Decoder& d) {
-    BulkDecoder b(d);
-    const Space to = d.take_space();
-    const Space from = d.take_space();
-    if (to == Space::kGlobal && from == Space::kSharedCta) {
-        d.op.code = kStore;
-        d.take_any({"bulk_group"});
-        const bool policy = take_policy(d);
-        take_reduction(d, true);
-        d.need_operands(3u + policy, 3u + policy);
-        b.address(d.operand(0), kTo);
-        b.address(d.operand(1), kFrom);
-        b.value(d.operand(2), kSize, Type::kU32);
-        b.finish();
-        return;
-    }
-    const bool shared_source = from == Space::kSharedCta;
-    const bool to_shared = to == Space::kSharedCluster || to == Space::kSharedCta;
-    if (!to_shared || (!shared_source && from != Space::kGlobal)) {
-        d.fail("unknown pair of state spaces");
-    }
-    d.op.code = shared_source ? kSharedToShared : kLoad;
-    d.take_any({"mbarrier::complete_tx::bytes"});
-    const bool multicast = d.take("multicast::cluster");
-    const bool policy = take_policy(d);
-    take_reduction(d, true);
-    d.need_operands(4u + multicast + policy, 4u + multicast + policy);
-    b.address(d.operand(0), kTo);
-    b.address(d.operand(1), kFrom);
-    b.value(d.operand(2), kSize, Type::kU32);
-    b.address(d.operand(3), kBarrier);
-    if (multicast) {
-        d.op.target |= kMulticast;
-        b.value(d.operand(4), kMask, Type::kU16);
-    }
-    b.finish();
-}
-
-void decode_prefetch(Decoder& d) {
-    if (d.take("tensor")) {
-        take_dimensions(d);
-    }
-    d.take_any({"L2"});
-    d.take_any({"global"});
-    take_policy(d);
-    d.op.run = nothing;
-}
-
-}  // namespace
 
 bool bulk_groups_done(const Warp& w, uint32_t lanes, uint32_t allowed, bool reads_only) {
     uint32_t left = allowed;
@@ -391,25 +244,6 @@ bool bulk_groups_done(const Warp& w, uint32_t lanes, uint32_t allowed, bool read
         }
     }
     return true;
-}
-
-void decode_bulk(Decoder& d) {
-    d.op.op_class = OpClass::kTma;
-    d.op.target = d.op.code2 != 0 ? kReduces : 0;
-    if (d.take("commit_group")) {
-        d.op.run = commit;
-    } else if (d.take("wait_group")) {
-        d.op.code = d.take("read");
-        d.need_operands(1, 1);
-        d.op.imm = static_cast<int64_t>(d.integer(d.operand(0)));
-        d.op.run = wait;
-    } else if (d.take("prefetch")) {
-        decode_prefetch(d);
-    } else if (d.take("tensor")) {
-        decode_tensor(d);
-    } else {
-        decode_plain(d);
-    }
 }
 
 }  // namespace sim

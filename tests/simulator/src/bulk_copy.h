@@ -18,8 +18,11 @@ class Transfer : public AsyncItem {
     bool tiled = false;
     TensorMap map;
     int32_t coordinates[5] = {};
-    Clock clock, proxy;
+    Order order;
+    uint16_t access = 0;  // the instruction among those that may touch global memory
 };
+
+bool is_bulk_store(const Op& op);
 
 // Global (or another CTA's shared) memory into shared memory; announces itself on an mbarrier.
 class TransferIn : public Transfer {
@@ -33,11 +36,12 @@ class TransferIn : public Transfer {
         uint64_t phase;            // of the barrier at the issue
     };
     std::vector<Destination> destinations;
-    const uint8_t* plain_source = nullptr;  // bulk: contiguous
-    Cta* shared_source = nullptr;           // bulk from shared memory
+    uint64_t plain_source = 0;     // bulk: contiguous
+    Cta* shared_source = nullptr;  // bulk from shared memory
     uint32_t shared_source_offset = 0;
 
   private:
+    void read_global(Cluster& cluster, uint64_t from, uint64_t count) const;
     void gather(Cluster& cluster, std::vector<uint8_t>& box) const;
     void deliver(Cluster& cluster, const Destination& to, const std::vector<uint8_t>& box) const;
 };

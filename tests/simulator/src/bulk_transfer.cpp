@@ -5,6 +5,7 @@
 #include "bulk_copy.h"
 #include "checker.h"
 #include "errors.h"
+#include "global_shadow.h"
 #include "launch.h"
 #include "mbarrier.h"
 
@@ -52,6 +53,14 @@ bool checks_shared(const Cluster& cluster) {
 
 }  // namespace
 
+void TransferIn::read_global(Cluster& cluster, uint64_t from, uint64_t count) const {
+    const Destination& first = destinations[0];
+    check_global(cluster,
+                 {mbarrier_at(*first.cta, first.barrier, line).agent, static_cast<uint32_t>(first.phase) + 1,
+                  0, access, true, &order},
+                 from, count);
+}
+
 void TransferIn::gather(Cluster& cluster, std::vector<uint8_t>& box) const {
     box.resize(bytes);
     if (shared_source != nullptr) {
@@ -59,7 +68,8 @@ void TransferIn::gather(Cluster& cluster, std::vector<uint8_t>& box) const {
         return;
     }
     if (!tiled) {
-        std::memcpy(box.data(), plain_source, bytes);
+        read_global(cluster, plain_source, bytes);
+        std::memcpy(box.data(), reinterpret_cast<const uint8_t*>(plain_source), bytes);
         return;
     }
     fill_outside(map, box);
@@ -74,6 +84,7 @@ void TransferIn::gather(Cluster& cluster, std::vector<uint8_t>& box) const {
         const uint64_t from = row.global + uint64_t{span.first} * step;
         const uint8_t* host = resolve_global(
             cluster, from, uint64_t{span.count - 1} * step + map.element_bytes, line, "a tensor load");
+        read_global(cluster, from, uint64_t{span.count - 1} * step + map.element_bytes);
         if (map.element_strides[0] == 1) {
             std::memcpy(to, host, span.count * map.element_bytes);
             continue;
@@ -92,7 +103,7 @@ void TransferIn::deliver(Cluster& cluster, const Destination& to, const std::vec
     const Mbarrier& barrier = mbarrier_at(*to.cta, to.barrier, line);
     if (checks_shared(cluster)) {
         check_write({&cluster, to.cta, to.offset, bytes, barrier.agent, static_cast<uint32_t>(to.phase) + 1,
-                     &clock, &proxy, line});
+                     &order.clock, &order.shared_proxy, line});
     }
     uint8_t* shared = to.cta->shared.data();
     if (reduces) {
@@ -112,14 +123,15 @@ void TransferIn::deliver(Cluster& cluster, const Destination& to, const std::vec
                         std::min(16u, bytes - at));
         }
     }
-    complete_transfer(*to.cta, to.barrier, bytes, to.phase, clock, proxy, line);
+    complete_transfer(*to.cta, to.barrier, bytes, to.phase, order, line);
 }
 
 bool TransferIn::perform(Cluster& cluster) {
     if (shared_source != nullptr && checks_shared(cluster)) {
         check_read({&cluster, shared_source, shared_source_offset, bytes,
                     mbarrier_at(*destinations[0].cta, destinations[0].barrier, line).agent,
-                    static_cast<uint32_t>(destinations[0].phase) + 1, &clock, &proxy, line});
+                    static_cast<uint32_t>(destinations[0].phase) + 1, &order.clock, &order.shared_proxy,
+                    line});
     }
     std::vector<uint8_t> box;
     gather(cluster, box);
@@ -131,7 +143,8 @@ bool TransferIn::perform(Cluster& cluster) {
 
 void TransferOut::read(Cluster& cluster) {
     if (checks_shared(cluster)) {
-        check_read({&cluster, cta, offset, bytes, agent, group_number, &clock, &proxy, line});
+        check_read(
+            {&cluster, cta, offset, bytes, agent, group_number, &order.clock, &order.shared_proxy, line});
     }
     box_.resize(bytes);
     const uint8_t* shared = cta->shared.data();
@@ -146,6 +159,8 @@ void TransferOut::read(Cluster& cluster) {
 
 void TransferOut::write_run(Cluster& cluster, uint64_t to, const uint8_t* from, uint32_t count) {
     uint8_t* host = resolve_global(cluster, to, count, line, "a bulk store");
+    check_global(cluster, {agent + kBulkWrites - kBulkReads, group_number, 0, access, true, &order}, to,
+                 count);
     if (!reduces) {
         std::memcpy(host, from, count);
         return;

@@ -8,23 +8,8 @@
 namespace sim {
 namespace {
 
-std::string describe_agent(const Cluster& cluster, uint32_t agent) {
-    const AgentInfo& info = cluster.agent_infos[agent];
-    const char* where = cluster.ctas.size() > 1 ? " of the cluster's CTA " : "";
-    const std::string rank = cluster.ctas.size() > 1 ? std::to_string(info.rank) : "";
-    switch (info.kind) {
-        case AgentKind::kWarp:
-            return format("warp %u%s%s", info.index, where, rank.c_str());
-        case AgentKind::kCpAsync:
-            return format("cp.async of warp %u%s%s", info.index, where, rank.c_str());
-        case AgentKind::kBulkRead:
-            return format("a bulk store of warp %u%s%s", info.index, where, rank.c_str());
-        case AgentKind::kWgmma:
-            return format("wgmma of warpgroup %u%s%s", info.index, where, rank.c_str());
-        case AgentKind::kTransfer:
-            return format("a transfer announced on mbarrier 0x%x%s%s", info.index, where, rank.c_str());
-    }
-    return "?";
+std::string name_agent(const Cluster& cluster, uint32_t agent) {
+    return describe_agent(cluster.agent_infos[agent], cluster.ctas.size() > 1);
 }
 
 [[noreturn]] void report_race(const Access& access, uint32_t word, Epoch other, const char* mine,
@@ -33,8 +18,8 @@ std::string describe_agent(const Cluster& cluster, uint32_t agent) {
         ErrorKind::kRace,
         format("shared memory 0x%x is %s by %s (PTX line %d) and %s by %s (PTX line %d) with "
                "nothing that orders the two",
-               kSharedBase + word * 4, theirs, describe_agent(*access.cluster, agent_of(other)).c_str(),
-               line_of(other), mine, describe_agent(*access.cluster, access.agent).c_str(), access.line),
+               kSharedBase + word * 4, theirs, name_agent(*access.cluster, agent_of(other)).c_str(),
+               line_of(other), mine, name_agent(*access.cluster, access.agent).c_str(), access.line),
         access.line);
 }
 
@@ -42,7 +27,7 @@ std::string describe_agent(const Cluster& cluster, uint32_t agent) {
     throw SimError(
         ErrorKind::kBarrier,
         format("shared memory 0x%x holds a live mbarrier and is overwritten by %s (PTX line %d)",
-               kSharedBase + word * 4, describe_agent(*access.cluster, access.agent).c_str(), access.line),
+               kSharedBase + word * 4, name_agent(*access.cluster, access.agent).c_str(), access.line),
         access.line);
 }
 
@@ -51,11 +36,28 @@ bool is_generic(const Cluster& cluster, uint32_t agent) {
     return kind == AgentKind::kWarp || kind == AgentKind::kCpAsync;
 }
 
-bool ordered(const Access& access, Epoch other) {
+Moment moment_of(const Access& access, Epoch epoch, bool is_read) {
+    const AgentInfo& info = access.cluster->agent_infos[agent_of(epoch)];
+    return {agent_of(epoch), time_of(epoch), lane_of(epoch), info.kind == AgentKind::kWarp,
+            is_read,         info.lanes};
+}
+
+// Strong accesses that reach each other's thread may meet at any time.
+bool both_strong(const Access& access, Epoch other) {
+    const uint32_t level = std::min(level_of(other), static_cast<uint32_t>(access.level));
+    if (level == kWeak || level >= kClusterLevel) {
+        return level != kWeak;
+    }
+    const auto& infos = access.cluster->agent_infos;
+    return infos[agent_of(other)].rank == infos[access.agent].rank;
+}
+
+bool ordered(const Access& access, Epoch other, bool is_read) {
     const uint32_t agent = agent_of(other);
-    return agent == access.agent ? clock_at(*access.clock, agent) >= time_of(other) ||
-                                       access.time == time_of(other) || is_generic(*access.cluster, agent)
-                                 : clock_at(*access.clock, agent) >= time_of(other);
+    if (agent == access.agent && (access.time == time_of(other) || is_generic(*access.cluster, agent))) {
+        return true;
+    }
+    return known(*access.clock, moment_of(access, other, is_read)) || both_strong(access, other);
 }
 
 void check_proxy(const Access& access, uint32_t word, Epoch writer) {
@@ -64,15 +66,15 @@ void check_proxy(const Access& access, uint32_t word, Epoch writer) {
     const bool excused =
         cluster.agent_infos[agent].kind == AgentKind::kCpAsync && !cluster.launch->config.cp_async_fence;
     if (access.proxy == nullptr || !is_generic(cluster, agent) || excused ||
-        clock_at(*access.proxy, agent) >= time_of(writer)) {
+        known(*access.proxy, moment_of(access, writer, false))) {
         return;
     }
     throw SimError(
         ErrorKind::kProxyFence,
         format("shared memory 0x%x was written by %s (PTX line %d, generic proxy) and is used by %s "
                "(PTX line %d, async proxy) without fence.proxy.async in between",
-               kSharedBase + word * 4, describe_agent(*access.cluster, agent).c_str(), line_of(writer),
-               describe_agent(*access.cluster, access.agent).c_str(), access.line),
+               kSharedBase + word * 4, name_agent(*access.cluster, agent).c_str(), line_of(writer),
+               name_agent(*access.cluster, access.agent).c_str(), access.line),
         access.line);
 }
 
@@ -90,7 +92,7 @@ void check_written(const Access& access, uint32_t word) {
     throw SimError(
         ErrorKind::kUninitialized,
         format("shared memory 0x%x is read by %s (PTX line %d) but nobody wrote it", kSharedBase + word * 4,
-               describe_agent(*access.cluster, access.agent).c_str(), access.line),
+               name_agent(*access.cluster, access.agent).c_str(), access.line),
         access.line);
 }
 
@@ -104,7 +106,7 @@ void order_after_write(const Access& access, uint32_t word, Epoch writer, Memo& 
     if (writer == 0 || writer == memo.writer) {
         return;
     }
-    if (!ordered(access, writer)) {
+    if (!ordered(access, writer, false)) {
         report_race(access, word, writer, mine, "written");
     }
     check_proxy(access, word, writer);
@@ -112,10 +114,10 @@ void order_after_write(const Access& access, uint32_t word, Epoch writer, Memo& 
 }
 
 void add_reader(SharedShadow& shadow, const Access& access, uint32_t word, Epoch mine) {
-    for (std::vector<Epoch>& slot : shadow.readers) {
+    for (Epochs& slot : shadow.readers) {
         const Epoch other = slot[word];
         if (other == 0 || agent_of(other) == access.agent ||
-            clock_at(*access.clock, agent_of(other)) >= time_of(other)) {
+            known(*access.clock, moment_of(access, other, true))) {
             slot[word] = mine;
             return;
         }
@@ -125,60 +127,6 @@ void add_reader(SharedShadow& shadow, const Access& access, uint32_t word, Epoch
 }
 
 }  // namespace
-
-uint32_t new_agent(Cluster& cluster, AgentKind kind, uint32_t rank, uint32_t index) {
-    cluster.agent_infos.push_back({kind, rank, index});
-    if (cluster.agent_infos.size() > 4095) {
-        throw SimError(ErrorKind::kUnsupported,
-                       "more than 4095 agents in a cluster: switch the race check off");
-    }
-    return static_cast<uint32_t>(cluster.agent_infos.size()) - 1;
-}
-
-uint32_t warp_cp_agent(const Warp& warp) {
-    return warp.agent + 1;
-}
-uint32_t warp_bulk_agent(const Warp& warp) {
-    return warp.agent + 2;
-}
-
-void join_clock(Clock& into, const Clock& from) {
-    if (into.size() < from.size()) {
-        into.resize(from.size(), 0);
-    }
-    for (size_t i = 0; i < from.size(); ++i) {
-        into[i] = std::max(into[i], from[i]);
-    }
-}
-
-void set_clock(Clock& clock, uint32_t agent, uint32_t time) {
-    if (clock.size() <= agent) {
-        clock.resize(agent + 1, 0);
-    }
-    clock[agent] = std::max(clock[agent], time);
-}
-
-void release(Warp& warp, Clock& clock, Clock& proxy) {
-    join_clock(clock, warp.clock);
-    join_clock(proxy, warp.proxy_clock);
-    ++warp.clock[warp.agent];
-}
-
-void acquire(Warp& warp, const Clock& clock, const Clock& proxy) {
-    join_clock(warp.clock, clock);
-    join_clock(warp.proxy_clock, proxy);
-}
-
-void fork(Warp& warp, Clock& clock, Clock& proxy) {
-    clock = warp.clock;
-    proxy = warp.proxy_clock;
-    ++warp.clock[warp.agent];
-}
-
-void fence_proxy_async(Warp& warp) {
-    warp.proxy_clock = warp.clock;
-    ++warp.clock[warp.agent];
-}
 
 void check_read(const Access& access) {
     const Config& config = access.cluster->launch->config;
@@ -196,7 +144,7 @@ void check_read(const Access& access) {
         return;
     }
     Memo memo;
-    const Epoch mine = make_epoch(access.agent, access.time, access.line);
+    const Epoch mine = make_epoch(access.agent, access.time, access.lane, access.level, access.line);
     for (uint32_t word = first; word <= last; ++word) {
         order_after_write(access, word, shadow.writer[word], memo, "read");
         if (shadow.readers[0][word] != mine) {
@@ -220,7 +168,7 @@ void check_write(const Access& access) {
         return;
     }
     Memo memo;
-    const Epoch mine = make_epoch(access.agent, access.time, access.line);
+    const Epoch mine = make_epoch(access.agent, access.time, access.lane, access.level, access.line);
     for (uint32_t word = first; word <= last; ++word) {
         order_after_write(access, word, shadow.writer[word], memo, "written");
         for (size_t slot = 0; slot < SharedShadow::kReaders; ++slot) {
@@ -228,26 +176,45 @@ void check_write(const Access& access) {
             if (reader == 0 || reader == memo.readers[slot]) {
                 continue;
             }
-            if (!ordered(access, reader)) {
+            if (!ordered(access, reader, true)) {
                 report_race(access, word, reader, "written", "read");
             }
             memo.readers[slot] = reader;
         }
         shadow.writer[word] = mine;
-        for (std::vector<Epoch>& slot : shadow.readers) {
+        for (Epochs& slot : shadow.readers) {
             slot[word] = 0;
         }
     }
 }
 
-void generic_read(Warp& warp, Cta& cta, uint32_t offset, uint32_t size, int line) {
-    check_read(
-        {cta.cluster, &cta, offset, size, warp.agent, warp.clock[warp.agent], &warp.clock, nullptr, line});
+void generic_read(Warp& w, Cta& cta, uint32_t offset, uint32_t size, const Op& op, int lane) {
+    w.loaded_since = true;
+    check_read({cta.cluster, &cta, offset, size, w.agent, w.order.clock[w.agent], &w.order.clock, nullptr,
+                op.line, static_cast<uint32_t>(lane), op.level});
 }
 
-void generic_write(Warp& warp, Cta& cta, uint32_t offset, uint32_t size, int line) {
-    check_write(
-        {cta.cluster, &cta, offset, size, warp.agent, warp.clock[warp.agent], &warp.clock, nullptr, line});
+void generic_write(Warp& w, Cta& cta, uint32_t offset, uint32_t size, const Op& op, int lane) {
+    check_write({cta.cluster, &cta, offset, size, w.agent, w.order.clock[w.agent], &w.order.clock, nullptr,
+                 op.line, static_cast<uint32_t>(lane), op.level});
+}
+
+std::string describe_agent(const AgentInfo& info, bool in_cluster) {
+    const std::string where =
+        in_cluster ? " of the cluster's CTA " + std::to_string(info.rank) : std::string();
+    switch (info.kind) {
+        case AgentKind::kCpAsync:
+            return format("cp.async of warp %u%s", info.index, where.c_str());
+        case AgentKind::kBulkRead:
+        case AgentKind::kBulkWrite:
+            return format("a bulk store of warp %u%s", info.index, where.c_str());
+        case AgentKind::kWgmma:
+            return format("wgmma of warpgroup %u%s", info.index, where.c_str());
+        case AgentKind::kTransfer:
+            return format("a transfer announced on mbarrier 0x%x%s", info.index, where.c_str());
+        default:
+            return format("warp %u%s", info.index, where.c_str());
+    }
 }
 
 }  // namespace sim

@@ -52,11 +52,17 @@ void init_warp(Warp& w, Cta& cta, uint32_t index, const Launch& launch) {
 void init_agents(Cluster& cluster) {
     for (auto& cta : cluster.ctas) {
         for (Warp& w : cta->warps) {
-            w.agent = new_agent(cluster, AgentKind::kWarp, cta->rank, w.index);
-            new_agent(cluster, AgentKind::kCpAsync, cta->rank, w.index);
-            new_agent(cluster, AgentKind::kBulkRead, cta->rank, w.index);
-            set_clock(w.clock, w.agent, 1);
-            set_clock(w.proxy_clock, w.agent, 0);
+            static const AgentKind kinds[kWarpAgents] = {AgentKind::kWarp,     AgentKind::kCpAsync,
+                                                         AgentKind::kBulkRead, AgentKind::kBulkWrite,
+                                                         AgentKind::kInits,    AgentKind::kReads};
+            w.agent = static_cast<uint32_t>(cluster.agent_infos.size());
+            for (const AgentKind kind : kinds) {
+                new_agent(cluster, kind, cta->rank, w.index);
+            }
+            w.lane_agents = std::make_shared<LaneAgents>();
+            w.lane_agents->fill(kNone);
+            cluster.agent_infos[w.agent].lanes = w.lane_agents.get();
+            set_clock(w.order.clock, w.agent, 1);
         }
         for (size_t g = 0; g < cta->warpgroups.size(); ++g) {
             cta->warpgroups[g]->agent =
@@ -111,6 +117,11 @@ std::unique_ptr<Cluster> make_cluster(Launch& launch, uint64_t ordinal) {
                       cluster->index.z * launch.cluster.z + inside.z};
         init_cta(*cta, *cluster, launch);
         cluster->ctas.push_back(std::move(cta));
+    }
+    for (auto& cta : cluster->ctas) {
+        for (Warp& warp : cta->warps) {
+            cluster->warps.push_back(&warp);
+        }
     }
     init_agents(*cluster);
     return cluster;

@@ -5,6 +5,7 @@
 #include "async_copy.h"
 #include "checker.h"
 #include "decoder.h"
+#include "global_shadow.h"
 #include "lanes.h"
 #include "launch.h"
 #include "mbarrier.h"
@@ -25,10 +26,14 @@ class CpAsyncItem : public AsyncItem {
         for (const Copy& copy : copies) {
             uint8_t* to = cta->shared.data() + copy.offset;
             if (cluster.launch->config.check_races || cluster.launch->config.check_uninitialized) {
-                check_write({&cluster, cta, copy.offset, copy.bytes, agent, operation->sequence, &clock,
+                check_write({&cluster, cta, copy.offset, copy.bytes, agent, operation->sequence, &order.clock,
                              nullptr, line});
             }
-            std::memcpy(to, copy.source, copy.source_bytes);
+            if (copy.source_bytes != 0) {
+                check_global(cluster, {agent, operation->sequence, 0, access, false, &order},
+                             reinterpret_cast<uint64_t>(copy.source), copy.source_bytes);
+                std::memcpy(to, copy.source, copy.source_bytes);
+            }
             std::memset(to + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
         }
         operation->done = true;
@@ -39,7 +44,8 @@ class CpAsyncItem : public AsyncItem {
     std::vector<Copy> copies;
     std::shared_ptr<CpAsyncOp> operation;
     uint32_t agent = 0;
-    Clock clock, proxy;
+    uint16_t access = 0;
+    Order order;
 };
 
 // cp.async.mbarrier.arrive: arrives when the lane's earlier copies are done.
@@ -51,14 +57,14 @@ class ArriveItem : public AsyncItem {
                 return false;
             }
         }
-        arrive_for(*cta, offset, count, clock, proxy, line);
+        arrive_for(*cta, offset, count, order, line);
         return true;
     }
     std::string describe() const override { return "cp.async.mbarrier.arrive"; }
 
     std::vector<std::shared_ptr<CpAsyncOp>> waits_for;
     uint32_t offset = 0, count = 1;
-    Clock clock, proxy;
+    Order order;
 };
 
 uint32_t source_bytes_of(const Warp& w, const Op& op, int lane) {
@@ -79,7 +85,8 @@ Step copy(Warp& w, const Op& op, uint32_t mask) {
     item->warp_index = w.index;
     item->line = op.line;
     item->issue_time = w.time;
-    item->agent = warp_cp_agent(w);
+    item->agent = agent_of(w, kCopies);
+    item->access = op.access;
     item->operation = std::make_shared<CpAsyncOp>();
     item->operation->mask = mask;
     item->operation->sequence = ++w.cp_async_sequence;
@@ -109,7 +116,7 @@ Step copy(Warp& w, const Op& op, uint32_t mask) {
         count_bytes(cluster, BytePath::kCpAsync, c.source_bytes);
     }
     if (cluster.launch->config.check_races) {
-        fork(w, item->clock, item->proxy);
+        fork(w, mask, item->order);
     }
     w.cp_async_open.push_back(item->operation);
     submit(cluster, std::move(item));
@@ -158,7 +165,7 @@ Step wait(Warp& w, const Op& op, uint32_t mask) {
         w.cp_async_open.clear();
     }
     if (w.cta->cluster->launch->config.check_races && newest != 0) {
-        set_clock(w.clock, warp_cp_agent(w), newest);
+        set_clock(w.order.clock, agent_of(w, kCopies), newest);
     }
     if (allowed == 0 || allowed == kAllGroups) {
         w.cp_async_groups.clear();
@@ -174,10 +181,10 @@ Step arrive(Warp& w, const Op& op, uint32_t mask) {
     for (const CpAsyncGroup& group : w.cp_async_groups) {
         earlier.insert(earlier.end(), group.operations.begin(), group.operations.end());
     }
-    Clock clock, proxy;
+    Order order;
     if (cluster.launch->config.check_races) {
-        fork(w, clock, proxy);
-        set_clock(clock, warp_cp_agent(w), w.cp_async_sequence);
+        fork(w, mask, order);
+        set_clock(order.clock, agent_of(w, kCopies), w.cp_async_sequence);
     }
     for (int i = 0; i < kLanes; ++i) {
         if (!in_mask(mask, i)) {
@@ -194,8 +201,7 @@ Step arrive(Warp& w, const Op& op, uint32_t mask) {
         item->line = op.line;
         item->issue_time = w.time;
         item->waits_for = earlier;
-        item->clock = clock;
-        item->proxy = proxy;
+        item->order = order;
         if (op.code == 0) {
             expect_one_more(target, item->offset, op.line);
         }

@@ -1,4 +1,5 @@
 // One kernel from AST to Program: blocks, register slots, instructions, jump targets.
+#include "bulk_copy.h"
 #include "control.h"
 #include "control_flow.h"
 #include "decoder.h"
@@ -17,6 +18,30 @@ std::vector<bool> join_points(const KernelAst& ast, const ControlFlow& flow) {
         }
     }
     return joins;
+}
+
+}  // namespace
+
+namespace {
+
+// Numbers what may touch global memory; the shadow of global memory knows an instruction by that.
+void number_accesses(Program& program) {
+    for (Op& op : program.ops) {
+        const bool writes = op.op_class == OpClass::kStoreGlobal || op.op_class == OpClass::kAtomic ||
+                            (op.op_class == OpClass::kTma && is_bulk_store(op));
+        const bool reads = op.op_class == OpClass::kLoadGlobal || op.op_class == OpClass::kAsyncCopy ||
+                           op.op_class == OpClass::kTma;
+        const bool strong_shared = op.level != kWeak && (op.op_class == OpClass::kLoadShared ||
+                                                         op.op_class == OpClass::kStoreShared);
+        if (!writes && !reads && !strong_shared) {
+            continue;
+        }
+        if (program.accesses.size() > 0xffff) {
+            throw SimError(ErrorKind::kUnsupported, "more than 65535 accesses of global memory", op.line);
+        }
+        op.access = static_cast<uint16_t>(program.accesses.size());
+        program.accesses.push_back({op.line, writes, op.level});
+    }
 }
 
 }  // namespace
@@ -58,6 +83,7 @@ void decode_kernel(Kernel& kernel, const SymbolTable& symbols) {
         op.target2 = reconvergence < 0 ? kNone : op_of[static_cast<size_t>(reconvergence)];
     }
     program.register_bytes += kScratchBytes;
+    number_accesses(program);
 }
 
 }  // namespace sim

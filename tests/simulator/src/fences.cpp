@@ -13,10 +13,24 @@ Step nothing(Warp&, const Op&, uint32_t) {
     return Step::kNext;
 }
 
-Step proxy_async(Warp& w, const Op&, uint32_t) {
+// code: 1 for shared memory, 2 for global, 3 for both.
+Step proxy_async(Warp& w, const Op& op, uint32_t mask) {
     if (w.cta->cluster->launch->config.check_races) {
-        fence_proxy_async(w);
+        fence_proxy_async(w, mask, (op.code & 1) != 0, (op.code & 2) != 0);
     }
+    return Step::kNext;
+}
+
+Step memory_fence(Warp& w, const Op& op, uint32_t mask) {
+    if (w.cta->cluster->launch->config.check_races) {
+        fence(w, op.level, mask);
+    }
+    return Step::kNext;
+}
+
+// Everything the warp has initialized so far; the fence names the thread's own, who is one thread mostly.
+Step mbarrier_init_fence(Warp& w, const Op&, uint32_t) {
+    set_clock(w.order.clock, agent_of(w, kInits), w.inits);
     return Step::kNext;
 }
 
@@ -24,27 +38,34 @@ void decode_fence(Decoder& d) {
     d.op.op_class = OpClass::kFence;
     d.op.run = nothing;
     if (d.in().opcode == "membar") {
-        d.take_any({"cta", "gl", "sys", "proxy"});
-        d.take_any({"alias", "async"}, "");
+        const std::string kind = d.take_any({"cta", "gl", "sys", "proxy"});
+        const bool async = d.take_any({"alias", "async"}, "") == "async";
+        d.op.code = 3;
+        d.op.level = kind == "cta" ? kCtaLevel : kGpuLevel;
+        d.op.run = kind != "proxy" ? memory_fence : async ? proxy_async : nothing;
         return;
     }
     if (d.take("mbarrier_init")) {
         d.take_any({"release"});
         d.take_any({"cluster"});
+        d.op.run = mbarrier_init_fence;
         return;
     }
     if (!d.take("proxy")) {
         d.take_any({"sc", "acq_rel", "acquire", "release"}, "");
         std::string rest;
         d.take_prefix("sync_restrict::", &rest);
-        d.take_any({"cta", "cluster", "gpu", "sys"});
+        const std::string scope = d.take_any({"cta", "cluster", "gpu", "sys"});
+        d.op.level = scope == "cta" ? kCtaLevel : scope == "cluster" ? kClusterLevel : kGpuLevel;
+        d.op.run = memory_fence;
         return;
     }
     if (d.take("alias")) {
         return;
     }
     if (d.take("async")) {
-        d.take_space();
+        const Space space = d.take_space();
+        d.op.code = space == Space::kGeneric ? 3 : space == Space::kGlobal ? 2 : 1;
         d.op.run = proxy_async;
         return;
     }

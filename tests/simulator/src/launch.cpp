@@ -2,6 +2,7 @@
 // one another, and stops everything at the first finding.
 #include "launch.h"
 
+#include <random>
 #include <thread>
 
 #include "cluster_run.h"
@@ -9,8 +10,6 @@
 
 namespace sim {
 namespace {
-
-constexpr uint64_t kSlice = 250'000;  // warp instructions before another resident cluster has its turn
 
 void fail(Launch& launch, ErrorKind kind, const std::string& message) {
     const std::lock_guard<std::mutex> lock(launch.mutex);
@@ -20,27 +19,49 @@ void fail(Launch& launch, ErrorKind kind, const std::string& message) {
     }
 }
 
+// One host thread's share of the launch. In plain order a cluster runs until it waits; under a seed all
+// that the device holds are resident, and which of them goes on, and for how long, is drawn.
 class Worker {
   public:
-    Worker(Launch& launch, uint64_t residents) : launch_(launch), residents_(residents) {}
+    Worker(Launch& launch, uint64_t residents, uint64_t index)
+        : launch_(launch),
+          residents_(residents),
+          random_(launch.config.seed * 0x9E3779B97F4A7C15ull + index) {}
 
     void run() {
         while (!launch_.failed) {
-            if (live_.empty() && !admit()) {
+            while (live_.size() < (launch_.adversarial ? residents_ : 1) && admit()) {
+            }
+            if (live_.empty()) {
                 return;
             }
-            round();
+            if (launch_.adversarial) {
+                turn();
+            } else {
+                round();
+            }
         }
     }
 
   private:
+    // CTAs become resident in the order of their numbers, as on the device.
     bool admit() {
         const uint64_t ordinal = launch_.next_cluster.fetch_add(1);
         if (ordinal >= launch_.cluster_count()) {
             return false;
         }
         live_.push_back(make_cluster(launch_, ordinal));
+        live_.back()->priority = static_cast<uint32_t>(random_());
         return true;
+    }
+
+    bool polls_too_long(const Cluster& cluster) const {
+        return cluster.executed - cluster.executed_at_progress > launch_.config.stall_limit;
+    }
+
+    void retire(size_t at) {
+        collect_statistics(*live_[at]);
+        live_.erase(live_.begin() + static_cast<std::ptrdiff_t>(at));
     }
 
     // One turn of every resident cluster.
@@ -49,18 +70,15 @@ class Worker {
         for (size_t i = 0; i < live_.size() && !launch_.failed;) {
             Cluster& cluster = *live_[i];
             const uint64_t before = cluster.progress;
-            const RunStatus status = step(cluster);
-            const bool polls_too_long =
-                cluster.executed - cluster.executed_at_progress > launch_.config.stall_limit;
-            progress = progress || status == RunStatus::kDone || cluster.progress != before ||
-                       (status == RunStatus::kRunning && !polls_too_long);
-            if (status == RunStatus::kDone) {
-                collect_statistics(cluster);
-                live_.erase(live_.begin() + static_cast<std::ptrdiff_t>(i));
-                continue;
-            }
             cluster.stall_rounds = 0;
-            ++i;
+            const RunStatus status = step(cluster, launch_.slice);
+            progress = progress || status == RunStatus::kDone || cluster.progress != before ||
+                       (status == RunStatus::kRunning && !polls_too_long(cluster));
+            if (status == RunStatus::kDone) {
+                retire(i);
+            } else {
+                ++i;
+            }
         }
         // Those that wait may wait for a CTA that has not started.
         const bool admitted = !live_.empty() && live_.size() < residents_ && admit();
@@ -69,9 +87,59 @@ class Worker {
         }
     }
 
-    RunStatus step(Cluster& cluster) {
+    // A slice of one resident cluster. One that could not go on is asked again after somebody else acted.
+    void turn() {
+        const size_t at = choose();
+        if (at == live_.size()) {
+            report_deadlock();
+            return;
+        }
+        Cluster& cluster = *live_[at];
+        if (cluster.asked_at != acts_) {
+            cluster.asked_at = acts_;
+            cluster.stall_rounds = 0;
+        }
+        const uint64_t before = cluster.progress;
+        const RunStatus status = step(cluster, 1 + random_() % launch_.slice);
+        if (status == RunStatus::kDone) {
+            retire(at);
+            ++acts_;
+        } else if (cluster.progress != before) {
+            ++acts_;
+        } else {
+            cluster.priority /= 2;  // it polls: somebody else must act
+            cluster.quiet_since =
+                status == RunStatus::kStuck || polls_too_long(cluster) ? acts_ : cluster.quiet_since;
+        }
+    }
+
+    // Some seeds pick at random. Others run the cluster of the highest priority and now and then change its
+    // priority, which lets one CTA fall far behind the rest.
+    size_t choose() {
+        const bool by_priority = launch_.config.seed % 4 < 2;
+        const size_t first = random_() % live_.size();
+        size_t best = live_.size();
+        for (size_t i = 0; i < live_.size(); ++i) {
+            const size_t at = (first + i) % live_.size();
+            if (live_[at]->quiet_since == acts_) {
+                continue;
+            }
+            if (best == live_.size() || live_[at]->priority > live_[best]->priority) {
+                best = at;
+            }
+            if (!by_priority) {
+                break;
+            }
+        }
+        if (random_() % 8 == 0) {
+            live_[random_() % live_.size()]->priority = static_cast<uint32_t>(random_());
+        }
+        return best;
+    }
+
+    RunStatus step(Cluster& cluster, uint64_t budget) {
         try {
-            return run_cluster(cluster, kSlice);
+            return run_cluster(cluster, budget);
         } catch (const SimError& error) {
             fail(launch_, error.kind(),
                  std::string("[") + name_of(error.kind()) + "] " +
@@ -95,6 +163,8 @@ class Worker {
 
     Launch& launch_;
     uint64_t residents_;
+    std::mt19937 random_;
+    uint64_t acts_ = 1;  // times a resident cluster got on
     std::vector<std::unique_ptr<Cluster>> live_;
 };
 
@@ -110,6 +180,8 @@ void choose_schedule(Launch& launch) {
     if (config.quantum == 0) {
         launch.quantum = quanta[(config.seed / 2) % 4];
     }
+    static const uint64_t slices[] = {4000, 64, 100'000, 500};
+    launch.slice = slices[(config.seed / 3) % 4];
     if (!config.async_set) {
         static const AsyncPolicy policies[] = {AsyncPolicy::kEarly, AsyncPolicy::kLate, AsyncPolicy::kRandom};
         config.async = policies[config.seed % 3];
@@ -128,11 +200,14 @@ bool run_launch(Launch& launch) {
     const uint64_t by_shared = std::max<uint64_t>(1, 228 * 1024 / shared);
     const uint64_t resident_ctas = launch.config.multiprocessors * std::min(per_multiprocessor, by_shared);
     const uint64_t residents = std::max<uint64_t>(1, resident_ctas / launch.cluster.count() / threads);
+    if (launch.config.check_races && threads == 1) {
+        launch.global = std::make_unique<GlobalShadow>();
+    }
     std::vector<std::thread> others;
     for (uint64_t i = 1; i < threads; ++i) {
-        others.emplace_back([&] { Worker(launch, residents).run(); });
+        others.emplace_back([&, i] { Worker(launch, residents, i).run(); });
     }
-    Worker(launch, residents).run();
+    Worker(launch, residents, 0).run();
     for (std::thread& thread : others) {
         thread.join();
     }

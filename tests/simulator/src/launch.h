@@ -7,6 +7,7 @@
 #include <new>
 
 #include "errors.h"
+#include "global_shadow.h"
 #include "machine.h"
 #include "memory_map.h"
 #include "statistics.h"
@@ -38,7 +39,12 @@ struct Launch {
     std::shared_ptr<const MemorySnapshot> memory;
 
     bool adversarial = false;
-    uint32_t quantum = 4096;
+    uint32_t quantum = 4096;   // warp instructions that a warp runs at a time, at most
+    uint64_t slice = 250'000;  // those of a cluster before another resident one has its turn, at most
+
+    // Global memory between CTAs; absent where it is not checked. SyncTable: its strong accesses.
+    std::unique_ptr<GlobalShadow> global;
+    SyncTable sync;
 
     std::mutex mutex;  // of what follows
     std::atomic<uint64_t> next_cluster{0};

@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "config.h"
+#include "memory_sync.h"
+#include "order.h"
 #include "program.h"
 #include "shared_shadow.h"
 #include "statistics.h"
@@ -23,13 +25,25 @@ struct Launch;
 struct Warpgroup;
 struct MemoryRange;
 
-enum class AgentKind : uint8_t { kWarp, kCpAsync, kBulkRead, kWgmma, kTransfer };
+enum class AgentKind : uint8_t {
+    kWarp,
+    kCpAsync,
+    kBulkRead,
+    kBulkWrite,
+    kInits,
+    kReads,
+    kLane,
+    kWgmma,
+    kTransfer
+};
+using LaneAgents = std::array<uint32_t, kLanes>;
 
 // Whatever makes accesses of its own time, for the race check.
 struct AgentInfo {
     AgentKind kind;
-    uint32_t rank;   // of the CTA
-    uint32_t index;  // warp, warpgroup, or the barrier's address
+    uint32_t rank;            // of the CTA
+    uint32_t index;           // warp, warpgroup, or the barrier's address
+    const LaneAgents* lanes;  // of a warp
 };
 
 constexpr uint32_t kSharedBase = 1024;                     // first shared address a kernel sees, as on Hopper
@@ -104,8 +118,6 @@ struct WgmmaStep {
     uint32_t from = 0, to = 0, bytes = 0, mask = 0;
 };
 
-using Clock = std::vector<uint32_t>;
-
 struct Warp {
     uint8_t* base[2] = {nullptr, nullptr};  // registers, constants
     uint32_t* preds = nullptr;
@@ -152,7 +164,13 @@ struct Warp {
     std::vector<uint64_t> written_at;  // instruction number of the last write that a fence must follow
     uint64_t last_wgmma_fence = 0;
     bool any_in_flight = false;
-    Clock clock, proxy_clock;
+    Order order;
+    WarpSync sync;
+    std::shared_ptr<LaneAgents> lane_agents;  // of lanes that released something by themselves, else kNone
+    uint32_t ordered_time = 0;                // of its own clock, when its lanes last met in order
+    uint32_t loaded_time = 0;                 // and when a meeting last completed their loads
+    bool loaded_since = false;
+    uint32_t inits = 0;  // mbarriers that it has initialized
 
     uint64_t executed = 0;  // warp instructions
     uint64_t time = 0;      // logical, see timeline.h
@@ -168,8 +186,7 @@ struct NamedBarrier {
     uint32_t votes = 0, done_votes = 0;  // bar.red: threads whose predicate holds
     uint32_t voters = 0, done_voters = 0;
     uint64_t generation = 0;
-    Clock clock, proxy_clock;
-    Clock done_clock, done_proxy_clock;
+    Order order, done;  // of those that arrived, and of the last completed generation
     uint64_t time = 0, done_time = 0;
 };
 
@@ -178,12 +195,16 @@ struct Mbarrier {
     uint32_t expected = 0;
     int32_t pending = 0;
     int64_t transaction = 0;
-    uint64_t phase = 0;                  // completed phases
-    uint32_t agent = kNone;              // async writes that this barrier announces
-    Clock clock, proxy_clock;            // of the running phase
-    Clock done_clock, done_proxy_clock;  // of the last completed one
+    uint64_t phase = 0;      // completed phases
+    uint32_t agent = kNone;  // async writes that this barrier announces
+    // What arrivals make known: to a wait with the scope of the CTA, and of the cluster. Of the running
+    // phase, and of the completed ones.
+    Order cta_order, cluster_order;
+    Order cta_done, cluster_done;
     uint64_t time = 0, done_time = 0;
     int line = 0;  // of its init
+    uint32_t init_agent = kNone, init_time = 0, init_lane = 0;
+    uint32_t init_number = 0;  // among those of its warp
 };
 
 struct WgmmaItem {
@@ -225,9 +246,8 @@ struct Cta {
     std::vector<std::unique_ptr<Warpgroup>> warpgroups;
     std::array<NamedBarrier, 16> barriers;
     std::unordered_map<uint32_t, Mbarrier> mbarriers;  // by shared offset
-    uint64_t register_pool = 0;  // all it has: what it was launched with
-    uint64_t tensor_cores_busy_until = 0;  // logical time
-    Clock sync_clock, sync_proxy;          // of atomics and volatile accesses
+    uint64_t register_pool = 0;                        // all it has: what it was launched with
+    uint64_t tensor_cores_busy_until = 0;              // logical time
     SharedShadow shadow;
 };
 
@@ -249,10 +269,11 @@ struct Cluster {
     Dim3 index;
     uint64_t ordinal = 0;
     std::vector<std::unique_ptr<Cta>> ctas;
+    std::vector<Warp*> warps;  // of all CTAs
     std::vector<std::unique_ptr<AsyncItem>> async;
     uint64_t barrier_generation = 0;
     uint64_t barrier_done_time = 0;
-    Clock barrier_clock, barrier_proxy_clock, barrier_done_clock, barrier_done_proxy_clock;
+    Order barrier_order, barrier_done;
     const MemoryRange* last_range = nullptr;
     std::array<uint64_t, 16> bytes{};  // by BytePath
     std::map<std::string, uint64_t> wgmma_counts;
@@ -261,12 +282,17 @@ struct Cluster {
     uint32_t next_warp = 0;
     uint32_t stall_rounds = 0;
     std::vector<uint32_t> priorities;  // of the warps, under an adversarial schedule
+    uint32_t priority = 0;             // of the cluster among the resident ones
+    uint64_t asked_at = 0;             // how often any had got on when it last had a turn
+    uint64_t quiet_since = 0;          // and when it could not go on
     uint64_t progress = 0;
     uint64_t random_state = 1;
     uint64_t executed = 0;
     uint64_t executed_at_progress = 0;
     uint64_t seen_progress = 0;
-    std::vector<AgentInfo> agent_infos;  // vector clocks have a place for each
+    std::vector<AgentInfo> agent_infos;   // vector clocks have a place for each
+    std::vector<uint32_t> global_agents;  // their numbers among those of the launch, 0 where none is needed
+    SyncTable sync;                       // of addresses in shared memory
 
     uint64_t random() {
         random_state ^= random_state << 13;

@@ -12,7 +12,7 @@ void row_pointers(Warp& w, const Op& op, int matrices, AccessKind kind, uint8_t*
     uint64_t addresses[kLanes];
     lane_addresses(w, op, addresses);
     for (int i = 0; i < matrices * 8; ++i) {
-        rows[i] = resolve(w, op.space, addresses[i], 16, kind, op.line, i);
+        rows[i] = resolve(w, op, addresses[i], 16, kind, i);
     }
 }
 

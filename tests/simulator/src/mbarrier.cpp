@@ -9,52 +9,8 @@
 namespace sim {
 namespace {
 
-constexpr int64_t kMaxCount = (1 << 20) - 1;
-constexpr int64_t kMaxTransaction = (1 << 20) - 1;
-
-uint32_t address_of(const Cta& cta, uint32_t offset) {
-    return (cta.rank << kRankShift) + kSharedBase + offset;
-}
-
-void complete_phase_if_done(Cta& cta, Mbarrier& barrier) {
-    if (barrier.pending != 0 || barrier.transaction != 0) {
-        return;
-    }
-    barrier.pending = static_cast<int32_t>(barrier.expected);
-    ++barrier.phase;
-    barrier.done_time = std::max(barrier.done_time, barrier.time);
-    if (cta.cluster->launch->config.check_races) {
-        join_clock(barrier.done_clock, barrier.clock);
-        join_clock(barrier.done_proxy_clock, barrier.proxy_clock);
-        set_clock(barrier.done_clock, barrier.agent, static_cast<uint32_t>(barrier.phase));
-    }
-    ++cta.cluster->progress;
-}
-
-void add_transaction(Cta& cta, uint32_t offset, Mbarrier& barrier, int64_t bytes, int line) {
-    barrier.transaction += bytes;
-    if (barrier.transaction > kMaxTransaction || barrier.transaction < -kMaxTransaction) {
-        throw SimError(ErrorKind::kBarrier,
-                       format("mbarrier 0x%x: the tx-count %lld is out of range", address_of(cta, offset),
-                              static_cast<long long>(barrier.transaction)),
-                       line);
-    }
-}
-
-void take_arrivals(Cta& cta, uint32_t offset, Mbarrier& barrier, uint32_t count, int line) {
-    if (static_cast<int64_t>(count) > barrier.pending) {
-        throw SimError(
-            ErrorKind::kBarrier,
-            format("mbarrier 0x%x (init at PTX line %d): more arrivals than its count of %u in phase %llu "
-                   "(%d were pending, %u arrive)",
-                   address_of(cta, offset), barrier.line, barrier.expected,
-                   static_cast<unsigned long long>(barrier.phase), barrier.pending, count),
-            line);
-    }
-    barrier.pending -= static_cast<int32_t>(count);
-    ++cta.cluster->progress;
-}
-
+constexpr int64_t kMaxCount = kMaxMbarrierCount;
+constexpr uint64_t kTimeOutOdds = 8;  // one try_wait in so many gives up, under a seed
 // One lane's barrier.
 struct Located {
     Cta* cta;
@@ -102,13 +58,13 @@ Step init(Warp& w, const Op& op, uint32_t mask) {
             throw SimError(
                 ErrorKind::kBarrier,
                 format("mbarrier 0x%x is initialized again (first at PTX line %d) without mbarrier.inval",
-                       address_of(*at.cta, at.offset), barrier.line),
+                       mbarrier_address(*at.cta, at.offset), barrier.line),
                 op.line);
         }
         const uint32_t agent = barrier.agent != kNone
                                    ? barrier.agent
                                    : new_agent(*at.cta->cluster, AgentKind::kTransfer, at.cta->rank,
-                                               address_of(*at.cta, at.offset));
+                                               mbarrier_address(*at.cta, at.offset));
         const uint64_t phase = barrier.phase;
         const bool reused = barrier.agent != kNone;
         barrier = Mbarrier{};
@@ -118,6 +74,10 @@ Step init(Warp& w, const Op& op, uint32_t mask) {
         barrier.agent = agent;
         barrier.phase = reused ? (phase | 1) + 1 : 0;  // even: phases count on, for the race check's clocks
         barrier.line = op.line;
+        barrier.init_agent = w.agent;
+        barrier.init_time = w.order.clock[w.agent];
+        barrier.init_lane = static_cast<uint32_t>(i);
+        barrier.init_number = ++w.inits;
         for (uint32_t word = at.offset / 4; word < at.offset / 4 + 2; ++word) {
             at.cta->shadow.written[word] = 0xf | kMbarrierWord;
         }
@@ -149,14 +109,25 @@ uint64_t state_of(const Mbarrier& barrier) {
 
 enum ArriveFlags : uint16_t { kExpectTx = 1, kArrive = 2, kCompleteTx = 4, kDrop = 8, kRelaxed = 16 };
 
+// An arrival at a barrier of another CTA orders the warp's accesses only with the scope of the cluster. What
+// engines completed for the warp is over in any case.
+void publish_arrival(const Warp& w, const Op& op, const Cta& target, Mbarrier& barrier, const Order& full,
+                     const Order& completions) {
+    const bool own = &target == w.cta;
+    const bool relaxed = (op.code & kRelaxed) != 0;
+    join(barrier.cta_order, own && !relaxed ? full : completions);
+    join(barrier.cluster_order, (own || op.level >= kClusterLevel) && !relaxed ? full : completions);
+}
+
 // arrive, arrive.expect_tx, expect_tx, complete_tx, arrive_drop: op.b is a count or a number of bytes.
 Step arrive(Warp& w, const Op& op, uint32_t mask) {
     uint64_t addresses[kLanes];
     lane_addresses(w, op, addresses);
-    Clock clock, proxy;
-    const bool tracks = w.cta->cluster->launch->config.check_races && (op.code & kRelaxed) == 0;
+    Order full, completions;
+    const bool tracks = w.cta->cluster->launch->config.check_races;
     if (tracks) {
-        release(w, clock, proxy);
+        release(w, mask, full);
+        completions = completions_of(*w.cta->cluster, full);
     }
     for (int i = 0; i < kLanes; ++i) {
         if (!in_mask(mask, i)) {
@@ -174,8 +145,8 @@ Step arrive(Warp& w, const Op& op, uint32_t mask) {
                             op.line);
         }
         if (tracks) {
-            join_clock(barrier.clock, clock);
-            join_clock(barrier.proxy_clock, proxy);
+            check_init(w, *at.cta, at.offset, barrier, false, op.line);
+            publish_arrival(w, op, *at.cta, barrier, full, completions);
         }
         barrier.time = std::max(barrier.time, w.time);
         if ((op.code & kArrive) != 0) {
@@ -194,28 +165,44 @@ bool phase_passed(const Mbarrier& barrier, bool by_parity, uint64_t token) {
     return by_parity ? (barrier.phase & 1) != (token & 1) : barrier.phase > (token >> 20);
 }
 
+// try_wait may return false whenever its time limit has passed, which nobody can foresee.
+bool draws_time_out(Cluster& cluster) {
+    return cluster.launch->adversarial && cluster.random() % kTimeOutOdds == 0;
+}
+
+// A phase that the warp knows to be complete cannot be missed.
+bool is_news(const Warp& w, const Mbarrier& barrier) {
+    return barrier.phase > clock_at(w.order.clock, barrier.agent);
+}
+
 // code: 1 by parity; code2: 1 may suspend (try_wait)
 Step wait_op(Warp& w, const Op& op, uint32_t mask) {
     uint64_t addresses[kLanes];
     lane_addresses(w, op, addresses);
     const bool by_parity = op.code != 0;
+    const bool checks = w.cta->cluster->launch->config.check_races;
     uint32_t done = 0;
     int missing = -1;
     Located missing_at{};
     uint64_t missing_token = 0;
+    const bool gives_up = op.code2 != 0 && draws_time_out(*w.cta->cluster);
     for (int i = 0; i < kLanes; ++i) {
         if (!in_mask(mask, i)) {
             continue;
         }
         const Located at = locate(w, op, addresses[i], i);
         const Mbarrier& barrier = mbarrier_at(*at.cta, at.offset, op.line);
+        if (checks) {
+            check_init(w, *at.cta, at.offset, barrier, false, op.line);
+        }
         const uint64_t token = by_parity ? source<uint32_t>(w, op.b)[i] : source<uint64_t>(w, op.b)[i];
-        if (phase_passed(barrier, by_parity, token)) {
+        const bool passed = phase_passed(barrier, by_parity, token);
+        if (passed && !(gives_up && is_news(w, barrier))) {
             done |= uint32_t{1} << i;
-            if (w.cta->cluster->launch->config.check_races) {
-                acquire(w, barrier.done_clock, barrier.done_proxy_clock);
+            if (checks && op.level != kWeak) {
+                acquire(w, op.level >= kClusterLevel ? barrier.cluster_done : barrier.cta_done);
             }
-            wait_until(w, barrier.done_time, "mbarrier", address_of(*at.cta, at.offset), op.line);
+            wait_until(w, barrier.done_time, "mbarrier", mbarrier_address(*at.cta, at.offset), op.line);
         } else if (missing < 0) {
             missing = i;
             missing_at = at;
@@ -223,11 +210,11 @@ Step wait_op(Warp& w, const Op& op, uint32_t mask) {
         }
     }
     Wait& wait = w.fragment().wait;
-    const bool may_wait = op.code2 != 0 && !(wait.kind == WaitKind::kMbarrier && wait.timed_out);
+    const bool may_wait = op.code2 != 0 && !gives_up && !(wait.kind == WaitKind::kMbarrier && wait.timed_out);
     if (missing >= 0 && may_wait) {
         wait = Wait{};
         wait.kind = WaitKind::kMbarrier;
-        wait.address = address_of(*missing_at.cta, missing_at.offset);
+        wait.address = mbarrier_address(*missing_at.cta, missing_at.offset);
         wait.phase = by_parity ? 0 : missing_token >> 20;
         wait.parity = by_parity ? static_cast<uint32_t>(missing_token & 1) : 2;
         return Step::kBlocked;
@@ -257,8 +244,9 @@ Space take_barrier_space(Decoder& d) {
 void decode_wait(Decoder& d, bool may_suspend) {
     d.op.code = d.take("parity");
     d.op.code2 = may_suspend;
-    d.take_any({"acquire", "relaxed"}, "");
-    d.take_any({"cta", "cluster"}, "");
+    const bool relaxed = d.take_any({"acquire", "relaxed"}, "") == "relaxed";
+    const bool cluster = d.take_any({"cta", "cluster"}, "") == "cluster";
+    d.op.level = relaxed ? kWeak : cluster ? kClusterLevel : kCtaLevel;
     d.op.space = take_barrier_space(d);
     d.take_any({"b64"});
     d.need_operands(3, may_suspend ? 4 : 3);
@@ -280,7 +268,7 @@ void decode_arrive(Decoder& d, uint16_t flags) {
     const bool expect = d.take("expect_tx");
     d.take("noComplete");
     const std::string order = d.take_any({"release", "relaxed"}, "");
-    d.take_any({"cta", "cluster"}, "");
+    d.op.level = d.take_any({"cta", "cluster"}, "") == "cluster" ? kClusterLevel : kCtaLevel;
     d.op.space = take_barrier_space(d);
     d.take_any({"b64"});
     d.op.code = static_cast<uint16_t>(flags | (expect ? kExpectTx : 0) | (order == "relaxed" ? kRelaxed : 0));
@@ -306,7 +294,7 @@ void decode_transaction(Decoder& d, uint16_t flags) {
     d.take_any({"cta", "cluster"}, "");
     d.op.space = take_barrier_space(d);
     d.take_any({"b64"}, "");
-    d.op.code = flags;
+    d.op.code = static_cast<uint16_t>(flags | kRelaxed);
     d.need_operands(2, 2);
     d.op.b = d.src(d.operand(1), Type::kU32);
     bool wide = false;
@@ -355,74 +343,6 @@ void decode_mbarrier(Decoder& d) {
 }
 
 }  // namespace
-
-Mbarrier& mbarrier_at(Cta& cta, uint32_t offset, int line) {
-    const auto found = cta.mbarriers.find(offset);
-    if (found == cta.mbarriers.end() || !found->second.live) {
-        throw SimError(ErrorKind::kBarrier,
-                       format("0x%x is no initialized mbarrier", address_of(cta, offset)), line);
-    }
-    return found->second;
-}
-
-void complete_transfer(Cta& cta, uint32_t offset, uint32_t bytes, uint64_t issued_phase, const Clock& clock,
-                       const Clock& proxy, int line) {
-    Mbarrier& barrier = mbarrier_at(cta, offset, line);
-    if (barrier.phase != issued_phase) {
-        throw SimError(ErrorKind::kBarrier,
-                       format("mbarrier 0x%x: %u bytes land in phase %llu but were issued in phase %llu: "
-                              "expect_tx announced fewer bytes than the transfers carry",
-                              address_of(cta, offset), bytes, static_cast<unsigned long long>(barrier.phase),
-                              static_cast<unsigned long long>(issued_phase)),
-                       line);
-    }
-    add_transaction(cta, offset, barrier, -static_cast<int64_t>(bytes), line);
-    if (cta.cluster->launch->config.check_races) {
-        join_clock(barrier.clock, clock);
-        join_clock(barrier.proxy_clock, proxy);
-    }
-    ++cta.cluster->progress;
-    complete_phase_if_done(cta, barrier);
-}
-
-void arrive_for(Cta& cta, uint32_t offset, uint32_t count, const Clock& clock, const Clock& proxy, int line) {
-    Mbarrier& barrier = mbarrier_at(cta, offset, line);
-    join_clock(barrier.clock, clock);
-    join_clock(barrier.proxy_clock, proxy);
-    take_arrivals(cta, offset, barrier, count, line);
-    complete_phase_if_done(cta, barrier);
-}
-
-void expect_one_more(Cta& cta, uint32_t offset, int line) {
-    ++mbarrier_at(cta, offset, line).pending;
-}
-
-bool mbarrier_ready(Cta& cta, const Wait& wait) {
-    const uint32_t offset = (wait.address & ((1u << kRankShift) - 1)) - kSharedBase;
-    const auto found = cta.mbarriers.find(offset);
-    if (found == cta.mbarriers.end()) {
-        return true;
-    }
-    const Mbarrier& barrier = found->second;
-    return wait.parity == 2 ? barrier.phase > wait.phase : (barrier.phase & 1) != wait.parity;
-}
-
-std::string describe_mbarrier(Cta& cta, uint32_t offset) {
-    const auto found = cta.mbarriers.find(offset);
-    if (found == cta.mbarriers.end()) {
-        return "not initialized";
-    }
-    const Mbarrier& b = found->second;
-    std::string text = format("init at PTX line %d, phase %llu, %d of %u arrivals pending, tx-count %lld",
-                              b.line, static_cast<unsigned long long>(b.phase), b.pending, b.expected,
-                              static_cast<long long>(b.transaction));
-    if (b.transaction > 0) {
-        text += " bytes expected that no transfer brought";
-    } else if (b.transaction < 0) {
-        text += ": more bytes arrived than expect_tx announced";
-    }
-    return text;
-}
 
 void register_mbarrier(DecodeTable& table) {
     table["mbarrier"] = decode_mbarrier;

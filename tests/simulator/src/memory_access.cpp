@@ -37,12 +37,10 @@ bool is_shared(Space space) {
     return space == Space::kSharedCta || space == Space::kSharedCluster;
 }
 
-// code: bytes in memory; code2: 1 for a synchronizing access (volatile, relaxed, acquire, release).
 template <class M, class R>
 Step load(Warp& w, const Op& op, uint32_t mask) {
     uint8_t* pointers[kLanes];
-    const AccessKind kind = op.code2 != 0 ? AccessKind::kSynchronizing : AccessKind::kRead;
-    resolve_lanes(w, op, mask, static_cast<uint32_t>(sizeof(M)) * op.list_size, kind, pointers);
+    resolve_lanes(w, op, mask, static_cast<uint32_t>(sizeof(M)) * op.list_size, AccessKind::kRead, pointers);
     for (int e = 0; e < op.list_size; ++e) {
         load_element<M, R>(w, w.program->lists[op.list + static_cast<uint32_t>(e)], pointers, e, mask);
     }
@@ -50,20 +48,13 @@ Step load(Warp& w, const Op& op, uint32_t mask) {
         count_bytes(*w.cta->cluster, is_shared(op.space) ? BytePath::kSharedLoad : BytePath::kGlobalLoad,
                     sizeof(M) * op.list_size * static_cast<uint64_t>(__builtin_popcount(mask)));
     }
-    if (op.code2 != 0) {
-        acquire(w, w.cta->sync_clock, w.cta->sync_proxy);
-    }
     return Step::kNext;
 }
 
 template <class M, class R>
 Step store(Warp& w, const Op& op, uint32_t mask) {
     uint8_t* pointers[kLanes];
-    if (op.code2 != 0) {
-        release(w, w.cta->sync_clock, w.cta->sync_proxy);
-    }
-    const AccessKind kind = op.code2 != 0 ? AccessKind::kAtomic : AccessKind::kWrite;
-    resolve_lanes(w, op, mask, static_cast<uint32_t>(sizeof(M)) * op.list_size, kind, pointers);
+    resolve_lanes(w, op, mask, static_cast<uint32_t>(sizeof(M)) * op.list_size, AccessKind::kWrite, pointers);
     for (int e = 0; e < op.list_size; ++e) {
         store_element<M, R>(w, w.program->lists[op.list + static_cast<uint32_t>(e)], pointers, e, mask);
     }
@@ -177,7 +168,7 @@ uint32_t decode_elements(Decoder& d, const Operand& value, Type type, bool is_lo
 
 void decode_access(Decoder& d) {
     const bool is_load = d.in().opcode != "st";
-    d.op.code2 = take_memory_order(d);
+    take_memory_order(d, kWeak);
     d.op.space = d.take_space();
     const bool hinted = take_cache_hints(d);
     const std::string vector = d.take_any({"v2", "v4", "v8"}, "");
@@ -187,6 +178,8 @@ void decode_access(Decoder& d) {
     d.op.dataflow = Dataflow::kRequire;
     const Operand& value = d.operand(is_load ? 0 : 1);
     const uint32_t width = decode_elements(d, value, type, is_load);
+    d.op.code = static_cast<uint16_t>(bytes_of(type));  // in memory, and of a register
+    d.op.code2 = static_cast<uint16_t>(width);
     const size_t expected = vector.empty() ? 1 : static_cast<size_t>(vector[1] - '0');
     if (d.op.list_size != expected || (value.kind == Operand::kVector) == vector.empty()) {
         d.fail("the operand is no vector of the stated length");
@@ -199,11 +192,15 @@ void decode_access(Decoder& d) {
 
 }  // namespace
 
-uint16_t take_memory_order(Decoder& d) {
+void take_memory_order(Decoder& d, Level otherwise) {
     const std::string order =
         d.take_any({"volatile", "relaxed", "acquire", "release", "acq_rel", "mmio", "weak"}, "");
-    d.take_any({"cta", "cluster", "gpu", "sys"}, "");
-    return order.empty() || order == "weak" ? 0 : 1;
+    const std::string scope = d.take_any({"cta", "cluster", "gpu", "sys"}, "");
+    const Level level = scope == "cta" ? kCtaLevel : scope == "cluster" ? kClusterLevel : kGpuLevel;
+    const bool strong = !order.empty() && order != "weak";
+    d.op.level = strong || !scope.empty() ? level : otherwise;
+    d.op.memory_order = static_cast<uint8_t>((order == "acquire" || order == "acq_rel" ? kAcquires : 0) |
+                                             (order == "release" || order == "acq_rel" ? kReleases : 0));
 }
 
 bool take_cache_hints(Decoder& d) {

@@ -5,8 +5,8 @@
 
 namespace sim {
 
-// Ordering and scope; 1 when the access takes part in synchronization.
-uint16_t take_memory_order(Decoder& d);
+// Ordering and scope, into the Op; `otherwise`: the scope where neither is written.
+void take_memory_order(Decoder& d, Level otherwise);
 // Cache operators and eviction hints; true when a cache-policy operand follows.
 bool take_cache_hints(Decoder& d);
 

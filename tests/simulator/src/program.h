@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "memory_sync.h"
 #include "ptx_ast.h"
 
 namespace sim {
@@ -88,6 +89,9 @@ struct Op {
     Space space = Space::kGeneric;
     OpClass op_class = OpClass::kOther;
     Dataflow dataflow = Dataflow::kPropagate;
+    uint8_t memory_order = 0;        // of a strong access: kAcquires, kReleases
+    Level level = kWeak;             // its scope
+    uint16_t access = 0;             // in Program::accesses, of what may touch global memory
     bool control = false;            // runs even when the guard leaves no lane
     uint32_t reads = 0, writes = 0;  // Program::lists: slots read and written, for the checker
     uint16_t reads_size = 0, writes_size = 0;
@@ -136,8 +140,16 @@ struct WgmmaShape {
     std::string name;          // "m64n128k16.f32.bf16.bf16"
 };
 
+// What is fixed of an instruction that may touch global memory.
+struct GlobalAccessInfo {
+    int line = 0;
+    bool writes = false;
+    Level level = kWeak;
+};
+
 struct Program {
     std::vector<Op> ops;
+    std::vector<GlobalAccessInfo> accesses{1};  // from 1
     std::vector<uint32_t> lists;
     std::vector<uint8_t> constants;  // lane arrays
     uint32_t register_bytes = 0;

@@ -18,6 +18,7 @@ bool registers_available(const Warp& warp, uint32_t wanted);
 namespace {
 
 constexpr uint32_t kStallRounds = 4;
+constexpr uint64_t kSpin = 1000;  // warp instructions without progress that look like polling
 
 struct Choice {
     Warp* warp = nullptr;
@@ -26,13 +27,8 @@ struct Choice {
 
 class ClusterRunner {
   public:
-    explicit ClusterRunner(Cluster& cluster) : cluster_(cluster), launch_(*cluster.launch) {
-        for (auto& cta : cluster.ctas) {
-            for (Warp& warp : cta->warps) {
-                warps_.push_back(&warp);
-            }
-        }
-    }
+    explicit ClusterRunner(Cluster& cluster)
+        : cluster_(cluster), launch_(*cluster.launch), warps_(cluster.warps) {}
 
     RunStatus run(uint64_t budget) {
         uint64_t executed = 0;
@@ -46,11 +42,21 @@ class ClusterRunner {
             const Choice choice = choose();
             if (choice.warp != nullptr) {
                 executed += run_choice(choice);
+                if (launch_.adversarial && cluster_.executed - cluster_.executed_at_progress > kSpin) {
+                    return RunStatus::kRunning;  // somebody else may have what it waits for
+                }
                 continue;
             }
             if (all_exited()) {
-                drain();
-                return RunStatus::kDone;
+                if (cluster_.async.empty()) {
+                    return RunStatus::kDone;
+                }
+                // Stores of a CTA that has exited land while others run.
+                if (launch_.adversarial && cluster_.random() % 4 != 0) {
+                    return RunStatus::kRunning;
+                }
+                perform_one_async();
+                continue;
             }
             if (perform_one_async() || run_one_wgmma(cluster_)) {
                 continue;
@@ -65,11 +71,6 @@ class ClusterRunner {
   private:
     bool all_exited() const {
         return std::all_of(warps_.begin(), warps_.end(), [](const Warp* w) { return w->alive == 0; });
-    }
-
-    void drain() {
-        while (perform_one_async()) {
-        }
     }
 
     int ready_fragment(Warp& w) const {
@@ -223,7 +224,7 @@ class ClusterRunner {
 
     Cluster& cluster_;
     Launch& launch_;
-    std::vector<Warp*> warps_;
+    const std::vector<Warp*>& warps_;
 };
 
 Cta& cta_of(Warp& w, uint32_t address) {

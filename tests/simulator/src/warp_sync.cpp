@@ -1,5 +1,6 @@
 #include "warp_sync.h"
 
+#include "checker.h"
 #include "lanes.h"
 
 namespace sim {
@@ -33,6 +34,7 @@ bool meet(Warp& w, const Op&, uint32_t members, uint32_t* joint) {
     if ((needed & ~fragment.mask) == 0) {
         fragment.wait.kind = WaitKind::kNone;
         *joint = fragment.mask;
+        meet_in_time(w);
         return true;
     }
     *joint = gathered(w, fragment);
@@ -49,6 +51,7 @@ bool meet(Warp& w, const Op&, uint32_t members, uint32_t* joint) {
         }
     }
     fragment.wait = Wait{};
+    meet_in_time(w);
     return true;
 }
 

@@ -208,7 +208,7 @@ Step commit_group(Warp& w, const Op& op, uint32_t) {
 
 void retire(Warp& w, uint32_t items) {
     if (w.cta->cluster->launch->config.check_races) {
-        set_clock(w.clock, w.warpgroup->agent, items);
+        set_clock(w.order.clock, w.warpgroup->agent, items);
     }
     w.any_in_flight = false;
     for (size_t slot = 0; slot < w.in_flight.size(); ++slot) {

@@ -97,12 +97,13 @@ void note_issue_clocks(Warp& w, WgmmaItem& item) {
         return;
     }
     if (item.issued == 0) {
-        fork(w, item.clock, item.proxy_clock);
-        return;
+        item.clock = w.order.clock;
+        item.proxy_clock = w.order.shared_proxy;
+    } else {
+        keep_smaller(item.clock, w.order.clock);
+        keep_smaller(item.proxy_clock, w.order.shared_proxy);
     }
-    keep_smaller(item.clock, w.clock);
-    keep_smaller(item.proxy_clock, w.proxy_clock);
-    ++w.clock[w.agent];
+    ++w.order.clock[w.agent];
 }
 
 void check_operands(Cta& cta, Warpgroup& group, uint32_t index) {
