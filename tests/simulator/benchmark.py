@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - PTX text reads better unbroken
-"""How fast the simulator itself is on one core: warp instructions, and tile pairs of attention.
+"""How fast the simulator itself is on one core: warp instructions, copies, and tile pairs of attention.
 
 A tile pair is what one KV block of a head_dim 128 forward multiplies: S = Q K^T and O += P V, both
 128 x 128 x 128. The least of several runs counts. It says how long tests take, nothing of a GPU.
@@ -48,6 +48,27 @@ def instructions_per_second(sim: S.Simulator) -> float:
     module = sim.load(S.kernel(ALU.format(start=start, work=work, count=2000)))
     seconds = least_seconds(lambda: module.launch("k", block=128))
     return float(sim.report()["statistics"]["warp_instructions"]) / seconds
+
+
+COPY = """
+.reg .b32 i, t, c, a, b, e, f; .reg .b64 g, h, x; .reg .pred p;
+ld.param.u64 g, [from]; ld.param.u64 h, [to]; mov.u32 t, %tid.x; mov.u32 c, %ctaid.x; mad.lo.u32 t, c, 128, t;
+mov.u32 i, t;
+$LOOP: mul.wide.u32 x, i, 16; add.s64 x, x, g; ld.global.v4.u32 {a, b, e, f}, [x];
+mul.wide.u32 x, i, 16; add.s64 x, x, h; st.global.v4.u32 [x], {a, b, e, f};
+add.u32 i, i, 512; setp.lt.u32 p, i, {count}; @p bra $LOOP;
+ret;
+"""
+
+
+def copied_bytes_per_second(sim: S.Simulator) -> float:
+    """Bytes that four CTAs load from global memory and store there, 16 a lane, with all checks."""
+    data = np.zeros(1 << 20, np.uint8)
+    source, target = sim.buffer(data), sim.buffer(data)
+    text = COPY.replace("{count}", str(data.nbytes // 16))
+    module = sim.load(S.kernel(text, parameters=".param .u64 from, .param .u64 to"))
+    seconds = least_seconds(lambda: module.launch("k", source, target, grid=4, block=128))
+    return data.nbytes / seconds
 
 
 def wgmma(eight_bit: bool, pairs: int) -> str:
@@ -99,6 +120,7 @@ def main() -> None:
     print(
         f"warp instructions outside wgmma: {instructions_per_second(sim) / 1e6:.0f} million a second"
     )
+    print(f"global memory: {copied_bytes_per_second(sim) / 1e6:.0f} MB a second copied")
     for name, eight_bit in (("bf16", False), ("e4m3", True)):
         milliseconds = 1e3 * seconds_per_tile_pair(sim, eight_bit=eight_bit)
         print(f"{name} tile pair of 128 x 128 x 128: {milliseconds:.2f} ms")
