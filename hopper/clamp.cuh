@@ -27,12 +27,12 @@ __device__ __forceinline__ RowRange packed_rows(int32_t const* cu_seqlens, int s
     return {begin, clamped(cu_seqlens[sequence + 1], begin, rows)};
 }
 
-// Descales are positive, finite and no smaller than the smallest normal number. Any other one counts as NaN,
-// so that whoever reads what it scales sees that it is wrong.
+// Descales are positive, from 2^-126, the smallest normal number, to 2^126, whose inverse is one. Any other
+// one counts as NaN, so that whoever reads what it scales sees that it is wrong.
 __device__ __forceinline__ float checked_descale(float descale) {
     constexpr uint32_t kSmallest = 0x00800000;
-    constexpr uint32_t kInfinite = 0x7f800000;
-    bool const fits = __float_as_uint(descale) - kSmallest < kInfinite - kSmallest;
+    constexpr uint32_t kLargest = 0x7e800000;
+    bool const fits = __float_as_uint(descale) - kSmallest <= kLargest - kSmallest;
     return fits ? descale : __uint_as_float(0x7fffffff);
 }
 

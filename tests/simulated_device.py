@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from flash8 import _native, backends
-from flash8.backends import hopper, mode, trust
+from flash8.backends import hopper, mode, trust, watchdog
 from flash8.compiler import CompilerNotFoundError, compile_unit, find_toolchain
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "simulator"))
@@ -76,8 +76,9 @@ class SimulatedDevice:
         with monkeypatch.context() as patch:
             patch.setattr(backends, "kernels_wanted", lambda tensor: True)
             patch.setattr(mode, "kernels_mode", lambda: kernels)
-            for kept in ("_findings", "_troubles", "_hung"):
+            for kept in ("_findings", "_troubles"):
                 patch.setattr(trust, kept, {})
+            patch.setattr(watchdog, "hung", {})
             patch.setattr(hopper, "_registry", lambda: self._registry)
             self.configure(seed=seed, strict_global=False)
             yield

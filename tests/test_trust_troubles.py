@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fake_driver.cubin import forward_cubin
 from flash8 import _native, backends, flash_attn_func, fp8
-from flash8.backends import check_forward, hopper, mode, repeated, trust
+from flash8.backends import check_forward, hopper, mode, repeated, trust, watchdog
 from flash8.backends.watchdog import KernelHangsError
 from flash8.compiler import CompileError, CompilerNotFoundError, MissingVariantError
 from flash8.variants import ForwardVariant
@@ -52,8 +52,9 @@ def checks(driver, monkeypatch):
     monkeypatch.setattr(repeated, "_recall", lambda: recall)
     monkeypatch.setattr(mode, "kernels_mode", lambda: "auto")
     monkeypatch.setattr(check_forward, "find_fault", made.find_fault)
-    for kept in ("_findings", "_troubles", "_hung", "_locks"):
+    for kept in ("_findings", "_troubles", "_locks"):
         monkeypatch.setattr(trust, kept, {})
+    monkeypatch.setattr(watchdog, "hung", {})
     monkeypatch.setattr(trust.time, "monotonic", lambda: made.now)
     return made
 
@@ -241,6 +242,44 @@ def test_a_device_that_hangs_is_not_waited_for_again(checks):
     with pytest.raises(KernelHangsError, match="did not end"):
         flash_attn_func(*draw())  # another kernel
     assert checks.made == 1
+
+
+def test_whoever_waited_for_a_check_that_hangs_does_not_make_it_again(checks):
+    checking, go_on = threading.Event(), threading.Event()
+    hanging = KernelHangsError("did not end")
+    checks.outcomes = [lambda: (checking.set(), go_on.wait(10), hanging)[2]]
+
+    def call(errors):
+        try:
+            attend()
+        except KernelHangsError as error:
+            errors.append(str(error))
+
+    errors = []
+    threads = [threading.Thread(target=call, args=(errors,)) for _ in range(2)]
+    threads[0].start()
+    assert checking.wait(10)
+    threads[1].start()
+    threads[1].join(0.2)  # it waits for the first
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert errors == ["did not end"] * 2 and checks.made == 1
+
+
+@pytest.mark.parametrize(
+    "text, lasts",
+    [
+        ("CUDA error: out of memory", False),
+        ("CUDA error: all CUDA-capable devices are busy or unavailable", False),
+        ("CUDA error: operation not permitted when stream is capturing", False),
+        ("CUDA error: an illegal memory access was encountered", True),
+    ],
+)
+def test_an_older_torch_says_in_words_what_passes(checks, text, lasts):
+    checks.outcomes = [RuntimeError(text)]
+    told(attend)
+    assert bool(trust._findings) == lasts
 
 
 # ------------------------------------------------------------------------------------ require

@@ -47,6 +47,13 @@ def test_what_was_enqueued_before_does_not_count(events, monkeypatch):
     Watchdog(CUDA).wait()
 
 
+def test_what_was_enqueued_before_may_be_what_hangs(events, monkeypatch):
+    monkeypatch.setattr(watchdog, "hung", {CUDA: "did not end"})
+    events += [10**9, 10**9]
+    with pytest.raises(KernelHangsError, match="did not end"):
+        Watchdog(CUDA).wait()
+
+
 def test_nothing_is_waited_for_without_a_gpu():
     Watchdog(torch.device("cpu")).wait()
 

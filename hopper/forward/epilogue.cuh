@@ -83,7 +83,9 @@ class Epilogue {
 
         __device__ __forceinline__ float restore(float x, int channel, RowFactors const& factors) const {
             float value = scaled(x, factors.normalise);
-            value *= descale_ != nullptr ? checked_descale(descale_[channel]) : 1.0f;
+            // A row that has seen no key is zero, whatever the descale.
+            bool const scales = descale_ != nullptr && factors.normalise != 0.0f;
+            value *= scales ? checked_descale(descale_[channel]) : 1.0f;
             value += mean_ != nullptr ? factors.weight * mean_[channel] : 0.0f;
             return value;
         }

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 BLOCK = 128
 #: Descales are at least this, the smallest normal number of fp32, and finite.
 SMALLEST = 2.0**-126
+#: Its inverse is a normal number, too.
+LARGEST = 2.0**126
 #: Pages with fewer tokens have no page descales.
 MIN_PAGE_SIZE = 16
 
@@ -82,12 +84,13 @@ def check_value(name: str, descale: Tensor) -> None:
     index = (~fits).nonzero()[0].tolist()
     place = f" at {index}" if index else ""
     raise ValueError(
-        f"{name} must be positive and finite, at least 2^-126, got {descale[tuple(index)]}{place}"
+        f"{name} must be positive and finite, from 2^-126 to 2^126, "
+        f"got {descale[tuple(index)]}{place}"
     )
 
 
 def _fits(descale: Tensor) -> Tensor:
-    return (descale >= SMALLEST) & (descale < float("inf"))
+    return (descale >= SMALLEST) & (descale <= LARGEST)
 
 
 def check(q: Tensor, k: Tensor, geometry: "Geometry", options: "Options") -> None:

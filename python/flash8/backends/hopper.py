@@ -28,6 +28,7 @@ _DTYPES: dict[torch.dtype, Element] = {
 }
 #: The head dimensions that tiles are made for; others are filled up with zeros by TMA.
 _HEAD_DIMS = (64, 96, 128, 192, 256)
+_COUNTERS = 2  # of SchedulerParams::tile_count
 _PER_THREAD_STREAM = 2  # CU_STREAM_PER_THREAD
 _TMA_UNIT = 16  # bytes: of addresses and strides
 _TMA_MAX_STRIDE = 1 << 40  # bytes
@@ -164,7 +165,12 @@ class Plan(NamedTuple):
 
 
 def launch(planned: Plan, stream: int, tile_count: Tensor | None, sm_margin: int = 0) -> None:
-    """Enqueues it. `tile_count` is zero, and is so again behind the launch; None deals tiles."""
+    """Enqueues it. `tile_count` (`new_tile_count`) is zero, and is so again behind the launch; None
+    deals tiles."""
+    if tile_count is not None and tile_count.numel() != _COUNTERS:
+        raise ValueError(
+            f"tile_count has {tile_count.numel()} elements; the kernel has {_COUNTERS}"
+        )
     planned.call.scheduler.tile_count = 0 if tile_count is None else tile_count.data_ptr()
     _native.launch_forward(planned.kernel, planned.device, stream, planned.call, sm_margin)
 
@@ -250,7 +256,7 @@ def get_tile_count(device: torch.device, stream: int, captured: bool = False) ->
     it gets counters of its own, in the graph's memory, that the graph sets to zero every time.
     """
     if captured:
-        return _new_tile_count(device)
+        return new_tile_count(device)
     # The handle of the per-thread default stream means another stream in every thread.
     thread = threading.get_ident() if stream == _PER_THREAD_STREAM else 0
     return _stream_tile_count(device, stream, thread)
@@ -258,11 +264,12 @@ def get_tile_count(device: torch.device, stream: int, captured: bool = False) ->
 
 @functools.cache
 def _stream_tile_count(device: torch.device, stream: int, thread: int) -> Tensor:
-    return _new_tile_count(device)
+    return new_tile_count(device)
 
 
-def _new_tile_count(device: torch.device) -> Tensor:
-    return torch.zeros(2, dtype=torch.int32, device=device)
+def new_tile_count(device: torch.device) -> Tensor:
+    """Counters for one launch at a time."""
+    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
 
 def _mask(options: Options) -> Mask:

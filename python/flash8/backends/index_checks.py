@@ -12,11 +12,10 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from flash8 import descales
-from flash8.backends import cpu
+from flash8.backends import cpu, trust
 
 if TYPE_CHECKING:
     from flash8.options import Options
@@ -73,7 +72,7 @@ def check_quantize(
 def _readable(x: Tensor) -> bool:
     if not wanted() or x.device.type == "meta":
         return False
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if trust.is_captured(x.device):
         _tell_about_capture()
         return False
     return True

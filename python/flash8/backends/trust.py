@@ -23,7 +23,7 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
 from flash8 import _native
-from flash8.backends import mode
+from flash8.backends import mode, watchdog
 from flash8.backends.watchdog import KernelHangsError
 from flash8.compiler import CompileError, CompilerNotFoundError, MissingVariantError
 from flash8.quantize_variants import QuantizeVariant
@@ -44,8 +44,6 @@ class _Trouble(NamedTuple):
 #: What was found; None of a kernel that passed.
 _findings: dict[_Place, str | None] = {}
 _troubles: dict[_Place, _Trouble] = {}
-#: Devices on which a check did not end. Nothing that is enqueued there ends any more.
-_hung: dict[torch.device, str] = {}
 #: Reentrant: a finalizer may make a call while a check runs in its thread.
 _locks: dict[_Place, threading.RLock] = {}
 
@@ -54,6 +52,7 @@ _locks: dict[_Place, threading.RLock] = {}
 _FIRST_PAUSE, _LONGEST_PAUSE, _PAUSE_PER_SECOND = 1.0, 3600.0, 50.0
 #: Errors of the driver that pass: no memory, a device in use, a capture in another thread.
 _PASSING_CODES = frozenset({2, 46, 304, 600, 800, 802, *range(900, 911)})
+_PASSING_WORDS = ("out of memory", "busy or unavailable", "captur")
 #: Errors that come again whenever the same is tried.
 _LASTING = (CompileError, CompilerNotFoundError, MissingVariantError, TypeError, ValueError)
 
@@ -111,7 +110,9 @@ def _lasts(error: Exception) -> bool:
     if code is not None:
         return code not in _PASSING_CODES
     # A kernel has faulted, as a torch without that class says it.
-    return isinstance(error, _LASTING) or str(error).startswith("CUDA error")
+    text = str(error)
+    faulted = text.startswith("CUDA error") and not any(words in text for words in _PASSING_WORDS)
+    return isinstance(error, _LASTING) or faulted
 
 
 def _describe(error: Exception) -> str:
@@ -129,8 +130,7 @@ def is_captured(device: torch.device) -> bool:
 def _check(variant: Variant, place: _Place) -> str | None:
     """Why not to use a kernel of which nothing is known yet, or None."""
     name, device = place
-    if device in _hung:
-        raise KernelHangsError(_hung[device])
+    _refuse_hung(device)
     if is_captured(device):
         raise RuntimeError(
             f"the kernel {name} has not been checked on {device} yet, which a stream that is being "
@@ -143,6 +143,7 @@ def _check(variant: Variant, place: _Place) -> str | None:
     if not lock.acquire(blocking=before is None):
         return before and before.text
     try:
+        _refuse_hung(device)  # found out while this thread waited
         if place in _findings:
             return _findings[place]
         trouble = _troubles.get(place)
@@ -154,6 +155,11 @@ def _check(variant: Variant, place: _Place) -> str | None:
         lock.release()
 
 
+def _refuse_hung(device: torch.device) -> None:
+    if device in watchdog.hung:
+        raise KernelHangsError(watchdog.hung[device])
+
+
 def _try(variant: Variant, place: _Place, required: bool) -> str | None:
     """Makes the check and keeps what was found, or when to try again."""
     name, device = place
@@ -161,7 +167,7 @@ def _try(variant: Variant, place: _Place, required: bool) -> str | None:
     try:
         finding = find_fault(variant, device)
     except KernelHangsError as error:
-        _hung[device] = str(error)
+        watchdog.hung[device] = str(error)
         raise
     except Exception as error:
         if required:

@@ -7,6 +7,9 @@ import torch
 #: How long a check's launch may take; a sound one takes milliseconds.
 SECONDS = 60.0
 _PAUSE = 0.0002
+#: Devices on which a launch did not end, and what was said of it. Nothing that is enqueued there
+#: ends any more.
+hung: dict[torch.device, str] = {}
 
 
 class KernelHangsError(RuntimeError):
@@ -26,6 +29,8 @@ class Watchdog:
         if self._before is None or behind is None:
             return
         while not self._before.query():
+            if self._device in hung:  # what another thread has enqueued earlier
+                raise KernelHangsError(hung[self._device])
             time.sleep(_PAUSE)
         deadline = time.monotonic() + SECONDS
         while not behind.query():
