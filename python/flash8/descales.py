@@ -68,12 +68,20 @@ def checked(descale: Tensor) -> Tensor:
     return torch.where(_fits(descale), descale, float("nan"))
 
 
-def check_values(options: "Options") -> None:
-    """Raises ValueError where a descale holds what is none. Reads them: for CPU tensors."""
+def check_values(options: "Options", pages: Tensor | None = None) -> None:
+    """Raises ValueError where a descale holds what is none. Reads them: for CPU tensors.
+
+    pages: of a paged cache, those that some query sees; the descales of others do not count.
+    """
     for name in ("q_descale", "k_descale", "v_descale", "v_channel_descale"):
         descale = getattr(options, name)
-        if descale is not None:
-            check_value(name, descale)
+        if descale is None:
+            continue
+        if pages is not None and name in ("k_descale", "v_descale") and descale.dim() == 3:
+            counts = torch.zeros(descale.shape[0], dtype=torch.bool, device=descale.device)
+            counts[pages] = True
+            descale = torch.where(counts[:, None, None], descale, 1.0)
+        check_value(name, descale)
 
 
 def check_value(name: str, descale: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash8 import autograd, batching, checks, derivatives, descales
+from flash8 import autograd, batching, checks, derivatives
 from flash8.autocast import unaffected
 from flash8.backends import backend_for, choose_num_splits, forward_backend, index_checks
 from flash8.checks import Geometry
@@ -349,7 +349,7 @@ def check_indices(q: Tensor, k: Tensor, options: Options) -> None:
         return
     if q.device.type == "cpu":
         backend_for(q).check_indices(q, k, options)
-        descales.check_values(options)
+        backend_for(q).check_values(q, k, options)
     else:
         index_checks.check_attention(q, k, options)
 

@@ -40,7 +40,7 @@ def check_attention(q: Tensor, k: Tensor, options: "Options") -> None:
     """Raises ValueError on what a call's index tensors and descales hold, where that is wanted."""
     if _readable(q):
         cpu.check_indices(q, k, options)
-        descales.check_values(options)
+        cpu.check_values(q, k, options)
 
 
 def check_append(

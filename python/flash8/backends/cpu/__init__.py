@@ -13,7 +13,7 @@ from flash8.backends.cpu.combine import combine, combine_backward, combine_jvp
 from flash8.backends.cpu.forward import forward
 from flash8.backends.cpu.fp8_backward import fp8_backward
 from flash8.backends.cpu.jvp import jvp
-from flash8.backends.cpu.sequences import check_indices, check_tokens
+from flash8.backends.cpu.sequences import check_indices, check_tokens, check_values
 
 __all__ = [
     "append_kv",
@@ -21,6 +21,7 @@ __all__ = [
     "check_indices",
     "check_slots",
     "check_tokens",
+    "check_values",
     "combine",
     "combine_backward",
     "combine_jvp",

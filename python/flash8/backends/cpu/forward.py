@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash8 import descales
 from flash8.backends.cpu import study
 from flash8.backends.cpu.accumulator import accumulator_for
 from flash8.backends.cpu.combine import combine_into
@@ -13,7 +12,7 @@ from flash8.backends.cpu.descales import RunningDescale
 from flash8.backends.cpu.mask import Tile
 from flash8.backends.cpu.operands import Operands, load, tokens_first
 from flash8.backends.cpu.scores import Scores
-from flash8.backends.cpu.sequences import Unit, units
+from flash8.backends.cpu.sequences import Unit, check_values, units
 from flash8.backends.cpu.softmax import softmax_for
 from flash8.checks import FP8
 from flash8.options import Options
@@ -47,7 +46,7 @@ def forward(
 ) -> None:
     """Fills out and lse (every row of them), and the partials where num_splits > 1."""
     if q.device.type == "cpu":
-        descales.check_values(options)
+        check_values(q, k, options)
     if options.v_keys is not None:
         v, options = _by_token(v, options.v_keys, options), options._replace(v_keys=None)
     if options.num_splits == 1:

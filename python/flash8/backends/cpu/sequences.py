@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flash8 import descales
 from flash8.arguments import wrong_index
 from flash8.backends.cpu.mask import Mask
 from flash8.options import Options
@@ -61,6 +62,7 @@ class KeyRows:
     seqlen: int
     packed: bool
     pages: Tensor | None = None
+    seen: Tensor | None = None  # those of the pages that some query sees
 
     def tokens(self, x: Tensor) -> Tensor:
         """(B, seqlen_k, heads_kv, ...): a view of k or v, or a copy gathered from pages."""
@@ -112,6 +114,16 @@ def check_indices(q: Tensor, k: Tensor, options: Options) -> None:
     """Raises what `units` would raise, without anything else happening."""
     for _ in units(q, k, options):
         pass
+
+
+def check_values(q: Tensor, k: Tensor, options: Options) -> None:
+    """Raises ValueError on descales that are none, and for pages on their indices."""
+    pages = None
+    if options.page_table is not None:
+        found = [unit.keys.seen for unit in units(q, k, options)]
+        seen = [x for x in found if x is not None]
+        pages = torch.cat(seen) if seen else options.page_table.new_empty((0,)).long()
+    descales.check_values(options, pages)
 
 
 def check_tokens(x: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None) -> None:
@@ -168,14 +180,14 @@ def _key_rows(k: Tensor, batch: int, options: Options) -> Callable[[int, int], K
         if idle[b]:
             return None
         row, start, seqlen = cache_rows[b], starts[b] + padding[b], ends[b] - padding[b]
-        used_pages = None
+        used_pages = seen_pages = None
         if pages is not None:
             seen = range(0)
             if seqlen_q > 0:
                 begin, end = Mask(seqlen_q, seqlen, options).visible_range(0, seqlen_q)
                 seen = range(start + begin, start + end)
-            used_pages = pages.of(row, ends[b], seen)
-        return KeyRows(slice(row, row + 1), start, seqlen, packed, used_pages)
+            used_pages, seen_pages = pages.of(row, ends[b], seen)
+        return KeyRows(slice(row, row + 1), start, seqlen, packed, used_pages, seen_pages)
 
     return rows
 
@@ -266,8 +278,8 @@ class _Pages:
         self._num_pages, self._page_size = cache.shape[:2]
         self._table = page_table
 
-    def of(self, row: int, seqlen: int, needed: range) -> Tensor:
-        """int64 indices of the pages that hold the first `seqlen` positions.
+    def of(self, row: int, seqlen: int, needed: range) -> tuple[Tensor, Tensor]:
+        """int64 indices of the pages that hold the first `seqlen` positions, and those that count.
 
         Only those of the `needed` positions count; others, which need not exist, are page 0.
         """
@@ -285,7 +297,7 @@ class _Pages:
             )
         pages = torch.zeros_like(used)
         pages[first:last] = counts
-        return pages
+        return pages, counts
 
 
 def cache_slots(
@@ -313,7 +325,7 @@ def cache_slots(
         if pages is None:
             slots.append(positions + row * cache.shape[1])
         else:
-            used = pages.of(row, end, range(start, end))
+            used, _ = pages.of(row, end, range(start, end))
             slots.append(page_slots(used, cache.shape[1])[start:end])
     _refuse_shared(slots, options)
     return slots
