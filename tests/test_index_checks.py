@@ -68,8 +68,8 @@ def test_packed(wanted, message):
 
 
 CACHE = {
-    r"leftpad_k.* must be from 0 to 5 at index 1, got 6": {"cache_leftpad": int32([0, 6, 0])},
-    r"kv_batch_idx.* must be from 0 to 3.* at index 2, got 4": {
+    r"cache_leftpad must be from 0 to 5 at index 1, got 6": {"cache_leftpad": int32([0, 6, 0])},
+    r"cache_batch_idx must be from 0 to 3.* at index 2, got 4": {
         "cache_batch_idx": int32([0, 1, 4])
     },
 }

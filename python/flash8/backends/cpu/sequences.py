@@ -118,11 +118,12 @@ def check_indices(q: Tensor, k: Tensor, options: Options) -> None:
 
 def check_values(q: Tensor, k: Tensor, options: Options) -> None:
     """Raises ValueError on descales that are none, and for pages on their indices."""
-    pages = None
-    if options.page_table is not None:
-        found = [unit.keys.seen for unit in units(q, k, options)]
-        seen = [x for x in found if x is not None]
-        pages = torch.cat(seen) if seen else options.page_table.new_empty((0,)).long()
+    if options.page_table is None:
+        descales.check_values(options)
+        return
+    found = [unit.keys.seen for unit in units(q, k, options)]
+    seen = [x for x in found if x is not None]
+    pages = torch.cat(seen) if seen else options.page_table.new_empty((0,)).long()
     descales.check_values(options, pages)
 
 
