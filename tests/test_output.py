@@ -89,6 +89,24 @@ def test_a_fake_output_shares_memory_with_its_alias_only():
             flash_attn_func(q, q, q, out=q.view(q.shape))
 
 
+@pytest.mark.parametrize("which", ["out", "q", "both"])
+def test_a_subclass_shares_memory_with_its_alias(which):
+    odd = type("Odd", (torch.Tensor,), {})
+    q = torch.zeros(2, 8, 4, 64)
+    out = q.as_subclass(odd) if which != "q" else q
+    q = q.as_subclass(odd) if which != "out" else q
+    k = torch.zeros(q.shape)
+    with pytest.raises(ValueError, match="out must not share memory"):
+        flash_attn_func(q, k, k, out=out)
+
+
+def test_a_part_of_a_fake_buffer_shares_memory_with_the_rest():
+    with FakeTensorMode():
+        q, out = torch.empty(2, 2, 8, 4, 64)
+        with pytest.raises(ValueError, match="out must not share memory"):
+            flash_attn_func(q, q, q, out=out)
+
+
 @pytest.mark.parametrize(
     "strides", [(1024, 128, 32, 1), (1024, 64, 64, 1), (8, 256, 64, 1), (2048, 255, 64, 1)]
 )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flash8 import backends, checks, derivatives
+from flash8 import backends, checks, derivatives, memory
 from flash8.arguments import INDEX_DTYPES, require_rank, require_shape, require_tensor, to_int32
 from flash8.float8 import E4M3
 from flash8.options import Options
@@ -33,8 +33,8 @@ class NewKeys:
             raise ValueError(f"k and v must be given together, got {missing}=None")
         if options.seqused_k is None:
             raise ValueError("k and v need cache_seqlens: where to append, got None")
-        checks.require_writable("k_cache", k_cache)
-        checks.require_writable("v_cache", v_cache)
+        memory.require_writable("k_cache", k_cache)
+        memory.require_writable("v_cache", v_cache)
         self._k_cache, self._v_cache, self._cu_seqlens = k_cache, v_cache, to_int32(cu_seqlens)
         self._starts = options.seqused_k
         if cu_seqlens is not None:
@@ -74,7 +74,7 @@ class NewKeys:
         caches = {"k_cache": self._k_cache, "v_cache": self._v_cache}
         for name, x in given.items():
             for cache_name, cache in caches.items():
-                if x is not None and checks.spans_meet(x, cache):
+                if x is not None and memory.spans_meet(x, cache):
                     raise ValueError(f"{name} must not share memory with {cache_name}; clone it")
         if _elements_meet(self._k_cache, self._v_cache):
             raise ValueError("v_cache must not share memory with k_cache: both are written")
@@ -180,8 +180,8 @@ class NewKeys:
 def _elements_meet(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one dtype have an element in common. Views of one buffer that are
     interlaced, as kv[:, 0] and kv[:, 1] are, have none; told for equal strides, else assumed."""
-    if not checks.spans_meet(a, b) or a.stride() != b.stride():
-        return checks.spans_meet(a, b)
+    if not memory.spans_meet(a, b) or a.stride() != b.stride():
+        return memory.spans_meet(a, b)
     steps = sorted(
         (stride, 1 - a_size, b_size - 1)
         for stride, a_size, b_size in zip(a.stride(), a.shape, b.shape, strict=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8 import derivatives, descales
+from flash8 import derivatives, descales, memory
 from flash8.arguments import (
     INDEX_DTYPES,
     OWN_NAMES,
@@ -19,7 +19,6 @@ from flash8.arguments import (
     describe,
     differ,
     require_bool,
-    require_contiguous_last,
     require_float,
     require_int,
     require_rank,
@@ -286,75 +285,17 @@ def _check_out(
     require_tensor("out", out, allowed, q)
     shape = (*q.shape[:-1], geometry.head_dim_v)
     require_shape("out", out, shape, "q's shape with head_dim_v last")
-    require_writable("out", out)
+    memory.require_writable("out", out)
     given = [x for x in inputs if x is not None]
     if derivatives.is_differentiated(*given, out):
         raise ValueError(
             "out= cannot be combined with tensors that require grad or carry a tangent; "
             "leave out=None, or call under torch.no_grad()"
         )
-    if not torch.compiler.is_compiling() and any(_share_memory(out, x) for x in (*given, *others)):
+    if not torch.compiler.is_compiling() and memory.is_shared(out, (*given, *others)):
         raise ValueError(
             "out must not share memory with q, k, v, qv or s_aux, nor with any other argument"
         )
-
-
-def require_writable(name: str, tensor: Tensor) -> None:
-    """Contiguous in its last dimension, and no element stands at two indices."""
-    require_contiguous_last(name, tensor)
-    pairs = [(n, stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
-    if any(stride == 0 for _, stride in pairs):
-        raise ValueError(
-            f"{name} must not be an expanded tensor (it is written), got strides {tensor.stride()}"
-        )
-    if not torch.compiler.is_compiling() and tensor.numel() > 0 and _overlaps_itself(pairs):
-        raise ValueError(
-            f"{name} must not overlap itself (it is written), got shape {tuple(tensor.shape)} and "
-            f"strides {tensor.stride()}"
-        )
-
-
-def _overlaps_itself(pairs: list[tuple[int, int]]) -> bool:
-    """Whether a step of some dimension ends within what the dimensions inside of it span."""
-    spanned = 1
-    for size, stride in sorted(pairs, key=lambda pair: pair[1]):
-        if stride < spanned:
-            return True
-        spanned += (size - 1) * stride
-    return False
-
-
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether they have one storage, or storages of their own over the same bytes, as of NumPy."""
-    if not _have_addresses(a, b):
-        return False
-    return torch._C._is_alias_of(a, b) or spans_meet(a, b)  # type: ignore[attr-defined]
-
-
-def spans_meet(a: Tensor, b: Tensor) -> bool:
-    """Whether a byte between the first and the last of one is also that of the other."""
-    if not _have_addresses(a, b):
-        return False
-    (start, end), (other_start, other_end) = _span(a), _span(b)
-    return start < other_end and other_start < end
-
-
-def _have_addresses(*tensors: Tensor) -> bool:
-    """Empty and meta tensors, fake ones, and those that a transform of torch.func maps over or
-    differentiates have none."""
-    if any(x.numel() == 0 or x.device.type == "meta" for x in tensors):
-        return False
-    if torch._C._are_functorch_transforms_active():
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-        if any(wrapped(x) for x in tensors):
-            return False
-    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
-
-
-def _span(x: Tensor) -> tuple[int, int]:
-    """The addresses of the first byte of x and of the first behind it."""
-    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 def check_dropout_p(dropout_p: Any) -> float:

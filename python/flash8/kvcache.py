@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8 import checks, derivatives, ops, scaled_tensor
+from flash8 import checks, derivatives, memory, ops, scaled_tensor
 from flash8.append import NewKeys
 from flash8.arguments import (
     INDEX_DTYPES,
@@ -258,7 +258,7 @@ def flash_attn_combine(
     if out is not None:
         require_tensor("out", out, dtypes if out_dtype is None else out_dtype, out_partial)
         require_shape("out", out, tuple(out_partial.shape[1:]), "out_partial's without splits")
-        checks.require_writable("out", out)
+        memory.require_writable("out", out)
         if derivatives.is_differentiated(out, out_partial, lse_partial):
             raise ValueError(
                 "out= cannot be combined with tensors that require grad or carry a tangent"

@@ -1,0 +1,75 @@
+"""Where tensors lie in memory: whether one may be written, and what would be written with it."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from flash8.arguments import require_contiguous_last
+
+
+def require_writable(name: str, tensor: Tensor) -> None:
+    """Contiguous in its last dimension, and no element stands at two indices."""
+    require_contiguous_last(name, tensor)
+    pairs = [(n, stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
+    if any(stride == 0 for _, stride in pairs):
+        raise ValueError(
+            f"{name} must not be an expanded tensor (it is written), got strides {tensor.stride()}"
+        )
+    if not torch.compiler.is_compiling() and tensor.numel() > 0 and _overlaps_itself(pairs):
+        raise ValueError(
+            f"{name} must not overlap itself (it is written), got shape {tuple(tensor.shape)} and "
+            f"strides {tensor.stride()}"
+        )
+
+
+def _overlaps_itself(pairs: list[tuple[int, int]]) -> bool:
+    """Whether a step of some dimension ends within what the dimensions inside of it span."""
+    spanned = 1
+    for size, stride in sorted(pairs, key=lambda pair: pair[1]):
+        if stride < spanned:
+            return True
+        spanned += (size - 1) * stride
+    return False
+
+
+def is_shared(x: Tensor, others: Iterable[Tensor]) -> bool:
+    """Whether it shares memory with one of the others."""
+    return any(_share_memory(x, other) for other in others)
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether they have one storage, or storages of their own over the same bytes, as of NumPy.
+    A fake tensor and a subclass have no address here, and share memory with their aliases only."""
+    if not (_has_memory(a) and _has_memory(b)):
+        return False
+    return torch._C._is_alias_of(a, b) or spans_meet(a, b)  # type: ignore[attr-defined]
+
+
+def spans_meet(a: Tensor, b: Tensor) -> bool:
+    """Whether a byte between the first and the last of one is also that of the other."""
+    if not (_has_address(a) and _has_address(b)):
+        return False
+    (start, end), (other_start, other_end) = _span(a), _span(b)
+    return start < other_end and other_start < end
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Empty and meta tensors have none, nor have those that a transform of torch.func maps over or
+    differentiates."""
+    if x.numel() == 0 or x.device.type == "meta":
+        return False
+    if not torch._C._are_functorch_transforms_active():
+        return True
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _has_address(x: Tensor) -> bool:
+    """Fake tensors have none, and other subclasses may hold their data elsewhere."""
+    return type(x) in (Tensor, torch.nn.Parameter) and _has_memory(x)
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """The addresses of the first byte of x and of the first behind it."""
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
