@@ -311,6 +311,44 @@ def test_a_storage_that_goes_before_the_call(fake, on_fake_driver):
     assert len(fake.launches) == before
 
 
+# ------------------------------------------------------------------------ outputs over other memory
+
+
+def foreign(buffer, start, like):
+    """A tensor over part of a buffer, with a storage of its own that begins there."""
+    part = torch.from_dlpack(buffer[start : start + like.numel()])
+    own = torch.from_dlpack(np.from_dlpack(part.view(torch.int16))).view(like.dtype)
+    assert own.untyped_storage().data_ptr() == part.data_ptr()
+    return own.view(like.shape)
+
+
+SHIFTS = {"a storage that begins later": 8, "one that begins before": -8, "the same bytes": 0}
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "s_aux"])
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_an_output_over_an_argument_is_refused_again(shift, name, fake, on_fake_driver):
+    given = dict(zip("qkv", draw(heads_kv=4), strict=True), s_aux=torch.zeros(4).bfloat16())
+    out = torch.empty_like(given["q"])
+    flash_attn_func(**given, out=out)
+    buffer = torch.zeros(8 + given[name].numel() + 2 * out.numel()).bfloat16()
+    place = 8 + out.numel() if shift == "one that begins before" else 8
+    given[name] = foreign(buffer, place, given[name])
+    before = len(fake.launches)
+    with pytest.raises(ValueError, match="out must not share memory"):
+        flash_attn_func(**given, out=foreign(buffer, place + SHIFTS[shift], out))
+    assert len(fake.launches) == before
+
+
+def test_an_output_next_to_an_argument_is_remembered(fake, on_fake_driver, whole_ways):
+    q, k, v = draw(heads_kv=4)
+    flash_attn_func(q, k, v, out=torch.empty_like(q))
+    buffer = torch.zeros(3 * q.numel()).bfloat16()
+    before, out, after = (foreign(buffer, i * q.numel(), q) for i in range(3))
+    flash_attn_func(before, after, v, out=out)
+    assert (len(fake.launches), len(whole_ways)) == (2, 1)
+
+
 # ----------------------------------------------------------------------------- threads that remain
 
 REMAINS = """

@@ -96,6 +96,12 @@ bool is_differentiable(const CallKey::Tensor& tensor) {
     return tensor.argument < kOut;
 }
 
+// Whether a byte between the first and the last of one is also that of the other: so do tensors meet whose
+// storages do not know of each other, as DLPack and NumPy make them.
+bool spans_meet(const TensorView& a, const TensorView& b) {
+    return a.address < b.end_address() && b.address < a.end_address();
+}
+
 const CallKey::Tensor* find_out(const CallKey& call) {
     return std::find_if(call.begin(), call.end(), [](const auto& tensor) { return tensor.argument == kOut; });
 }
@@ -221,7 +227,8 @@ bool Recall::needs_graph(const CallKey& call, bool grad_enabled, bool& needed) c
     return !needed || find_out(call) == call.end();
 }
 
-// Whether there is no `out`, or it shares memory with no other tensor of the call.
+// Whether there is no `out`, or it shares memory with no other tensor of the call: neither a storage nor
+// bytes.
 bool Recall::can_write_out(const CallKey& call) const {
     const CallKey::Tensor* const out = find_out(call);
     if (out == call.end()) {
@@ -229,7 +236,8 @@ bool Recall::can_write_out(const CallKey& call) const {
     }
     const std::uintptr_t written = reader_.storage(out->object, out->view);
     return std::none_of(call.begin(), call.end(), [&](const CallKey::Tensor& tensor) {
-        return &tensor != out && reader_.storage(tensor.object, tensor.view) == written;
+        return &tensor != out &&
+               (spans_meet(tensor.view, out->view) || reader_.storage(tensor.object, tensor.view) == written);
     });
 }
 

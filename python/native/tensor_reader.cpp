@@ -78,6 +78,14 @@ bool has_memory(const TensorView& view) {
 
 }  // namespace
 
+std::uintptr_t TensorView::end_address() const {
+    std::int64_t last = 0;
+    for (std::size_t i = 0; i < static_cast<std::size_t>(rank); ++i) {
+        last += (sizes[i] - 1) * strides[i];
+    }
+    return address + static_cast<std::uintptr_t>((last + 1) * element_bytes);
+}
+
 TensorReader::TensorReader(const py::object& exchange_api) {
     if (PyCapsule_IsValid(exchange_api.ptr(), dlpack::kCapsuleName) == 0) {
         return;

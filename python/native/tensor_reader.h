@@ -21,6 +21,9 @@ struct TensorView {
     int rank = 0;
     std::array<std::int64_t, kMaxRank> sizes{};
     std::array<std::int64_t, kMaxRank> strides{};
+
+    // Behind the last byte. The view has elements, and torch's strides are never negative.
+    std::uintptr_t end_address() const;
 };
 
 // Every function needs the GIL, and takes objects whose type is exactly torch.Tensor or torch.nn.Parameter.
