@@ -189,8 +189,7 @@ def test_refusals(case):
 
 
 def test_the_op_has_a_fake(monkeypatch):
-    cache, k = caches(3, 64)[0], new_rows()[1]
-    arguments = (cache, k, int32((0, 1, 2)), *(None,) * 8, True)
+    arguments = (*caches(3, 64), *new_rows()[1:], int32((0, 1, 2)), *(None,) * 10, True)
     op = torch.ops.flash8.append_quantized.default
     with device().serving_cpu_tensors(monkeypatch):
         torch.library.opcheck(op, arguments, test_utils="test_faketensor")

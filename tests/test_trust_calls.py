@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import flash8
 from flash8 import flash_attn_func, fp8
 from flash8.backends import hopper, mode, repeated, trust
+from flash8.backends.watchdog import KernelHangsError
 from flash8.compiler import CompilerNotFoundError, MissingVariantError
 from flash8.quantize_variants import QuantizeVariant
 from flash8.variants import ForwardVariant
@@ -294,6 +295,32 @@ def test_quantizers_without_kernels_are_portable_bit_by_bit(checked):
             assert a is None or torch.equal(
                 a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)
             )
+
+
+APPEND_ERRORS = {
+    "a hang": KernelHangsError("no end"),
+    "a capture": RuntimeError("has not been checked"),
+    "no kernel, where one is required": mode.KernelRequiredError("wrong"),
+}
+
+
+@pytest.mark.parametrize("name", APPEND_ERRORS)
+def test_keys_are_not_appended_where_values_are_refused(name, checked, monkeypatch):
+    """The kernel of the values is another one: they are narrower."""
+
+    def is_trusted(variant, device):
+        if variant.name.endswith("d64"):
+            raise APPEND_ERRORS[name]
+        return True
+
+    q, k, v = draw()
+    caches = [torch.ones(2, 128, 2, width).to(torch.float8_e4m3fn) for width in (128, 64)]
+    lengths = torch.tensor([3, 70], dtype=torch.int32)
+    with checked():
+        monkeypatch.setattr(trust, "is_trusted", is_trusted)
+        with pytest.raises(type(APPEND_ERRORS[name]), match=str(APPEND_ERRORS[name])):
+            flash8.flash_attn_with_kvcache(q, *caches, k, v[..., :64], cache_seqlens=lengths)
+    assert all((cache.float() == 1.0).all() for cache in caches)
 
 
 def test_an_append_without_a_kernel_is_portable(checked):

@@ -138,8 +138,7 @@ class NewKeys:
 
             both = self._appended(options)
             if self._go_to_kernels(both):
-                for appended in both:
-                    kernels.append(appended)
+                kernels.append(*both)
                 return
             k, v = (portable_append.quantize(appended) for appended in both)
         torch.ops.flash8.append_kv(

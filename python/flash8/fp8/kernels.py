@@ -22,9 +22,10 @@ _library.define(
     "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "append_quantized(Tensor(a!) cache, Tensor x, Tensor starts, Tensor? cu_seqlens, "
-    "Tensor? page_table, Tensor? kv_batch_idx, Tensor? descale, Tensor? mean, Tensor? cos, "
-    "Tensor? sin, Tensor? offsets, bool interleaved) -> ()"
+    "append_quantized(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor starts, "
+    "Tensor? cu_seqlens, Tensor? page_table, Tensor? kv_batch_idx, Tensor? k_descale, "
+    "Tensor? v_descale, Tensor? k_mean, Tensor? v_mean, Tensor? cos, Tensor? sin, Tensor? offsets, "
+    "bool interleaved) -> ()"
 )
 
 
@@ -89,33 +90,44 @@ def _quantize_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def append(appended: Appended) -> None:
-    """Writes new rows into an e4m3 cache."""
-    a = appended
-    rope = (None, None, None, True) if a.rope is None else a.rope
-    indices = (a.starts, a.cu_seqlens, a.page_table, a.kv_batch_idx)
-    torch.ops.flash8.append_quantized(a.cache, a.x, *indices, a.descale, a.mean, *rope)
+def append(k: Appended, v: Appended) -> None:
+    """Writes new rows into the two e4m3 caches of a call, which only keys have a position in."""
+    rope = (None, None, None, True) if k.rope is None else k.rope
+    where = (k.starts, k.cu_seqlens, k.page_table, k.kv_batch_idx)
+    scales = (k.descale, v.descale, k.mean, v.mean)
+    torch.ops.flash8.append_quantized(k.cache, v.cache, k.x, v.x, *where, *scales, *rope)
 
 
 def _append(
-    cache: Tensor,
-    x: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
     starts: Tensor,
     cu_seqlens: Tensor | None,
     page_table: Tensor | None,
     kv_batch_idx: Tensor | None,
-    descale: Tensor | None,
-    mean: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    k_mean: Tensor | None,
+    v_mean: Tensor | None,
     *position: Any,
 ) -> None:
     rope = None if position[0] is None else Rope(*position)
     where = (starts, cu_seqlens, page_table, kv_batch_idx)
-    appended = Appended(cache, x, *where, descale, mean, rope)
-    index_checks.check_append(cache, x, *where, descale)
-    if trust.is_trusted(appender.variant(appended), x.device):
+    both = (
+        Appended(k_cache, k, *where, k_descale, k_mean, rope),
+        Appended(v_cache, v, *where, v_descale, v_mean),
+    )
+    # What refuses one of them has to be met before either is written.
+    for appended in both:
+        index_checks.check_append(appended.cache, appended.x, *where, appended.descale)
+    trusted = [trust.is_trusted(appender.variant(appended), k.device) for appended in both]
+    if not all(trusted):
+        portable_append.append(*both)
+        return
+    for appended in both:
         appender.append(appended)
-    else:
-        portable_append.append(appended)
 
 
 def _append_fake(*_: Any) -> None:

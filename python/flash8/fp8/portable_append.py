@@ -8,13 +8,14 @@ from flash8.fp8.request import Appended
 from flash8.rotary import embed_position, token_positions, token_sequences
 
 
-def append(appended: Appended) -> None:
-    """Writes the rows. Raises ValueError where the cache has no room, before the first of them."""
+def append(*appended: Appended) -> None:
+    """Writes the rows, into one cache or the two of a call. Raises ValueError where there is no
+    room for them, before the first."""
     from flash8.backends.cpu.cache import append_rows
 
-    a = appended
-    rows = quantize(a)
-    append_rows([(a.cache, rows)], a.starts, a.cu_seqlens, a.page_table, a.kv_batch_idx)
+    pairs = [(a.cache, quantize(a)) for a in appended]
+    a = appended[0]
+    append_rows(pairs, a.starts, a.cu_seqlens, a.page_table, a.kv_batch_idx)
 
 
 def quantize(appended: Appended) -> Tensor:
