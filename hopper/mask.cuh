@@ -59,8 +59,16 @@ class Mask {
         }
         KeyRange const head = visible_keys(first);
         KeyRange const tail = visible_keys(last);
-        return {max(0, head.begin) / kBlockN, ceil_div(max(0, tail.begin)), max(0, head.end) / kBlockN,
-                ceil_div(max(0, tail.end)),   max(0, head.begin),           max(0, tail.end)};
+        int const first_key = max(0, head.begin);
+        int const end_key = max(0, tail.end);
+        KeyBlocks blocks{};
+        blocks.begin = first_key / kBlockN;
+        blocks.left_end = ceil_div(max(0, tail.begin));
+        blocks.right_begin = max(0, head.end) / kBlockN;
+        blocks.end = ceil_div(end_key);
+        blocks.first_key = first_key;
+        blocks.end_key = end_key;
+        return blocks;
     }
 
     __device__ KeyRange visible_keys(int query) const {
