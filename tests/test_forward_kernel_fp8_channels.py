@@ -66,7 +66,7 @@ MUTATIONS = {
     "another row": (SHIFT, "tile_row + 8 * r, column", "tile_row + 8, column"),
     "LSE keeps it": (EPILOGUE, "statistics.lse[r] + leftovers.score_shift[r]", "statistics.lse[r]"),
     "the sink keeps it": (EPILOGUE, "[rows[r].head] - leftovers.score_shift[r]", "[rows[r].head]"),
-    "one channel": (EPILOGUE, "descale_[channel] : 1.0f", "descale_[0] : 1.0f"),
+    "one channel": (EPILOGUE, "checked_descale(descale_[channel])", "checked_descale(descale_[0])"),
     "no weight": (EPILOGUE, "factors.weight * mean_[channel]", "mean_[channel]"),
 }
 

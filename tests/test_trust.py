@@ -101,6 +101,7 @@ CAUSAL, LOCAL = replace(BF16, mask="causal"), replace(BF16, mask="local")
 CAPPED, SLOPED = replace(BF16, softcap=True), replace(BF16, alibi=True)
 MASK, EPILOGUE, SCORES = "mask.cuh", "forward/epilogue.cuh", "forward/scores.cuh"
 TANH, SINK = "ptx::tanh(rows(r, i) * scale[r])", "params.scores.sinks != nullptr"
+SHIFT = "float shift = reference;"
 KV_HEAD = "tile.head / (params.heads_q / params.heads_kv)"
 FINISH = "RowStatistics const statistics = softmax.finish(sinks);"
 INSIDE, KEYS = "bool const inside = rows[r].query", "keys = {position - left_"
@@ -127,8 +128,8 @@ EDITS = {
     "another KV head": ("forward/query_row.cuh", KV_HEAD, "tile.head % params.heads_kv"),
     "unused rows unwritten": (EPILOGUE, f"{INSIDE} < info.capacity_q", f"{INSIDE} < info.seqlen_q"),
     "descales swapped": ("forward/consumer.cuh", "(params_.k_descale,", "(params_.v_descale,"),
-    "LSE keeps the offset": ("softmax.cuh", "(safe - offset + ", "(safe + "),
-    "counter left": ("tile_scheduler.cuh", "*counter() = 0;", "*counter() += 0;"),
+    "LSE keeps the offset": ("softmax_fp8.cuh", SHIFT, f"{SHIFT} reference += kOffset;"),
+    "counter left": ("tile_scheduler.cuh", "atomicExch(counter(), 0);", ""),
     "a trap": (EPILOGUE, FINISH, f'{FINISH} asm volatile("trap;");'),
 }
 
@@ -176,6 +177,7 @@ def quantized(**options):
     return lambda: fp8.quantize(X, **options).data
 
 
+COUNTED = "tile.counted = clamped(params.seqused[tile.batch], 0, tile.counted);"
 #: File, what is replaced, by what; the kernel that must not pass, a call of it, and words.
 WRONG_QUANTIZERS = {
     "descale for its inverse": (
@@ -191,7 +193,7 @@ WRONG_QUANTIZERS = {
         *("cast_bf16_d64_transposed", quantized(granularity="block", transpose=True), "bytes"),
     ),
     "unused tokens count": (
-        *("tokens.cuh", "tile.counted = min(params.seqused[tile.batch], tile.capacity);", ""),
+        *("tokens.cuh", COUNTED, ""),
         *("mean_bf16_d64", quantized(granularity="block", smooth_k=True), "the mean is off by"),
     ),
     "mean not taken off": (

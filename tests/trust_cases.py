@@ -31,7 +31,7 @@ def changed_quantizers(folder: Path, name: str, old: str, new: str) -> Image:
     root = folder / "quantize"
     shutil.copytree(cutlass_root() / "quantize", root)
     text = (root / name).read_text()
-    assert old in text
+    assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
     (root / name).write_text(text.replace(old, new))
 
     def image(variant: hopper.Variant) -> bytes:
