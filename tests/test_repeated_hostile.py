@@ -328,7 +328,8 @@ SHIFTS = {"a storage that begins later": 8, "one that begins before": -8, "the s
 @pytest.mark.parametrize("name", ["q", "k", "v", "s_aux"])
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_an_output_over_an_argument_is_refused_again(shift, name, fake, on_fake_driver):
-    given = dict(zip("qkv", draw(heads_kv=4), strict=True), s_aux=torch.zeros(4).bfloat16())
+    tensors = draw(heads=16, heads_kv=16)
+    given = dict(zip("qkv", tensors, strict=True), s_aux=torch.zeros(16).bfloat16())
     out = torch.empty_like(given["q"])
     flash_attn_func(**given, out=out)
     buffer = torch.zeros(8 + given[name].numel() + 2 * out.numel()).bfloat16()
