@@ -30,10 +30,13 @@ def quantizers_only(monkeypatch: Any, *, seed: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def kernels(monkeypatch: Any, *inputs: Tensor | None, seed: int = 0) -> Iterator[None]:
+def kernels(
+    monkeypatch: Any, *inputs: Tensor | None, seed: int = 0, races: bool = True
+) -> Iterator[None]:
     """Inside, quantizers run on kernels that may touch `inputs` and what they allocate, no more.
 
     What is allocated is poisoned and has guards around it, which must be whole in the end.
+    Without `races` two CTAs may write one place.
     """
     guarded: list[Tensor] = []
     given = [x for x in inputs if x is not None]
@@ -47,7 +50,7 @@ def kernels(monkeypatch: Any, *inputs: Tensor | None, seed: int = 0) -> Iterator
         return inner.view(dtype).view(shape)
 
     with quantizers_only(monkeypatch, seed=seed), monkeypatch.context() as patch:
-        device().configure(seed=seed, strict_global=True)
+        device().configure(seed=seed, strict_global=True, check_races=races)
         patch.setattr(quantizer, "allocate", allocate)
         for x in given:
             device().register(x)

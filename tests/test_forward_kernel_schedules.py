@@ -89,7 +89,7 @@ def test_a_tile_that_is_not_drawn_is_noticed():
 
 
 def copies_and_claims() -> list[tuple[int, int]]:
-    """(TMA copies, claims) of every stretch of the producer between two waits, in order."""
+    """(TMA copies, atomics) of every stretch of the producer between two waits, in order."""
     events = [e for e in device().timeline()["traceEvents"] if e["cat"] == "run" and e["tid"] == 0]
     counts = [e["args"] for e in sorted(events, key=lambda e: e["ts"])]
     return [(c.get("tma", 0), c.get("atomic", 0)) for c in counts]
@@ -105,7 +105,9 @@ def test_the_next_tile_is_claimed_when_this_one_is_loaded():
     kernel(CAUSAL)(Call(q, k, v, SCALE, causal=True), Schedule(num_ctas=1))
     stretches = copies_and_claims()
     assert sum(copies for copies, _ in stretches) == 26
-    (claim,) = [i for i, (_, claims) in enumerate(stretches) if claims]
+    # A claim, and the two by which the last CTA leaves.
+    assert sum(atomics for _, atomics in stretches) == 3
+    claim = next(i for i, (_, atomics) in enumerate(stretches) if atomics)
     assert sum(copies for copies, _ in stretches[: claim + 1]) >= 24
 
 

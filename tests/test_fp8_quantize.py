@@ -358,7 +358,12 @@ BAD = {
     "dtype": (X, dict(dtype=torch.int8), TypeError, "dtype must be.*e4m3fn.*int8"),
     "rank": (X[0], {}, ValueError, "x must have 4 dimensions.*cu_seqlens"),
     "packed rank": (X, dict(cu_seqlens=int32((0, 5))), ValueError, "x must have 3 dimensions"),
-    "cu_seqlens dtype": (PACKED, dict(cu_seqlens=torch.tensor([0, 20])), TypeError, "cu_seqlens"),
+    "cu_seqlens dtype": (
+        PACKED,
+        dict(cu_seqlens=torch.tensor([0, 20], dtype=torch.int16)),
+        TypeError,
+        "cu_seqlens",
+    ),
     "page and lengths": (
         PACKED,
         dict(granularity="page", cu_seqlens=int32((0, 20))),

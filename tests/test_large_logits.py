@@ -74,7 +74,7 @@ def check(call: Call, o: Tensor, lse: Tensor, size: float) -> None:
     assert torch.isfinite(o).all() and torch.isfinite(lse).all()
     O_BOUNDS[size].check("O", rel_l2(o, exact))
     error = (lse.double() - exact_lse).abs().max().item()
-    assert error <= 1e-3 + 3e-7 * size, f"LSE is off by {error} at logits of {size}"
+    assert error <= 1e-3 + 4e-7 * size, f"LSE is off by {error} at logits of {size}"
 
 
 def attend(call: Call, **given: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ def test_a_sink_beside_them(size):
         call.q, call.k, call.v, softmax_scale=call.softmax_scale, s_aux=sink, **call.descales
     )
     O_BOUNDS[size].check("O", rel_l2(o, exact))
-    assert (lse.double() - exact_lse).abs().max().item() <= 1e-3 + 3e-7 * size
+    assert (lse.double() - exact_lse).abs().max().item() <= 1e-3 + 4e-7 * size
 
 
 MUTATIONS = {

@@ -105,5 +105,8 @@ def test_a_stride_of_32_bits_is_noticed(dense, far, name):
     call = call_on(tensors)
     address, *strides = getattr(call, name)
     setattr(call, name, (address, *(stride % 2**32 for stride in strides)))
-    results = run(tensors, call)
+    try:
+        results = run(tensors, call)
+    except _native.DriverError:
+        return  # CTAs that meet in one place are a race, which the simulated device stops at
     assert not all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))

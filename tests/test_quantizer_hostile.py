@@ -37,11 +37,11 @@ STEPS = {
 }
 
 
-def quantized(monkeypatch, granularity, cu_seqlens, rope=None, seqused=None, **options):
+def quantized(monkeypatch, granularity, cu_seqlens, rope=None, seqused=None, races=True, **options):
     x = draw(sum(LENGTHS), 2, 64)
     given = [x, cu_seqlens, seqused, *(rope or ())]
     tensors = [t for t in given if isinstance(t, torch.Tensor)]
-    with kernels(monkeypatch, *tensors):
+    with kernels(monkeypatch, *tensors, races=races):
         return fp8.quantize(
             x, granularity, cu_seqlens=cu_seqlens, rope=rope, seqused=seqused, **options
         )
@@ -50,10 +50,13 @@ def quantized(monkeypatch, granularity, cu_seqlens, rope=None, seqused=None, **o
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("offsets", OFFSETS.values(), ids=OFFSETS)
 def test_offsets(monkeypatch, offsets, steps):
-    """Nothing outside is read or written, and the next call is right."""
+    """Nothing outside is read or written, and the next call is right.
+
+    Where such offsets let sequences overlap, several CTAs write their rows.
+    """
     granularity, options = STEPS[steps]
     right = quantized(monkeypatch, granularity, cumulative(LENGTHS), **options)
-    quantized(monkeypatch, granularity, int32(offsets), **options)
+    quantized(monkeypatch, granularity, int32(offsets), races=False, **options)
     assert_equal(quantized(monkeypatch, granularity, cumulative(LENGTHS), **options), right)
 
 

@@ -37,7 +37,7 @@ MUTATIONS = {
     ),
     "halves swapped": ("rows.cuh", "first ? -1.0f : 1.0f", "first ? 1.0f : -1.0f", HALVES),
     "neighbours swapped": ("rows.cuh", "y[2 * c] = subtract(", "y[2 * c] = add(", NEIGHBOURS),
-    "no offset": ("rows.cuh", "start + readable_row", "readable_row", HALVES),
+    "no offset": ("rows.cuh", "min(start + readable_row", "min(int64_t{0} + readable_row", HALVES),
     "no signs": ("rows.cuh", "^ (signs >> c << 31)", "", {"hadamard": 1}),
     "one exchange less": (
         "rows.cuh",

@@ -96,7 +96,7 @@ def test_memory_that_runs_out_is_no_verdict(checked, monkeypatch):
 
     with checked(), monkeypatch.context() as patch:
         patch.setattr(hopper, "plan", run_out)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.warns(UserWarning, match=r"cannot check its kernel .* no memory"):
             attend()
         assert trust._findings == {}
 
