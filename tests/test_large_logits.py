@@ -116,7 +116,7 @@ def test_a_sink_beside_them(size):
         call.q, call.k, call.v, softmax_scale=call.softmax_scale, s_aux=sink, **call.descales
     )
     O_BOUNDS[size].check("O", rel_l2(o, exact))
-    assert (lse.double() - exact_lse).abs().max().item() <= 1e-3 + 4e-7 * size
+    assert (lse.double() - exact_lse).abs().max().item() <= 1e-3 + 3e-7 * size
 
 
 MUTATIONS = {
