@@ -402,6 +402,17 @@ def test_bad_input(case):
         fp8.quantize(x, **options)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("granularity", ["tensor", "head", "block", "channel"])
+def test_tokens_of_no_sequence_are_zeros(granularity, transpose):
+    ends = torch.zeros(1, dtype=torch.int32)
+    x = torch.full((3, 2, 32), 7.0)
+    given = {"cu_seqlens": ends, "transpose": transpose, "smooth_v": True}
+    s = fp8.quantize(x, granularity, rope=(torch.ones(4, 16), torch.zeros(4, 16)), **given)
+    assert not s.data.float().any() and torch.equal(s.descale, torch.ones_like(s.descale))
+    assert s.mean.shape == (0, 2, 32)
+
+
 def test_dequantize_takes_scaled_tensors_only():
     with pytest.raises(TypeError, match="x must be a ScaledTensor"):
         fp8.dequantize(X)

@@ -54,6 +54,36 @@ REFUSED = {
     ),
     "unpack a tuple": (TypeError, "packed", lambda: varlen.unpack((), ENDS)),
     "unpack a scalar": (ValueError, "packed", lambda: varlen.unpack(X[0, 0, 0], ENDS)),
+    "unpad a sparse tensor": (
+        TypeError,
+        "hidden_states",
+        lambda: varlen.unpad_input(X.to_sparse(), X[..., 0] > 0),
+    ),
+    "pad a sparse tensor": (
+        TypeError,
+        "hidden_states",
+        lambda: varlen.pad_input(X[0].to_sparse(), ENDS[:2], 2, 3),
+    ),
+    "quantize by no offsets": (
+        ValueError,
+        "cu_seqlens",
+        lambda: fp8.quantize(X, cu_seqlens=ENDS[:0]),
+    ),
+    "quantize by offsets that start anywhere": (
+        ValueError,
+        "cu_seqlens",
+        lambda: fp8.quantize(X, cu_seqlens=ENDS[:1] - 2),
+    ),
+    "quantize by offsets that decrease": (
+        ValueError,
+        "cu_seqlens",
+        lambda: fp8.quantize(X, cu_seqlens=torch.tensor([0, 2, 1])),
+    ),
+    "quantize more tokens than there are": (
+        ValueError,
+        "seqused",
+        lambda: fp8.quantize(X[None], seqused=torch.tensor([3])),
+    ),
     "unpad a list": (TypeError, "hidden_states", lambda: varlen.unpad_input([1], X[..., 0] > 0)),
     "pad a list": (TypeError, "hidden_states", lambda: varlen.pad_input([1], ENDS, 2, 3)),
     "pad to a tensor": (TypeError, "batch", lambda: varlen.pad_input(X[:, 0], ENDS[:2], X, 3)),

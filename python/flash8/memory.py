@@ -59,14 +59,28 @@ def _has_memory(x: Tensor) -> bool:
     differentiates."""
     if x.numel() == 0 or x.device.type == "meta":
         return False
-    if not torch._C._are_functorch_transforms_active():
-        return True
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not _is_wrapped(x)
 
 
 def _has_address(x: Tensor) -> bool:
     """Fake tensors have none, and other subclasses may hold their data elsewhere."""
-    return type(x) in (Tensor, torch.nn.Parameter) and _has_memory(x)
+    return _is_plain(x) and _has_memory(x)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and not _is_wrapped(x)
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    """Whether a transform of torch.func maps over it or differentiates it."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether to look at its values waits for no device, breaks no graph and asks no transform."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and _is_plain(x)
 
 
 def _span(x: Tensor) -> tuple[int, int]:

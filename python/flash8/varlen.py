@@ -354,8 +354,7 @@ def _check_integers(name: str, tensor: Tensor, ndim: int | tuple[int, ...]) -> N
 
 def _check_rows(name: str, tensor: Tensor, ndim: int) -> None:
     """Refuses all but a tensor with at least `ndim` dimensions."""
-    if not isinstance(tensor, Tensor) or tensor.is_nested:
-        raise TypeError(f"{name} must be a plain tensor, got {type(tensor).__name__}")
+    require_tensor(name, tensor, getattr(tensor, "dtype", torch.float32))
     if tensor.dim() < ndim:
         raise ValueError(f"{name} must have at least {ndim} dimension(s), got {tensor.dim()}")
 

@@ -15,6 +15,8 @@ _WIDE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def quantize(request: Request) -> tuple[Tensor, Tensor, Tensor]:
     """Data, descale and mean; descale and mean are empty where the caller has them already."""
+    if request.batch == 0:
+        return _of_no_sequence(request)
     x, tokens, rotation = request.x, request.tokens, request.rotation
     y = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if request.rope is not None:
@@ -40,6 +42,14 @@ def quantize(request: Request) -> tuple[Tensor, Tensor, Tensor]:
         data = transpose(data, tokens)
     nothing = y.new_empty((0,), dtype=torch.float32)
     return data, descale, nothing if mean is None else mean.float()
+
+
+def _of_no_sequence(request: Request) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens that belong to no sequence are zeros, with the descales of zeros."""
+    shapes = request.data_shape(), request.descale_shape(), request.mean_shape()
+    data, amax, mean = (request.x.new_zeros(shape, dtype=torch.float32) for shape in shapes)
+    descale = descale_of(amax, request.dtype) if request.descale is None else request.descale
+    return data.to(request.dtype), descale, mean
 
 
 def descale_of(amax: Tensor, dtype: torch.dtype = E4M3) -> Tensor:

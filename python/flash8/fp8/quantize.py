@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8 import backends, descales
+from flash8 import backends, descales, memory
 from flash8.arguments import (
     INDEX_DTYPES,
     describe,
@@ -26,6 +26,7 @@ from flash8.arguments import (
     require_tensor,
     to_int32,
 )
+from flash8.backends import cpu
 from flash8.float8 import E4M3, E5M2, MAX
 from flash8.fp8 import kernels, portable, quantizer
 from flash8.fp8.hadamard import Rotation, rotation_for
@@ -186,6 +187,8 @@ def _check(x: Tensor, granularity: Any, dtype: Any, cu_seqlens: Any, seqused: An
         require_rank("x", x, 3, "(total, heads, d) with cu_seqlens")
         require_tensor("cu_seqlens", cu_seqlens, INDEX_DTYPES, x)
         require_rank("cu_seqlens", cu_seqlens, 1, "(batch + 1,)")
+        if cu_seqlens.shape[0] < 1:
+            raise ValueError("cu_seqlens must have batch + 1 elements, at least 1, got 0")
     if granularity == "page" and (cu_seqlens is not None or seqused is not None):
         raise ValueError(
             "granularity 'page' takes no cu_seqlens or seqused: pages know no sequence"
@@ -196,6 +199,8 @@ def _check(x: Tensor, granularity: Any, dtype: Any, cu_seqlens: Any, seqused: An
         batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         require_tensor("seqused", seqused, INDEX_DTYPES, x)
         require_shape("seqused", seqused, (batch,), "(batch,)")
+    if all(memory.is_readable(y) for y in (x, cu_seqlens, seqused) if y is not None):
+        cpu.check_tokens(x, cu_seqlens, seqused)
 
 
 def _check_outputs(x: Tensor, granularity: str, descale: Any, amax: Any, transpose: Any) -> None:
