@@ -125,9 +125,27 @@ class Keys:
             return (logical + int(self.cu_seqlens[b]),)
         return torch.full_like(logical, row), logical
 
-    def take(self, x: Tensor, b: int) -> Tensor:
+    def logical(self, x: Tensor, b: int) -> Tensor:
         first, end = self.used(x, b)
-        return x[self.slot(x, b, torch.arange(first, max(first, end)))]
+        return torch.arange(first, max(first, end))
+
+    def has_work(self, b: int) -> bool:
+        return self.batch_idx is None or int(self.batch_idx[b]) != -1
+
+    def exists(self, x: Tensor, b: int) -> Tensor:
+        """Which slots of sequence b have a page: a hidden one may have any number."""
+        logical = self.logical(x, b)
+        if self.page_table is None:
+            return torch.ones_like(logical, dtype=torch.bool)
+        page, _ = self.slot(x, b, logical)
+        return (page >= 0) & (page < x.shape[0])
+
+    def take(self, x: Tensor, b: int) -> Tensor:
+        """The rows of sequence b, zeros where there is no page."""
+        exists = self.exists(x, b)
+        rows = x.new_zeros(exists.shape[0], *x.shape[-2:])
+        rows[exists] = x[self.slot(x, b, self.logical(x, b)[exists])]
+        return rows
 
 
 def _descale(x: Tensor, descale: Tensor | None, b: int, heads: int) -> Tensor:
@@ -189,6 +207,11 @@ def attention(
             length = int(seqused_q[b])
         rows = slice(start, start + length)
         at = (rows,) if packed else (b, rows)
+        if not keys.has_work(b):
+            continue
+        exists = keys.exists(k, b)
+        mask = mask_fn(length, exists.numel(), causal, window_size, attention_chunk)
+        assert not mask[:, ~exists].any(), "a query sees a page that does not exist"
         q_b = _descale(q[at], q_descale, b, heads)
         k_b = _descale(keys.take(k, b), k_descale, b, k.shape[-2])
         v_b = _descale(keys.take(v, b), v_descale, b, v.shape[-2])
@@ -200,7 +223,7 @@ def attention(
             q_b,
             k_b,
             v_b,
-            mask_fn(length, k_b.shape[0], causal, window_size, attention_chunk),
+            mask,
             softmax_scale,
             softcap,
             _slopes(alibi_slopes, b),
@@ -286,6 +309,8 @@ class CacheStep:
             return k_cache, v_cache, lengths
         keys = Keys(page_table=self.page_table, batch_idx=self.cache_batch_idx)
         for b in range(lengths.numel()):
+            if not keys.has_work(b):
+                continue
             k_new, v_new = self.new_rows(self.k, b), self.new_rows(self.v, b)
             step = torch.arange(k_new.shape[0])
             if self.rotary_cos is not None:

@@ -145,3 +145,28 @@ def test_combine_is_attention_over_the_pieces():
     )
     torch.testing.assert_close(out, whole)
     torch.testing.assert_close(merged.transpose(1, 2), lse)
+
+
+def test_a_hidden_page_may_have_any_number_and_a_visible_one_may_not():
+    q, cache = torch.randn(1, 1, 1, 4), torch.randn(3, 2, 1, 4)
+    lengths = torch.tensor([4])
+
+    def windowed(table: list[int], left: int):
+        table = torch.tensor([table])
+        return oracle.attention(
+            q, cache, cache, page_table=table, seqused_k=lengths, window_size=(left, 0)
+        )
+
+    for a, b in zip(windowed([2, 1], 1), windowed([-7, 1], 1), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(AssertionError, match="does not exist"):
+        windowed([-7, 1], 2)
+
+
+def test_a_row_without_work():
+    q, cache = torch.randn(2, 1, 1, 4), torch.randn(2, 3, 1, 4)
+    rows = torch.tensor([1, -1])
+    step = oracle.CacheStep(torch.tensor([1, 1]), cache_batch_idx=rows, k=q, v=q)
+    out, lse, k_after, _ = step.attention(q, cache, cache, s_aux=torch.zeros(1))
+    assert not out[1].any() and lse[1].item() == float("-inf") and out[0].any()
+    assert torch.equal(k_after[0], cache[0]) and not torch.equal(k_after[1], cache[1])
