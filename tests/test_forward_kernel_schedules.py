@@ -12,12 +12,14 @@ from flash8.options import Options
 from flash8.variants import ForwardVariant
 from forward_cases import check, compare, device, draw, kernel, launch, packed
 from forward_launch import Call, Schedule
+from fp8_forward_cases import changed_kernel, descales
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
 CAUSAL = ForwardVariant("bf16", 128, 128, mask="causal")
 LOCAL = ForwardVariant("bf16", 64, 64, mask="local")
+FP8 = ForwardVariant("e4m3", 128, 128, mask="causal", scales="block")
 SCALE = 128**-0.5
 
 SCHEDULES = [
@@ -35,8 +37,8 @@ def causal_call(seqlen_q=300, seqlen_k=300, heads=5, batch=2) -> Call:
     return Call(q, k, v, SCALE, causal=True)
 
 
-def packed_call(lengths_q, lengths_k, *, heads=2, behind=0) -> Call:
-    q, k, v = draw(CAUSAL, sum(lengths_q) + behind, sum(lengths_k), heads, 1)
+def packed_call(lengths_q, lengths_k, *, heads=2, behind=0, variant=CAUSAL) -> Call:
+    q, k, v = draw(variant, sum(lengths_q) + behind, sum(lengths_k), heads, 1)
     indices = {"cu_seqlens_q": packed(lengths_q), "cu_seqlens_k": packed(lengths_k)}
     lengths = {"max_seqlen_q": max(lengths_q), "max_seqlen_k": max(lengths_k)}
     return Call(q, k, v, SCALE, causal=True, indices=indices, **lengths)
@@ -59,6 +61,52 @@ def test_more_sequences_than_lanes(schedule):
     check(
         CAUSAL, packed_call(ragged(75, 9, 1), ragged(75, 40, 2), behind=3), schedule, seeds=(0, 5)
     )
+
+
+def one_in_the_last_group(sequences: int, variant: ForwardVariant) -> Call:
+    """The last group of 32 sequences is one sequence, and the one before it is not empty."""
+    lengths = ragged(sequences - 1, 9, 3), ragged(sequences - 1, 40, 4)
+    for of_sequences in lengths:
+        of_sequences[-2] = 5
+    call = packed_call(*lengths, heads=1, behind=3, variant=variant)
+    if variant.dtype == "e4m3":
+        blocks = [sum(x) // 128 + sequences for x in lengths]
+        scales = descales(variant, sequences, 1, 1, *blocks, packed=True)
+        call = replace(call, descales=scales)
+    return call
+
+
+@pytest.mark.parametrize("sequences", [33, 65])
+@pytest.mark.parametrize("variant", [CAUSAL, FP8], ids=lambda v: v.name)
+def test_one_sequence_more_than_lanes(variant, sequences):
+    call = one_in_the_last_group(sequences, variant)
+    check(variant, call, Schedule(num_ctas=3), seeds=(2,))
+
+
+GROUPS = {
+    "the last group is left out": (
+        "if (first_batch_ >= params_.sequences.batch) {",
+        "if (first_batch_ + 1 >= params_.sequences.batch) {",
+    ),
+    "rows before a group are forgotten": (
+        "rows_before_ = __shfl_sync(0xffffffff, row_end, 31);",
+        "rows_before_ = 0;",
+    ),
+    "tiles before a group are those of 31": (
+        "tiles_before_ = __shfl_sync(0xffffffff, end, 31);",
+        "tiles_before_ = __shfl_sync(0xffffffff, end, 30);",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", GROUPS)
+def test_one_sequence_more_catches(fault, tmp_path):
+    changed = changed_kernel(tmp_path, CAUSAL, ("tile_scheduler.cuh", *GROUPS[fault]))
+    for sequences in (33, 65):
+        call = one_in_the_last_group(sequences, CAUSAL)
+        with pytest.raises((AssertionError, RuntimeError)):
+            compare(call, *changed(call, Schedule(num_ctas=3)))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)

@@ -156,6 +156,24 @@ def test_packed_sequences(monkeypatch, granularity, behind, transpose):
     check(monkeypatch, x, granularity, **options, seqused=used)
 
 
+def ragged(sequences: int) -> tuple[int, ...]:
+    """Lengths of which every third is 0, but not the last of 33 or 65."""
+    return tuple((5 * i + 1) % 7 + 1 if i % 3 else 0 for i in range(sequences))
+
+
+@pytest.mark.parametrize("sequences", [33, 65])
+def test_one_sequence_more_than_lanes(monkeypatch, sequences):
+    """Every sequence has a mean of its own, and with `behind` rows the last one is found by it."""
+    cu = cumulative(ragged(sequences))
+    x = draw(int(cu[-1]) + 3, 1, 64) * 3.0
+    mean = draw(sequences, 1, 64, dtype=torch.float32, seed=3)
+    check(monkeypatch, x, "block", cu_seqlens=cu, smooth_k=mean, transpose=True)
+    check(monkeypatch, x, "head", cu_seqlens=cu, rope=Rope(*tables(64), int32(range(sequences))))
+    want = fp8.quantize(x, "head", cu_seqlens=cu, smooth_k=True)
+    found = on_kernels(monkeypatch, x, "head", cu_seqlens=cu, smooth_k=True)
+    torch.testing.assert_close(found.mean, want.mean, rtol=2e-6, atol=1e-5)
+
+
 def test_used_lengths_of_a_dense_tensor(monkeypatch):
     x = draw(3, 200, 2, 64)
     x[0, 70:] = 1e9

@@ -12,7 +12,7 @@ from flash8.compiler import Unit, compile_unit, cutlass_root
 from flash8.rotary import Rope
 from quantizer_device import device
 from simulated_device import missing_compiler
-from test_quantizer_kernels import assert_equal, draw, tables
+from test_quantizer_kernels import assert_equal, draw, ragged, tables
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
@@ -20,6 +20,9 @@ HALVES = {"rope": Rope(*tables(64), int32((3, 50)), False)}
 NEIGHBOURS = {"rope": Rope(*tables(64), int32((3, 50)), True)}
 MEAN = {"smooth_k": draw(2, 64, dtype=torch.float32, seed=9)}
 PACKED = {"cu_seqlens": cumulative((70, 70)), "seqused": int32((60, 70))}
+MANY = {
+    n: {"x": draw(sum(ragged(n)), 1, 64), "cu_seqlens": cumulative(ragged(n))} for n in (33, 65)
+}
 INFINITE = torch.tensor([1.0, float("inf")])[torch.randint(2, (2, 70, 2, 64))].bfloat16()
 
 # file, what is replaced, by what, and the call that must notice.
@@ -56,6 +59,18 @@ MUTATIONS = {
         "/ Config::kTokens + batch",
         "/ Config::kTokens",
         PACKED,
+    ),
+    "no sequence behind 32": (
+        "tokens.cuh",
+        "int high = params.batch - 1;",
+        "int high = min(params.batch, 32) - 1;",
+        MANY[33],
+    ),
+    "no sequence behind 64": (
+        "tokens.cuh",
+        "int high = params.batch - 1;",
+        "int high = min(params.batch, 64) - 1;",
+        MANY[65],
     ),
     "keys in plain order": (
         "rows.cuh",
