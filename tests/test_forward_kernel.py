@@ -11,8 +11,20 @@ import torch
 
 import flash8
 from flash8.variants import SHIPPED, ForwardVariant
-from forward_cases import SHAPES, check, compare, device, draw, int32, launch, masks, packed
+from forward_cases import (
+    SHAPES,
+    check,
+    compare,
+    device,
+    draw,
+    int32,
+    kernel,
+    launch,
+    masks,
+    packed,
+)
 from forward_launch import Call, Schedule
+from fp8_forward_cases import changed_kernel
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
@@ -104,6 +116,31 @@ def test_sequences_more_than_two_to_the_31_elements_apart(monkeypatch):
         )
     assert device().report()["kernel"] == "flash8_forward"
     compare(Call(q, k, v, scale(LOCAL), window=(20, 5)), o, lse)
+
+
+def long_call(keys: int) -> Call:
+    q, k, v = draw(CAUSAL, 64, keys, 1, 1, batch=1)
+    return Call(q, k, v, scale(CAUSAL), causal=True)
+
+
+@pytest.mark.parametrize("keys", [385, 1024])
+def test_many_blocks_of_keys(keys):
+    """Stages of K and V are used again and again, by the first block of queries alone."""
+    assert keys > 3 * kernel(CAUSAL).info.block_n
+    check(CAUSAL, long_call(keys), seeds=(1, 2))
+
+
+@pytest.mark.slow
+def test_many_blocks_of_keys_catch_a_fourth_that_is_left_out(tmp_path):
+    edit = (
+        "forward/mainloop.cuh",
+        "max(blocks.begin, blocks.left_end);",
+        "max(max(blocks.begin, blocks.left_end), blocks.end - 3);",
+    )
+    changed = changed_kernel(tmp_path, CAUSAL, edit)
+    compare(long_call(384), *changed(long_call(384), Schedule()))
+    with pytest.raises((AssertionError, RuntimeError)):
+        compare(long_call(385), *changed(long_call(385), Schedule()))
 
 
 def test_head_dim_is_filled_with_zeros():
