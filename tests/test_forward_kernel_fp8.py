@@ -12,13 +12,14 @@ from flash8 import fp8
 from flash8.backends.cpu import operands
 from flash8.compiler import compile_unit
 from flash8.variants import SHIPPED, ForwardVariant
-from forward_cases import SHAPES, check, compare, device, int32, kernel, launch, packed
+from forward_cases import SHAPES, check, compare, device, draw, int32, kernel, launch, packed
 from forward_launch import Call, ForwardKernel, Schedule
 from fp8_forward_cases import (
     changed_kernel,
     check_one_visible_key,
     check_visible_nan,
     dense_call,
+    descales,
     from_tensors,
     packed_call,
     wide,
@@ -72,6 +73,45 @@ def test_left_padding_and_cache_rows():
     given = {"leftpad_k": [7, 0], "seqused_k": [150, 33], "kv_batch_idx": [1, 0]}
     indices = {name: int32(values) for name, values in given.items()}
     check(MLA, dense_call(MLA, 2, 40, 150, 2, 2, indices=indices))
+
+
+def cache_rows_call(rows=(3, 0, 3)) -> Call:
+    """Blocks of Q belong to the sequence, those of K and V to the row of the cache."""
+    indices = {"seqused_k": int32([260, 140, 129]), "kv_batch_idx": int32(rows)}
+    call = dense_call(CAUSAL, 3, 140, 260, 2, 2)
+    _, k, v = draw(CAUSAL, 1, 260, 2, 2, batch=5, seed=1)
+    blocks = descales(CAUSAL, 5, 2, 2, 1, 3)
+    scales = {**blocks, "q_descale": call.descales["q_descale"]}
+    return replace(call, k=k, v=v, indices=indices, descales=scales)
+
+
+def test_blocks_of_cache_rows():
+    check(CAUSAL, cache_rows_call(), seeds=(1,))
+
+
+@pytest.mark.parametrize("name", ["k_descale", "v_descale"])
+def test_the_bounds_catch_descales_of_another_row(name):
+    call = cache_rows_call()
+    scales = {**call.descales, name: call.descales[name].roll(1, 0)}
+    o, lse = launch(CAUSAL, replace(call, descales=scales))
+    with pytest.raises(AssertionError):
+        compare(call, o, lse)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("info.batch_k * ref.batch_stride", "batch * ref.batch_stride"),
+        ("values[info.batch_q * ref.batch_stride", "values[info.batch_k * ref.batch_stride"),
+    ],
+    ids=["keys by the sequence", "queries by the row"],
+)
+def test_the_bounds_catch_blocks_by_the_wrong_number(old, new, tmp_path):
+    changed = changed_kernel(tmp_path, CAUSAL, ("forward/descales.cuh", old, new))
+    call = cache_rows_call()
+    with pytest.raises((AssertionError, RuntimeError)):
+        compare(call, *changed(call, Schedule()))
 
 
 @pytest.mark.parametrize("mask", ["none", "causal"])
