@@ -1,7 +1,7 @@
 """Runs the forward kernel on whatever driver is given, through the native host layer.
 
-Tensors are copied into the driver's memory with a guard of NaN behind every one of them, outputs
-are poisoned before the launch and copied back after it.
+Tensors are copied into the driver's memory with guards of NaN on both sides of every one of them,
+which are compared after the launch. Outputs are poisoned before it and copied back after it.
 """
 
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ from torch import Tensor
 from flash8 import _native
 from flash8.fp8 import transposed
 from flash8.fp8.tokens import Tokens
+from guarded import GUARD_BYTES
 
-_GUARD_BYTES = 4096
 _TYPES = {
     torch.float16: _native.ElementType.FLOAT16,
     torch.bfloat16: _native.ElementType.BFLOAT16,
@@ -56,6 +56,28 @@ class Schedule:
     first_draw: int = 0  # what the counter holds before the launch; anything but 0 is a bug
 
 
+class Uploaded:
+    """A tensor's bytes in the driver's memory, with guards."""
+
+    def __init__(self, driver: _native.Driver, data: bytes) -> None:
+        self._guard = b"\xff" * GUARD_BYTES
+        self._size = len(data)
+        self._memory = _native.DeviceMemory(driver, self._size + 2 * GUARD_BYTES)
+        self._memory.write(self._guard + data + self._guard)
+        self.address = self._memory.address + GUARD_BYTES
+
+    def read(self, like: Tensor) -> Tensor:
+        size = like.numel() * like.element_size()
+        raw = torch.frombuffer(bytearray(self._memory.read(size, GUARD_BYTES)), dtype=torch.uint8)
+        return raw.view(like.dtype).view(like.shape)
+
+    def check(self) -> None:
+        before = self._memory.read(GUARD_BYTES)
+        behind = self._memory.read(GUARD_BYTES, GUARD_BYTES + self._size)
+        whole = before == self._guard and behind == self._guard
+        assert whole, "a kernel wrote beside its output"
+
+
 class ForwardKernel:
     """A compiled variant, loaded by `driver`."""
 
@@ -70,7 +92,7 @@ class ForwardKernel:
     def __call__(self, call: Call, schedule: Schedule) -> tuple[Tensor, Tensor]:
         """O and LSE. Every element of both was NaN before the launch, and the counter of tiles is
         zero after it."""
-        self._memory: list[_native.DeviceMemory] = []
+        self._memory: list[Uploaded] = []
         params = _native.ForwardParams()
         rows, heads = call.q.shape[-3:-1]
         o_dtype = call.out_dtype if call.q.element_size() == 1 else call.q.dtype
@@ -93,9 +115,11 @@ class ForwardKernel:
         margin = self._multiprocessors - schedule.num_ctas
         _native.launch_forward(self._kernel, 0, 0, params, sm_margin=margin)
         self._driver.synchronize()
-        left = _download(counter, torch.zeros(2, dtype=torch.int32)).tolist()
+        for memory in self._memory:
+            memory.check()
+        left = counter.read(torch.zeros(2, dtype=torch.int32)).tolist()
         assert left == [0, 0], f"the counters are left at {left}"
-        return _download(o_memory, o), _download(lse_memory, lse)
+        return o_memory.read(o), lse_memory.read(lse)
 
     def _sequences(self, sequences: _native.SequenceParams, call: Call) -> None:
         for name, x in call.indices.items():
@@ -141,14 +165,12 @@ class ForwardKernel:
                 strides = channels.stride(0), channels.stride(1)
                 setattr(params, name, (self._upload(channels).address, *strides))
 
-    def _upload(self, x: Tensor) -> _native.DeviceMemory:
-        data = x.contiguous().view(torch.uint8).numpy().tobytes()
-        memory = _native.DeviceMemory(self._driver, max(len(data), 1) + _GUARD_BYTES)
-        memory.write(data + b"\xff" * _GUARD_BYTES)
+    def _upload(self, x: Tensor) -> Uploaded:
+        memory = Uploaded(self._driver, x.contiguous().view(torch.uint8).numpy().tobytes())
         self._memory.append(memory)
         return memory
 
-    def _tensor(self, params: _native.ForwardParams, name: str, x: Tensor) -> _native.DeviceMemory:
+    def _tensor(self, params: _native.ForwardParams, name: str, x: Tensor) -> Uploaded:
         """Uploads x as it lies in memory, strides and all."""
         extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
         memory = self._upload(x.as_strided((extent if x.numel() else 0,), (1,)))
@@ -166,9 +188,3 @@ def _by_keys(call: Call) -> Tensor:
     keys = transposed.transpose(call.v, tokens)
     keys.view(torch.uint8)[written == 0] = 0x7F
     return keys.transpose(-3, -2)
-
-
-def _download(memory: _native.DeviceMemory, like: Tensor) -> Tensor:
-    size = like.numel() * like.element_size()
-    raw = torch.frombuffer(bytearray(memory.read(size)), dtype=torch.uint8)
-    return raw.view(like.dtype).view(like.shape)

@@ -3,22 +3,27 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from flash8 import _native
 from flash8.backends import hopper
-from flash8.fp8 import quantizer
+from guarded import Guards, guard_quantizer
 from simulated_device import SimulatedDevice
-
-_POISON = 0xA5
-_GUARD_BYTES = 256
+from trust_cases import changed_quantizers
 
 
 @functools.cache
 def device() -> SimulatedDevice:
     return SimulatedDevice()
+
+
+def changed_kernels(folder: Path, file: str, old: str, new: str) -> _native.Registry:
+    """Quantizer kernels compiled from sources with an edit."""
+    image = changed_quantizers(folder, file, old, new)
+    return _native.Registry(device().driver, lambda key, _kind: image(hopper.variant_of(key)))
 
 
 @contextmanager
@@ -35,32 +40,20 @@ def kernels(
 ) -> Iterator[None]:
     """Inside, quantizers run on kernels that may touch `inputs` and what they allocate, no more.
 
-    What is allocated is poisoned and has guards around it, which must be whole in the end.
+    What is allocated, and a cache, has guards, which must be whole after every launch.
     Without `races` two CTAs may write one place.
     """
-    guarded: list[Tensor] = []
     given = [x for x in inputs if x is not None]
-
-    def allocate(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
-        size = torch.Size(shape).numel() * dtype.itemsize
-        raw = torch.full((size + 2 * _GUARD_BYTES,), _POISON, dtype=torch.uint8)
-        guarded.append(raw)
-        inner = raw[_GUARD_BYTES : _GUARD_BYTES + size]
-        device().register(inner)
-        return inner.view(dtype).view(shape)
-
+    guards = Guards(device())
     with quantizers_only(monkeypatch, seed=seed), monkeypatch.context() as patch:
         device().configure(seed=seed, strict_global=True, check_races=races)
-        patch.setattr(quantizer, "allocate", allocate)
+        guard_quantizer(patch, guards)
         for x in given:
             device().register(x)
         try:
             yield
+            guards.check()
         finally:
+            guards.forget()
             for x in given:
                 device().unregister(x)
-            for raw in guarded:
-                device().unregister(raw[_GUARD_BYTES:-_GUARD_BYTES])
-    for raw in guarded:
-        edges = torch.cat((raw[:_GUARD_BYTES], raw[-_GUARD_BYTES:]))
-        assert (edges == _POISON).all(), "a kernel wrote outside of its output"

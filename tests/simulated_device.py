@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "simulator"))
 
 import sim
 
+from guarded import guard_outputs
+
 
 class SimulatedDevice:
     """libcuda_sim.so as a driver of the native layer, and the kernels it has loaded."""
@@ -70,8 +72,8 @@ class SimulatedDevice:
         """Inside, every forward that the Hopper backend does not refuse runs on its kernel; with
         `kernels` "auto" once that has passed its check, of which nothing is known yet.
 
-        The tensors lie in this process's memory, so bounds of global memory are not checked here;
-        `forward_launch.py` copies them into the device's own memory, with guards.
+        The tensors lie in this process's memory, whose bounds are not checked here, but outputs
+        have guards (`guarded.py`).
         """
         with monkeypatch.context() as patch:
             patch.setattr(backends, "kernels_wanted", lambda tensor: True)
@@ -80,6 +82,7 @@ class SimulatedDevice:
                 patch.setattr(trust, kept, {})
             patch.setattr(watchdog, "hung", {})
             patch.setattr(hopper, "_registry", lambda: self._registry)
+            guard_outputs(patch, self)
             self.configure(seed=seed, strict_global=False)
             yield
         self.configure()

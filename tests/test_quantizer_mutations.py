@@ -1,16 +1,13 @@
 """The comparison of test_quantizer_kernels.py must catch a quantizer kernel that is wrong."""
 
-import shutil
-
 import pytest
 import torch
 
 from cases import cumulative, int32
-from flash8 import _native, fp8
+from flash8 import fp8
 from flash8.backends import hopper
-from flash8.compiler import Unit, compile_unit, cutlass_root
 from flash8.rotary import Rope
-from quantizer_device import device
+from quantizer_device import changed_kernels, device
 from simulated_device import missing_compiler
 from test_quantizer_kernels import assert_equal, draw, ragged, tables
 
@@ -90,19 +87,8 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_is_caught(monkeypatch, tmp_path, mutation):
     file, old, new, options = MUTATIONS[mutation]
-    folder = tmp_path / "quantize"
-    shutil.copytree(cutlass_root() / "quantize", folder)
-    text = (folder / file).read_text()
-    assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}"
-    (folder / file).write_text(text.replace(old, new))
     monkeypatch.setenv("FLASH8_CACHE", str(tmp_path / "cache"))
-
-    def image(key: str, kind: str) -> bytes:
-        unit = hopper.variant_of(key).unit()
-        mutated = Unit(folder / unit.source.name, unit.defines)
-        return compile_unit(mutated).ptx.read_bytes() + b"\0"
-
-    registry = _native.Registry(device().driver, image)
+    registry = changed_kernels(tmp_path, file, old, new)
     packed = "cu_seqlens" in options
     x = draw(140, 2, 64, scale=3.0) if packed else draw(2, 70, 2, 64)
     if packed:

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8 import _native
 from flash8.variants import ForwardVariant
 from forward_cases import compare, device, draw, int32, masks, packed
-from forward_launch import _GUARD_BYTES, Call, ForwardKernel, Schedule
+from forward_launch import Call, ForwardKernel, Schedule
 from fp8_forward_cases import dense_call, descales
 from fuzz.harness import bits
 from simulated_device import missing_compiler
@@ -44,28 +43,11 @@ def prepare() -> None:
         problem(which)
 
 
-class GuardedKernel(ForwardKernel):
-    """One that looks at the guards behind every tensor after each launch."""
-
-    def __call__(self, call: Call, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        self._sizes: list[tuple[_native.DeviceMemory, int]] = []
-        found = super().__call__(call, schedule)
-        for memory, size in self._sizes:
-            guard = memory.read(size + _GUARD_BYTES)[size:]
-            assert guard == b"\xff" * _GUARD_BYTES, "something is written behind a tensor"
-        return found
-
-    def _upload(self, x: Tensor) -> _native.DeviceMemory:
-        memory = super()._upload(x)
-        self._sizes.append((memory, x.numel() * x.element_size()))
-        return memory
-
-
 @dataclass(frozen=True)
 class Problem:
     """A correct call, by the kernel of a variant, and the bits it gives."""
 
-    kernel: GuardedKernel
+    kernel: ForwardKernel
     call: Call
     right: tuple[Any, Any]
 
@@ -121,8 +103,8 @@ def problem(which: int) -> Problem:
 
 
 @functools.cache
-def _kernel(variant: ForwardVariant) -> GuardedKernel:
-    return GuardedKernel(device().driver, device().ptx(variant))
+def _kernel(variant: ForwardVariant) -> ForwardKernel:
+    return ForwardKernel(device().driver, device().ptx(variant))
 
 
 def call(seed: int) -> str:

@@ -1,0 +1,166 @@
+"""Tensors with guards around them, for what a kernel writes: a store beside one is found out."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash8.backends import hopper
+from flash8.fp8 import appender, quantizer
+from flash8.fp8.request import Appended, Request
+
+#: On either side, and more than a row of any test.
+GUARD_BYTES = 4096
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MOST_BYTES = 1 << 26  # tensors of memory that is mostly not there have no guards
+
+
+class Guarded:
+    """Memory for a tensor. All of its bits are set before a launch, NaN in every type; the bytes
+    that are not the tensor's, between its rows as well, are ones, and have to be after it."""
+
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype):
+        self._shape, self._strides = shape, strides
+        size = span(shape, strides) * dtype.itemsize
+        # Ones, as an integer or a float, are less than an atomic maximum.
+        self._raw = torch.ones(size + 2 * GUARD_BYTES, dtype=torch.int8)
+        self._view(self._raw, _WORDS[dtype.itemsize]).fill_(-1)
+        self._beside = self._raw == 1
+        self.tensor = self._view(self._raw, dtype)
+
+    @classmethod
+    def like(cls, x: Tensor) -> "Guarded":
+        return cls(tuple(x.shape), x.stride(), x.dtype)
+
+    def check(self) -> None:
+        changed = (self._beside & (self._raw != 1)).nonzero().flatten()
+        if changed.numel():
+            raise AssertionError(
+                f"a kernel wrote beside its output: {changed.numel()} bytes, the first at byte "
+                f"{int(changed[0]) - GUARD_BYTES} of {self._raw.numel() - 2 * GUARD_BYTES}"
+            )
+
+    def _view(self, raw: Tensor, dtype: torch.dtype) -> Tensor:
+        inner = raw[GUARD_BYTES : raw.numel() - GUARD_BYTES]
+        return inner.view(dtype).as_strided(self._shape, self._strides)
+
+
+def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+class Guards:
+    """Those of the launches of one call."""
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+        self._made: list[Guarded] = []
+
+    def add(self, made: Guarded) -> Tensor:
+        """The tensor, which kernels may touch."""
+        self._made.append(made)
+        self._device.register(made.tensor)
+        return made.tensor
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+        """As the quantizer wants its own."""
+        shape = tuple(shape)
+        return self.add(Guarded(shape, contiguous_strides(shape), dtype))
+
+    def check(self) -> None:
+        for made in self._made:
+            made.check()
+
+    def forget(self) -> None:
+        for made in self._made:
+            self._device.unregister(made.tensor)
+        self._made.clear()
+
+
+def guard_quantizer(patch: Any, guards: Guards) -> None:
+    """What the quantizer allocates has guards, compared after each of its launches."""
+    launch = quantizer.Launcher.launch
+
+    def launch_and_check(self: quantizer.Launcher, variant: Any) -> None:
+        launch(self, variant)
+        guards.check()
+
+    patch.setattr(quantizer, "allocate", guards.allocate)
+    patch.setattr(quantizer.Launcher, "launch", launch_and_check)
+
+
+def guard_outputs(patch: Any, device: Any) -> None:
+    """Forward, quantizer and append fill tensors with guards, compared after every launch, whose
+    values the caller's own get then. Not so the launches of repeated calls."""
+    guards = Guards(device)
+    guard_quantizer(patch, guards)
+    patch.setattr(quantizer, "quantize", functools.partial(_quantize, quantizer.quantize, guards))
+    patch.setattr(appender, "append", functools.partial(_append, appender.append, device))
+    patch.setattr(hopper, "forward", functools.partial(_forward, hopper.forward, device))
+
+
+def _quantize(
+    quantize: Callable[[Request], tuple[Tensor, ...]], guards: Guards, request: Request
+) -> tuple[Tensor, ...]:
+    results = tuple(x.clone() for x in quantize(request))
+    guards.forget()
+    return results
+
+
+def _append(append: Callable[[Appended], None], device: Any, appended: Appended) -> None:
+    cache = appended.cache
+    if _is_sparse(cache):
+        append(appended)
+        return
+    guards = Guards(device)
+    copy = guards.add(Guarded.like(cache)).copy_(cache)
+    append(appended._replace(cache=copy))
+    guards.check()
+    guards.forget()
+    _assign(cache, copy)
+
+
+def _forward(
+    forward: Callable[..., None],
+    device: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    options: Any,
+    out: Tensor,
+    lse: Tensor,
+    *partial: Tensor,
+) -> None:
+    if _is_sparse(out) or _is_sparse(lse):
+        forward(q, k, v, qv, s_aux, options, out, lse, *partial)
+        return
+    guards = Guards(device)
+    o, row_lse = guards.add(Guarded.like(out)), guards.add(Guarded.like(lse))
+    forward(q, k, v, qv, s_aux, options, o, row_lse, *partial)
+    guards.check()
+    guards.forget()
+    _assign(out, o)
+    _assign(lse, row_lse)
+    call = hopper._served.last.call  # by which calls like this one are launched again
+    call.o = (out.data_ptr(), *call.o[1:])
+    call.lse = (lse.data_ptr(), *call.lse[1:])
+
+
+def _is_sparse(x: Tensor) -> bool:
+    return span(tuple(x.shape), x.stride()) * x.element_size() > _MOST_BYTES
+
+
+def _assign(x: Tensor, values: Tensor) -> None:
+    with torch.inference_mode():  # where tensors of that mode may be written as well
+        x.copy_(values)

@@ -1,0 +1,135 @@
+"""A store beside an output is found out by its guards, in every harness that launches kernels."""
+
+import pytest
+import torch
+
+import flash8
+from cases import int32
+from flash8 import _native, fp8
+from flash8.float8 import E4M3
+from flash8.fp8 import appender
+from flash8.fp8.request import Appended
+from flash8.variants import ForwardVariant
+from forward_cases import device, draw, kernel, launch
+from forward_launch import Call, Schedule
+from fp8_forward_cases import changed_kernel
+from quantizer_device import device as quantizer_device
+from quantizer_device import kernels
+from simulated_device import missing_compiler
+
+pytestmark = [
+    pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler())),
+    pytest.mark.filterwarnings("ignore:flash8 has no compiled kernel"),
+]
+
+CAUSAL = ForwardVariant("bf16", 128, 128, mask="causal")
+#: The smallest step of a store: LSE goes by elements, O and data by 16 bytes.
+STEPS = {"o": 16, "lse": 4, "out": 16, "descale": 4, "mean": 16, "mean_partial": 4, "amax": 4}
+BOTH_SIDES = pytest.mark.parametrize("side", [-1, 1], ids=["before", "behind"])
+#: Whoever is first to find it: the comparison, or the simulated device where it knows the bounds.
+FOUND = pytest.raises((AssertionError, _native.DriverError), match=r"beside|ILLEGAL_ADDRESS")
+
+
+def moved(monkeypatch, entry: str, name: str, side: int) -> None:
+    """Kernels get an output's address one step beside where it is."""
+    original = getattr(_native, entry)
+
+    def launch(kernel, device, stream, params, *rest, **options):
+        given = getattr(params, name)
+        refers = given if isinstance(given, int) else given[0]
+        if refers:
+            at = refers + side * STEPS[name]
+            setattr(params, name, at if isinstance(given, int) else (at, *given[1:]))
+        original(kernel, device, stream, params, *rest, **options)
+        setattr(params, name, given)
+
+    monkeypatch.setattr(_native, entry, launch)
+
+
+def forward_call(batch: int = 2, heads: int = 2) -> Call:
+    q, k, v = draw(CAUSAL, 40, 70, heads, 1, batch=batch)
+    return Call(q, k, v, 128**-0.5, causal=True)
+
+
+@BOTH_SIDES
+@pytest.mark.parametrize("name", ["o", "lse"])
+def test_forward_in_memory_of_the_device(monkeypatch, name, side):
+    launch(CAUSAL, forward_call())
+    moved(monkeypatch, "launch_forward", name, side)
+    with pytest.raises(AssertionError, match="beside"):
+        launch(CAUSAL, forward_call())
+
+
+@BOTH_SIDES
+@pytest.mark.parametrize("name", ["o", "lse"])
+def test_forward_on_cpu_tensors(monkeypatch, name, side):
+    call = forward_call()
+    moved(monkeypatch, "launch_forward", name, side)
+    beside = pytest.raises(AssertionError, match="beside")
+    with device().serving_cpu_tensors(monkeypatch), beside:
+        flash8.flash_attn_func(call.q, call.k, call.v, causal=True)
+
+
+def test_forward_between_rows_of_out(monkeypatch):
+    """Where `out` is every other head of a tensor, the heads between are not its own."""
+    call = forward_call()
+    out = torch.zeros(2, 40, 4, 128, dtype=torch.bfloat16)
+    moved(monkeypatch, "launch_forward", "o", 1)
+    beside = pytest.raises(AssertionError, match="beside")
+    with device().serving_cpu_tensors(monkeypatch), beside:
+        flash8.flash_attn_func(call.q, call.k, call.v, causal=True, out=out[:, :, ::2])
+
+
+QUANTIZED = {
+    "out": ("block", {}),
+    "descale": ("block", {}),
+    "amax": ("head", {}),
+    "mean": ("block", {"smooth_k": True}),
+    "mean_partial": ("block", {"smooth_k": True}),
+}
+
+
+@BOTH_SIDES
+@pytest.mark.parametrize("strict", [False, True], ids=["cpu tensors", "known memory"])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantizer(monkeypatch, name, strict, side):
+    granularity, options = QUANTIZED[name]
+    x = torch.randn(2, 40, 2, 64).bfloat16()
+    moved(monkeypatch, "launch_quantize", name, side)
+    serving = quantizer_device().serving_cpu_tensors(monkeypatch)
+    with kernels(monkeypatch, x) if strict else serving, FOUND:
+        fp8.quantize(x, granularity, **options)
+
+
+@BOTH_SIDES
+@pytest.mark.parametrize("strict", [False, True], ids=["cpu tensors", "known memory"])
+def test_append(monkeypatch, strict, side):
+    cache = torch.zeros(2, 20, 2, 64).to(E4M3)
+    x, starts = torch.randn(2, 20, 2, 64).bfloat16(), int32((0, 0))
+    moved(monkeypatch, "launch_quantize", "out", side)
+    serving = quantizer_device().serving_cpu_tensors(monkeypatch)
+    with kernels(monkeypatch, x, cache, starts) if strict else serving, FOUND:
+        appender.append(Appended(cache, x, starts))
+
+
+KERNELS = {
+    "a row more": (
+        "bool const inside = rows[r].query < info.capacity_q;",
+        "bool const inside = rows[r].query <= info.capacity_q;",
+    ),
+    "LSE from the row before": (
+        "params.lse.head_stride + target]",
+        "params.lse.head_stride + target - 1]",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", KERNELS)
+def test_a_kernel_that_writes_beside(tmp_path, fault):
+    """By one row: that of another head would be a race."""
+    changed = changed_kernel(tmp_path, CAUSAL, ("forward/epilogue.cuh", *KERNELS[fault]))
+    call = forward_call(1, 1)
+    kernel(CAUSAL)(call, Schedule())
+    with pytest.raises(AssertionError, match="beside"):
+        changed(call, Schedule())
