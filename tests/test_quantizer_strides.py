@@ -1,0 +1,287 @@
+"""Addresses beyond 2^31 elements in the quantizer's kernels: x, data, descales, means, a cache.
+
+Tensors lie in sparse memory, as in test_large_strides.py. Results must be those of the same call on
+dense tensors, to the bit, and an offset that is counted in 32 bits must be noticed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import cumulative, int32
+from flash8 import _native
+from flash8.backends import hopper
+from flash8.float8 import E4M3
+from flash8.fp8 import appender, quantizer
+from flash8.fp8.hadamard import Rotation
+from flash8.fp8.request import Appended, Request
+from guarded import contiguous_strides
+from quantizer_device import changed_kernels, device
+from simulated_device import missing_compiler
+from test_large_strides import sparse
+from test_quantizer_kernels import draw
+
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+
+BATCH, ROWS, HEADS, DIM = 2, 150, 2, 64
+#: Elements between neighbours. Truncated to 32 bits it stays a stride that is in bounds.
+FAR = 2**32 + 4096
+STEP = 2**26 + 256  # between rows: the last ones are beyond 2^32
+STRIDES = {"batch": FAR, "head": FAR, "block": FAR, "row": STEP}
+#: What the strides of a reference step over.
+DIMENSIONS = {
+    "x": ("batch", "row", "head"),
+    "out": ("batch", "row", "head"),
+    "descale": ("batch", "head", "block"),
+    "amax": ("batch", "head", "block"),
+    "mean": ("batch", "head"),
+    "mean_rotated": ("batch", "head"),
+}
+
+Reference = tuple[int, ...]
+Edit = Callable[[Any], None]
+
+
+def far_tensor(
+    shape: tuple[int, ...], names: tuple[str, ...], far: str, dtype: torch.dtype
+) -> Tensor:
+    """Of dimensions with these names, of which one is far apart."""
+    strides = list(contiguous_strides(shape))
+    if far in names:
+        strides[names.index(far)] = STRIDES[far]
+    return sparse(shape, tuple(strides), dtype)
+
+
+def reference(x: Tensor, names: tuple[str, ...], wanted: tuple[str, ...]) -> Reference:
+    steps = dict(zip(names, x.stride(), strict=False))
+    return (x.data_ptr(), *(steps.get(name, 0) for name in wanted))
+
+
+@contextmanager
+def launches(
+    monkeypatch: Any, edit: Edit, tensors: list[Tensor], registry: Any = None
+) -> Iterator[None]:
+    """Inside, quantizer kernels get parameters that `edit` has changed, and may touch `tensors`."""
+    original = _native.launch_quantize
+
+    def launch(kernel: Any, index: int, stream: int, params: Any) -> None:
+        edit(params)
+        original(kernel, index, stream, params)
+
+    with device().serving_cpu_tensors(monkeypatch), monkeypatch.context() as patch:
+        device().configure(seed=1, strict_global=True)
+        patch.setattr(_native, "launch_quantize", launch)
+        if registry is not None:
+            patch.setattr(hopper, "_registry", lambda: registry)
+        for x in tensors:
+            device().register(x)
+        try:
+            yield
+        finally:
+            for x in tensors:
+                device().unregister(x)
+
+
+def narrowed(name: str) -> Edit:
+    """The strides of one reference have lost their upper halves."""
+
+    def edit(params: Any) -> None:
+        address, *strides = getattr(params, name)
+        setattr(params, name, (address, *(stride % 2**32 for stride in strides)))
+
+    return edit
+
+
+# --------------------------------------------------------------------------------------- quantizer
+
+
+def request_of(kind: str) -> Request:
+    x = draw(BATCH, ROWS, HEADS, DIM, scale=3.0) + 1.0
+    if kind == "packed":
+        return Request(x[0].contiguous(), "block", cu_seqlens=cumulative((70, 80)))
+    if kind == "transposed":
+        return Request(x, "block", transpose=True)
+    if kind == "blocks":
+        return Request(x, "block")
+    return Request(x, "head", rotation=Rotation(DIM, 3), smooth=True)
+
+
+def quantized(
+    monkeypatch: Any, kind: str, far: str, edit: Edit | None = None, registry: Any = None
+) -> dict[str, Tensor]:
+    """What a call writes, with tensors of which one dimension is far apart ("": none)."""
+    request = request_of(kind)
+    rows = ("row", "head") if request.packed else ("batch", "row", "head")
+    by_head = ("batch", "head", "block")
+    data = ("batch", "head", "row") if request.transpose else rows
+    shapes = {
+        "x": (tuple(request.x.shape), rows, request.x.dtype),
+        "out": (request.data_shape(), data, E4M3),
+        "descale": (request.descale_shape(), by_head, torch.float32),
+    }
+    if request.smooth:
+        mean = (request.mean_shape(), ("batch", "head"), torch.float32)
+        shapes |= {"mean": mean, "mean_rotated": mean}
+        shapes["amax"] = (request.descale_shape(), by_head, torch.float32)
+    tensors = {n: far_tensor(s, names, far, dtype) for n, (s, names, dtype) in shapes.items()}
+    tensors["x"].copy_(request.x)
+
+    def redirect(params: Any) -> None:
+        for name, x in tensors.items():
+            ref = reference(x, shapes[name][1], DIMENSIONS[name])
+            if request.packed and name == "descale":
+                ref = (ref[0], 0, *ref[2:])
+            setattr(params, name, ref)
+        if edit is not None:
+            edit(params)
+
+    given = [request.cu_seqlens] if request.packed else []
+    with launches(monkeypatch, redirect, [*tensors.values(), *given], registry):
+        quantizer.Call(request).launch()
+    return {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+
+
+CASES = {
+    "batch": ("all", "batch"),
+    "head": ("all", "head"),
+    "row": ("all", "row"),
+    "block": ("blocks", "block"),
+    "row of packed sequences": ("packed", "row"),
+    "channel of transposed data": ("transposed", "row"),
+    "head of transposed data": ("transposed", "head"),
+}
+
+
+def assert_same(have: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    for name, x in want.items():
+        assert torch.equal(have[name].view(torch.uint8), x.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_addresses_beyond_2_to_the_31_elements(monkeypatch, case):
+    kind, far = CASES[case]
+    want = quantized(monkeypatch, kind, "")
+    assert want["out"].float().abs().sum() > 0
+    assert_same(quantized(monkeypatch, kind, far), want)
+
+
+@pytest.mark.parametrize("name", DIMENSIONS)
+@pytest.mark.parametrize("far", ["batch", "head"])
+def test_a_stride_of_32_bits_is_noticed(monkeypatch, far, name):
+    want = quantized(monkeypatch, "all", far)
+    with pytest.raises((AssertionError, _native.DriverError)):
+        assert_same(quantized(monkeypatch, "all", far, narrowed(name)), want)
+
+
+# ------------------------------------------------------------------------------------------ append
+
+SLOTS = 3
+
+
+def appended(
+    monkeypatch: Any, kind: str, far: str, edit: Edit | None = None, registry: Any = None
+) -> dict[str, Tensor]:
+    """A cache behind an append to it."""
+    x = draw(BATCH, 20, HEADS, DIM, seed=2)
+    paged = kind == "pages"
+    starts = int32((30, 128)) if not paged else int32((140, 7))
+    slots = 4 if paged else SLOTS
+    names = ("batch", "row", "head")
+    cache = far_tensor((slots, ROWS, HEADS, DIM), names, far, E4M3)
+    by_slot = ("batch", "head", "block")
+    blocks = 1 if paged else 2
+    descale = far_tensor((slots, HEADS, blocks), by_slot, far, torch.float32)
+    descale.copy_(torch.rand(descale.shape, generator=torch.Generator().manual_seed(1)) + 0.01)
+    table = far_tensor((BATCH, 2), ("batch", "column"), far, torch.int32)
+    table.copy_(int32((3, 1, 2, 0)).view(2, 2))
+    index = None if paged else int32((2, 1))
+
+    def redirect(params: Any) -> None:
+        params.descale = reference(descale, by_slot, DIMENSIONS["descale"])
+        if paged:
+            params.append.page_table = table.data_ptr()
+            params.append.page_table_stride = table.stride(0)
+        if edit is not None:
+            edit(params)
+
+    request = Appended(
+        cache,
+        x,
+        starts,
+        page_table=table.contiguous() if paged else None,
+        kv_batch_idx=index,
+        descale=descale.contiguous(),
+    )
+    given = [cache, x, starts, descale, table, *([] if index is None else [index])]
+    with launches(monkeypatch, redirect, given, registry):
+        appender.append(request)
+    return {"cache": cache.clone(memory_format=torch.contiguous_format)}
+
+
+APPENDS = [(kind, far) for kind in ("rows", "pages") for far in ("batch", "head", "row")]
+
+
+@pytest.mark.parametrize(("kind", "far"), [*APPENDS, ("rows", "block")])
+def test_an_append_beyond_2_to_the_31_elements(monkeypatch, kind, far):
+    want = appended(monkeypatch, kind, "")
+    assert want["cache"].float().abs().sum() > 0
+    assert_same(appended(monkeypatch, kind, far), want)
+
+
+def narrow_table(params: Any) -> None:
+    params.append.page_table_stride %= 2**32
+
+
+@pytest.mark.parametrize(
+    ("kind", "far", "edit"),
+    [
+        ("rows", "batch", narrowed("out")),
+        ("pages", "head", narrowed("out")),
+        ("rows", "batch", narrowed("descale")),
+        ("rows", "block", narrowed("descale")),
+        ("pages", "batch", narrow_table),
+    ],
+    ids=["slots", "heads", "descales of slots", "descales of blocks", "page table"],
+)
+def test_an_append_by_32_bits_is_noticed(monkeypatch, kind, far, edit):
+    want = appended(monkeypatch, kind, far)
+    with pytest.raises((AssertionError, _native.DriverError)):
+        assert_same(appended(monkeypatch, kind, far, edit), want)
+
+
+# ------------------------------------------------------------------- kernels that count in 32 bits
+
+SLOW = pytest.mark.slow
+#: file, an offset of 64 bits, and the call that must notice when it has 32.
+OFFSETS = {
+    "x": ("rows.cuh", "(tile.offset + row) * params.x.row_stride", ("all", "row"), ()),
+    "data": ("cast.cu", "(tile.offset + row) * params.out.row_stride", ("packed", "row"), SLOW),
+    "transposed data": (
+        "transpose.cuh",
+        "row * params.out.row_stride",
+        ("transposed", "row"),
+        SLOW,
+    ),
+    "rows of a cache": ("append.cu", "place.row * params.out.row_stride", ("rows", "row"), ()),
+    "slots": ("append.cu", "place.slot * params.out.batch_stride", ("rows", "batch"), SLOW),
+    "pages": ("append.cu", "batch * append.page_table_stride", ("pages", "batch"), SLOW),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=marks) for name, (*_, marks) in OFFSETS.items()]
+)
+def test_offsets_of_32_bits_are_noticed(monkeypatch, tmp_path: Path, name):
+    file, offset, (kind, far), _ = OFFSETS[name]
+    monkeypatch.setenv("FLASH8_CACHE", str(tmp_path / "cache"))
+    registry = changed_kernels(tmp_path, file, offset, f"static_cast<int>({offset})")
+    run = quantized if kind in {"all", "packed", "transposed"} else appended
+    want = run(monkeypatch, kind, far)
+    assert_same(run(monkeypatch, kind, "", registry=registry), run(monkeypatch, kind, ""))
+    with pytest.raises((AssertionError, _native.DriverError)):
+        assert_same(run(monkeypatch, kind, far, registry=registry), want)
