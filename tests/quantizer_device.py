@@ -35,18 +35,15 @@ def quantizers_only(monkeypatch: Any, *, seed: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def kernels(
-    monkeypatch: Any, *inputs: Tensor | None, seed: int = 0, races: bool = True
-) -> Iterator[None]:
+def kernels(monkeypatch: Any, *inputs: Tensor | None, seed: int = 0) -> Iterator[None]:
     """Inside, quantizers run on kernels that may touch `inputs` and what they allocate, no more.
 
     What is allocated, and a cache, has guards, which must be whole after every launch.
-    Without `races` two CTAs may write one place.
     """
     given = [x for x in inputs if x is not None]
     guards = Guards(device())
     with quantizers_only(monkeypatch, seed=seed), monkeypatch.context() as patch:
-        device().configure(seed=seed, strict_global=True, check_races=races)
+        device().configure(seed=seed, strict_global=True)
         guard_quantizer(patch, guards)
         for x in given:
             device().register(x)

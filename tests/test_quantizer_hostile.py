@@ -9,7 +9,7 @@ from flash8.float8 import E4M3
 from flash8.fp8 import appender, portable_append
 from flash8.fp8.request import Appended
 from flash8.rotary import Rope
-from quantizer_device import kernels
+from quantizer_device import changed_kernels, device, kernels
 from simulated_device import missing_compiler
 from test_quantizer_kernels import assert_equal, draw, tables
 
@@ -37,11 +37,11 @@ STEPS = {
 }
 
 
-def quantized(monkeypatch, granularity, cu_seqlens, rope=None, seqused=None, races=True, **options):
+def quantized(monkeypatch, granularity, cu_seqlens, rope=None, seqused=None, **options):
     x = draw(sum(LENGTHS), 2, 64)
     given = [x, cu_seqlens, seqused, *(rope or ())]
     tensors = [t for t in given if isinstance(t, torch.Tensor)]
-    with kernels(monkeypatch, *tensors, races=races):
+    with kernels(monkeypatch, *tensors):
         return fp8.quantize(
             x, granularity, cu_seqlens=cu_seqlens, rope=rope, seqused=seqused, **options
         )
@@ -50,14 +50,31 @@ def quantized(monkeypatch, granularity, cu_seqlens, rope=None, seqused=None, rac
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("offsets", OFFSETS.values(), ids=OFFSETS)
 def test_offsets(monkeypatch, offsets, steps):
-    """Nothing outside is read or written, and the next call is right.
-
-    Where such offsets let sequences overlap, several CTAs write their rows.
-    """
+    """Nothing outside is read or written, no row by two CTAs, and the next call is right."""
     granularity, options = STEPS[steps]
     right = quantized(monkeypatch, granularity, cumulative(LENGTHS), **options)
-    quantized(monkeypatch, granularity, int32(offsets), races=False, **options)
+    quantized(monkeypatch, granularity, int32(offsets), **options)
     assert_equal(quantized(monkeypatch, granularity, cumulative(LENGTHS), **options), right)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_more_sequences_than_threads(monkeypatch, steps):
+    """Offsets that go up and down, so that the largest before one may be any thread's."""
+    generator = torch.Generator().manual_seed(3)
+    offsets = torch.randint(-300, 600, (300,), generator=generator)
+    granularity, options = STEPS[steps]
+    quantized(monkeypatch, granularity, int32([0, *offsets.tolist()]), **options)
+
+
+def test_sequences_that_overlap_are_a_race(monkeypatch, tmp_path):
+    edit = "return min(__reduce_max_sync(0xffffffff, largest), total);"
+    registry = changed_kernels(tmp_path, "tokens.cuh", edit, "return begin;")
+    offsets = int32(OFFSETS["one that decreases"])
+    quantized(monkeypatch, "block", offsets)
+    monkeypatch.setattr(device(), "_registry", registry)
+    with pytest.raises(RuntimeError, match="LAUNCH_FAILED"):
+        quantized(monkeypatch, "block", offsets)
+    assert "race" in device().last_error()
 
 
 @pytest.mark.parametrize("values", [[MOST] * 4, [LEAST] * 4, [-1, 131, 1, 68]], ids=str)

@@ -69,15 +69,36 @@ struct TokenTile {
                 high = middle - 1;
             }
         }
-        RowRange const rows = packed_rows(params.cu_seqlens, low, params.total);
+        int const begin = begin_of(params, low);
+        int const end = clamped(params.cu_seqlens[low + 1], begin, static_cast<int>(params.total));
         int const blocks_before = packed_block - first_block(params, low);
         batch = low;
         block = packed_block;
         first = max(blocks_before, 0) * Config::kTokens;
-        offset = rows.begin;
-        counted = blocks_before < 0 ? 0 : rows.size();
-        capacity = low + 1 == params.batch ? static_cast<int>(params.total) - rows.begin : counted;
+        offset = begin;
+        counted = blocks_before < 0 ? 0 : end - begin;
+        capacity = low + 1 == params.batch ? static_cast<int>(params.total) - begin : counted;
         capacity = blocks_before < 0 ? 0 : capacity;
+    }
+
+    // An offset that decreases counts as the largest before it, as in the forward kernel: no row is written
+    // for two sequences. The threads look at the offsets before it side by side, so that one that does not
+    // decrease costs few loads and a barrier. By all threads of the CTA.
+    __device__ static int begin_of(QuantizeParams const& params, int sequence) {
+        int const total = static_cast<int>(params.total);
+        int const begin = clamped(params.cu_seqlens[sequence], 0, total);
+        bool decreases = false;
+        for (int i = threadIdx.x; i < sequence; i += Config::kThreads) {
+            decreases |= params.cu_seqlens[i] > begin;
+        }
+        if (!__syncthreads_or(decreases)) {
+            return begin;
+        }
+        int largest = begin;
+        for (int i = threadIdx.x % 32; i < sequence; i += 32) {
+            largest = max(largest, params.cu_seqlens[i]);
+        }
+        return min(__reduce_max_sync(0xffffffff, largest), total);
     }
 };
 
