@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flash8 import _native
+from flash8 import _native, memory
 from flash8.backends import hopper
 from guarded import Guards, guard_quantizer
 from simulated_device import SimulatedDevice
@@ -45,6 +45,7 @@ def kernels(monkeypatch: Any, *inputs: Tensor | None, seed: int = 0) -> Iterator
     with quantizers_only(monkeypatch, seed=seed), monkeypatch.context() as patch:
         device().configure(seed=seed, strict_global=True)
         guard_quantizer(patch, guards)
+        patch.setattr(memory, "is_readable", lambda x: False)  # as those of a GPU are not
         for x in given:
             device().register(x)
         try:
