@@ -157,6 +157,25 @@ def test_the_bounds_catch(name, tmp_path):
         check(call, *changed(call, Schedule()), size)
 
 
+LSES = {
+    "the offset of P": lambda lse: lse + 8.0 * math.log(2.0),
+    "of the next row": lambda lse: lse.roll(1, -1),
+    "one unit of FP8's accumulator": lambda lse: lse * (1.0 + 2.0**-13),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrong", LSES)
+@pytest.mark.parametrize("variant", [DENSE, BF16], ids=lambda v: v.name)
+def test_the_bounds_catch_lse(variant, wrong):
+    size = 1e3
+    call = call_of(variant, size)
+    o, lse = launch(variant, call)
+    check(call, o, lse, size)
+    with pytest.raises(AssertionError, match="LSE"):
+        check(call, o, LSES[wrong](lse), size)
+
+
 def test_the_bounds_catch_an_offset_beside_the_reference(monkeypatch):
     """As the portable code had it."""
 
