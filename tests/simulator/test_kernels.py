@@ -75,7 +75,9 @@ class Gemm:
         return self.c.read()
 
 
-@pytest.mark.parametrize(("fp8", "cluster"), [(False, 1), (True, 1), (False, 2)])
+@pytest.mark.parametrize(
+    ("fp8", "cluster"), [pytest.param(False, 1, marks=pytest.mark.slow), (True, 1), (False, 2)]
+)
 @pytest.mark.parametrize("size", [(128, 256, 192), (200, 136, 320)])
 def test_gemm(sim: S.Simulator, fp8: bool, cluster: int, size: tuple[int, int, int]) -> None:
     ptx = compile_ptx("gemm", GEMM_FP8=int(fp8), GEMM_CLUSTER=cluster)
@@ -100,6 +102,18 @@ def test_gemm_gives_no_false_alarm_in_200_seeds(sim: S.Simulator, fp8: bool, clu
         gemm.run()
 
 
+def test_a_launch_from_host_code(sim: S.Simulator) -> None:
+    """Through the runtime that CUTLASS's launchers use, without CUTLASS, which compiles long."""
+    library = load_library("launch")
+    x = sim.buffer(np.arange(200, dtype=np.float32))
+    pointer = ctypes.c_void_p(x.pointer)
+    assert library.launch_add(pointer, ctypes.c_float(0.5), 200) == 0
+    np.testing.assert_array_equal(x.read(), np.arange(200, dtype=np.float32) + 0.5)
+    x.write(np.zeros(200, np.float32))
+    assert library.launch_add_rank(pointer, 4) == 0 and sim.report()["ok"]
+    np.testing.assert_array_equal(x.read()[:128], np.repeat([0, 1, 0, 1], 32))
+
+
 class CollectiveGemm:
     """The GEMM of kernels/collective_gemm.cu: CUTLASS's collectives, launched by CUTLASS."""
 
@@ -121,6 +135,7 @@ class CollectiveGemm:
         return bf16_values(self.d.read())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(128, 128, 64), (256, 256, 192), (200, 136, 320)])
 def test_collective_gemm(sim: S.Simulator, size: tuple[int, int, int]) -> None:
     gemm = CollectiveGemm(sim, m=size[0], n=size[1], k=size[2])
