@@ -1,6 +1,7 @@
 """Calls of the FP8 forward kernel on the simulated device, with descales that differ everywhere."""
 
 import math
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 
 from flash8.compiler import Unit, compile_unit, kernel_root
 from flash8.variants import ForwardVariant
-from forward_cases import device, draw, int32, launch, masks, packed
+from forward_cases import device, draw, int32, launch, masks, packed, real, sequences
 from forward_launch import Call, ForwardKernel
 from fp8_model import quantise
 
@@ -74,7 +75,7 @@ def check_one_visible_key(variant, out_dtype) -> None:
     """O is then V, rounded once."""
     call = dense_call(variant, 1, 200, 200, 2, 1, out_dtype=out_dtype)
     o, _ = launch(variant, replace(call, window=(0, 0)))
-    want = (call.v.float() * call.descales["v_descale"].item()).to(out_dtype)
+    (want,) = (real(call, "v", used, torch.float32).to(out_dtype) for used in sequences(call))
     assert torch.equal(o, want.expand_as(o))
 
 
@@ -110,3 +111,10 @@ def changed_kernel(
     root = changed_sources(folder, *edits)
     unit = Unit(root / "forward" / "kernel.cu", variant.defines, "changed")
     return ForwardKernel(device().driver, compile_unit(unit).ptx.read_bytes() + b"\0")
+
+
+def changed_ptx(variant: ForwardVariant, pattern: bytes, new: bytes) -> bytes:
+    """A variant's PTX with every match of `pattern` replaced: nothing is compiled for it."""
+    changed, count = re.subn(pattern, new, device().ptx(variant))
+    assert count, f"the PTX of {variant.name} has no {pattern!r}"
+    return changed

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from defaults import by_default
 from flash8.variants import ForwardVariant
 from forward_cases import check, compare, launch
 from forward_launch import Schedule
@@ -71,7 +72,7 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", by_default(MUTATIONS, ["another row", "no weight"]))
 def test_the_bounds_catch(name, tmp_path):
     changed = changed_kernel(tmp_path, HEAD, MUTATIONS[name])
     call = with_channels(dense_call(HEAD, 1, 60, 100, 2, 1, s_aux=torch.tensor([2.0, 9.0])), 1)
@@ -80,15 +81,14 @@ def test_the_bounds_catch(name, tmp_path):
         compare(call, *changed(call, Schedule()))
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        replace(HEAD, alibi=True),
-        replace(BLOCK, alibi=True),
-        replace(BLOCK, mask="local", softcap=True, alibi=True),
-    ],
-    ids=lambda v: v.name,
+SLOPED = (
+    replace(HEAD, alibi=True),
+    replace(BLOCK, alibi=True),
+    replace(BLOCK, mask="local", softcap=True, alibi=True),
 )
+
+
+@pytest.mark.parametrize("variant", by_default(SLOPED, [replace(BLOCK, alibi=True)]))
 def test_alibi(variant):
     slopes = torch.tensor([[0.5, 0.01], [0.003, 0.2]])
     check(variant, dense_call(variant, 2, 130, 300, 2, 1, alibi_slopes=slopes))
@@ -109,6 +109,7 @@ def test_alibi_where_a_descale_is_the_smallest():
     check(variant, call)
 
 
+@pytest.mark.slow
 def test_the_bounds_catch_slopes_without_descales(tmp_path):
     variant = replace(BLOCK, alibi=True)
     edit = ("forward/scores.cuh", "kGivesLog2 ? scale[r] : 1.0f", "1.0f")
