@@ -43,10 +43,10 @@ demo: $(PACKAGE)
 
 # One torch thread per worker: the tensors of the tests are too small for more to pay.
 test: $(TOOLS) $(PACKAGE) $(COMPILER)
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-full: $(TOOLS) $(PACKAGE) $(COMPILER)
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 -m "slow or not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist worksteal -m "slow or not slow" $(PYTEST_ARGS)
 
 FUZZ_CALLS ?= 100000
 FUZZ_SEED ?= 0
