@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import flash8
+from defaults import by_default
 from flash8.variants import SHIPPED, ForwardVariant
 from forward_cases import (
     SHAPES,
@@ -102,7 +103,8 @@ def far_apart(x: torch.Tensor) -> torch.Tensor:
     return apart.copy_(x)
 
 
-def test_sequences_more_than_two_to_the_31_elements_apart(monkeypatch):
+@pytest.mark.parametrize("pack_gqa", by_default([False, None], [False]))
+def test_sequences_more_than_two_to_the_31_elements_apart(pack_gqa, monkeypatch):
     q, k, v = draw(LOCAL, 40, 70, 2, 1, batch=2)
     out = far_apart(torch.zeros_like(q))
     with device().serving_cpu_tensors(monkeypatch, seed=3):
@@ -111,6 +113,7 @@ def test_sequences_more_than_two_to_the_31_elements_apart(monkeypatch):
             far_apart(k),
             far_apart(v),
             window_size=(20, 5),
+            pack_gqa=pack_gqa,
             return_attn_probs=True,
             out=out,
         )

@@ -290,7 +290,8 @@ def test_scaled_tensors(granularity, monkeypatch):
 
 
 @pytest.mark.parametrize("granularity", ["head", "block"])
-def test_packed_scaled_tensors_with_a_mean_per_sequence(granularity, monkeypatch):
+@pytest.mark.parametrize("pack_gqa", by_default([False, None], [False]))
+def test_packed_scaled_tensors_with_a_mean_per_sequence(granularity, pack_gqa, monkeypatch):
     cu_seqlens = packed([100, 0, 170, 30])
     g = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(300, h, 64, generator=g) for h in (4, 2, 2))
@@ -301,6 +302,7 @@ def test_packed_scaled_tensors_with_a_mean_per_sequence(granularity, monkeypatch
         fp8.quantize(v, granularity, cu_seqlens=cu_seqlens),
     )
     options = {"max_seqlen_q": 170, "max_seqlen_k": 170, "causal": True, "return_attn_probs": True}
+    options["pack_gqa"] = pack_gqa
     call = (*scaled, cu_seqlens, cu_seqlens)
     want, want_lse = flash8.flash_attn_varlen_func(*call, **options)
     with device().serving_cpu_tensors(monkeypatch):

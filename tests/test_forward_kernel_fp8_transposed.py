@@ -169,10 +169,11 @@ def test_scaled_tensors(granularity, monkeypatch):
 
 
 @pytest.mark.parametrize("granularity", ["head", "block"])
-def test_packed_scaled_tensors(granularity, monkeypatch):
+@pytest.mark.parametrize("pack_gqa", by_default([False, None], [False]))
+def test_packed_scaled_tensors(granularity, pack_gqa, monkeypatch):
     (q, k, v), cu_seqlens = scaled(granularity, [100, 0, 170, 30])
     call = (q, k, v, cu_seqlens, cu_seqlens, 170, 170)
-    options = {"causal": True, "return_attn_probs": True}
+    options = {"causal": True, "pack_gqa": pack_gqa, "return_attn_probs": True}
     want, want_lse = flash8.flash_attn_varlen_func(*call, **options)
     with device().serving_cpu_tensors(monkeypatch):
         o, lse = flash8.flash_attn_varlen_func(*call, **options)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import flash8
+from defaults import by_default
 from flash8.variants import ForwardVariant
 from forward_cases import check, compare, device, draw, int32, launch, packed
 from forward_launch import Call
@@ -100,11 +101,14 @@ def test_the_bounds_catch(good, bad):
         compare(replace(call, **good), o, lse)
 
 
-def test_the_public_function_has_chunks_and_alibi(monkeypatch):
+@pytest.mark.parametrize("pack_gqa", by_default([False, None], [False]))
+def test_the_public_function_has_chunks_and_alibi(pack_gqa, monkeypatch):
     q, k, v = draw(ALIBI_LOCAL, 90, 150, 2, 1, batch=2)
     given = slopes(2, 2)
     options = {"alibi_slopes": given, "attention_chunk": 40}
     with device().serving_cpu_tensors(monkeypatch, seed=4):
-        o, lse = flash8.flash_attn_func(q, k, v, causal=True, return_attn_probs=True, **options)
+        o, lse = flash8.flash_attn_func(
+            q, k, v, causal=True, pack_gqa=pack_gqa, return_attn_probs=True, **options
+        )
     assert device().report()["kernel"] == "flash8_forward"
     compare(Call(q, k, v, SCALE, causal=True, **options), o, lse)
