@@ -99,17 +99,24 @@ def test_the_bounds_catch_descales_of_another_row(name):
         compare(call, o, lse)
 
 
+BLOCKS_OF_ROWS = {
+    "keys by the sequence": (
+        "forward/descales.cuh",
+        "info.batch_k * ref.batch_stride",
+        "batch * ref.batch_stride",
+    ),
+    "queries by the row": (
+        "forward/descales.cuh",
+        "values[info.batch_q * ref.batch_stride",
+        "values[info.batch_k * ref.batch_stride",
+    ),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("info.batch_k * ref.batch_stride", "batch * ref.batch_stride"),
-        ("values[info.batch_q * ref.batch_stride", "values[info.batch_k * ref.batch_stride"),
-    ],
-    ids=["keys by the sequence", "queries by the row"],
-)
-def test_the_bounds_catch_blocks_by_the_wrong_number(old, new, tmp_path):
-    changed = changed_kernel(tmp_path, CAUSAL, ("forward/descales.cuh", old, new))
+@pytest.mark.parametrize("name", BLOCKS_OF_ROWS)
+def test_the_bounds_catch_blocks_by_the_wrong_number(name, tmp_path):
+    changed = changed_kernel(tmp_path, CAUSAL, BLOCKS_OF_ROWS[name])
     call = cache_rows_call()
     with pytest.raises((AssertionError, RuntimeError)):
         compare(call, *changed(call, Schedule()))

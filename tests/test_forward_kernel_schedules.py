@@ -85,14 +85,17 @@ def test_one_sequence_more_than_lanes(variant, sequences):
 
 GROUPS = {
     "the last group is left out": (
+        "tile_scheduler.cuh",
         "if (first_batch_ >= params_.sequences.batch) {",
         "if (first_batch_ + 1 >= params_.sequences.batch) {",
     ),
     "rows before a group are forgotten": (
+        "tile_scheduler.cuh",
         "rows_before_ = __shfl_sync(0xffffffff, row_end, 31);",
         "rows_before_ = 0;",
     ),
     "tiles before a group are those of 31": (
+        "tile_scheduler.cuh",
         "tiles_before_ = __shfl_sync(0xffffffff, end, 31);",
         "tiles_before_ = __shfl_sync(0xffffffff, end, 30);",
     ),
@@ -102,7 +105,7 @@ GROUPS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", GROUPS)
 def test_one_sequence_more_catches(fault, tmp_path):
-    changed = changed_kernel(tmp_path, CAUSAL, ("tile_scheduler.cuh", *GROUPS[fault]))
+    changed = changed_kernel(tmp_path, CAUSAL, GROUPS[fault])
     for sequences in (33, 65):
         call = one_in_the_last_group(sequences, CAUSAL)
         with pytest.raises((AssertionError, RuntimeError)):

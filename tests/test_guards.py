@@ -114,10 +114,12 @@ def test_append(monkeypatch, strict, side):
 
 KERNELS = {
     "a row more": (
+        "forward/epilogue.cuh",
         "bool const inside = rows[r].query < info.capacity_q;",
         "bool const inside = rows[r].query <= info.capacity_q;",
     ),
     "LSE from the row before": (
+        "forward/epilogue.cuh",
         "params.lse.head_stride + target]",
         "params.lse.head_stride + target - 1]",
     ),
@@ -128,7 +130,7 @@ KERNELS = {
 @pytest.mark.parametrize("fault", KERNELS)
 def test_a_kernel_that_writes_beside(tmp_path, fault):
     """By one row: that of another head would be a race."""
-    changed = changed_kernel(tmp_path, CAUSAL, ("forward/epilogue.cuh", *KERNELS[fault]))
+    changed = changed_kernel(tmp_path, CAUSAL, KERNELS[fault])
     call = forward_call(1, 1)
     kernel(CAUSAL)(call, Schedule())
     with pytest.raises(AssertionError, match="beside"):

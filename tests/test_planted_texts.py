@@ -14,9 +14,12 @@ TESTS = Path(__file__).resolve().parent
 ROOTS = (kernel_root(), cutlass_root() / "quantize")
 DEVICE = (".cu", ".cuh", ".h")
 #: What makes a copy of the device code with edits.
-EDITORS = ("changed_sources(", "changed_kernel(", "changed_image(", "changed_quantizers(")
+EDITORS = (
+    *("changed_sources(", "changed_kernel(", "changed_kernels("),
+    *("changed_image(", "changed_quantizers("),
+)
 #: These make copies with edits that others give them.
-HELPERS = ("fp8_forward_cases", "trust_cases")
+HELPERS = ("fp8_forward_cases", "quantizer_device", "trust_cases")
 
 
 def plants(path: Path) -> bool:

@@ -67,8 +67,9 @@ def test_more_sequences_than_threads(monkeypatch, steps):
 
 
 def test_sequences_that_overlap_are_a_race(monkeypatch, tmp_path):
-    edit = "return min(__reduce_max_sync(0xffffffff, largest), total);"
-    registry = changed_kernels(tmp_path, "tokens.cuh", edit, "return begin;")
+    largest = "return min(__reduce_max_sync(0xffffffff, largest), total);"
+    edit = ("tokens.cuh", largest, "return begin;")
+    registry = changed_kernels(tmp_path, *edit)
     offsets = int32(OFFSETS["one that decreases"])
     quantized(monkeypatch, "block", offsets)
     monkeypatch.setattr(device(), "_registry", registry)
