@@ -221,3 +221,116 @@ def test_a_counter_is_cleared_by_a_strong_store(sim: S.Simulator, right: bool) -
     else:
         words = (f"PTX line {lines['draw']}", "not both strong")
         must_find(sim, run, kinds=("race",), lines=[lines["clear"]], words=words)
+
+
+WIDTHS = pytest.mark.parametrize("width", [1, 2, 4])
+ROWS = """
+.reg .b32 tid, cta, x; .reg .b64 o, at; .reg .pred p; mov.u32 tid, %tid.x; mov.u32 cta, %ctaid.x; ld.param.u64 o, [out];
+{prepare}
+{access}
+$END: ret;
+"""
+
+
+def load(width: int) -> str:
+    value = "{" + ", ".join(["x"] * width) + "}"
+    return f"ld.global.v{width}.u32 {value}, [at];" if width > 1 else "ld.global.u32 x, [at];"
+
+
+def store(width: int, register: str) -> str:
+    value = "{" + ", ".join([register] * width) + "}"
+    vector = f"v{width}.u32 [at], {value};" if width > 1 else f"u32 [at], {register};"
+    return f"st.global.{vector}"
+
+
+@WIDTHS
+@pytest.mark.parametrize("differs", [False, True])
+def test_rows_of_the_same_values_differ_in_one_lane(
+    sim: S.Simulator, width: int, differs: bool
+) -> None:
+    """Warps that store whole rows of the same values are no race, but for the lane that differs."""
+    prepare = f"mad.wide.u32 at, tid, {4 * width}, o; mov.u32 x, tid; setp.eq.u32 p, tid, 5; setp.eq.and.u32 p, cta, 1, p; @p add.u32 x, x, {int(differs)};"
+    access = store(width, "x") + " //tag store"
+    ptx, lines = program(ROWS.format(prepare=prepare, access=access), ".param .u64 out")
+    module = sim.load(ptx)
+    out = sim.zeros(32 * width, np.uint32)
+
+    def run() -> None:
+        module.launch("k", out, grid=2, block=32)
+
+    if differs:
+        words = (f"(byte {5 * 4 * width} of allocation)",)
+        must_find(sim, run, kinds=("race",), lines=[lines["store"]], words=words)
+    else:
+        assert not messages(sim, run, 20)
+
+
+@WIDTHS
+def test_a_byte_of_another_ctas_row(sim: S.Simulator, width: int) -> None:
+    """One CTA stores rows, the other reads a byte of them: of a lane in the middle of a row."""
+    byte = 4 * width * 37 + 1
+    access = f"""setp.eq.u32 p, cta, 1; @p bra $READ; mad.wide.u32 at, tid, {4 * width}, o; {store(width, "tid")} //tag store
+bra $END;
+$READ: setp.ne.u32 p, tid, 0; @p bra $END; ld.global.u8 x, [o + {byte}]; //tag load
+"""
+    ptx, lines = program(ROWS.format(prepare="", access=access), ".param .u64 out")
+    module = sim.load(ptx)
+    out = sim.zeros(64 * width, np.uint32)
+    must_find(
+        sim,
+        lambda: module.launch("k", out, grid=2, block=64),
+        kinds=("race",),
+        lines=list(lines.values()),
+        words=("by warp 1 of CTA (0, 0, 0)", "by warp 0 of CTA (1, 0, 0)"),
+    )
+
+
+@WIDTHS
+@pytest.mark.parametrize("piece", [4, 16, 64, 128])
+def test_neighbouring_pieces_are_no_race(sim: S.Simulator, width: int, piece: int) -> None:
+    """CTAs that take turns in one row, a piece of so many bytes each."""
+    lanes = max(1, piece // (4 * width))
+    prepare = f"div.u32 x, tid, {lanes}; rem.u32 x, x, 2; setp.ne.u32 p, x, cta; @p bra $END; mad.wide.u32 at, tid, {4 * width}, o;"
+    access = load(width) + " add.u32 x, x, tid; " + store(width, "x")
+    module = sim.load(
+        S.kernel(ROWS.format(prepare=prepare, access=access), parameters=".param .u64 out")
+    )
+    for seed in range(4):
+        sim.configure(seed=seed)
+        out = sim.zeros(128 * width, np.uint32)
+        module.launch("k", out, grid=2, block=128)
+        np.testing.assert_array_equal(out.read(), np.repeat(np.arange(128), width))
+
+
+ONE_RELEASES = """
+setp.eq.u32 p, cta, 1; @p bra $READ; mad.wide.u32 at, tid, {bytes}, o; {store} //tag store
+setp.ne.u32 p, tid, 5; @p bra $END; st.release.gpu.global.u32 [o + 1024], 1; bra $END;
+$READ: setp.ne.u32 p, tid, 0; @p bra $END;
+$POLL: ld.acquire.gpu.global.u32 x, [o + 1024]; setp.eq.u32 p, x, 0; @p bra $POLL;
+ld.global.u32 x, [o + {at}]; //tag load
+"""
+
+
+@WIDTHS
+@pytest.mark.parametrize("lane", [5, 6])
+def test_a_lane_releases_its_part_of_a_row(sim: S.Simulator, width: int, lane: int) -> None:
+    """A row is one access of 32 lanes: what lane 5 releases by itself is its own part."""
+    access = ONE_RELEASES
+    for name, text in (
+        ("bytes", str(4 * width)),
+        ("store", store(width, "tid")),
+        ("at", str(4 * width * lane)),
+    ):
+        access = access.replace("{" + name + "}", text)
+    body = ROWS.replace("{prepare}", "").replace("{access}", access)
+    ptx, lines = program(body, ".param .u64 out")
+    module = sim.load(ptx)
+
+    def run() -> None:
+        module.launch("k", sim.zeros(260, np.uint32), grid=2, block=32)
+
+    if lane == 5:
+        assert not messages(sim, run, 20)
+    else:
+        words = (f"(byte {4 * width * lane} of allocation)",)
+        must_find(sim, run, kinds=("race",), lines=[lines["load"]], words=words)

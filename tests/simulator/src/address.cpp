@@ -82,7 +82,22 @@ uint8_t* resolve_global_lane(Warp& w, uint64_t address, uint32_t size, int lane,
     return reinterpret_cast<uint8_t*>(address);
 }
 
+// What a warp mostly touches: all lanes in a row, aligned and known.
+bool known_run(Cluster& cluster, uint64_t address, uint32_t size) {
+    const uint64_t all = uint64_t{size} * kLanes;
+    return (address & (size - 1)) == 0 && address + all <= kSharedWindow &&
+           (!cluster.launch->config.strict_global || known_global(cluster, address, all));
+}
+
 }  // namespace
+
+bool is_one_run(const uint64_t* addresses, uint32_t size) {
+    uint64_t apart = 0;
+    for (uint32_t i = 0; i < kLanes; ++i) {
+        apart |= addresses[i] - addresses[0] - uint64_t{i} * size;
+    }
+    return apart == 0;
+}
 
 void count_bytes(Cluster& cluster, BytePath path, uint64_t bytes) {
     cluster.bytes[static_cast<size_t>(path)] += bytes;
@@ -168,8 +183,15 @@ void lane_addresses(const Warp& w, const Op& op, uint64_t* addresses) {
 void resolve_lanes(Warp& w, const Op& op, uint32_t mask, uint32_t size, AccessKind kind, uint8_t** pointers) {
     uint64_t addresses[kLanes];
     lane_addresses(w, op, addresses);
-    for (int i = 0; i < kLanes; ++i) {
-        pointers[i] = in_mask(mask, i) ? resolve(w, op, addresses[i], size, kind, i) : nullptr;
+    if (op.space == Space::kGlobal && mask == kAllLanes && is_one_run(addresses, size) &&
+        known_run(*w.cta->cluster, addresses[0], size)) {
+        for (int i = 0; i < kLanes; ++i) {
+            pointers[i] = reinterpret_cast<uint8_t*>(addresses[i]);
+        }
+    } else {
+        for (int i = 0; i < kLanes; ++i) {
+            pointers[i] = in_mask(mask, i) ? resolve(w, op, addresses[i], size, kind, i) : nullptr;
+        }
     }
     if (op.access == 0) {
         return;

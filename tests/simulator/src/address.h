@@ -27,6 +27,9 @@ enum class BytePath : uint8_t {
 // The addresses of [base + offset] for the active lanes.
 void lane_addresses(const Warp& warp, const Op& op, uint64_t* addresses);
 
+// Whether the accesses of the lanes lie one behind the other.
+bool is_one_run(const uint64_t* addresses, uint32_t size);
+
 // Host pointer of one access of one lane. Throws on a bad one.
 uint8_t* resolve(Warp& warp, const Op& op, uint64_t address, uint32_t size, AccessKind kind, int lane);
 void resolve_lanes(Warp& warp, const Op& op, uint32_t mask, uint32_t size, AccessKind kind,

@@ -57,7 +57,7 @@ void TransferIn::read_global(Cluster& cluster, uint64_t from, uint64_t count) co
     const Destination& first = destinations[0];
     check_global(cluster,
                  {mbarrier_at(*first.cta, first.barrier, line).agent, static_cast<uint32_t>(first.phase) + 1,
-                  0, access, true, &order},
+                  access, true, &order},
                  from, count);
 }
 
@@ -159,8 +159,7 @@ void TransferOut::read(Cluster& cluster) {
 
 void TransferOut::write_run(Cluster& cluster, uint64_t to, const uint8_t* from, uint32_t count) {
     uint8_t* host = resolve_global(cluster, to, count, line, "a bulk store");
-    check_global(cluster, {agent + kBulkWrites - kBulkReads, group_number, 0, access, true, &order}, to,
-                 count);
+    check_global(cluster, {agent + kBulkWrites - kBulkReads, group_number, access, true, &order}, to, count);
     if (!reduces) {
         std::memcpy(host, from, count);
         return;

@@ -42,7 +42,8 @@ inline bool known(const Clock& clock, const Moment& m) {
         return true;
     }
     return m.of_warp && ((m.is_read && clock_at(clock, m.agent + kReads) >= m.time) ||
-                         ((*m.lanes)[m.lane] != kNone && clock_at(clock, (*m.lanes)[m.lane]) >= m.time));
+                         (m.lanes != nullptr && (*m.lanes)[m.lane] != kNone &&
+                          clock_at(clock, (*m.lanes)[m.lane]) >= m.time));
 }
 
 struct Access {

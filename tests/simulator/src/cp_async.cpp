@@ -30,7 +30,7 @@ class CpAsyncItem : public AsyncItem {
                              nullptr, line});
             }
             if (copy.source_bytes != 0) {
-                check_global(cluster, {agent, operation->sequence, 0, access, false, &order},
+                check_global(cluster, {agent, operation->sequence, access, false, &order},
                              reinterpret_cast<uint64_t>(copy.source), copy.source_bytes);
                 std::memcpy(to, copy.source, copy.source_bytes);
             }

@@ -1,8 +1,11 @@
 // What the checker remembers of global memory during a launch, and the check of every access to it.
 //
-// A word of four bytes has four cells; a cell is one access: who, when by that agent's own clock, which
+// A unit of memory has four cells; a cell is one access: who, when by that agent's own clock, which
 // lane, which instruction, which bytes. A race is two accesses of one byte, one of them a write, that
 // nothing orders and that are not both strong with scopes that reach the other's thread.
+//
+// Units are granules of 64 bytes as long as all accesses are of whole ones, then chunks of 16 bytes or
+// words of 4. The cell of a unit that several lanes share has the lane of its first byte.
 #pragma once
 
 #include <array>
@@ -15,14 +18,21 @@
 
 namespace sim {
 
-// 21 + 18 + 5 + 16 + 4 bits; 0: none.
+// 21 + 18 + 5 + 16 + 4 bits; 0: none. The bytes are those of a word; of a larger unit all.
 using Cell = uint64_t;
 
 class GlobalShadow {
   public:
-    static constexpr uint32_t kPageBytes = 4096;
+    static constexpr uint32_t kPageBytes = 4096, kGranuleBytes = 64, kChunkBytes = 16, kWordBytes = 4;
+    static constexpr uint32_t kGranules = kPageBytes / kGranuleBytes;
     static constexpr uint32_t kCells = 4;
-    using Word = std::array<Cell, kCells>;
+    using Unit = std::array<Cell, kCells>;
+
+    struct Page {
+        Unit granules[kGranules];
+        Unit* parts[kGranules];         // null: whole
+        uint8_t part_bytes[kGranules];  // kChunkBytes or kWordBytes
+    };
 
     // An agent that touched global memory, for as long as the launch lasts.
     struct Agent {
@@ -33,37 +43,79 @@ class GlobalShadow {
         std::shared_ptr<LaneAgents> lanes;
     };
 
-    // The cells of the page that holds the address; global_shadow.cpp lays them out.
-    Word* page(uint64_t address) {
+    explicit GlobalShadow(size_t accesses) : lane_bytes_(accesses, 0) {}
+    ~GlobalShadow();
+    GlobalShadow(const GlobalShadow&) = delete;
+    GlobalShadow& operator=(const GlobalShadow&) = delete;
+
+    Page& page(uint64_t address) {
         const uint64_t number = address / kPageBytes;
         Recent& recent = recent_[number % recent_.size()];
         if (recent.number != number) {
             recent = {number, find_page(number)};
         }
-        return recent.words;
+        return *recent.page;
     }
+    // Divides a granule into parts of so many bytes.
+    void divide(Page& page, uint32_t granule, uint32_t part_bytes);
+
     // The agent's number; 0 when there are too many to tell apart.
     uint32_t number_of(Cluster& cluster, uint32_t agent);
     const Agent& agent(uint32_t number) const { return agents_[number]; }
 
+    // Bytes of a lane's access; 0 for an engine's, which has no lanes.
+    uint32_t lane_bytes(uint32_t access) const { return lane_bytes_[access]; }
+    void set_lane_bytes(uint32_t access, uint32_t bytes) {
+        lane_bytes_[access] = static_cast<uint8_t>(bytes);
+    }
+    // Its own, so that the check does not change the schedule.
+    uint32_t random() {
+        random_state_ = random_state_ * 6364136223846793005ull + 1442695040888963407ull;
+        return static_cast<uint32_t>(random_state_ >> 33);
+    }
+
   private:
-    struct Free {
-        void operator()(Word* words) const;
-    };
     struct Recent {
         uint64_t number = ~uint64_t{0};
-        Word* words = nullptr;
+        Page* page = nullptr;
     };
-    Word* find_page(uint64_t number);
+    Page* find_page(uint64_t number);
+    void* zeros(size_t bytes);
 
     std::vector<Agent> agents_{1};
-    std::unordered_map<uint64_t, std::unique_ptr<Word, Free>> pages_;
+    std::vector<uint8_t> lane_bytes_;
+    std::unordered_map<uint64_t, Page*> pages_;
     std::array<Recent, 256> recent_;
+    std::vector<std::unique_ptr<uint8_t[]>> slabs_;
+    size_t slab_used_ = 0;
+    uint64_t random_state_ = 1;
 };
 
-// An access that an engine makes, or a lane of a warp.
+inline uint32_t who_of(Cell cell) {
+    return static_cast<uint32_t>(cell >> 43);
+}
+inline uint32_t lane_of_cell(Cell cell) {
+    return static_cast<uint32_t>(cell >> 20) & 31u;
+}
+inline uint32_t access_of(Cell cell) {
+    return static_cast<uint32_t>(cell >> 4) & 0xffffu;
+}
+inline uint32_t bytes_of_cell(Cell cell) {
+    return static_cast<uint32_t>(cell) & 0xfu;
+}
+constexpr uint32_t kMostCellTime = (1u << 18) - 1;
+constexpr Cell kLaneBits = Cell{31} << 20, kByteBits = 0xf;
+inline uint32_t time_of_cell(Cell cell) {
+    return static_cast<uint32_t>(cell >> 25) & kMostCellTime;
+}
+inline Cell make_cell(uint32_t who, uint32_t time, uint32_t lane, uint32_t access) {
+    return uint64_t{who} << 43 | uint64_t{time < kMostCellTime ? time : kMostCellTime} << 25 |
+           uint64_t{lane} << 20 | uint64_t{access} << 4;
+}
+
+// An access that an engine makes, or a warp.
 struct GlobalAccess {
-    uint32_t agent, time, lane;
+    uint32_t agent, time;
     uint16_t access;  // in Program::accesses
     bool async;       // of the async proxy
     const Order* order;
