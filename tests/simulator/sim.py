@@ -92,13 +92,14 @@ class _Config(ctypes.Structure):
 class Buffer:
     """Device memory with the contents and shape of a NumPy array."""
 
-    def __init__(self, sim: Simulator, array: np.ndarray) -> None:
+    def __init__(self, sim: Simulator, array: np.ndarray, *, written: bool = True) -> None:
         self._sim = sim
         self.shape, self.dtype, self.bytes = array.shape, array.dtype, array.nbytes
         pointer = ctypes.c_uint64()
         sim.call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(self.bytes, 1)))
         self.pointer = pointer.value
-        self.write(array)
+        if written:
+            self.write(array)
 
     def write(self, array: np.ndarray) -> None:
         data = np.ascontiguousarray(array)
@@ -196,6 +197,10 @@ class Simulator:
 
     def zeros(self, shape: int | Sequence[int], dtype: Any) -> Buffer:
         return Buffer(self, np.zeros(shape, dtype))
+
+    def empty(self, shape: int | Sequence[int], dtype: Any) -> Buffer:
+        """Memory that nobody has written."""
+        return Buffer(self, np.empty(shape, dtype), written=False)
 
     def tensor_map(
         self,

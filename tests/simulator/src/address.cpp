@@ -196,9 +196,8 @@ void resolve_lanes(Warp& w, const Op& op, uint32_t mask, uint32_t size, AccessKi
     if (op.access == 0) {
         return;
     }
-    if (w.cta->cluster->launch->global) {
-        check_global_lanes(w, op, mask, addresses, size);
-    }
+    w.loaded_since = true;
+    check_global_lanes(w, op, mask, addresses, size);
     if (op.level == kWeak || !w.cta->cluster->launch->config.check_races) {
         return;
     }

@@ -229,6 +229,9 @@ Step wait_bulk(Warp& w, const Op& op, uint32_t mask) {
 bool is_bulk_store(const Op& op) {
     return op.run == issue_bulk && op.code == kStore;
 }
+bool is_bulk_reduction(const Op& op) {
+    return is_bulk_store(op) && (op.target & kReduces) != 0;
+}
 
 bool bulk_groups_done(const Warp& w, uint32_t lanes, uint32_t allowed, bool reads_only) {
     uint32_t left = allowed;

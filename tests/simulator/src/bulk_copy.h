@@ -23,6 +23,7 @@ class Transfer : public AsyncItem {
 };
 
 bool is_bulk_store(const Op& op);
+bool is_bulk_reduction(const Op& op);
 
 // Global (or another CTA's shared) memory into shared memory; announces itself on an mbarrier.
 class TransferIn : public Transfer {

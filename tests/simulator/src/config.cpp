@@ -35,6 +35,7 @@ const char* const kNames[] = {"seed",
                               "stall_limit",
                               "check_memory",
                               "check_uninitialized",
+                              "check_uninitialized_global",
                               "check_wgmma",
                               "check_races",
                               "checks",
@@ -135,12 +136,15 @@ void Config::set(const std::string& name, const std::string& value) {
         strict_global = parse_bool(name, value);
     } else if (name == "check_uninitialized") {
         check_uninitialized = parse_bool(name, value);
+    } else if (name == "check_uninitialized_global") {
+        check_uninitialized_global = parse_bool(name, value);
     } else if (name == "check_wgmma") {
         check_wgmma = parse_bool(name, value);
     } else if (name == "check_races") {
         check_races = parse_bool(name, value);
     } else if (name == "checks") {
-        check_uninitialized = check_wgmma = check_races = parse_bool(name, value);
+        check_uninitialized = check_uninitialized_global = check_wgmma = check_races =
+            parse_bool(name, value);
     } else if (name == "cp_async_fence") {
         cp_async_fence = parse_bool(name, value);
     } else if (name == "exact_16bit") {

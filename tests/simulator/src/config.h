@@ -18,11 +18,12 @@ struct Config {
     uint32_t multiprocessors = 132;     // what cuDeviceGetAttribute says, and CTAs that are resident
     uint64_t stall_limit = 20'000'000;  // warp instructions of a cluster without any progress
 
-    bool check_uninitialized = true;  // shared memory and registers nobody wrote
-    bool check_wgmma = true;          // accumulators, operands and fences
-    bool check_races = true;          // shared memory, and the async proxy
-    bool cp_async_fence = true;       // cp.async before the async proxy needs fence.proxy.async, as PTX says
-    bool exact_16bit = true;          // Hopper's accumulation for 16-bit wgmma; false: plain fp32
+    bool check_uninitialized = true;         // shared memory and registers nobody wrote
+    bool check_uninitialized_global = true;  // allocations nobody wrote
+    bool check_wgmma = true;                 // accumulators, operands and fences
+    bool check_races = true;                 // shared memory, and the async proxy
+    bool cp_async_fence = true;  // cp.async before the async proxy needs fence.proxy.async, as PTX says
+    bool exact_16bit = true;     // Hopper's accumulation for 16-bit wgmma; false: plain fp32
     bool exact_8bit = true;
     bool strict_global = true;  // global memory must be known (allocated or registered)
     bool timeline = false;

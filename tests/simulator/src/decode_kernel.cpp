@@ -30,7 +30,8 @@ void number_accesses(Program& program) {
         const bool writes = op.op_class == OpClass::kStoreGlobal || op.op_class == OpClass::kAtomic ||
                             (op.op_class == OpClass::kTma && is_bulk_store(op));
         const bool reads = op.op_class == OpClass::kLoadGlobal || op.op_class == OpClass::kAsyncCopy ||
-                           op.op_class == OpClass::kTma;
+                           op.op_class == OpClass::kAtomic ||
+                           (op.op_class == OpClass::kTma && (!is_bulk_store(op) || is_bulk_reduction(op)));
         const bool strong_shared = op.level != kWeak && (op.op_class == OpClass::kLoadShared ||
                                                          op.op_class == OpClass::kStoreShared);
         if (!writes && !reads && !strong_shared) {
@@ -40,7 +41,7 @@ void number_accesses(Program& program) {
             throw SimError(ErrorKind::kUnsupported, "more than 65535 accesses of global memory", op.line);
         }
         op.access = static_cast<uint16_t>(program.accesses.size());
-        program.accesses.push_back({op.line, writes, op.level});
+        program.accesses.push_back({op.line, writes, reads, op.level});
     }
 }
 

@@ -30,6 +30,7 @@ int copy(uint64_t to, uint64_t from, size_t bytes, bool to_device, bool from_dev
     }
     if (result == kSuccess) {
         std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
+        MemoryMap::instance().copy_written(to, from, bytes);
     }
     return result;
 }
@@ -39,6 +40,9 @@ int fill(uint64_t to, T value, size_t count, const char* entry) {
     const int result = known(to, count * sizeof(T), entry);
     for (size_t i = 0; result == kSuccess && i < count; ++i) {
         std::memcpy(reinterpret_cast<uint8_t*>(to) + i * sizeof(T), &value, sizeof(T));
+    }
+    if (result == kSuccess) {
+        MemoryMap::instance().set_written(to, count * sizeof(T), true);
     }
     return result;
 }
@@ -60,6 +64,7 @@ SIM_EXPORT int cuMemAlloc_v2(uint64_t* pointer, size_t bytes) {
     std::memset(memory, 0xff, bytes);  // NaN: nothing may count on fresh memory
     *pointer = address_of(memory);
     MemoryMap::instance().add(*pointer, bytes, "allocation", true);
+    MemoryMap::instance().set_written(*pointer, bytes, false);
     return kSuccess;
 }
 SIM_EXPORT int cuMemAllocAsync(uint64_t* pointer, size_t bytes, void*) {
@@ -84,6 +89,9 @@ SIM_EXPORT int cuMemFreeAsync(uint64_t pointer, void*) {
 SIM_EXPORT int cuMemAllocHost_v2(void** pointer, size_t bytes) {
     uint64_t address = 0;
     const int result = cuMemAlloc_v2(&address, bytes);
+    if (result == kSuccess) {
+        MemoryMap::instance().set_written(address, bytes, true);  // the host's stores are not seen
+    }
     *pointer = reinterpret_cast<void*>(address);
     return result;
 }
@@ -213,6 +221,14 @@ SIM_EXPORT int flash8_sim_register_memory(const void* pointer, size_t bytes) {
     }
     MemoryMap::instance().add(address_of(pointer), bytes, "registered memory");
     return kSuccess;
+}
+// From now on these bytes count as memory that nobody has written, whatever they hold.
+SIM_EXPORT int flash8_sim_forget_memory(const void* pointer, size_t bytes) {
+    const int result = known(address_of(pointer), bytes, "flash8_sim_forget_memory");
+    if (result == kSuccess && bytes != 0) {
+        MemoryMap::instance().set_written(address_of(pointer), bytes, false);
+    }
+    return result;
 }
 SIM_EXPORT int flash8_sim_unregister_memory(const void* pointer) {
     return MemoryMap::instance().remove(address_of(pointer)) ? kSuccess : kInvalidValue;

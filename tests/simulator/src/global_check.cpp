@@ -1,6 +1,7 @@
 // The check of an access of global memory against what its shadow remembers.
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "address.h"
 #include "checker.h"
@@ -14,6 +15,49 @@ namespace {
 
 constexpr uint32_t kGranule = GlobalShadow::kGranuleBytes, kChunk = GlobalShadow::kChunkBytes,
                    kWord = GlobalShadow::kWordBytes;
+
+std::string name_of_address(const Cluster& cluster, uint64_t address) {
+    std::string text = format("global memory 0x%llx", static_cast<unsigned long long>(address));
+    const MemoryRange* range = find_range(*cluster.launch->memory, address);
+    if (range != nullptr) {
+        text += format(" (byte %llu of %s)", static_cast<unsigned long long>(address - range->begin),
+                       range->what.c_str());
+    }
+    return text;
+}
+
+std::string name_of_agent(const AgentInfo& info, const Dim3& cta) {
+    return describe_agent(info, false) + format(" of CTA (%u, %u, %u)", cta.x, cta.y, cta.z);
+}
+
+// Nobody may read what neither the host nor a kernel has written.
+void check_written(Cluster& cluster, const GlobalAccess& access, uint64_t address, uint64_t bytes) {
+    if (!cluster.launch->config.check_uninitialized_global) {
+        return;
+    }
+    const MemoryRange* range = cluster.last_range;
+    if (range == nullptr || address < range->begin || address >= range->end) {
+        range = find_range(*cluster.launch->memory, address);
+    }
+    if (range == nullptr || !range->written) {
+        return;
+    }
+    const uint64_t end = std::min(address + bytes, range->end);
+    const GlobalAccessInfo& info = cluster.launch->kernel->program.accesses[access.access];
+    const uint64_t missing = info.reads ? range->written->first_unwritten(address, end - address) : end;
+    if (missing != end) {
+        const AgentInfo& agent = cluster.agent_infos[access.agent];
+        throw SimError(
+            ErrorKind::kUninitialized,
+            format("%s is read by %s (PTX line %d), but neither the host nor a kernel has written it",
+                   name_of_address(cluster, missing).c_str(),
+                   name_of_agent(agent, cluster.ctas[agent.rank]->index).c_str(), info.line),
+            info.line);
+    }
+    if (info.writes) {
+        range->written->set(address, end - address, true);
+    }
+}
 
 // What a cell's access is to mine. kLanes: that takes telling the lanes of the unit apart.
 enum class Verdict : uint8_t { kBefore, kApart, kLanes };
@@ -221,19 +265,9 @@ class Check {
     }
 
     std::string name_of(const GlobalShadow::Agent& agent) const {
-        return describe_agent(agent.info, false) +
-               format(" of CTA (%u, %u, %u)", agent.cta.x, agent.cta.y, agent.cta.z);
+        return name_of_agent(agent.info, agent.cta);
     }
-
-    std::string name_of(uint64_t address) const {
-        std::string text = format("global memory 0x%llx", static_cast<unsigned long long>(address));
-        const MemoryRange* range = find_range(*cluster_.launch->memory, address);
-        if (range != nullptr) {
-            text += format(" (byte %llu of %s)", static_cast<unsigned long long>(address - range->begin),
-                           range->what.c_str());
-        }
-        return text;
-    }
+    std::string name_of(uint64_t address) const { return name_of_address(cluster_, address); }
 
     [[noreturn]] void report_race(Cell cell, const GlobalShadow::Agent& other, uint64_t address) {
         const bool strong = info_of(cell).level != kWeak || info_.level != kWeak;
@@ -275,22 +309,32 @@ class Check {
 }  // namespace
 
 void check_global(Cluster& cluster, const GlobalAccess& access, uint64_t address, uint64_t bytes) {
+    check_written(cluster, access, address, bytes);
     if (cluster.launch->global) {
         Check(cluster, access).run(address, bytes, 0);
     }
 }
 
 void check_global_lanes(Warp& w, const Op& op, uint32_t mask, const uint64_t* addresses, uint32_t bytes) {
-    const GlobalAccess access{w.agent, w.order.clock[w.agent], op.access, false, &w.order};
-    const bool stores = op.op_class == OpClass::kStoreGlobal;
-    const bool loads = op.op_class == OpClass::kLoadGlobal;
-    Check check(*w.cta->cluster, access, &w, bytes, stores ? &op : nullptr);
-    w.loaded_since = true;
     if (op.space == Space::kSharedCta || op.space == Space::kSharedCluster) {
         return;
     }
+    Cluster& cluster = *w.cta->cluster;
+    const GlobalAccess access{w.agent, w.order.clock[w.agent], op.access, false, &w.order};
+    const bool stores = op.op_class == OpClass::kStoreGlobal;
+    const bool loads = op.op_class == OpClass::kLoadGlobal;
+    std::optional<Check> check;
+    if (cluster.launch->global) {
+        check.emplace(cluster, access, &w, bytes, stores ? &op : nullptr);
+    }
+    const auto run = [&](uint64_t address, uint64_t all, uint32_t lane) {
+        check_written(cluster, access, address, all);
+        if (check) {
+            check->run(address, all, lane);
+        }
+    };
     if (mask == kAllLanes && is_one_run(addresses, bytes) && addresses[kLanes - 1] < kSharedWindow) {
-        check.run(addresses[0], uint64_t{bytes} * kLanes, 0);
+        run(addresses[0], uint64_t{bytes} * kLanes, 0);
         return;
     }
     const auto counts = [&](int i) { return i < kLanes && in_mask(mask, i) && addresses[i] < kSharedWindow; };
@@ -302,8 +346,7 @@ void check_global_lanes(Warp& w, const Op& op, uint32_t mask, const uint64_t* ad
         // Lanes that load one address leave the last one's cell.
         const bool again = loads && next == i + 1 && counts(next) && addresses[next] == addresses[i];
         if (counts(i) && !again) {
-            check.run(addresses[i], uint64_t{bytes} * static_cast<uint64_t>(next - i),
-                      static_cast<uint32_t>(i));
+            run(addresses[i], uint64_t{bytes} * static_cast<uint64_t>(next - i), static_cast<uint32_t>(i));
         }
         i = next;
     }

@@ -23,6 +23,47 @@ bool MemoryMap::remove(uint64_t begin) {
     return ranges_.erase(begin) != 0;
 }
 
+void MemoryMap::set_written(uint64_t address, uint64_t bytes, bool written) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto after = ranges_.upper_bound(address);
+    if (after == ranges_.begin()) {
+        return;
+    }
+    MemoryRange& range = std::prev(after)->second;
+    if (address >= range.end) {
+        return;
+    }
+    if (!range.written && !written) {
+        range.written = std::make_shared<WrittenBytes>(range.begin, range.end - range.begin);
+        range.written->set(range.begin, range.end - range.begin, true);
+        snapshot_.reset();
+    }
+    if (range.written) {
+        range.written->set(address, std::min(bytes, range.end - address), written);
+    }
+}
+
+void MemoryMap::copy_written(uint64_t to, uint64_t from, uint64_t bytes) {
+    MemoryRange range;
+    if (!find(from, &range) || !range.written) {
+        set_written(to, bytes, true);
+        return;
+    }
+    const uint64_t end = from + std::min(bytes, range.end - from);
+    for (uint64_t at = from; at < end;) {
+        const uint64_t stop = range.written->first_unwritten(at, end - at);
+        set_written(to + (at - from), stop - at, true);
+        uint64_t next = stop;
+        while (next < end && range.written->first_unwritten(next, 1) == next) {
+            ++next;
+        }
+        if (next != stop) {
+            set_written(to + (stop - from), next - stop, false);
+        }
+        at = next;
+    }
+}
+
 bool MemoryMap::find(uint64_t address, MemoryRange* range) const {
     const auto current = snapshot();
     const MemoryRange* found = find_range(*current, address);

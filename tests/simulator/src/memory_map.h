@@ -8,12 +8,15 @@
 #include <string>
 #include <vector>
 
+#include "written_bytes.h"
+
 namespace sim {
 
 struct MemoryRange {
     uint64_t begin = 0, end = 0;
     std::string what;
-    bool owned = false;  // freed by cuMemFree
+    bool owned = false;                       // freed by cuMemFree
+    std::shared_ptr<WrittenBytes> written{};  // null: all of it
 };
 
 using MemorySnapshot = std::vector<MemoryRange>;  // sorted, never changed
@@ -24,6 +27,10 @@ class MemoryMap {
 
     void add(uint64_t begin, uint64_t bytes, const std::string& what, bool owned = false);
     bool remove(uint64_t begin);
+    // What is written is known from then on: by the host, by kernels, by copies. Bytes in no range are left
+    // out.
+    void set_written(uint64_t address, uint64_t bytes, bool written);
+    void copy_written(uint64_t to, uint64_t from, uint64_t bytes);
     // The range that holds the address; false when there is none.
     bool find(uint64_t address, MemoryRange* range) const;
     std::shared_ptr<const MemorySnapshot> snapshot() const;

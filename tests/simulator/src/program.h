@@ -143,7 +143,7 @@ struct WgmmaShape {
 // What is fixed of an instruction that may touch global memory.
 struct GlobalAccessInfo {
     int line = 0;
-    bool writes = false;
+    bool writes = false, reads = false;
     Level level = kWeak;
 };
 
