@@ -150,6 +150,27 @@ void on_warp_exit(Warp& w) {
     }
 }
 
+namespace {
+
+void collect_shared(const Cta& cta, const Program& program, Statistics& into) {
+    SharedCounts sum;
+    for (size_t i = 0; i < cta.shared_counts.size(); ++i) {
+        const SharedCounts& counts = cta.shared_counts[i];
+        if (counts.executed != 0) {
+            sum.add(counts);
+            InstructionCounts& instruction = into.shared_by_line[program.ops[i].line];
+            instruction.opcode = program.names[i];
+            instruction.counts.add(counts);
+        }
+    }
+    if (sum.executed != 0) {
+        into.shared.add(sum);
+        into.shared_by_cta[{cta.index.x, cta.index.y, cta.index.z}].add(sum);
+    }
+}
+
+}  // namespace
+
 void collect_statistics(Cluster& cluster) {
     static const char* const paths[] = {"global load",   "global store", "shared load", "shared store",
                                         "atomic",        "cp.async",     "tensor load", "tensor store",
@@ -164,6 +185,7 @@ void collect_statistics(Cluster& cluster) {
             }
             local.warp_instructions += warp.executed;
         }
+        collect_shared(*cta, cluster.launch->kernel->program, local);
     }
     for (size_t i = 0; i < std::size(paths); ++i) {
         if (cluster.bytes[i] != 0) {

@@ -131,7 +131,7 @@ int execute(sim::Launch& launch, void** kernel_params, void** extra) {
     }
     last.launch_json = "{\"kernel\": \"" + escape(launch.kernel->name) +
                        "\", \"ok\": " + (ok ? "true" : "false") + ", \"error\": \"" + escape(launch.error) +
-                       "\", \"statistics\": " + launch.statistics.json() + "}";
+                       "\", \"statistics\": " + launch.statistics.json(true) + "}";
     if (!ok) {
         set_last_error(launch.error);
         return result_of(launch.error_kind);
@@ -191,8 +191,8 @@ SIM_EXPORT const char* flash8_sim_totals() {
     static thread_local std::string text;
     LastReport& last = report();
     const std::lock_guard<std::mutex> lock(last.mutex);
-    text = "{\"launches\": " + std::to_string(last.launches) + ", \"statistics\": " + last.statistics.json() +
-           "}";
+    text = "{\"launches\": " + std::to_string(last.launches) +
+           ", \"statistics\": " + last.statistics.json(false) + "}";
     return text.c_str();
 }
 SIM_EXPORT void flash8_sim_reset() {

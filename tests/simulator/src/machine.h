@@ -13,6 +13,7 @@
 #include "memory_sync.h"
 #include "order.h"
 #include "program.h"
+#include "shared_counts.h"
 #include "shared_shadow.h"
 #include "statistics.h"
 #include "timeline.h"
@@ -249,6 +250,7 @@ struct Cta {
     uint64_t register_pool = 0;                        // all it has: what it was launched with
     uint64_t tensor_cores_busy_until = 0;              // logical time
     SharedShadow shadow;
+    std::vector<SharedCounts> shared_counts;  // by instruction; empty as long as there is none
 };
 
 // Work of an engine beside the warps: a TMA or bulk copy, a batch of cp.async.

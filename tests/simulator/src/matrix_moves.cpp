@@ -56,6 +56,7 @@ Step load_matrices(Warp& w, const Op& op, uint32_t) {
         std::memcpy(destination<uint32_t>(w, w.program->lists[op.list + static_cast<uint32_t>(m)]), result,
                     sizeof result);
     }
+    count_wavefronts(w, op, rows, op.list_size * 8u, 16);
     count_bytes(*w.cta->cluster, BytePath::kSharedLoad, uint64_t{op.list_size} * 128);
     return Step::kNext;
 }
@@ -80,6 +81,7 @@ Step store_matrices(Warp& w, const Op& op, uint32_t) {
             }
         }
     }
+    count_wavefronts(w, op, rows, op.list_size * 8u, 16);
     count_bytes(*w.cta->cluster, BytePath::kSharedStore, uint64_t{op.list_size} * 128);
     ++w.cta->cluster->progress;
     return Step::kNext;

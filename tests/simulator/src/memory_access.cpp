@@ -37,6 +37,12 @@ bool is_shared(Space space) {
     return space == Space::kSharedCta || space == Space::kSharedCluster;
 }
 
+void count_shared(Warp& w, const Op& op, uint8_t* const* pointers, uint32_t bytes) {
+    if (is_shared(op.space) || op.space == Space::kGeneric) {
+        count_wavefronts(w, op, pointers, kLanes, bytes);
+    }
+}
+
 template <class M, class R>
 Step load(Warp& w, const Op& op, uint32_t mask) {
     uint8_t* pointers[kLanes];
@@ -45,6 +51,7 @@ Step load(Warp& w, const Op& op, uint32_t mask) {
         load_element<M, R>(w, w.program->lists[op.list + static_cast<uint32_t>(e)], pointers, e, mask);
     }
     if (op.space != Space::kParam) {
+        count_shared(w, op, pointers, static_cast<uint32_t>(sizeof(M)) * op.list_size);
         count_bytes(*w.cta->cluster, is_shared(op.space) ? BytePath::kSharedLoad : BytePath::kGlobalLoad,
                     sizeof(M) * op.list_size * static_cast<uint64_t>(__builtin_popcount(mask)));
     }
@@ -58,6 +65,7 @@ Step store(Warp& w, const Op& op, uint32_t mask) {
     for (int e = 0; e < op.list_size; ++e) {
         store_element<M, R>(w, w.program->lists[op.list + static_cast<uint32_t>(e)], pointers, e, mask);
     }
+    count_shared(w, op, pointers, static_cast<uint32_t>(sizeof(M)) * op.list_size);
     count_bytes(*w.cta->cluster, is_shared(op.space) ? BytePath::kSharedStore : BytePath::kGlobalStore,
                 sizeof(M) * op.list_size * static_cast<uint64_t>(__builtin_popcount(mask)));
     ++w.cta->cluster->progress;

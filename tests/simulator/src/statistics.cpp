@@ -30,6 +30,15 @@ void Statistics::add(const Statistics& other) {
     for (const auto& [path, count] : other.bytes) {
         bytes[path] += count;
     }
+    shared.add(other.shared);
+    for (const auto& [line, instruction] : other.shared_by_line) {
+        InstructionCounts& mine = shared_by_line[line];
+        mine.opcode = instruction.opcode;
+        mine.counts.add(instruction.counts);
+    }
+    for (const auto& [cta, counts] : other.shared_by_cta) {
+        shared_by_cta[cta].add(counts);
+    }
     warp_instructions += other.warp_instructions;
 }
 
@@ -58,9 +67,34 @@ std::string json_map(const std::map<std::string, uint64_t>& values) {
     return text + "}";
 }
 
+// The members of an object, without its braces.
+std::string members(const SharedCounts& counts) {
+    return "\"executed\": " + number(counts.executed) + ", \"wavefronts\": " + number(counts.wavefronts) +
+           ", \"extra_wavefronts\": " + number(counts.extra_wavefronts) +
+           ", \"wgmma_a_bytes\": " + number(counts.wgmma_a_bytes) +
+           ", \"wgmma_b_bytes\": " + number(counts.wgmma_b_bytes);
+}
+
+std::string json_shared(const Statistics& statistics, bool places) {
+    std::string text = "{" + members(statistics.shared);
+    if (places) {
+        std::string lines, ctas;
+        for (const auto& [line, instruction] : statistics.shared_by_line) {
+            lines += (lines.empty() ? "{\"line\": " : ", {\"line\": ") + std::to_string(line) +
+                     ", \"opcode\": \"" + instruction.opcode + "\", " + members(instruction.counts) + "}";
+        }
+        for (const auto& [cta, counts] : statistics.shared_by_cta) {
+            ctas += (ctas.empty() ? "{\"cta\": [" : ", {\"cta\": [") + number(cta[0]) + ", " +
+                    number(cta[1]) + ", " + number(cta[2]) + "], " + members(counts) + "}";
+        }
+        text += ", \"by_line\": [" + lines + "], \"by_cta\": [" + ctas + "]";
+    }
+    return text + "}";
+}
+
 }  // namespace
 
-std::string Statistics::json() const {
+std::string Statistics::json(bool places) const {
     std::string roles = "{";
     for (const auto& [role, counts] : by_role) {
         roles += (roles.size() > 1 ? ", \"" : "\"") + role + "\": " + json_counts(counts);
@@ -68,7 +102,8 @@ std::string Statistics::json() const {
     roles += "}";
     return "{\"warp_instructions\": " + number(warp_instructions) +
            ", \"instructions\": " + json_counts(instructions) + ", \"by_role\": " + roles +
-           ", \"wgmma\": " + json_map(wgmma) + ", \"bytes\": " + json_map(bytes) + "}";
+           ", \"wgmma\": " + json_map(wgmma) + ", \"bytes\": " + json_map(bytes) +
+           ", \"shared\": " + json_shared(*this, places) + "}";
 }
 
 }  // namespace sim

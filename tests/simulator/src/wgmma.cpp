@@ -175,6 +175,7 @@ Step issue(Warp& w, const Op& op, uint32_t) {
     w.wgmma_steps.push_back(step);
     if (warp_in_group(w) == 0) {
         ++cluster.wgmma_counts[shape.name];
+        count_operands(w, op, shape);
     }
     ++cluster.progress;
     if (completes_at_issue(cluster)) {
