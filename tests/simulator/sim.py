@@ -270,23 +270,29 @@ class Module:
         block: int | Sequence[int] = 32,
         shared: int = 0,
         cluster: int | Sequence[int] = 1,
+        overlap: bool = False,
     ) -> None:
-        """Arguments: Buffer, TensorMap, bytes, or a NumPy or ctypes scalar; an int is 32 bits."""
+        """Arguments: Buffer, TensorMap, bytes, or a NumPy or ctypes scalar; an int is 32 bits.
+
+        `overlap`: the grid may begin before the one before it has ended (programmatic stream
+        serialization).
+        """
         function = ctypes.c_void_p()
         self._sim.call("cuModuleGetFunction", ctypes.byref(function), self.handle, name.encode())
         if shared:
             self._sim.call("cuFuncSetAttribute", function, ctypes.c_int(8), ctypes.c_int(shared))
         values = [_as_parameter(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * max(1, len(values)))(*[ctypes.addressof(v) for v in values])
-        attribute = _Attribute(id=4)
-        attribute.value.cluster = _Cluster(*_dim3(cluster))
+        attributes = (_Attribute * 2)(_Attribute(id=4), _Attribute(id=6))
+        attributes[0].value.cluster = _Cluster(*_dim3(cluster))
+        attributes[1].value.flag = int(overlap)
         config = _Config(
             (ctypes.c_uint * 3)(*_dim3(grid)),
             (ctypes.c_uint * 3)(*_dim3(block)),
             shared,
             None,
-            ctypes.pointer(attribute),
-            1,
+            attributes,
+            2,
         )
         self._sim.call("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)
 

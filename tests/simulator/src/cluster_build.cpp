@@ -98,7 +98,8 @@ void init_cta(Cta& cta, Cluster& cluster, const Launch& launch) {
 std::unique_ptr<Cluster> make_cluster(Launch& launch, uint64_t ordinal) {
     auto cluster = std::make_unique<Cluster>();
     cluster->launch = &launch;
-    cluster->ordinal = ordinal;
+    cluster->ordinal = launch.first_cluster + ordinal;
+    cluster->number = ordinal;
     cluster->random_state =
         (launch.config.seed * 0x9E3779B97F4A7C15ull) ^ ((ordinal + 1) * 0xD1B54A32D192ED03ull);
     cluster->random_state |= 1;

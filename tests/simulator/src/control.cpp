@@ -2,6 +2,7 @@
 
 #include "decoder.h"
 #include "lanes.h"
+#include "launch.h"
 #include "scheduler.h"
 
 namespace sim {
@@ -144,11 +145,18 @@ void decode_nanosleep(Decoder& d) {
     d.op.run = nanosleep;
 }
 
-// Dependent launches: launches run one after the other here, so there is nothing to wait for.
+// The grids before this one have ended, but only here does the warp learn of it (grid_chain.h).
+Step wait_for_earlier(Warp& w, const Op&, uint32_t) {
+    Launch& launch = *w.cta->cluster->launch;
+    w.order.grids |= launch.earlier_grids;
+    launch.waited_for_earlier = true;
+    return Step::kNext;
+}
+
 void decode_griddepcontrol(Decoder& d) {
     d.op.op_class = OpClass::kControl;
-    d.take_any({"launch_dependents", "wait"});
-    d.op.run = nothing;
+    const bool waits = d.take_any({"launch_dependents", "wait"}) == "wait";
+    d.op.run = waits ? wait_for_earlier : nothing;
 }
 
 // Hints to caches.

@@ -5,6 +5,7 @@
 
 #include "config.h"
 #include "driver_types.h"
+#include "grid_chain.h"
 #include "machine.h"
 
 namespace {
@@ -187,6 +188,7 @@ SIM_EXPORT int cuCtxGetDevice(int* device) {
     return context_depth > 0 ? kSuccess : kInvalidContext;
 }
 SIM_EXPORT int cuCtxSynchronize() {
+    sim::end_chain();
     return kSuccess;
 }
 
@@ -203,12 +205,15 @@ SIM_EXPORT int cuStreamDestroy_v2(void* stream) {
     return kSuccess;
 }
 SIM_EXPORT int cuStreamSynchronize(void*) {
+    sim::end_chain();
     return kSuccess;
 }
 SIM_EXPORT int cuStreamQuery(void*) {
+    sim::end_chain();
     return kSuccess;
 }
 SIM_EXPORT int cuStreamWaitEvent(void*, void*, unsigned) {
+    sim::end_chain();
     return kSuccess;
 }
 SIM_EXPORT int cuStreamGetCtx(void*, void** context) {
@@ -234,12 +239,15 @@ SIM_EXPORT int cuEventDestroy_v2(void* event) {
     return kSuccess;
 }
 SIM_EXPORT int cuEventRecord(void*, void*) {
+    sim::end_chain();
     return kSuccess;
 }
 SIM_EXPORT int cuEventSynchronize(void*) {
+    sim::end_chain();
     return kSuccess;
 }
 SIM_EXPORT int cuEventQuery(void*) {
+    sim::end_chain();
     return kSuccess;
 }
 SIM_EXPORT int cuEventElapsedTime(float*, void*, void*) {

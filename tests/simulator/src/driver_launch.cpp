@@ -2,12 +2,15 @@
 #include <cstring>
 
 #include "driver_types.h"
+#include "grid_chain.h"
 #include "launch.h"
 #include "memory_map.h"
 
 namespace {
 
 using namespace sim::driver;
+
+constexpr int kProgrammaticSerialization = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 struct LastReport {
     std::mutex mutex;
@@ -115,13 +118,15 @@ void gather_params(sim::Launch& launch, void** kernel_params, void** extra) {
     std::memcpy(launch.params.data(), buffer, std::min<size_t>(bytes, ast.param_bytes));
 }
 
-int execute(sim::Launch& launch, void** kernel_params, void** extra) {
+int execute(sim::Launch& launch, void* stream, bool dependent, void** kernel_params, void** extra) {
     choose_cluster(launch);
     check_limits(launch);
     gather_params(launch, kernel_params, extra);
     launch.config = sim::global_config();
     launch.memory = sim::MemoryMap::instance().snapshot();
+    sim::join_chain(launch, stream, dependent);
     const bool ok = sim::run_launch(launch);
+    sim::leave_chain(launch, stream);
     LastReport& last = report();
     const std::lock_guard<std::mutex> lock(last.mutex);
     last.statistics.add(launch.statistics);
@@ -152,14 +157,17 @@ SIM_EXPORT int cuLaunchKernelEx(const LaunchConfig* config, void* function, void
         launch.grid = {config->grid_x, config->grid_y, config->grid_z};
         launch.block = {config->block_x, config->block_y, config->block_z};
         launch.dynamic_shared = config->shared_bytes;
+        bool dependent = false;
         for (unsigned i = 0; i < config->attribute_count; ++i) {
             const LaunchAttribute& attribute = config->attributes[i];
+            dependent =
+                dependent || (attribute.id == kProgrammaticSerialization && attribute.value.flag != 0);
             if (attribute.id == 4) {
                 launch.cluster = {attribute.value.cluster.x, attribute.value.cluster.y,
                                   attribute.value.cluster.z};
             }
         }
-        return execute(launch, kernel_params, extra);
+        return execute(launch, config->stream, dependent, kernel_params, extra);
     });
 }
 

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "driver_types.h"
+#include "grid_chain.h"
 #include "memory_map.h"
 
 namespace {
@@ -24,6 +25,7 @@ int known(uint64_t address, size_t bytes, const char* entry) {
 }
 
 int copy(uint64_t to, uint64_t from, size_t bytes, bool to_device, bool from_device, const char* entry) {
+    sim::end_chain();
     int result = to_device ? known(to, bytes, entry) : static_cast<int>(kSuccess);
     if (result == kSuccess && from_device) {
         result = known(from, bytes, entry);
@@ -37,6 +39,7 @@ int copy(uint64_t to, uint64_t from, size_t bytes, bool to_device, bool from_dev
 
 template <class T>
 int fill(uint64_t to, T value, size_t count, const char* entry) {
+    sim::end_chain();
     const int result = known(to, count * sizeof(T), entry);
     for (size_t i = 0; result == kSuccess && i < count; ++i) {
         std::memcpy(reinterpret_cast<uint8_t*>(to) + i * sizeof(T), &value, sizeof(T));
@@ -80,6 +83,7 @@ SIM_EXPORT int cuMemFree_v2(uint64_t pointer) {
         return kInvalidValue;
     }
     MemoryMap::instance().remove(pointer);
+    sim::end_chain();
     std::free(reinterpret_cast<void*>(pointer));
     return kSuccess;
 }

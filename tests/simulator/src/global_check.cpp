@@ -75,12 +75,12 @@ class Check {
           cluster_(cluster),
           shadow_(*cluster.launch->global),
           access_(access),
-          program_(cluster.launch->kernel->program),
-          info_(program_.accesses[access.access]),
+          number_(cluster.launch->first_access + access.access),
+          info_(shadow_.info(number_)),
           who_(shadow_.number_of(cluster, access.agent)),
-          cell_(make_cell(who_, access.time, 0, access.access)) {
+          cell_(make_cell(who_, access.time, 0, number_)) {
         if (lane_bytes != 0) {
-            shadow_.set_lane_bytes(access.access, lane_bytes);
+            shadow_.set_lane_bytes(number_, lane_bytes);
         }
     }
 
@@ -110,7 +110,7 @@ class Check {
     }
 
   private:
-    const GlobalAccessInfo& info_of(Cell cell) const { return program_.accesses[access_of(cell)]; }
+    const GlobalAccessInfo& info_of(Cell cell) const { return shadow_.info(access_of(cell)); }
     // Lanes that share a word are told apart by its bytes.
     bool is_below_word() const { return lane_bytes_ != 0 && lane_bytes_ < kWord; }
     uint32_t lane_at(uint64_t address) const {
@@ -203,10 +203,11 @@ class Check {
         const bool near = other.cluster == cluster_.ordinal;
         Moment moment{other.agent, time_of_cell(cell), lane_of_cell(cell), of_warp,
                       !writes,     other.lanes.get()};
-        const bool same = who_of(cell) == who_ && (of_warp || moment.time == access_.time);
+        const bool finished = ((access_.order->grids >> other.grid) & 1) != 0;
+        const bool same = finished || (who_of(cell) == who_ && (of_warp || moment.time == access_.time));
         const Clock* clock = near ? &access_.order->clock : find_far(access_.order->far, other.cluster);
         const Clock* proxy = nullptr;
-        const bool needs_proxy = access_.async && of_warp && writes;
+        const bool needs_proxy = access_.async && of_warp && writes && !finished;
         if (needs_proxy) {
             proxy = near ? &access_.order->global_proxy : find_far(access_.order->far_proxy, other.cluster);
         }
@@ -265,7 +266,10 @@ class Check {
     }
 
     std::string name_of(const GlobalShadow::Agent& agent) const {
-        return name_of_agent(agent.info, agent.cta);
+        const std::string& kernel = shadow_.kernel_of(agent);
+        const bool earlier = agent.grid != shadow_.agent(who_).grid;
+        return name_of_agent(agent.info, agent.cta) +
+               (earlier ? " of the earlier kernel " + kernel : std::string());
     }
     std::string name_of(uint64_t address) const { return name_of_address(cluster_, address); }
 
@@ -299,7 +303,7 @@ class Check {
     Cluster& cluster_;
     GlobalShadow& shadow_;
     const GlobalAccess& access_;
-    const Program& program_;
+    uint32_t number_;  // of the access
     const GlobalAccessInfo& info_;
     uint32_t who_;
     Cell cell_;      // mine, without lane and bytes

@@ -7,6 +7,7 @@ namespace sim {
 namespace {
 
 constexpr uint32_t kMostAgents = (1u << 21) - 1;
+constexpr size_t kMostAccesses = 1u << 16;
 constexpr size_t kSlabBytes = size_t{1} << 20;
 constexpr size_t kMostSlabs = 256;  // that are kept
 
@@ -16,7 +17,7 @@ struct SlabPool {
     std::vector<std::unique_ptr<uint8_t[]>> slabs;
 };
 SlabPool& pool() {
-    static SlabPool the_pool;
+    static SlabPool& the_pool = *new SlabPool;  // for shadows that live until the process ends
     return the_pool;
 }
 
@@ -84,6 +85,19 @@ void GlobalShadow::divide(Page& page, uint32_t granule, uint32_t part_bytes) {
     page.part_bytes[granule] = static_cast<uint8_t>(part_bytes);
 }
 
+bool GlobalShadow::has_room(const Kernel& kernel) const {
+    return kernels_.size() < 64 && infos_.size() + kernel.program.accesses.size() <= kMostAccesses;
+}
+
+uint32_t GlobalShadow::add_grid(const Kernel& kernel) {
+    const std::vector<GlobalAccessInfo>& fresh = kernel.program.accesses;
+    const uint32_t first = static_cast<uint32_t>(infos_.size());
+    infos_.insert(infos_.end(), fresh.begin(), fresh.end());
+    lane_bytes_.resize(infos_.size(), 0);
+    kernels_.push_back(kernel.name);
+    return first;
+}
+
 uint32_t GlobalShadow::number_of(Cluster& cluster, uint32_t agent) {
     std::vector<uint32_t>& numbers = cluster.global_agents;
     if (numbers.size() <= agent) {
@@ -92,6 +106,7 @@ uint32_t GlobalShadow::number_of(Cluster& cluster, uint32_t agent) {
     if (numbers[agent] == 0 && agents_.size() < kMostAgents) {
         Agent fresh;
         fresh.cluster = cluster.ordinal;
+        fresh.grid = static_cast<uint32_t>(kernels_.size()) - 1;
         fresh.agent = agent;
         fresh.info = cluster.agent_infos[agent];
         const Cta& cta = *cluster.ctas[fresh.info.rank];

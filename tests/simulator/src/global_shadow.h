@@ -34,19 +34,28 @@ class GlobalShadow {
         uint8_t part_bytes[kGranules];  // kChunkBytes or kWordBytes
     };
 
-    // An agent that touched global memory, for as long as the launch lasts.
+    // An agent that touched global memory, for as long as the shadow lasts.
     struct Agent {
         uint64_t cluster = 0;
+        uint32_t grid = 0;   // in the chain
         uint32_t agent = 0;  // in the cluster
         AgentInfo info{};
         Dim3 cta;
         std::shared_ptr<LaneAgents> lanes;
     };
 
-    explicit GlobalShadow(size_t accesses) : lane_bytes_(accesses, 0) {}
+    GlobalShadow() = default;
     ~GlobalShadow();
     GlobalShadow(const GlobalShadow&) = delete;
     GlobalShadow& operator=(const GlobalShadow&) = delete;
+
+    // The grids of a chain of launches (grid_chain.h) have a shadow together. add_grid gives the number of
+    // the kernel's first access among all.
+    bool has_room(const Kernel& kernel) const;
+    uint32_t add_grid(const Kernel& kernel);
+    uint64_t grid_bit() const { return uint64_t{1} << (kernels_.size() - 1); }
+    const std::string& kernel_of(const Agent& agent) const { return kernels_[agent.grid]; }
+    const GlobalAccessInfo& info(uint32_t access) const { return infos_[access]; }
 
     Page& page(uint64_t address) {
         const uint64_t number = address / kPageBytes;
@@ -83,6 +92,8 @@ class GlobalShadow {
     void* zeros(size_t bytes);
 
     std::vector<Agent> agents_{1};
+    std::vector<std::string> kernels_;  // names, by grid
+    std::vector<GlobalAccessInfo> infos_;
     std::vector<uint8_t> lane_bytes_;
     std::unordered_map<uint64_t, Page*> pages_;
     std::array<Recent, 256> recent_;

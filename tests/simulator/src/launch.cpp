@@ -200,9 +200,6 @@ bool run_launch(Launch& launch) {
     const uint64_t by_shared = std::max<uint64_t>(1, 228 * 1024 / shared);
     const uint64_t resident_ctas = launch.config.multiprocessors * std::min(per_multiprocessor, by_shared);
     const uint64_t residents = std::max<uint64_t>(1, resident_ctas / launch.cluster.count() / threads);
-    if (launch.config.check_races && threads == 1) {
-        launch.global = std::make_unique<GlobalShadow>(launch.kernel->program.accesses.size());
-    }
     std::vector<std::thread> others;
     for (uint64_t i = 1; i < threads; ++i) {
         others.emplace_back([&, i] { Worker(launch, residents, i).run(); });

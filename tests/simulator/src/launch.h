@@ -43,8 +43,13 @@ struct Launch {
     uint64_t slice = 250'000;  // those of a cluster before another resident one has its turn, at most
 
     // Global memory between CTAs; absent where it is not checked. SyncTable: its strong accesses.
-    std::unique_ptr<GlobalShadow> global;
+    std::shared_ptr<GlobalShadow> global;
     SyncTable sync;
+    // Its place in a chain of launches that may overlap (grid_chain.h).
+    uint64_t first_cluster = 0;
+    uint32_t first_access = 0;
+    uint64_t earlier_grids = 0;  // what griddepcontrol.wait waits for
+    std::atomic<bool> waited_for_earlier{false};
 
     std::mutex mutex;  // of what follows
     std::atomic<uint64_t> next_cluster{0};

@@ -269,7 +269,8 @@ class AsyncItem {
 struct Cluster {
     Launch* launch = nullptr;
     Dim3 index;
-    uint64_t ordinal = 0;
+    uint64_t ordinal = 0;  // in its chain of launches
+    uint64_t number = 0;   // in its launch
     std::vector<std::unique_ptr<Cta>> ctas;
     std::vector<Warp*> warps;  // of all CTAs
     std::vector<std::unique_ptr<AsyncItem>> async;

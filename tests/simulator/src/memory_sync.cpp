@@ -46,6 +46,7 @@ void accept(Warp& w, const Publication& p) {
     }
     join_far(order.far, p.order.far);
     join_far(order.far_proxy, p.order.far_proxy);
+    order.grids |= p.order.grids;
     if (const Clock* clock = find_far(p.order.far, own)) {
         join_clock(order.clock, *clock);
     }
@@ -93,6 +94,7 @@ void put_together(std::vector<Published>& list) {
         }
         join_far(all->order.far, entry.what->order.far);
         join_far(all->order.far_proxy, entry.what->order.far_proxy);
+        all->order.grids |= entry.what->order.grids;
     }
     rest.push_back({kGpuLevel, all});
     list = std::move(rest);

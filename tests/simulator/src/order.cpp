@@ -79,6 +79,7 @@ void join(Order& into, const Order& from) {
     join_clock(into.global_proxy, from.global_proxy);
     join_far(into.far, from.far);
     join_far(into.far_proxy, from.far_proxy);
+    into.grids |= from.grids;
 }
 
 const Clock* find_far(const Far& far, uint64_t cluster) {

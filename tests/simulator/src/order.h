@@ -20,6 +20,7 @@ struct Order {
     Clock shared_proxy;  // of that, the ordinary accesses that fence.proxy.async made known to engines: to
     Clock global_proxy;  // those that use shared memory, and global memory
     Far far, far_proxy;  // clock and global_proxy of other clusters
+    uint64_t grids = 0;  // a bit for each earlier grid of the chain that is known to be complete
 };
 
 // The agents of a warp, from its first one on.

@@ -170,7 +170,7 @@ uint64_t value_of(const Warp& w, int64_t s, int lane) {
         case kNwarpid:
             return cta.warps.size();
         case kSmid:
-            return (cluster.ordinal * cluster.ctas.size() + cta.rank) % launch.config.multiprocessors;
+            return (cluster.number * cluster.ctas.size() + cta.rank) % launch.config.multiprocessors;
         case kNsmid:
             return launch.config.multiprocessors;
         case kClusterCtarank:

@@ -16,7 +16,7 @@ bool recording(const Cluster& cluster) {
 }
 
 void push(Cluster& cluster, const Cta& cta, uint32_t warp, TimelineEvent event) {
-    event.cta = cluster.ordinal * cluster.ctas.size() + cta.rank;
+    event.cta = cluster.number * cluster.ctas.size() + cta.rank;
     event.warp = warp;
     cluster.timeline.push_back(std::move(event));
 }
