@@ -31,9 +31,13 @@ std::string name_agent(const Cluster& cluster, uint32_t agent) {
         access.line);
 }
 
+bool is_async_store(const Cluster& cluster, uint32_t agent) {
+    return cluster.agent_infos[agent].kind == AgentKind::kAsyncStore;
+}
+
 bool is_generic(const Cluster& cluster, uint32_t agent) {
     const AgentKind kind = cluster.agent_infos[agent].kind;
-    return kind == AgentKind::kWarp || kind == AgentKind::kCpAsync;
+    return kind == AgentKind::kWarp || kind == AgentKind::kCpAsync || kind == AgentKind::kAsyncStore;
 }
 
 Moment moment_of(const Access& access, Epoch epoch, bool is_read) {
@@ -49,12 +53,17 @@ bool both_strong(const Access& access, Epoch other) {
         return level != kWeak;
     }
     const auto& infos = access.cluster->agent_infos;
+    if (is_async_store(*access.cluster, agent_of(other)) || is_async_store(*access.cluster, access.agent)) {
+        return false;  // they come from another CTA
+    }
     return infos[agent_of(other)].rank == infos[access.agent].rank;
 }
 
 bool ordered(const Access& access, Epoch other, bool is_read) {
     const uint32_t agent = agent_of(other);
-    if (agent == access.agent && (access.time == time_of(other) || is_generic(*access.cluster, agent))) {
+    // Nothing orders the st.async of one phase: nobody knows of any before all are done.
+    const bool in_order = agent == access.agent && !is_async_store(*access.cluster, agent);
+    if (in_order && (access.time == time_of(other) || is_generic(*access.cluster, agent))) {
         return true;
     }
     return known(*access.clock, moment_of(access, other, is_read)) || both_strong(access, other);
@@ -210,6 +219,8 @@ std::string describe_agent(const AgentInfo& info, bool in_cluster) {
             return format("a bulk store of warp %u%s", info.index, where.c_str());
         case AgentKind::kWgmma:
             return format("wgmma of warpgroup %u%s", info.index, where.c_str());
+        case AgentKind::kAsyncStore:
+            return format("a store announced on mbarrier 0x%x%s", info.index, where.c_str());
         case AgentKind::kTransfer:
             return format("a transfer announced on mbarrier 0x%x%s", info.index, where.c_str());
         default:

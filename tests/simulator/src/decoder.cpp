@@ -37,6 +37,7 @@ const DecodeTable& table() {
         register_convert(t);
         register_memory(t);
         register_atomics(t);
+        register_async_store(t);
         register_control(t);
         register_warp_ops(t);
         register_matrix_moves(t);
@@ -111,7 +112,10 @@ void Decoder::decode(const InstructionAst& in) {
     read_preds_.clear();
     written_preds_.clear();
     scratch_used_ = 0;
-    const auto found = table().find(in.opcode);
+    auto found = in.mods.empty() ? table().end() : table().find(in.opcode + "." + in.mods.front());
+    if (found == table().end()) {
+        found = table().find(in.opcode);
+    }
     if (found == table().end()) {
         fail("unknown instruction");
     }

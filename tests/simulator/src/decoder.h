@@ -97,6 +97,7 @@ void register_compare(DecodeTable& table);
 void register_convert(DecodeTable& table);
 void register_memory(DecodeTable& table);
 void register_atomics(DecodeTable& table);
+void register_async_store(DecodeTable& table);
 void register_control(DecodeTable& table);
 void register_warp_ops(DecodeTable& table);
 void register_matrix_moves(DecodeTable& table);

@@ -35,7 +35,8 @@ enum class AgentKind : uint8_t {
     kReads,
     kLane,
     kWgmma,
-    kTransfer
+    kTransfer,
+    kAsyncStore  // st.async and red.async that an mbarrier announces
 };
 using LaneAgents = std::array<uint32_t, kLanes>;
 
@@ -196,8 +197,9 @@ struct Mbarrier {
     uint32_t expected = 0;
     int32_t pending = 0;
     int64_t transaction = 0;
-    uint64_t phase = 0;      // completed phases
-    uint32_t agent = kNone;  // async writes that this barrier announces
+    uint64_t phase = 0;            // completed phases
+    uint32_t agent = kNone;        // async writes that this barrier announces
+    uint32_t store_agent = kNone;  // those of st.async and red.async, in the generic proxy
     // What arrivals make known: to a wait with the scope of the CTA, and of the cluster. Of the running
     // phase, and of the completed ones.
     Order cta_order, cluster_order;

@@ -65,6 +65,7 @@ Step init(Warp& w, const Op& op, uint32_t mask) {
                                    ? barrier.agent
                                    : new_agent(*at.cta->cluster, AgentKind::kTransfer, at.cta->rank,
                                                mbarrier_address(*at.cta, at.offset));
+        const uint32_t store_agent = barrier.store_agent;
         const uint64_t phase = barrier.phase;
         const bool reused = barrier.agent != kNone;
         barrier = Mbarrier{};
@@ -72,6 +73,7 @@ Step init(Warp& w, const Op& op, uint32_t mask) {
         barrier.expected = counts[i];
         barrier.pending = static_cast<int32_t>(counts[i]);
         barrier.agent = agent;
+        barrier.store_agent = store_agent;
         barrier.phase = reused ? (phase | 1) + 1 : 0;  // even: phases count on, for the race check's clocks
         barrier.line = op.line;
         barrier.init_agent = w.agent;

@@ -29,6 +29,10 @@ void complete_phase_if_done(Cta& cta, Mbarrier& barrier) {
         join(barrier.cluster_done, barrier.cluster_order);
         set_clock(barrier.cta_done.clock, barrier.agent, static_cast<uint32_t>(barrier.phase));
         set_clock(barrier.cluster_done.clock, barrier.agent, static_cast<uint32_t>(barrier.phase));
+        // Another CTA's stores: a wait with the scope of the CTA does not reach them.
+        if (barrier.store_agent != kNone) {
+            set_clock(barrier.cluster_done.clock, barrier.store_agent, static_cast<uint32_t>(barrier.phase));
+        }
     }
     ++cta.cluster->progress;
 }
