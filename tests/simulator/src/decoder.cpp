@@ -45,6 +45,7 @@ const DecodeTable& table() {
         register_mbarrier(t);
         register_cp_async(t);
         register_wgmma(t);
+        register_mma_sync(t);
         register_fences(t);
         return t;
     }();

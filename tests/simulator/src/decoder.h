@@ -106,6 +106,7 @@ void register_mbarrier(DecodeTable& table);
 void register_cp_async(DecodeTable& table);
 void register_bulk_copy(DecodeTable& table);
 void register_wgmma(DecodeTable& table);
+void register_mma_sync(DecodeTable& table);
 void register_fences(DecodeTable& table);
 
 // Special registers: emits the move of `name` into a register of `bytes`.
