@@ -80,6 +80,33 @@ def test_redux(sim: S.Simulator, op: str, want: object) -> None:
     np.testing.assert_array_equal(got, np.full(32, int(want(a)) % 2**32, np.uint32))  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        *[
+            (f"{op}{q}.f32", "needs sm_100a; the device is sm_90a")
+            for op, q in [
+                ("min", ""),
+                ("max", ""),
+                ("min", ".abs"),
+                ("max", ".NaN"),
+                ("min", ".abs.NaN"),
+            ]
+        ],
+        ("add.b32", "redux.sync takes"),
+        ("min.b32", "redux.sync takes"),
+        ("and.u32", "redux.sync takes"),
+        ("add.u64", "redux.sync takes"),
+        ("min.abs.s32", "modifier .abs"),
+    ],
+)
+def test_forms_of_redux_that_do_not_exist_here(sim: S.Simulator, form: str, words: str) -> None:
+    register = {"64": ".b64", "32": ".b32"}[form[-2:]]
+    with pytest.raises(S.SimulatorError) as caught:
+        sim.load(S.kernel(f".reg {register} x;\nredux.sync.{form} x, x, -1; ret;"))
+    assert words in str(caught.value) and "PTX line 11" in str(caught.value)
+
+
 def test_nested_divergence_meets_again(sim: S.Simulator) -> None:
     text = """mov.u32 d0, 0; setp.lt.u32 p, a0, 16; @p bra $LOW;
     add.u32 d0, d0, 100; bra $OUT;

@@ -241,8 +241,12 @@ void decode_redux(Decoder& d) {
     d.take_any({"sync"});
     const std::string name = d.take_any({"add", "min", "max", "and", "or", "xor"});
     const Type type = d.take_type();
-    if (bytes_of(type) != 4 || type == Type::kF32) {
-        d.fail("redux takes 32-bit integers");
+    if (type == Type::kF32) {
+        d.fail("redux.sync on .f32 needs sm_100a; the device is sm_90a");
+    }
+    const bool bitwise = name == "and" || name == "or" || name == "xor";
+    if (bitwise ? type != Type::kB32 : type != Type::kU32 && type != Type::kS32) {
+        d.fail("redux.sync takes .add, .min, .max on .u32, .s32 and .and, .or, .xor on .b32");
     }
     d.need_operands(3, 3);
     d.op.d = d.dest(d.operand(0), 4);
