@@ -1,5 +1,6 @@
 // atom and red.
 #include <algorithm>
+#include <cmath>
 #include <mutex>
 
 #include "address.h"
@@ -39,14 +40,19 @@ T reduce_integer(ReduceOp operation, T old, T b) {
     }
 }
 
+// -0 comes before +0.
+bool precedes(double a, double b) {
+    return a < b || (a == b && std::signbit(a) && !std::signbit(b));
+}
+
 double reduce_real(ReduceOp operation, double old, double b) {
     switch (operation) {
         case ReduceOp::kAdd:
             return add_to_odd(old, b);
         case ReduceOp::kMin:
-            return b < old || old != old ? b : old;
+            return precedes(b, old) || old != old ? b : old;
         case ReduceOp::kMax:
-            return b > old || old != old ? b : old;
+            return precedes(old, b) || old != old ? b : old;
         default:
             return b;
     }
@@ -111,6 +117,25 @@ std::mutex& global_atomics() {
 
 namespace {
 
+uint32_t lanes_in_global(const Warp& w, const Op& op, uint32_t mask) {
+    if (op.space != Space::kGeneric) {
+        return op.space == Space::kGlobal ? mask : 0;
+    }
+    uint64_t addresses[kLanes];
+    lane_addresses(w, op, addresses);
+    uint32_t lanes = 0;
+    for (int i = 0; i < kLanes; ++i) {
+        lanes |= static_cast<uint32_t>(addresses[i] < kSharedWindow) << i;
+    }
+    return lanes & mask;
+}
+
+// Global memory adds f32 without subnormals, shared memory with them.
+uint64_t add_flushed(uint64_t old, uint64_t b) {
+    return as_bits(
+        flush(flush(as_float(static_cast<uint32_t>(old))) + flush(as_float(static_cast<uint32_t>(b)))));
+}
+
 // code: Type; code2: ReduceOp; imm: offset; list: sources, then (atom) destinations.
 Step atomic(Warp& w, const Op& op, uint32_t mask) {
     const Type type = static_cast<Type>(op.code);
@@ -119,9 +144,16 @@ Step atomic(Warp& w, const Op& op, uint32_t mask) {
     const uint32_t elements = op.target;
     uint8_t* pointers[kLanes];
     resolve_lanes(w, op, mask, bytes * elements, AccessKind::kAtomic, pointers);
+    const uint32_t in_global = lanes_in_global(w, op, mask);
+    if (elements > 1 && (mask & ~in_global) != 0) {
+        throw SimError(ErrorKind::kOutOfBounds,
+                       format("lanes 0x%08x: vectors are reduced in global memory only", mask & ~in_global),
+                       op.line);
+    }
     const std::lock_guard<std::mutex> lock(global_atomics());
     const uint32_t* lists = w.program->lists.data() + op.list;
     const bool returns = op.list_size > elements;
+    const bool adds_f32 = type == Type::kF32 && operation == ReduceOp::kAdd;
     bool changed = false;
     for (int i = 0; i < kLanes; ++i) {
         for (uint32_t e = 0; in_mask(mask, i) && e < elements; ++e) {
@@ -132,6 +164,8 @@ Step atomic(Warp& w, const Op& op, uint32_t mask) {
             if (operation == ReduceOp::kCompareAndSwap) {
                 std::memcpy(&c, source<uint8_t>(w, op.c) + static_cast<uint32_t>(i) * bytes, bytes);
                 fresh = old == b ? c : old;
+            } else if (adds_f32 && in_mask(in_global, i)) {
+                fresh = add_flushed(old, b);
             } else {
                 fresh = reduce_value(operation, type, old, b);
             }
@@ -149,8 +183,61 @@ Step atomic(Warp& w, const Op& op, uint32_t mask) {
     return Step::kNext;
 }
 
-std::vector<Operand> elements_of(const Operand& operand) {
-    return operand.kind == Operand::kVector ? operand.elements : std::vector<Operand>{operand};
+std::vector<Operand> elements_of(const Decoder& d, size_t index, size_t count) {
+    const Operand& operand = d.operand(index);
+    const bool is_vector = operand.kind == Operand::kVector;
+    if (is_vector != (count > 1) || (is_vector && operand.elements.size() != count)) {
+        d.fail("the operand is no vector of the stated length");
+    }
+    return is_vector ? operand.elements : std::vector<Operand>{operand};
+}
+
+bool is_half(Type type) {
+    return type == Type::kF16 || type == Type::kBf16 || type == Type::kF16x2 || type == Type::kBf16x2;
+}
+
+bool fits_scalar(ReduceOp operation, Type type) {
+    const uint32_t bytes = bytes_of(type);
+    const bool bits = type == Type::kB32 || type == Type::kB64;
+    switch (operation) {
+        case ReduceOp::kAdd:
+            return type == Type::kU32 || type == Type::kS32 || type == Type::kU64 || type == Type::kF32 ||
+                   type == Type::kF64 || is_half(type);
+        case ReduceOp::kMin:
+        case ReduceOp::kMax:
+            return bytes >= 4 && (is_signed(type) || type == Type::kU32 || type == Type::kU64);
+        case ReduceOp::kInc:
+        case ReduceOp::kDec:
+            return type == Type::kU32;
+        case ReduceOp::kCompareAndSwap:
+            return bits || type == Type::kB16;
+        default:
+            return bits;
+    }
+}
+
+// Vectors: .f32 is added only, the halves are compared too; .v8 is for single halves.
+bool fits_vector(ReduceOp operation, Type type, size_t elements) {
+    if (type == Type::kF32) {
+        return operation == ReduceOp::kAdd && elements <= 4;
+    }
+    const bool known =
+        operation == ReduceOp::kAdd || operation == ReduceOp::kMin || operation == ReduceOp::kMax;
+    return known && is_half(type) && bytes_of(type) * elements <= 16;
+}
+
+// The tables of the PTX ISA's atom and red.
+void check_form(const Decoder& d, ReduceOp operation, Type type, size_t elements, bool noftz) {
+    const bool fits = elements == 1 ? fits_scalar(operation, type) : fits_vector(operation, type, elements);
+    if (!fits) {
+        d.fail("the operation does not exist for this type");
+    }
+    if (noftz != is_half(type)) {
+        d.fail(noftz ? ".noftz is for .f16, .bf16, .f16x2 and .bf16x2" : ".f16 and .bf16 need .noftz");
+    }
+    if (elements > 1 && d.op.space != Space::kGlobal && d.op.space != Space::kGeneric) {
+        d.fail("vectors are reduced in global memory only");
+    }
 }
 
 void decode_atomic(Decoder& d) {
@@ -160,21 +247,26 @@ void decode_atomic(Decoder& d) {
     take_memory_order(d, kGpuLevel);
     d.op.space = d.take_space();
     const ReduceOp operation = take_reduce_op(d);
-    d.take("noftz");
+    const bool noftz = d.take("noftz");
     const bool hinted = take_cache_hints(d);
-    d.take_any({"v2", "v4", "v8"}, "");
+    const std::string vector = d.take_any({"v2", "v4", "v8"}, "");
     const Type type = d.take_type();
+    const size_t elements = vector.empty() ? 1 : static_cast<size_t>(vector[1] - '0');
+    if (!returns && (operation == ReduceOp::kExchange || operation == ReduceOp::kCompareAndSwap)) {
+        d.fail("red has no such operation");
+    }
+    check_form(d, operation, type, elements, noftz);
     const size_t address_at = returns ? 1 : 0;
     const bool swap = operation == ReduceOp::kCompareAndSwap;
     const size_t count = address_at + 2 + (swap ? 1 : 0) + (hinted ? 1 : 0);
     d.need_operands(count, count);
     std::vector<Ref> refs;
-    for (const Operand& element : elements_of(d.operand(address_at + 1))) {
+    for (const Operand& element : elements_of(d, address_at + 1, elements)) {
         refs.push_back(d.src(element, type));
     }
     d.op.target = static_cast<uint32_t>(refs.size());
     if (returns) {
-        for (const Operand& element : elements_of(d.operand(0))) {
+        for (const Operand& element : elements_of(d, 0, elements)) {
             refs.push_back(d.dest(element, bytes_of(type)));
         }
     }
