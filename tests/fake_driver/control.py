@@ -12,7 +12,8 @@ REPOSITORY = HERE.parent.parent
 def build(folder: Path) -> Path:
     """The shared library of the fake driver, built into `folder`."""
     library = folder / "libcuda_fake.so"
-    includes = [f"-I{REPOSITORY / 'hopper'}", f"-I{REPOSITORY / 'python' / 'native'}"]
+    folders = ("hopper", "python/native", "tests/simulator/src")
+    includes = [f"-I{REPOSITORY / name}" for name in folders]
     options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-pthread"]
     options += os.environ.get("FLASH8_TEST_CXXFLAGS", "").split()  # of `make sanitize`
     source = HERE / "fake_driver.cpp"

@@ -21,6 +21,7 @@
 #include "driver_api.h"
 #include "params.h"
 #include "rules.h"
+#include "tensor_map_rules.h"
 
 namespace cu = flash8::cu;
 using fake::capture_mode;
@@ -357,9 +358,13 @@ cu::Result cuTensorMapEncodeTiled(void* map, int element_type, std::uint32_t ran
                                   const std::uint32_t* box, const std::uint32_t* element_strides,
                                   int interleave, int swizzle, int l2_promotion, int fill) {
     ENTER();
-    const bool aligned = fake::is_multiple(reinterpret_cast<std::uintptr_t>(map), 64);
-    if (!aligned || interleave != 0 || !fake::can_encode(element_type, rank, address, dims, strides) ||
-        !fake::can_move(element_type, rank, box, element_strides, swizzle)) {
+    const sim::TiledArguments arguments{map,          static_cast<std::uint32_t>(element_type),
+                                        rank,         address,
+                                        dims,         strides,
+                                        box,          element_strides,
+                                        interleave,   swizzle,
+                                        l2_promotion, fill};
+    if (!sim::broken_rule(arguments).empty()) {
         return kInvalidValue;
     }
     auto* words = static_cast<std::uint64_t*>(map);

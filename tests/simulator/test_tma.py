@@ -156,14 +156,15 @@ def test_swizzled_load(sim: S.Simulator, mode: str, dtype: type) -> None:
 
 def test_element_strides_and_nan_fill(sim: S.Simulator) -> None:
     tensor = np.random.default_rng(2).standard_normal((20, 64)).astype(np.float32)
-    want = box_of(tensor, (2, 14), (32, 24), (2, 3), np.nan)
+    # cuda.h: without interleaving the stride of dimension 0 is ignored.
+    want = box_of(tensor, (40, 14), (32, 24), (1, 3), np.nan)
     out = sim.zeros(want.size, np.float32)
     buffer = sim.buffer(tensor)
     tensor_map = describe(
         sim, buffer, tensor, "f32", (32, 24), element_strides=[2, 3], nan_fill=True
     )
     sim.load(load_ptx(2, want.nbytes)).launch(
-        "k", tensor_map, out, coordinates(2, 14), block=64, shared=40960
+        "k", tensor_map, out, coordinates(40, 14), block=64, shared=40960
     )
     np.testing.assert_array_equal(out.read(), want.reshape(-1))
     assert np.isnan(want).any()
@@ -269,19 +270,3 @@ def test_bulk_copies(sim: S.Simulator, seed: int) -> None:
     sim.load(ptx).launch("k", sim.buffer(data), out, total, grid=2, cluster=2, shared=40960)
     np.testing.assert_array_equal(out.read(), data[::-1])
     np.testing.assert_array_equal(total.read(), data.sum(0))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(box=[40, 8], swizzle="128"), "more than the swizzle"),
-        (dict(box=[257, 8]), "not in 1..256"),
-        (dict(box=[3, 8]), "no multiple of 16"),
-        (dict(strides=[136]), "no multiple of 16"),
-        (dict(offset=8), "not aligned to 16"),
-    ],
-)
-def test_bad_tensor_maps_are_refused(sim: S.Simulator, change: dict, message: str) -> None:
-    given = dict(dtype="f32", shape=[32, 32], strides=[128], box=[32, 8]) | change
-    with pytest.raises(S.SimulatorError, match=message):
-        sim.tensor_map(sim.zeros((32, 64), np.float32), **given)
