@@ -269,13 +269,13 @@ class Module:
         grid: int | Sequence[int] = 1,
         block: int | Sequence[int] = 32,
         shared: int = 0,
-        cluster: int | Sequence[int] = 1,
+        cluster: int | Sequence[int] | None = None,
         overlap: bool = False,
     ) -> None:
         """Arguments: Buffer, TensorMap, bytes, or a NumPy or ctypes scalar; an int is 32 bits.
 
-        `overlap`: the grid may begin before the one before it has ended (programmatic stream
-        serialization).
+        Without `cluster` the launch has no such attribute. `overlap`: the grid may begin before the
+        one before it has ended (programmatic stream serialization).
         """
         function = ctypes.c_void_p()
         self._sim.call("cuModuleGetFunction", ctypes.byref(function), self.handle, name.encode())
@@ -283,16 +283,16 @@ class Module:
             self._sim.call("cuFuncSetAttribute", function, ctypes.c_int(8), ctypes.c_int(shared))
         values = [_as_parameter(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * max(1, len(values)))(*[ctypes.addressof(v) for v in values])
-        attributes = (_Attribute * 2)(_Attribute(id=4), _Attribute(id=6))
-        attributes[0].value.cluster = _Cluster(*_dim3(cluster))
-        attributes[1].value.flag = int(overlap)
+        attributes = (_Attribute * 2)(_Attribute(id=6), _Attribute(id=4))
+        attributes[0].value.flag = int(overlap)
+        attributes[1].value.cluster = _Cluster(*_dim3(1 if cluster is None else cluster))
         config = _Config(
             (ctypes.c_uint * 3)(*_dim3(grid)),
             (ctypes.c_uint * 3)(*_dim3(block)),
             shared,
             None,
             attributes,
-            2,
+            1 if cluster is None else 2,
         )
         self._sim.call("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)
 

@@ -134,20 +134,6 @@ def test_host_memory_can_be_used_in_place(sim: S.Simulator) -> None:
     sim.call("flash8_sim_unregister_memory", ctypes.c_void_p(array.ctypes.data))
 
 
-def test_launch_limits(sim: S.Simulator) -> None:
-    module = sim.load(S.kernel("ret;", directives=".maxntid 64"))
-    for options, message in (
-        (dict(block=128), "128 threads a block, at most 64"),
-        (dict(grid=3, cluster=2), "no multiple of the cluster"),
-        (dict(grid=9, cluster=9), "cluster of 9"),
-        (dict(grid=0), "is 0"),
-    ):
-        with pytest.raises(S.SimulatorError, match=message):
-            module.launch("k", **options)
-    with pytest.raises(S.SimulatorError, match="no kernel 'absent'"):
-        module.launch("absent")
-
-
 def test_reports_count_and_draw(sim: S.Simulator) -> None:
     sim.configure(timeline=True)
     sim.load(S.kernel(".reg .b32 x; mov.u32 x, 1; add.u32 x, x, 1; bar.sync 0; ret;")).launch(

@@ -30,7 +30,8 @@ const Named kNamed[] = {
     {kIllegalInstruction, "CUDA_ERROR_ILLEGAL_INSTRUCTION", "an illegal instruction was encountered"},
     {kMisalignedAddress, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"},
     {kLaunchFailed, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
-    {kNotSupported, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"}};
+    {kNotSupported, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
+    {kInvalidClusterSize, "CUDA_ERROR_INVALID_CLUSTER_SIZE", "cluster misconfiguration"}};
 
 thread_local std::string last;
 
@@ -68,6 +69,8 @@ Result result_of(ErrorKind kind) {
             return kMisalignedAddress;
         case ErrorKind::kDeadlock:
             return kLaunchTimeout;
+        case ErrorKind::kClusterSize:
+            return kInvalidClusterSize;
         case ErrorKind::kResources:
             return kLaunchOutOfResources;
         default:

@@ -4,6 +4,7 @@
 #include "driver_types.h"
 #include "grid_chain.h"
 #include "launch.h"
+#include "launch_checks.h"
 #include "memory_map.h"
 
 namespace {
@@ -39,57 +40,6 @@ std::string escape(const std::string& text) {
     throw sim::SimError(kind, "kernel " + kernel.name + ": " + message);
 }
 
-void check_limits(const sim::Launch& launch) {
-    const sim::Kernel& kernel = *launch.kernel;
-    const uint64_t threads = launch.block.count();
-    if (launch.grid.count() == 0 || threads == 0 || launch.cluster.count() == 0) {
-        refuse(sim::ErrorKind::kInvalidValue, kernel, "a grid, block or cluster dimension is 0");
-    }
-    if (threads > 1024 || threads > kernel.max_threads) {
-        refuse(sim::ErrorKind::kResources, kernel,
-               sim::format("%llu threads a block, at most %u", static_cast<unsigned long long>(threads),
-                           kernel.max_threads));
-    }
-    const uint64_t shared = uint64_t{kernel.static_shared_bytes} + launch.dynamic_shared;
-    if (shared > sim::kMaxSharedBytes) {
-        refuse(sim::ErrorKind::kResources, kernel,
-               sim::format("%llu bytes of shared memory exceed the 227 KB of a block",
-                           static_cast<unsigned long long>(shared)));
-    }
-    if (launch.dynamic_shared > std::max(kernel.max_dynamic_shared, 48u * 1024)) {
-        refuse(sim::ErrorKind::kInvalidValue, kernel,
-               sim::format("%u bytes of dynamic shared memory need "
-                           "cuFuncSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES), which says %u",
-                           launch.dynamic_shared, kernel.max_dynamic_shared));
-    }
-    const uint64_t cluster = launch.cluster.count();
-    if (cluster > 16 || (cluster > 8 && !kernel.non_portable_cluster)) {
-        refuse(sim::ErrorKind::kResources, kernel,
-               sim::format("a cluster of %llu CTAs (8 are portable, 16 with the attribute)",
-                           static_cast<unsigned long long>(cluster)));
-    }
-    if (launch.grid.x % launch.cluster.x != 0 || launch.grid.y % launch.cluster.y != 0 ||
-        launch.grid.z % launch.cluster.z != 0) {
-        refuse(sim::ErrorKind::kInvalidValue, kernel, "the grid is no multiple of the cluster");
-    }
-}
-
-void choose_cluster(sim::Launch& launch) {
-    const uint32_t* required = launch.kernel->required_cluster;
-    if (required[0] == 0) {
-        return;
-    }
-    const sim::Dim3 fixed{required[0], required[1], required[2]};
-    const bool other =
-        launch.cluster.count() != 1 &&
-        (launch.cluster.x != fixed.x || launch.cluster.y != fixed.y || launch.cluster.z != fixed.z);
-    if (other) {
-        refuse(sim::ErrorKind::kInvalidValue, *launch.kernel,
-               "the launch's cluster is not the kernel's .reqnctapercluster");
-    }
-    launch.cluster = fixed;
-}
-
 void gather_params(sim::Launch& launch, void** kernel_params, void** extra) {
     const sim::KernelAst& ast = launch.kernel->ast;
     // One tensor map at least: a kernel may take the address of its parameters.
@@ -119,8 +69,7 @@ void gather_params(sim::Launch& launch, void** kernel_params, void** extra) {
 }
 
 int execute(sim::Launch& launch, void* stream, bool dependent, void** kernel_params, void** extra) {
-    choose_cluster(launch);
-    check_limits(launch);
+    sim::check_limits(launch);
     gather_params(launch, kernel_params, extra);
     launch.config = sim::global_config();
     launch.memory = sim::MemoryMap::instance().snapshot();
@@ -158,15 +107,18 @@ SIM_EXPORT int cuLaunchKernelEx(const LaunchConfig* config, void* function, void
         launch.block = {config->block_x, config->block_y, config->block_z};
         launch.dynamic_shared = config->shared_bytes;
         bool dependent = false;
+        sim::Dim3 cluster;
+        bool names_cluster = false;
         for (unsigned i = 0; i < config->attribute_count; ++i) {
             const LaunchAttribute& attribute = config->attributes[i];
             dependent =
                 dependent || (attribute.id == kProgrammaticSerialization && attribute.value.flag != 0);
             if (attribute.id == 4) {
-                launch.cluster = {attribute.value.cluster.x, attribute.value.cluster.y,
-                                  attribute.value.cluster.z};
+                names_cluster = true;
+                cluster = {attribute.value.cluster.x, attribute.value.cluster.y, attribute.value.cluster.z};
             }
         }
+        sim::choose_cluster(launch, names_cluster ? &cluster : nullptr);
         return execute(launch, config->stream, dependent, kernel_params, extra);
     });
 }

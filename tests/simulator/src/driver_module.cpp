@@ -153,7 +153,11 @@ int set_attribute(int attribute, int value, Kernel& kernel) {
             kernel.max_dynamic_shared = static_cast<uint32_t>(value);
             return kSuccess;
         case 9:
-            return kSuccess;  // preferred carve-out
+            if (value < -1 || value > 100) {
+                set_last_error(sim::format("[invalid-value] a preferred carve-out of %d percent", value));
+                return kInvalidValue;
+            }
+            return kSuccess;  // a hint
         case 14:
             kernel.non_portable_cluster = value != 0;
             return kSuccess;

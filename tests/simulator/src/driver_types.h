@@ -32,6 +32,7 @@ enum Result : int {
     kIllegalInstruction = 715,
     kLaunchFailed = 719,
     kNotSupported = 801,
+    kInvalidClusterSize = 912,
 };
 
 struct LaunchAttribute {

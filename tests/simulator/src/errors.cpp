@@ -31,6 +31,8 @@ const char* name_of(ErrorKind kind) {
             return "barrier";
         case ErrorKind::kResources:
             return "resources";
+        case ErrorKind::kClusterSize:
+            return "cluster-size";
         case ErrorKind::kDivergence:
             return "divergence";
         case ErrorKind::kTrap:

@@ -18,7 +18,8 @@ enum class ErrorKind {
     kProxyFence,  // generic write reaches the async proxy without fence.proxy.async
     kWgmma,       // accumulator, operand or fence rules of wgmma
     kBarrier,     // arrival counts, tx-counts, named-barrier misuse
-    kResources,   // registers, shared memory, cluster size
+    kResources,   // registers, threads
+    kClusterSize,
     kDivergence,  // .aligned executed by part of a warp
     kTrap,
 };

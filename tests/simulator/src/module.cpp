@@ -1,6 +1,9 @@
 #include "module.h"
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
+#include <unordered_set>
 
 #include "errors.h"
 #include "machine.h"
@@ -13,6 +16,34 @@ namespace {
 
 uint64_t align_up(uint64_t value, uint64_t alignment) {
     return (value + alignment - 1) / alignment * alignment;
+}
+
+constexpr uint64_t kDefaultShared = 48 * 1024;  // of a block, unless cuFuncSetAttribute asks for more
+
+using Names = std::unordered_set<std::string>;
+
+void collect_names(const Operand& operand, Names& names) {
+    if (operand.kind == Operand::kSymbol) {
+        names.insert(operand.name);
+    }
+    for (const Operand& element : operand.elements) {
+        collect_names(element, names);
+    }
+}
+
+// What of the module's a kernel uses: the rest takes none of its shared memory.
+std::vector<VariableAst> used_variables(const KernelAst& kernel, const std::vector<VariableAst>& all) {
+    Names names;
+    for (const InstructionAst& in : kernel.instructions) {
+        for (const Operand& operand : in.operands) {
+            collect_names(operand, names);
+        }
+    }
+    std::vector<VariableAst> used;
+    std::copy_if(all.begin(), all.end(), std::back_inserter(used), [&](const VariableAst& variable) {
+        return variable.space == Space::kSharedCta && names.count(variable.name) != 0;
+    });
+    return used;
 }
 
 // Static shared variables from kSharedBase on, the dynamic array behind them.
@@ -44,13 +75,23 @@ uint64_t dynamic_alignment(const std::vector<VariableAst>& variables) {
     return alignment;
 }
 
+// The device is sm_90a: what is made for a later one, or for the features of another, does not run.
+void check_target(const std::string& target) {
+    const size_t digits = target.find_first_not_of("0123456789", 3);
+    const std::string number = target.substr(std::min<size_t>(3, target.size()), digits - 3);
+    if (target.compare(0, 3, "sm_") != 0 || number.empty() || number.size() > 3) {
+        throw SimError(ErrorKind::kParse, "unknown target '" + target + "'");
+    }
+    if (std::stoi(number) > 90 || (digits != std::string::npos && target != "sm_90a")) {
+        throw SimError(ErrorKind::kParse, "target " + target + " does not run here: the device is sm_90a");
+    }
+}
+
 }  // namespace
 
 Module::Module(const std::string& ptx) {
     ModuleAst ast = parse_ptx(ptx);
-    if (ast.target.compare(0, 3, "sm_") != 0) {
-        throw SimError(ErrorKind::kParse, "unknown target '" + ast.target + "'");
-    }
+    check_target(ast.target);
     place_variables(ast.variables);
     fill_addresses(ast.variables);
     for (KernelAst& kernel_ast : ast.kernels) {
@@ -128,12 +169,20 @@ SymbolTable Module::symbols_of(Kernel& kernel, const std::vector<VariableAst>& m
         symbols[param.name] = {Space::kParam, param.offset};
     }
     uint64_t shared = 0;
-    place_shared(module_variables, symbols, shared);
+    const std::vector<VariableAst> used = used_variables(kernel.ast, module_variables);
+    place_shared(used, symbols, shared);
     place_shared(kernel.ast.variables, symbols, shared);
-    const uint64_t alignment = dynamic_alignment(module_variables);
+    if (shared > kMaxSharedBytes) {
+        throw SimError(ErrorKind::kParse,
+                       format("kernel %s: %llu bytes of static shared memory exceed 227 KB",
+                              kernel.name.c_str(), static_cast<unsigned long long>(shared)));
+    }
+    const uint64_t alignment = dynamic_alignment(used);
     // As on the hardware: without static variables the dynamic array starts right at the base.
     kernel.static_shared_bytes = static_cast<uint32_t>(align_up(shared, shared == 0 ? 1 : alignment));
-    place_dynamic(module_variables, symbols, kernel.static_shared_bytes);
+    place_dynamic(used, symbols, kernel.static_shared_bytes);
+    kernel.max_dynamic_shared = static_cast<uint32_t>(
+        kernel.static_shared_bytes < kDefaultShared ? kDefaultShared - kernel.static_shared_bytes : 0);
     uint64_t local = 0;
     for (const VariableAst& variable : kernel.ast.variables) {
         if (variable.space == Space::kLocal) {
