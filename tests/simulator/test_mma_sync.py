@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import sim as S
@@ -28,10 +30,12 @@ def place_c(lane: int, i: int) -> Place:
     return group if i < 2 else group + 8, thread * 2 + (i & 1)
 
 
-def fragments(matrix: NDArray[np.generic], place: object, count: int) -> NDArray[np.uint32]:
+def fragments(
+    matrix: NDArray[np.generic], place: Callable[[int, int], Place], count: int
+) -> NDArray[np.uint32]:
     """The registers of 32 lanes, [register][lane]; 16-bit elements lie low first."""
     elements = np.array(
-        [[matrix[place(lane, i)] for i in range(count)] for lane in range(32)],  # type: ignore[operator]
+        [[matrix[place(lane, i)] for i in range(count)] for lane in range(32)],
         matrix.dtype,
     )
     return np.ascontiguousarray(elements).view(np.uint32).T.copy()

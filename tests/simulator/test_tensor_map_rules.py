@@ -68,6 +68,7 @@ INSIDE: list[dict[str, Any]] = [
     {"dims": [64, 2**32, 1]},
     BYTE | {"box": [32, 1, 1]},
     {"dims": [1, 1, 1], "strides": [16, 16]},
+    {"dims": [64, 8, 1], "strides": [256, 0]},
     {"strides": [256, 2**40 - 16]},
     {"strides": [2048, 256]},  # dimensions in another order
     {"box": [256, 256, 256]},
@@ -101,6 +102,7 @@ OUTSIDE: list[tuple[dict[str, Any], str]] = [
     ({"strides": [240, 2048]}, "dimension 1: a stride of 240 bytes is smaller than a row of 256"),
     ({"strides": [256, 240]}, "dimension 2: a stride of 240 bytes is smaller than a row"),
     ({"strides": [256, 0]}, "smaller than a row"),
+    ({"dims": [64, 8, 1], "strides": [256, 16]}, "smaller than a row"),
     ({"box": [0, 4, 2]}, "dimension 0: a box of 0"),
     ({"box": [32, 257, 2]}, "dimension 1: a box of 257 elements is not in 1..256"),
     ({"box": [260, 4, 2]}, "not in 1..256"),

@@ -60,7 +60,8 @@ inline std::string broken_enum(const TiledArguments& m) {
 }
 
 // The strides that cuda.h describes begin with the size of a row and none is smaller; in which order they
-// grow is left open, for drivers take tensors whose dimensions are permuted.
+// grow is left open, for drivers take tensors whose dimensions are permuted. A dimension of extent 1
+// may have 0, as CUTLASS gives it.
 inline std::string broken_tensor(const TiledArguments& m) {
     if (m.rank < 1 || m.rank > 5 || (m.interleave != 0 && m.rank < 3)) {
         return "rank " + std::to_string(m.rank) + " is not in " + (m.interleave != 0 ? "3" : "1") + "..5";
@@ -83,7 +84,8 @@ inline std::string broken_tensor(const TiledArguments& m) {
         if (stride % unit != 0 || stride >= uint64_t{1} << 40) {
             return what + "is no multiple of " + std::to_string(unit) + " below 2^40";
         }
-        if (stride < row) {
+        const bool steps = stride != 0 || m.dims[i] > 1;
+        if (stride < row && steps) {
             return what + "is smaller than a row of " + std::to_string(row);
         }
     }
