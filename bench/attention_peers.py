@@ -104,7 +104,7 @@ def refuse_without_kernel(call: Call, q: Tensor, k: Tensor, v: Tensor) -> None:
         return
     from flash8 import backends
     from flash8.backends import hopper
-    from flash8.options import Options
+    from flash8.call.options import Options
 
     if not backends.kernels_wanted(q):
         raise RefusedError("FLASH8_KERNELS lets no kernel serve this device")

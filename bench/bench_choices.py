@@ -22,9 +22,9 @@ from torch import Tensor
 
 from flash8 import _native, fp8
 from flash8.backends import hopper
+from flash8.call.options import Options
+from flash8.call.unwrap import unwrap
 from flash8.compiler import Unit, kernel_image
-from flash8.options import Options
-from flash8.scaled_tensor import unwrap
 from flash8.variants import ForwardVariant
 
 RESULTS = Path(__file__).resolve().parent / "results"

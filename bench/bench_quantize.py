@@ -15,10 +15,10 @@ from gpu_timing import time_call
 from partial import while_there_is_time, write_json
 from quantizer_traffic import traffic
 
+from flash8.call.request import Request
 from flash8.fp8 import portable, quantizer
-from flash8.fp8.hadamard import Rotation
-from flash8.fp8.request import Request
-from flash8.rotary import Rope
+from flash8.tensors.hadamard import Rotation
+from flash8.tensors.rotary import Rope
 
 HEADS = 8
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import flash8
 from flash8 import fp8
-from flash8.float8 import saturating_cast
-from flash8.rotary import apply_rotary
+from flash8.tensors.float8 import saturating_cast
+from flash8.tensors.rotary import apply_rotary
 
 RESULTS = Path(__file__).parent / "results" / "fp8_accuracy.json"
 Rows = list[dict[str, Any]]
@@ -207,7 +207,7 @@ def backward_operands(quick: bool) -> Iterator[dict[str, Any]]:
         out, lse = fp8.fp8_attention(q, k, v, recipe, return_attn_probs=True)
         for name, operands in (("dequantized", seen), ("original", (q, k, v))):
             operands = [x.bfloat16() for x in operands]
-            options = flash8.options.Options()
+            options = flash8.call.options.Options()
             got = torch.ops.flash8.backward(dout, None, *operands, None, None, out, lse, *options)
             s = torch.einsum("bihd,bjhd->bhij", operands[0].double(), operands[1].double())
             rows = (s * 128**-0.5 - lse.double()[..., None]).exp().sum(-1)
@@ -240,7 +240,7 @@ def key_bias(quick: bool) -> Iterator[dict[str, Any]]:
     reference = exact_gradients(*seen, dout)
     out, lse = fp8.fp8_attention(q, k, v, recipe, return_attn_probs=True)
     operands = [x.bfloat16() for x in seen]
-    options = flash8.options.Options()
+    options = flash8.call.options.Options()
     got = torch.ops.flash8.backward(dout, None, *operands, None, None, out, lse, *options)
     yield dict(product="dS K", dq=rel_l2(got[0], reference[0]))
     xs = [x.clone().requires_grad_() for x in (q, k, v)]

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from flash8.call.request import Request
 from flash8.fp8 import quantizer
-from flash8.fp8.hadamard import Rotation
-from flash8.fp8.request import Request
-from flash8.rotary import Rope
+from flash8.tensors.hadamard import Rotation
+from flash8.tensors.rotary import Rope
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TOKENS, HEADS, HEAD_DIM = 16384, 8, 128

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
-from flash8.fp8 import transposed
-from flash8.fp8.tokens import Tokens
+from flash8.tensors import v_colmajor as transposed
+from flash8.tensors.tokens import Tokens
 from guarded import GUARD_BYTES
 
 _TYPES = {

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flash8.backends import hopper
+from flash8.call.request import Appended, Request
 from flash8.fp8 import appender, quantizer
-from flash8.fp8.request import Appended, Request
 
 #: On either side, and more than a row of any test.
 GUARD_BYTES = 4096

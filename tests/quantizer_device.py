@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from flash8 import _native, memory
+from flash8 import _native
 from flash8.backends import hopper
+from flash8.tensors import memory
 from guarded import Guards, guard_quantizer
 from simulated_device import SimulatedDevice
 from trust_cases import changed_quantizers

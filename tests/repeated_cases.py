@@ -9,8 +9,8 @@ from fake_driver.cubin import LAYOUT
 from flash8 import flash_attn_func, flash_attn_varlen_func
 from flash8.backends import repeated
 from flash8.fp8 import Rotation, ScaledTensor
-from flash8.fp8.tokens import Tokens
-from flash8.fp8.transposed import transpose
+from flash8.tensors.tokens import Tokens
+from flash8.tensors.v_colmajor import transpose
 
 
 def forget() -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import flash8
-from flash8 import descales, fp8
+from flash8 import fp8
+from flash8.call import check_descales
 from flash8.variants import ForwardVariant
 from forward_cases import launch
 from fp8_forward_cases import dense_call
@@ -88,7 +89,7 @@ def test_refused_before_a_cache_changes():
 @pytest.mark.parametrize("value", BAD)
 def test_nan_where_nobody_has_looked(value, monkeypatch):
     """In the rows that read it and in no other."""
-    monkeypatch.setattr(descales, "check_values", lambda options: None)
+    monkeypatch.setattr(check_descales, "check_values", lambda options: None)
     clean = flash8.flash_attn_func(**inputs(), v_descale=torch.full((2, 2), 0.5))
     o = flash8.flash_attn_func(**inputs(), v_descale=descale((2, 2), (1, 0), value))
     wrong = torch.zeros(o.shape, dtype=torch.bool)
@@ -115,7 +116,7 @@ def portable(call) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("variant", [HEAD, BLOCK], ids=lambda v: v.name)
 def test_kernel(variant, name, value, monkeypatch):
     """Of sequence 1 and head 1 the last block, which the last rows see, or all of it."""
-    monkeypatch.setattr(descales, "check_values", lambda options: None)
+    monkeypatch.setattr(check_descales, "check_values", lambda options: None)
     call = dense_call(variant, 2, 200, 200, 2, 2)
     clean, clean_lse = launch(variant, call)
     wrong = call.descales[name].clone()
@@ -133,7 +134,7 @@ def test_kernel(variant, name, value, monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("value", BAD)
 def test_kernel_by_channel(value, monkeypatch):
-    monkeypatch.setattr(descales, "check_values", lambda options: None)
+    monkeypatch.setattr(check_descales, "check_values", lambda options: None)
     call = dense_call(HEAD, 2, 70, 70, 2, 2, v_channel_descale=torch.full((2, 2, 128), 2.0))
     clean, _ = launch(HEAD, call)
     call.v_channel_descale[1, 0, 77] = value

@@ -8,7 +8,7 @@ import torch
 
 import flash8
 from flash8.backends import heuristics, hopper
-from flash8.options import Options
+from flash8.call.options import Options
 from flash8.variants import ForwardVariant
 from forward_cases import check, compare, device, draw, kernel, launch, packed
 from forward_launch import Call, Schedule

@@ -360,7 +360,7 @@ def test_what_is_written_in_place_is_refused_before_it_is_written():
     starts = int32([2])
     with pytest.raises(RuntimeError, match="no derivative"):
         jvp(lambda k: append(*caches, k, v, starts, None, None, None), (k,), (k,))
-    options = flash8.options.Options(num_splits=1)
+    options = flash8.call.options.Options(num_splits=1)
     with pytest.raises(RuntimeError, match="no derivative"):
         jvp(lambda q: forward_out(q, k, v, None, None, out, *options), (q,), (q,))
     assert not out.any() and not any(cache.any() for cache in caches)

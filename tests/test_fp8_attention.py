@@ -136,7 +136,7 @@ def test_mutation_original_operands_fail():
     recipe = fp8.CurrentScaling()
     expected = reference(*dequantised(q, k, v, recipe), dout)[1]
     out, lse = fp8.fp8_attention(q, k, v, recipe, return_attn_probs=True)
-    options = flash8.options.Options()
+    options = flash8.call.options.Options()
     wrong = torch.ops.flash8.backward(dout, None, q, k, v, None, None, out, lse, *options)[:3]
     with pytest.raises(AssertionError, match="above"):
         check(FP8_GRADIENTS_DEQUANTISED, wrong, expected)

@@ -7,7 +7,7 @@ import flash8
 import oracle
 from cases import cumulative, int32
 from flash8 import fp8
-from flash8.float8 import E4M3, saturating_cast
+from flash8.tensors.float8 import E4M3, saturating_cast
 from tolerances import FP8_CACHE_DEQUANTISED, FP8_CACHE_TOTAL, check_fp8_lse, rel_l2
 
 HEADS, HEADS_KV, D, DV = 4, 2, 64, 64

@@ -7,8 +7,8 @@ import flash8
 import tolerances
 from cases import cumulative
 from flash8 import fp8
+from flash8.call.options import Options
 from flash8.fp8.recipes import BACKWARDS
-from flash8.options import Options
 
 SINK = torch.tensor([0.5, -1.0])
 

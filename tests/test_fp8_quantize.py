@@ -6,8 +6,8 @@ import torch
 import flash8
 from cases import cumulative, int32
 from flash8 import fp8
-from flash8.float8 import E4M3, E5M2, MAX
-from flash8.rotary import apply_rotary
+from flash8.tensors.float8 import E4M3, E5M2, MAX
+from flash8.tensors.rotary import apply_rotary
 from tolerances import rel_l2
 
 # Rounding to nearest with 3 bits of mantissa, for values that are not subnormal.

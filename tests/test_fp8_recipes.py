@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 import flash8
 from flash8 import fp8
-from flash8.float8 import E4M3, E5M2
+from flash8.tensors.float8 import E4M3, E5M2
 from tolerances import FP8_UNQUANTISED, rel_l2
 
 

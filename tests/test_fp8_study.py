@@ -10,7 +10,7 @@ import flash8
 import oracle
 from flash8 import fp8
 from flash8.backends.cpu import tensor_core
-from flash8.float8 import E4M3, E5M2, saturating_cast
+from flash8.tensors.float8 import E4M3, E5M2, saturating_cast
 from tolerances import FP8_ACCUMULATION, FP8_SINK_KEY, rel_l2
 
 SMALLEST_EXPONENT = {E4M3: -6, E5M2: -14}

@@ -6,9 +6,9 @@ import torch
 import flash8
 from cases import int32
 from flash8 import _native, fp8
-from flash8.float8 import E4M3
+from flash8.call.request import Appended
 from flash8.fp8 import appender
-from flash8.fp8.request import Appended
+from flash8.tensors.float8 import E4M3
 from flash8.variants import ForwardVariant
 from forward_cases import device, draw, kernel, launch
 from forward_launch import Call, Schedule

@@ -5,8 +5,8 @@ import torch
 
 import flash8
 from cases import Case, build, int32, run_flash8
-from flash8.arguments import to_int32
 from flash8.fp8 import quantize
+from flash8.tensors.arguments import to_int32
 from repeated_cases import ENDS, addresses, draw
 
 pytest_plugins = ["driver_fixtures", "repeated_fixtures"]

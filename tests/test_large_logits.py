@@ -14,7 +14,7 @@ import flash8
 import oracle
 from defaults import by_default
 from flash8.backends.cpu.softmax import BlockLocalSoftmax
-from flash8.float8 import saturating_cast
+from flash8.tensors.float8 import saturating_cast
 from flash8.variants import ForwardVariant
 from forward_cases import launch, reference
 from forward_launch import Call, Schedule

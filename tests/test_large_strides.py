@@ -15,7 +15,7 @@ import torch
 import forward_cases
 from flash8 import _native
 from flash8.backends import hopper
-from flash8.options import Options
+from flash8.call.options import Options
 from flash8.variants import ForwardVariant
 from simulated_device import missing_compiler
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from flash8 import varlen
-from flash8.float8 import E4M3
 from flash8.nn import (
     DenseKVCache,
     OutOfPagesError,
     PageAllocator,
     PagedKVCache,
 )
+from flash8.tensors.float8 import E4M3
 from nn_reference import assert_near, make_mha
 from tolerances import FP8_CACHE_TOTAL, rel_l2
 

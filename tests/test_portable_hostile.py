@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from cases import int32
-from flash8.float8 import E4M3
-from flash8.fp8 import portable, portable_append, transposed
-from flash8.fp8.request import Appended, Request
-from flash8.fp8.tokens import Tokens
-from flash8.rotary import Rope
+from flash8.call.request import Appended, Request
+from flash8.fp8 import portable, portable_append
+from flash8.tensors import v_colmajor as transposed
+from flash8.tensors.float8 import E4M3
+from flash8.tensors.rotary import Rope
+from flash8.tensors.tokens import Tokens
 
 MOST, LEAST = 2**31 - 1, -(2**31)
 OFFSETS = [[0, 130, 20, 133], [200, 133, 20, 0], [0, MOST, LEAST, MOST], [60, 70, 133, 190]]

@@ -6,10 +6,10 @@ from torch import Tensor
 
 import flash8
 from cases import cumulative, int32
-from flash8.float8 import E4M3
+from flash8.call.request import Appended
 from flash8.fp8 import appender
-from flash8.fp8.request import Appended
-from flash8.rotary import Rope
+from flash8.tensors.float8 import E4M3
+from flash8.tensors.rotary import Rope
 from quantizer_device import device, kernels
 from simulated_device import missing_compiler
 from test_quantizer_kernels import draw, tables, tensors_of

@@ -5,10 +5,9 @@ import torch
 
 from cases import cumulative, int32
 from flash8 import fp8
-from flash8.float8 import E4M3
+from flash8.call.request import Appended
 from flash8.fp8 import appender, portable_append
-from flash8.fp8.request import Appended
-from flash8.rotary import Rope
+from flash8.tensors.rotary import Rope
 from quantizer_device import changed_kernels, device, kernels
 from simulated_device import missing_compiler
 from test_quantizer_kernels import assert_equal, draw, tables

@@ -6,7 +6,7 @@ import torch
 from cases import cumulative, int32
 from flash8 import fp8
 from flash8.backends import hopper
-from flash8.rotary import Rope
+from flash8.tensors.rotary import Rope
 from quantizer_device import changed_kernels, device
 from simulated_device import missing_compiler
 from test_quantizer_kernels import assert_equal, draw, ragged, tables

@@ -16,10 +16,10 @@ from torch import Tensor
 from cases import cumulative, int32
 from flash8 import _native
 from flash8.backends import hopper
-from flash8.float8 import E4M3
+from flash8.call.request import Appended, Request
 from flash8.fp8 import appender, quantizer
-from flash8.fp8.hadamard import Rotation
-from flash8.fp8.request import Appended, Request
+from flash8.tensors.float8 import E4M3
+from flash8.tensors.hadamard import Rotation
 from guarded import contiguous_strides
 from quantizer_device import changed_kernels, device
 from simulated_device import missing_compiler

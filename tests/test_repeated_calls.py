@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash8 import _native, flash_attn_func, flash_attn_varlen_func, ops
 from flash8.backends import hopper, repeated
-from flash8.options import Options
+from flash8.call.options import Options
 from repeated_cases import CALLS, ENDS, addresses, draw, forget, without_addresses
 from simulated_device import missing_compiler
 

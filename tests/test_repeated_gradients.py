@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from flash8 import flash_attn_func, flash_attn_varlen_func
-from flash8.options import Options
+from flash8.call.options import Options
 from repeated_cases import ENDS, draw, forget
 from simulated_device import missing_compiler
 

@@ -16,7 +16,7 @@ from flash8 import (
     get_scheduler_metadata,
 )
 from flash8.backends import hopper, repeated
-from flash8.options import Options
+from flash8.call.options import Options
 from repeated_cases import ENDS, draw
 
 pytest_plugins = ["driver_fixtures", "repeated_fixtures"]

@@ -7,7 +7,7 @@ import pytest
 
 import flash8
 from flash8 import attention
-from flash8.options import Options
+from flash8.call.options import Options
 
 REQUIRED = inspect.Parameter.empty
 DESCALES = [("q_descale", None), ("k_descale", None), ("v_descale", None)]

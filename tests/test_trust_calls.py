@@ -196,7 +196,7 @@ def test_a_mode_sees_the_call_and_not_the_check(checked):
 
 
 def test_within_a_mode_nothing_is_checked(checked, checks):
-    variant = hopper.choose(*draw(), flash8.options.Options())
+    variant = hopper.choose(*draw(), flash8.call.options.Options())
     with checked(), Watching():
         assert not trust.is_trusted(variant, CPU)
     assert checks == []

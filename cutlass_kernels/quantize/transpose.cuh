@@ -1,6 +1,6 @@
 // A tile with its keys contiguous, as the tensor cores want V: (head_dim, 128), through shared memory. Keys
 // and channels stand in the orders that the forward kernel's own transposition leaves
-// (flash8.fp8.transposed).
+// (flash8.tensors.v_colmajor).
 
 #pragma once
 

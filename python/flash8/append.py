@@ -5,14 +5,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flash8 import backends, checks, derivatives, memory
-from flash8.arguments import INDEX_DTYPES, require_rank, require_shape, require_tensor, to_int32
-from flash8.float8 import E4M3
-from flash8.options import Options
-from flash8.rotary import Rope, apply_rotary, token_positions
+from flash8 import backends
+from flash8.call import checks, derivatives
+from flash8.call.geometry import Geometry
+from flash8.call.options import Options
+from flash8.tensors import memory
+from flash8.tensors.arguments import (
+    INDEX_DTYPES,
+    require_rank,
+    require_shape,
+    require_tensor,
+    to_int32,
+)
+from flash8.tensors.float8 import E4M3
+from flash8.tensors.rotary import Rope, apply_rotary, token_positions
 
 if TYPE_CHECKING:
-    from flash8.fp8.request import Appended
+    from flash8.call.request import Appended
 
 
 class NewKeys:
@@ -25,7 +34,7 @@ class NewKeys:
         cu_seqlens: Any,
         k_cache: Tensor,
         v_cache: Tensor,
-        geometry: checks.Geometry,
+        geometry: Geometry,
         options: Options,
     ) -> None:
         if k is None or v is None:
@@ -52,7 +61,7 @@ class NewKeys:
         self._k, self._v = k, v
         self._rope: Rope | None = None
 
-    def _check_new(self, name: str, new: Any, head_dim: int, geometry: checks.Geometry) -> None:
+    def _check_new(self, name: str, new: Any, head_dim: int, geometry: Geometry) -> None:
         dtype = self._k_cache.dtype
         require_tensor(name, new, checks.INPUT_DTYPES if dtype == E4M3 else dtype, self._k_cache)
         heads_kv = geometry.heads_kv
@@ -153,7 +162,7 @@ class NewKeys:
         )
 
     def _appended(self, options: Options) -> "tuple[Appended, Appended]":
-        from flash8.fp8.request import Appended
+        from flash8.call.request import Appended
 
         where = (self._starts, self._cu_seqlens, options.page_table, options.kv_batch_idx)
         return (

@@ -20,13 +20,15 @@ from typing import Any
 
 from torch import Tensor
 
-from flash8 import checks, ops, scaled_tensor
-from flash8.arguments import OWN_NAMES, Names, call_by, require_bool
-from flash8.autocast import cast_for_autocast, is_autocast_on
+from flash8 import ops
 from flash8.backends import repeated
-from flash8.dropout import draw_seed
-from flash8.options import Options
-from flash8.scaled_tensor import Input
+from flash8.call import checks
+from flash8.call.autocast import cast_for_autocast, is_autocast_on
+from flash8.call.options import Options
+from flash8.call.unwrap import unwrap
+from flash8.tensors.arguments import OWN_NAMES, Names, call_by, require_bool
+from flash8.tensors.philox import draw_seed
+from flash8.tensors.scaled_tensor import Input
 
 Output = Tensor | tuple[Tensor, Tensor]
 Window = tuple[int, int]
@@ -75,7 +77,8 @@ def flash_attn_func(
         qv: (batch, seqlen_q, heads, head_dim_v), added to the scores as qv . v.
         q_descale, k_descale, v_descale: fp32, only for float8: x ~ descale * x_fp8 (+ mean). A
             scalar, (batch, heads_kv), for q also (batch, heads), or one per 128 tokens,
-            (batch, heads, ceil(seqlen / 128)); `flash8.descales` has the shapes of other layouts.
+            (batch, heads, ceil(seqlen / 128)); `flash8.tensors.descales` has the shapes of other
+            layouts.
         window_size: (left, right), inclusive: query i sees keys from i + seqlen_k - seqlen_q - left
             to i + seqlen_k - seqlen_q + right; -1 is unbounded.
         attention_chunk: if positive, queries see only keys of their own chunk of this many keys.
@@ -249,7 +252,7 @@ def attend(
     require_bool("return_attn_probs", return_lse)
     if is_autocast_on():
         q, k, v, qv = cast_for_autocast(q, k, v, qv)
-    query, key, value, options = scaled_tensor.unwrap(q, k, v, options)
+    query, key, value, options = unwrap(q, k, v, options)
     call: repeated.Call = ((query, key, value, qv, s_aux, out), options, window_size)
     if dropout_seed is None:
         done = repeated.run(call, return_lse)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8.float8 import E4M3
-from flash8.options import NUMBER_FIELDS, TENSOR_FIELDS, Options
+from flash8.call.options import NUMBER_FIELDS, TENSOR_FIELDS, Options
+from flash8.tensors.float8 import E4M3
 
 _tensors_of = itemgetter(*map(Options._fields.index, TENSOR_FIELDS))
 _numbers_of = itemgetter(*map(Options._fields.index, NUMBER_FIELDS))

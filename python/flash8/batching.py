@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8.options import Options
+from flash8.call.options import Options
 
 Dims = tuple[int | None, ...]
 #: (info, dimension of each argument that is mapped over, arguments) -> (outputs, their dimensions)

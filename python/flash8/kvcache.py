@@ -5,9 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8 import checks, derivatives, memory, ops, scaled_tensor
+from flash8 import ops
 from flash8.append import NewKeys
-from flash8.arguments import (
+from flash8.attention import Window
+from flash8.call import checks, derivatives
+from flash8.call.autocast import cast_for_autocast, is_autocast_on
+from flash8.call.options import Options
+from flash8.call.unwrap import unwrap
+from flash8.scheduler import num_splits_of
+from flash8.tensors import memory
+from flash8.tensors.arguments import (
     INDEX_DTYPES,
     call_by,
     require_bool,
@@ -17,11 +24,7 @@ from flash8.arguments import (
     require_tensor,
     to_int32,
 )
-from flash8.attention import Window
-from flash8.autocast import cast_for_autocast, is_autocast_on
-from flash8.options import Options
-from flash8.scaled_tensor import Input
-from flash8.scheduler import num_splits_of
+from flash8.tensors.scaled_tensor import Input
 
 #: What `checks` and this function call the same arguments.
 _CACHE_NAMES = {
@@ -147,7 +150,7 @@ def flash_attn_with_kvcache(
         alibi_slopes=alibi_slopes,
     )
     rotated = getattr(k_cache, "rotation", None) is not None
-    query, keys, values, options = scaled_tensor.unwrap(q, k_cache, v_cache, options)
+    query, keys, values, options = unwrap(q, k_cache, v_cache, options)
     if options.v_keys is not None or options.v_channel_descale is not None:
         raise ValueError(
             "v_cache must lie by token and have no descale per channel: new tokens are written "

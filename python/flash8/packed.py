@@ -9,10 +9,10 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from flash8 import checks
-from flash8.arguments import Names, describe, require_int, require_rank, require_tensor
 from flash8.attention import Output, Window, attend
-from flash8.options import Options
+from flash8.call import checks
+from flash8.call.options import Options
+from flash8.tensors.arguments import Names, describe, require_int, require_rank, require_tensor
 
 
 class Extras(TypedDict, total=False):

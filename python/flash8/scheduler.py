@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8 import checks
-from flash8.arguments import (
+from flash8.backends import choose_num_splits
+from flash8.call import checks
+from flash8.call.geometry import Geometry
+from flash8.call.options import Options
+from flash8.tensors.arguments import (
     INDEX_DTYPES,
     require_bool,
     require_int,
     require_shape,
     require_tensor,
 )
-from flash8.backends import choose_num_splits
-from flash8.checks import Geometry
-from flash8.options import Options
 
 _VERSION = 1
 #: What stands in the tensor after the version, in this order; int32 each.

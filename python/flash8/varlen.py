@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash8.arguments import require_int, require_rank, require_tensor
+from flash8.tensors.arguments import require_int, require_rank, require_tensor
 
 __all__ = [
     "PackedBatch",

@@ -23,7 +23,7 @@ namespace flash8 {
 struct CallArguments {
     pybind11::handle scope;   // whose kernels serve it; told apart by identity
     pybind11::tuple inputs;   // (q, k, v, qv, s_aux, out)
-    pybind11::tuple options;  // flash8.options.Options
+    pybind11::tuple options;  // flash8.call.options.Options
     pybind11::object window;
 };
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from flash8.backends import cpu, mode
 
 if TYPE_CHECKING:
-    from flash8.checks import Geometry
-    from flash8.options import Options
+    from flash8.call.geometry import Geometry
+    from flash8.call.options import Options
 
 
 @dataclass(frozen=True)

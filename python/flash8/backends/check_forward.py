@@ -13,7 +13,7 @@ from torch import Tensor
 from flash8.backends import cpu, hopper
 from flash8.backends.forward_problems import SOFTCAP, Problem, problems
 from flash8.backends.watchdog import Watchdog
-from flash8.options import Options
+from flash8.call.options import Options
 from flash8.variants import Element, ForwardVariant
 
 _OF_FP8 = ("q_descale", "k_descale", "v_descale", "k_mean", "v_mean", "v_channel_descale")

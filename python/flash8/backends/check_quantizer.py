@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from flash8.backends.watchdog import Watchdog
-from flash8.float8 import E4M3, E5M2
+from flash8.call.request import Appended, Request
 from flash8.fp8 import appender, portable, portable_append, quantizer
-from flash8.fp8.hadamard import Rotation
-from flash8.fp8.request import Appended, Request
 from flash8.quantize_variants import QuantizeVariant
-from flash8.rotary import Rope
+from flash8.tensors.float8 import E4M3, E5M2
+from flash8.tensors.hadamard import Rotation
+from flash8.tensors.rotary import Rope
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _HEADS = 3

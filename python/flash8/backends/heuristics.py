@@ -5,7 +5,7 @@ All of them are arithmetic on sizes that the host knows; none has been tuned on 
 
 import functools
 
-from flash8.options import Options
+from flash8.call.options import Options
 
 #: What a section's K and V may take of Hopper's 50 MB of L2; Q and O pass through the rest.
 _L2_BYTES = 32 << 20

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from flash8 import _native
 from flash8.backends import heuristics, hopper_fp8
+from flash8.call.options import Options
 from flash8.compiler import kernel_image
-from flash8.float8 import E4M3
-from flash8.options import Options
 from flash8.quantize_variants import QuantizeVariant
+from flash8.tensors.float8 import E4M3
 from flash8.variants import Element, ForwardVariant, Mask, Scales
 
 Variant = ForwardVariant | QuantizeVariant

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
-from flash8.options import Options
+from flash8.call.options import Options
 from flash8.variants import Scales
 
 _OUTPUTS = {

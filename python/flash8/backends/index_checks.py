@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from flash8 import descales
 from flash8.backends import cpu, trust
+from flash8.tensors import descales
 
 if TYPE_CHECKING:
-    from flash8.options import Options
+    from flash8.call.options import Options
 
 _VALUES = {"": False, "0": False, "1": True}
 

@@ -25,7 +25,7 @@ from torch.compiler import is_compiling
 from flash8 import backends
 from flash8.autograd import Launched
 from flash8.backends import index_checks
-from flash8.options import Options
+from flash8.call.options import Options
 
 if TYPE_CHECKING:
     from flash8 import _native

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from flash8.arguments import to_int32
-from flash8.float8 import E4M3
+from flash8.call.request import Appended
 from flash8.fp8.quantizer import Launcher, group_ref, refusal_of, tensor_ref, variant_for
-from flash8.fp8.request import Appended
 from flash8.quantize_variants import QuantizeVariant
+from flash8.tensors.arguments import to_int32
+from flash8.tensors.float8 import E4M3
 
 
 def refusal(appended: Appended) -> str | None:

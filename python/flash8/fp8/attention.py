@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8 import checks
-from flash8.arguments import require_bool
-from flash8.autocast import cast_for_autocast, is_autocast_on
-from flash8.dropout import draw_seed
+from flash8.call import checks
+from flash8.call.autocast import cast_for_autocast, is_autocast_on
+from flash8.call.options import Options
 from flash8.fp8 import ops
-from flash8.fp8.hadamard import rotation_for
 from flash8.fp8.recipes import BACKWARDS, CurrentScaling, Recipe, check_call
-from flash8.options import Options
-from flash8.scaled_tensor import ScaledTensor
+from flash8.tensors.arguments import require_bool
+from flash8.tensors.hadamard import rotation_for
+from flash8.tensors.philox import draw_seed
+from flash8.tensors.scaled_tensor import ScaledTensor
 
 _FP8_PRODUCTS = dict(zip(BACKWARDS, (0, 2, 3, 5), strict=True))
 _DEFAULT = CurrentScaling()

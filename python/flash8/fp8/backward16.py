@@ -15,8 +15,8 @@ known (the derivative of tanh weighs it), and K stays as it is.
 import torch
 from torch import Tensor
 
-from flash8.fp8.tokens import Tokens
-from flash8.options import Options
+from flash8.call.options import Options
+from flash8.tensors.tokens import Tokens
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 

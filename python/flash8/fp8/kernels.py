@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8 import derivatives
 from flash8.backends import index_checks, trust
+from flash8.call import derivatives
+from flash8.call.request import Appended, Request
 from flash8.fp8 import appender, portable, portable_append, quantizer
-from flash8.fp8.hadamard import Rotation
-from flash8.fp8.request import Appended, Request
-from flash8.rotary import Rope
+from flash8.tensors.hadamard import Rotation
+from flash8.tensors.rotary import Rope
 
 _library = torch.library.Library("flash8", "FRAGMENT")
 _library.define(

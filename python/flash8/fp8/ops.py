@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8 import batching, derivatives
-from flash8.autocast import unaffected
+from flash8 import batching
 from flash8.backends import backend_for
+from flash8.call import derivatives
+from flash8.call.autocast import unaffected
+from flash8.call.options import SCHEMA, Options
 from flash8.fp8 import backward16
-from flash8.fp8.hadamard import Rotation
-from flash8.fp8.tokens import Tokens
-from flash8.options import SCHEMA, Options
+from flash8.tensors.hadamard import Rotation
+from flash8.tensors.tokens import Tokens
 
 _library = torch.library.Library("flash8", "FRAGMENT")
 _FLOAT8 = "Tensor q8, Tensor k8, Tensor v8"

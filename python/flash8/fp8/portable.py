@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from flash8.arguments import describe, require_tensor
-from flash8.descales import SMALLEST, checked
-from flash8.float8 import E4M3, MAX, saturating_cast
-from flash8.fp8.request import Request
-from flash8.fp8.transposed import transpose
-from flash8.rotary import embed_position
+from flash8.call.request import Request
+from flash8.tensors.arguments import describe, require_tensor
+from flash8.tensors.descales import SMALLEST, checked
+from flash8.tensors.float8 import E4M3, MAX, saturating_cast
+from flash8.tensors.rotary import embed_position
+from flash8.tensors.v_colmajor import transpose
 
 _WIDE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from flash8.descales import BLOCK, checked
-from flash8.float8 import saturating_cast
-from flash8.fp8.request import Appended
-from flash8.rotary import embed_position, token_positions, token_sequences
+from flash8.call.request import Appended
+from flash8.tensors.descales import BLOCK, checked
+from flash8.tensors.float8 import saturating_cast
+from flash8.tensors.rotary import embed_position, token_positions, token_sequences
 
 
 def append(*appended: Appended) -> None:

@@ -16,8 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8 import backends, descales, memory
-from flash8.arguments import (
+from flash8 import backends
+from flash8.backends import cpu
+from flash8.call.request import Request
+from flash8.fp8 import kernels, portable, quantizer
+from flash8.fp8.portable import descale_of
+from flash8.tensors import descales, memory
+from flash8.tensors.arguments import (
     INDEX_DTYPES,
     describe,
     require_bool,
@@ -26,15 +31,11 @@ from flash8.arguments import (
     require_tensor,
     to_int32,
 )
-from flash8.backends import cpu
-from flash8.float8 import E4M3, E5M2, MAX
-from flash8.fp8 import kernels, portable, quantizer
-from flash8.fp8.hadamard import Rotation, rotation_for
-from flash8.fp8.portable import descale_of
-from flash8.fp8.request import Request
-from flash8.fp8.tokens import GRANULARITIES, Tokens
-from flash8.rotary import Rope
-from flash8.scaled_tensor import ScaledTensor
+from flash8.tensors.float8 import E4M3, E5M2, MAX
+from flash8.tensors.hadamard import Rotation, rotation_for
+from flash8.tensors.rotary import Rope
+from flash8.tensors.scaled_tensor import ScaledTensor
+from flash8.tensors.tokens import GRANULARITIES, Tokens
 
 __all__ = ["Rope", "dequantize", "descale_of", "quantize"]
 
@@ -76,7 +77,7 @@ def quantize(
         descale: a given fp32 descale of the granularity's shape, as delayed scaling has it.
         amax: with a given descale: fp32 (), raised to the largest finite value where that is more.
         transpose: data by keys, (batch, heads, d, 128 * blocks) or packed (heads, d, 128 * blocks),
-            for v: `flash8.fp8.transposed` has the order. Keys that do not count are zero.
+            for v: `flash8.tensors.v_colmajor` has the order. Keys that do not count are zero.
 
     Returns:
         ScaledTensor with data in x's shape unless it is transposed.

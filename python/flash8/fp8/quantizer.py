@@ -13,12 +13,8 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
-from flash8.arguments import to_int32
 from flash8.backends import hopper
-from flash8.descales import BLOCK
-from flash8.float8 import E4M3
-from flash8.fp8.hadamard import Rotation
-from flash8.fp8.request import Request
+from flash8.call.request import Request
 from flash8.quantize_variants import (
     TILE_HEAD_DIMS,
     Input,
@@ -27,7 +23,11 @@ from flash8.quantize_variants import (
     QuantizeVariant,
     tile_head_dim,
 )
-from flash8.rotary import Rope
+from flash8.tensors.arguments import to_int32
+from flash8.tensors.descales import BLOCK
+from flash8.tensors.float8 import E4M3
+from flash8.tensors.hadamard import Rotation
+from flash8.tensors.rotary import Rope
 
 _DTYPES: dict[torch.dtype, Input] = {
     torch.float16: "fp16",
@@ -249,7 +249,7 @@ def _row_ref(mean: Tensor) -> tuple[int, int, int]:
 
 
 def group_ref(values: Tensor, packed: bool) -> tuple[int, int, int, int]:
-    """Contiguous values of a shape of `flash8.descales`."""
+    """Contiguous values of a shape of `flash8.tensors.descales`."""
     if values.dim() == 0:
         return values.data_ptr(), 0, 0, 0
     heads, blocks = values.shape[1], values.shape[2] if values.dim() == 3 else 1

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flash8.arguments import describe, require_bool, require_int
-from flash8.float8 import E4M3, E5M2
+from flash8.call.options import Options
 from flash8.fp8.quantize import descale_of, quantize
-from flash8.options import Options
-from flash8.scaled_tensor import ScaledTensor
+from flash8.tensors.arguments import describe, require_bool, require_int
+from flash8.tensors.float8 import E4M3, E5M2
+from flash8.tensors.scaled_tensor import ScaledTensor
 
 #: By the number of backward products that are FP8: none, two, three, five.
 BACKWARDS = ("16bit", "fp8_scores", "fp8_scores_dv", "fp8")

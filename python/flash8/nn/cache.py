@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash8.arguments import require_int, require_shape, require_tensor
-from flash8.float8 import E4M3
+from flash8.tensors.arguments import require_int, require_shape, require_tensor
+from flash8.tensors.float8 import E4M3
 
 
 class OutOfPagesError(RuntimeError):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from flash8.rotary import rotate
+from flash8.tensors.rotary import rotate
 
 
 class RotaryEmbedding(nn.Module):

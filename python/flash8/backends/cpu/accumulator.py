@@ -10,7 +10,7 @@ from torch import Tensor
 from flash8.backends.cpu import tensor_core
 from flash8.backends.cpu.products import product
 from flash8.backends.cpu.study import Study
-from flash8.float8 import E4M3
+from flash8.tensors.float8 import E4M3
 
 
 def float8_matmul(

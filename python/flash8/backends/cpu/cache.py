@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from flash8.backends.cpu.sequences import cache_slots, checked_cu_seqlens
-from flash8.float8 import E4M3, saturating_cast
-from flash8.options import Options
+from flash8.call.options import Options
+from flash8.tensors.float8 import E4M3, saturating_cast
 
 
 def append_kv(

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from flash8.backends.cpu.mask import Tile
 from flash8.backends.cpu.sequences import KeyRows, QueryRows, Unit
-from flash8.descales import BLOCK, checked
-from flash8.float8 import E4M3
-from flash8.options import Options
+from flash8.call.options import Options
+from flash8.tensors.descales import BLOCK, checked
+from flash8.tensors.float8 import E4M3
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from flash8.backends.cpu.operands import Operands, load, tokens_first
 from flash8.backends.cpu.scores import Scores
 from flash8.backends.cpu.sequences import Unit, check_values, units
 from flash8.backends.cpu.softmax import softmax_for
-from flash8.checks import FP8
-from flash8.options import Options
+from flash8.call.checks import FP8
+from flash8.call.options import Options
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def forward(
 
 
 def _by_token(v: Tensor, keys: int, options: Options) -> Tensor:
-    from flash8.fp8.tokens import Tokens
-    from flash8.fp8.transposed import untranspose
+    from flash8.tensors.tokens import Tokens
+    from flash8.tensors.v_colmajor import untranspose
 
     return untranspose(v, keys, Tokens(options.cu_seqlens_k))
 

@@ -27,9 +27,9 @@ from flash8.backends.cpu.operands import Operands, heads_first, load, tokens_fir
 from flash8.backends.cpu.products import Matmul, product, select, transposed
 from flash8.backends.cpu.scores import Scores
 from flash8.backends.cpu.sequences import Unit, units
-from flash8.descales import BLOCK
-from flash8.float8 import E4M3, MAX, saturating_cast
-from flash8.options import Options
+from flash8.call.options import Options
+from flash8.tensors.descales import BLOCK
+from flash8.tensors.float8 import E4M3, MAX, saturating_cast
 
 _SMALLEST_DESCALE = 2.0**-126
 

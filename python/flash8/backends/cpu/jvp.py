@@ -19,7 +19,7 @@ from flash8.backends.cpu.operands import Operands, heads_first, load, tokens_fir
 from flash8.backends.cpu.products import product, select
 from flash8.backends.cpu.scores import Scores
 from flash8.backends.cpu.sequences import Unit, units
-from flash8.options import Options
+from flash8.call.options import Options
 
 
 @dataclass(frozen=True)

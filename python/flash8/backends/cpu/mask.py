@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash8.options import Options
+from flash8.call.options import Options
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from flash8.backends.cpu.descales import Descales, load_descales
 from flash8.backends.cpu.sequences import Unit
-from flash8.checks import FP8
-from flash8.descales import checked
-from flash8.options import Options
+from flash8.call.checks import FP8
+from flash8.call.options import Options
+from flash8.tensors.descales import checked
 
 #: Elements of a score tile per KV head, and the bounds of its sides.
 _TILE_AREA = 1 << 16

@@ -7,9 +7,9 @@ from flash8.backends.cpu import study
 from flash8.backends.cpu.accumulator import float8_matmul
 from flash8.backends.cpu.mask import Mask, Tile
 from flash8.backends.cpu.operands import Operands
-from flash8.checks import FP8
-from flash8.dropout import COLUMNS_PER_DRAW, keep_mask
-from flash8.options import Options
+from flash8.call.checks import FP8
+from flash8.call.options import Options
+from flash8.tensors.philox import COLUMNS_PER_DRAW, keep_mask
 
 
 class Scores:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash8 import descales
-from flash8.arguments import wrong_index
 from flash8.backends.cpu.mask import Mask
-from flash8.options import Options
+from flash8.call import check_descales
+from flash8.call.options import Options
+from flash8.tensors.arguments import wrong_index
 
 #: The row of a cache that a sequence without work has.
 NO_ROW = -1
@@ -119,12 +119,12 @@ def check_indices(q: Tensor, k: Tensor, options: Options) -> None:
 def check_values(q: Tensor, k: Tensor, options: Options) -> None:
     """Raises ValueError on descales that are none, and for pages on their indices."""
     if options.page_table is None:
-        descales.check_values(options)
+        check_descales.check_values(options)
         return
     found = [unit.keys.seen for unit in units(q, k, options)]
     seen = [x for x in found if x is not None]
     pages = torch.cat(seen) if seen else options.page_table.new_empty((0,)).long()
-    descales.check_values(options, pages)
+    check_descales.check_values(options, pages)
 
 
 def check_tokens(x: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None) -> None:

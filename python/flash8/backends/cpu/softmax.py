@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flash8.backends.cpu.study import Study
-from flash8.float8 import E4M3, saturating_cast
+from flash8.tensors.float8 import E4M3, saturating_cast
 
 _LOG2_E = math.log2(math.e)
 _MINUS_INF = float("-inf")

@@ -12,7 +12,7 @@ bits, and in units of 2^(E - 13) the sum stays below 2^21.
 import torch
 from torch import Tensor
 
-from flash8.float8 import E4M3, E5M2
+from flash8.tensors.float8 import E4M3, E5M2
 
 Dtypes = tuple[torch.dtype, torch.dtype]
 

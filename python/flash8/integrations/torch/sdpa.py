@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flash8.attention import flash_attn_func, flash_attn_varlen_func
-from flash8.checks import MAX_HEAD_DIM
+from flash8.call.checks import MAX_HEAD_DIM
 from flash8.integrations.autocast import cast_for_autocast
 from flash8.varlen import cu_seqlens_from_mask, max_seqlen_of
 

@@ -1,56 +1,12 @@
-"""A float8 tensor together with everything that gives its values back."""
+"""Takes the ScaledTensors of a call apart into data and options."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash8.options import Options
-
-if TYPE_CHECKING:
-    from flash8.fp8.hadamard import Rotation
-
-
-@dataclass(frozen=True)
-class ScaledTensor:
-    """x = rotation^-1(descale * data + mean): what `flash8.fp8.quantize` returns.
-
-    The attention functions take it in place of q, k and v, with descale and mean: K's mean comes
-    back in LSE, V's in O, and q and k must share a rotation, which then cancels.
-    """
-
-    data: Tensor  # float8, x's shape unless `keys` is given
-    descale: Tensor  # fp32, a shape of `flash8.descales`
-    granularity: str  # "tensor", "head", "block", "page" or "channel"
-    mean: Tensor | None = None  # fp32 (heads, d) or (batch, heads, d), rotated as data is
-    rotation: "Rotation | None" = None
-    cu_seqlens: Tensor | None = None  # of packed data, int32 (batch + 1,)
-    keys: int | None = None  # tokens of transposed data (`flash8.fp8.transposed`), else None
-
-    def by_token(self) -> Tensor:
-        """The data in (batch, seqlen, heads, d) or (total, heads, d), whatever it is stored as."""
-        if self.keys is None:
-            return self.data
-        from flash8.fp8.tokens import Tokens
-        from flash8.fp8.transposed import untranspose
-
-        return untranspose(self.data, self.keys, Tokens(self.cu_seqlens))
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.data.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.data.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.data.device
-
-
-Input = Tensor | ScaledTensor
+from flash8.call.options import Options
+from flash8.tensors.scaled_tensor import ScaledTensor
 
 # `unwrap` takes Options apart by position.
 assert Options._fields[:6] == (

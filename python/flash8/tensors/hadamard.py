@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8.arguments import describe, require_int
-from flash8.dropout import philox
+from flash8.tensors.arguments import describe, require_int
+from flash8.tensors.philox import MASK32, philox
 
 #: A smaller block would spread an outlier over too few channels to be worth its time.
 MIN_BLOCK = 8
-_MASK32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Rotation:
         (i, 0, 0, 0), key the low and high half of the seed."""
         index = torch.arange(self.head_dim, device=device)
         zero = torch.zeros_like(index)
-        key = (self.seed & _MASK32, self.seed >> 32)
+        key = (self.seed & MASK32, self.seed >> 32)
         word = philox((index, zero, zero, zero), key)[0]
         return 1.0 - 2.0 * (word & 1).float()
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flash8.descales import BLOCK, block_offsets, num_blocks, num_packed_blocks
-from flash8.rotary import token_sequences
+from flash8.tensors.descales import BLOCK, block_offsets, num_blocks, num_packed_blocks
+from flash8.tensors.rotary import token_sequences
 
 GRANULARITIES = ("tensor", "head", "block", "page", "channel")
 

@@ -5,12 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash8.descales import num_blocks, num_packed_blocks
-from flash8.float8 import E4M3
-from flash8.fp8.hadamard import Rotation
-from flash8.fp8.tokens import Tokens
-from flash8.fp8.transposed import transposed_shape
-from flash8.rotary import Rope
+from flash8.tensors.descales import num_blocks, num_packed_blocks
+from flash8.tensors.float8 import E4M3
+from flash8.tensors.hadamard import Rotation
+from flash8.tensors.rotary import Rope
+from flash8.tensors.tokens import Tokens
+from flash8.tensors.v_colmajor import transposed_shape
 
 
 class Request(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 class Options(NamedTuple):
     """Non-differentiable arguments of one attention call. Shapes as in `flash8.attention`."""
 
-    q_descale: Tensor | None = None  # fp32, shapes as in `flash8.descales`
+    q_descale: Tensor | None = None  # fp32, shapes as in `flash8.tensors.descales`
     k_descale: Tensor | None = None
     v_descale: Tensor | None = None
     k_mean: Tensor | None = None  # fp32 (heads_kv, d) or (batch, heads_kv, d)
@@ -41,7 +41,7 @@ class Options(NamedTuple):
     pack_gqa: bool | None = None
     deterministic: bool = False
     sm_margin: int = 0
-    v_keys: int | None = None  # tokens of a v that is by keys (`flash8.fp8.transposed`)
+    v_keys: int | None = None  # tokens of a v that is by keys (`flash8.tensors.v_colmajor`)
 
     @property
     def is_local(self) -> bool:

@@ -1,19 +1,19 @@
 """V with its keys contiguous, as the tensor cores read it: (..., heads, d, 128 * blocks).
 
-Blocks are those of `flash8.descales`: of every sequence of a dense tensor, or of all sequences of a
-packed one, sequence b from number cu_seqlens[b] // 128 + b. Keys that do not count are zero. Within
-every 16 keys the order is `KEY_ORDER`: that of the columns of P which one thread of a warpgroup
-has, so that P goes from one product to the next in its registers. Within every whole 16 channels it
-is `CHANNEL_ORDER`, which gives a thread neighbouring columns of O. Both are the orders that the
-kernel's own transposition leaves (hopper/forward/transpose.cuh).
+Blocks are those of `flash8.tensors.descales`: of every sequence of a dense tensor, or of all
+sequences of a packed one, sequence b from number cu_seqlens[b] // 128 + b. Keys that do not count
+are zero. Within every 16 keys the order is `KEY_ORDER`: that of the columns of P which one thread
+of a warpgroup has, so that P goes from one product to the next in its registers. Within every whole
+16 channels it is `CHANNEL_ORDER`, which gives a thread neighbouring columns of O. Both are the
+orders that the kernel's own transposition leaves (hopper/forward/transpose.cuh).
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flash8.descales import BLOCK, num_blocks, num_packed_blocks
-from flash8.fp8.tokens import Tokens
+from flash8.tensors.descales import BLOCK, num_blocks, num_packed_blocks
+from flash8.tensors.tokens import Tokens
 
 #: Place 4 q + r of 16 holds key 2 q + r % 2 + 8 (r // 2).
 KEY_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)

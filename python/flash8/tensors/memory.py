@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from flash8.arguments import require_contiguous_last
+from flash8.tensors.arguments import require_contiguous_last
 
 
 def require_writable(name: str, tensor: Tensor) -> None:

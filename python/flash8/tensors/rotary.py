@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash8.float8 import E4M3, saturating_cast
+from flash8.tensors.float8 import E4M3, saturating_cast
 
 
 class Rope(NamedTuple):

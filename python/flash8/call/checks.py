@@ -5,14 +5,16 @@ or ValueError and returns the normalised `Options`. What can only be seen in the
 lengths, page indices) is checked by the CPU backend when it reads them.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash8 import derivatives, descales, memory
-from flash8.arguments import (
+from flash8.call import check_descales, derivatives
+from flash8.call.geometry import Geometry
+from flash8.call.options import Options
+from flash8.tensors import descales, memory
+from flash8.tensors.arguments import (
     INDEX_DTYPES,
     OWN_NAMES,
     Names,
@@ -26,8 +28,7 @@ from flash8.arguments import (
     require_tensor,
     to_int32,
 )
-from flash8.float8 import E4M3
-from flash8.options import Options
+from flash8.tensors.float8 import E4M3
 
 FP8 = E4M3
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, FP8)
@@ -40,20 +41,6 @@ _INDEX_FIELDS = (
 )
 _MAX_SCALE = 1e30  # finite in fp32, and so are its products with small scores
 _MIN_SOFTCAP = 1e-30  # its inverse is finite in fp32
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes of a call, once q, k and v have been found to agree."""
-
-    batch: int
-    heads: int
-    heads_kv: int
-    head_dim: int
-    head_dim_v: int
-    q_packed: bool  # (total, heads, head_dim) with cu_seqlens_q
-    k_packed: bool
-    paged: bool
 
 
 def attention(
@@ -80,7 +67,7 @@ def attention(
         others = [x for x in options if isinstance(x, Tensor)]
         _check_out(out, (q, k, v, qv, s_aux), others, geometry)
     options = scalars(options, names)
-    descales.check(q, k, geometry, options)
+    check_descales.check(q, k, geometry, options)
     return geometry, options
 
 
