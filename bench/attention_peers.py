@@ -103,7 +103,7 @@ def refuse_without_kernel(call: Call, q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.is_cuda:
         return
     from flash8 import backends
-    from flash8.backends import hopper
+    from flash8.backends.hopper import forward as hopper
     from flash8.call.options import Options
 
     if not backends.kernels_wanted(q):

@@ -21,11 +21,12 @@ from partial import while_there_is_time, write_json
 from torch import Tensor
 
 from flash8 import _native, fp8
-from flash8.backends import hopper
+from flash8.backends.hopper import forward as hopper
+from flash8.backends.hopper import streams
+from flash8.backends.hopper.variants import ForwardVariant
 from flash8.call.options import Options
 from flash8.call.unwrap import unwrap
 from flash8.compiler import Unit, kernel_image
-from flash8.variants import ForwardVariant
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _HIDDEN, _TOKENS = 2048, 16384
@@ -106,9 +107,9 @@ class Run:
 
     def __call__(self) -> Tensor:
         kernel, device, call, draws_tiles, _ = self._planned
-        stream = hopper.current_stream(self.out)
+        stream = streams.current_stream(self.out)
         if draws_tiles:
-            call.scheduler.tile_count = hopper.get_tile_count(self.out.device, stream).data_ptr()
+            call.scheduler.tile_count = streams.get_tile_count(self.out.device, stream).data_ptr()
         _native.launch_forward(kernel, device, stream, call, 0)
         return self.out
 

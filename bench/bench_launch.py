@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from fake_driver import control
 from fake_driver.cubin import forward_cubin
 from flash8 import _native, backends, flash_attn_func, flash_attn_varlen_func, fp8
-from flash8.backends import hopper, mode, repeated
+from flash8.backends.hopper import kernels, mode
+from flash8.ops import plan_cache
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REPEAT, NUMBER = 40, 1_000
@@ -55,7 +56,7 @@ def kernels_on_a_fake_driver() -> Iterator[None]:
             replaced(backends, "kernels_wanted", wanted_as_on_a_gpu),
             replaced(mode, "kernels_mode", lambda: "on"),
             replaced(mode, "_served", {-1: True}),  # the number of the CPU
-            replaced(hopper, "_registry", lambda: registry),
+            replaced(kernels, "registry", lambda: registry),
         ):
             yield
 
@@ -76,7 +77,7 @@ def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
 
 
 class NoNode:
-    """In the place of `flash8.autograd.Launched`: what comes before it is what is timed."""
+    """In the place of `flash8.ops.autograd.Launched`: what comes before it is what is timed."""
 
     @staticmethod
     def apply(*arguments: Any) -> Any:
@@ -96,7 +97,7 @@ def calls_in_16_bits() -> Calls:
     rounded = per_head.bfloat16()
 
     def first_of_its_kind() -> object:
-        repeated._recall().clear()
+        plan_cache._recall().clear()
         return flash_attn_func(q, k, v, causal=True)
 
     return {
@@ -163,12 +164,12 @@ def measure() -> dict[str, float]:
             fp8_calls = calls_in_8_bits()
         calls = {**calls_in_16_bits(), **fp8_calls}
         rows = {name: microseconds(call) for name, call in calls.items()}
-        attributes_only = repeated.new_recall(None)
-        with replaced(repeated, "_recall", lambda: attributes_only):
+        attributes_only = plan_cache.new_recall(None)
+        with replaced(plan_cache, "_recall", lambda: attributes_only):
             call = calls["dense"]
             rows["dense, without torch's DLPack table"] = microseconds(call)
     for name, call in calls_with_gradients().items():
-        with replaced(repeated, "Launched", NoNode):
+        with replaced(plan_cache, "Launched", NoNode):
             rows[f"{name}, gradients, until the launch"] = microseconds(call)
         rows[f"{name}, gradients, with the node"] = microseconds(call)
     with torch.no_grad():

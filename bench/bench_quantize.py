@@ -15,8 +15,9 @@ from gpu_timing import time_call
 from partial import while_there_is_time, write_json
 from quantizer_traffic import traffic
 
+from flash8.backends.cpu import quantize as portable
+from flash8.backends.hopper import quantize as quantizer
 from flash8.call.request import Request
-from flash8.fp8 import portable, quantizer
 from flash8.tensors.hadamard import Rotation
 from flash8.tensors.rotary import Rope
 

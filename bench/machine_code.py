@@ -1,11 +1,11 @@
 """What ptxas made of the shipped kernels: a table of machine instructions per KV tile.
 
-For every row of `flash8.variants.SHIPPED`: registers, spills, shared memory, and of the consumer's
-mainloop the machine instructions of one unmasked and one masked pass over a KV tile, found as the
-smallest loops of the disassembly that contain the tile's matrix products. Beside them the same
-figures of FlashAttention-3's kernels, compiled with the same compiler, and what share of a tile's
-exponentials runs where the design wants it: while the warpgroup does not hold the turn to issue,
-and under its own product P V (machine_order.py).
+For every row of `flash8.backends.hopper.variants.SHIPPED`: registers, spills, shared memory, and of
+the consumer's mainloop the machine instructions of one unmasked and one masked pass over a KV tile,
+found as the smallest loops of the disassembly that contain the tile's matrix products. Beside them
+the same figures of FlashAttention-3's kernels, compiled with the same compiler, and what share of a
+tile's exponentials runs where the design wants it: while the warpgroup does not hold the turn to
+issue, and under its own product P V (machine_order.py).
 
 Cycles are arithmetic on those counts, not a measurement: for one KV tile and all consumer
 warpgroups, 2048 16-bit multiply-adds, 16 exponentials, 4 warp instructions issued, as many fp32
@@ -28,8 +28,8 @@ from pathlib import Path
 
 import machine_order
 
+from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from flash8.compiler import Compiled, compile_unit
-from flash8.variants import SHIPPED, ForwardVariant
 
 ROOT = Path(__file__).resolve().parent.parent
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);")

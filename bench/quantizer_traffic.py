@@ -1,7 +1,8 @@
 """Bytes that the quantizer's launches move, against the bytes that any quantizer must move.
 
-Counted from the launches that `flash8.fp8.quantizer` plans, not measured: every pass reads x
-once, the cast writes the result. Needed: x once, the result once, descales, tables and means.
+Counted from the launches that `flash8.backends.hopper.quantize` plans, not measured: every pass
+reads x once, the cast writes the result. Needed: x once, the result once, descales, tables and
+means.
 
 usage: python bench/quantizer_traffic.py    (writes bench/results/quantizer_traffic.*)
 """
@@ -12,8 +13,8 @@ from typing import Any
 
 import torch
 
+from flash8.backends.hopper import quantize as quantizer
 from flash8.call.request import Request
-from flash8.fp8 import quantizer
 from flash8.tensors.hadamard import Rotation
 from flash8.tensors.rotary import Rope
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import oracle
 import tolerances
-from flash8.variants import ForwardVariant
+from flash8.backends.hopper.variants import ForwardVariant
 from forward_launch import Call, ForwardKernel, Schedule
 from simulated_device import SimulatedDevice
 

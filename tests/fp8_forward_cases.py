@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from flash8.backends.hopper.variants import ForwardVariant
 from flash8.compiler import Unit, compile_unit, kernel_root
-from flash8.variants import ForwardVariant
 from forward_cases import device, draw, int32, launch, masks, packed, real, sequences
 from forward_launch import Call, ForwardKernel
 from fp8_model import quantise

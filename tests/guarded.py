@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8.backends import hopper
+from flash8.backends.hopper import append_quantized as appender
+from flash8.backends.hopper import forward as hopper
+from flash8.backends.hopper import quantize as quantizer
 from flash8.call.request import Appended, Request
-from flash8.fp8 import appender, quantizer
 
 #: On either side, and more than a row of any test.
 GUARD_BYTES = 4096

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from flash8 import _native
-from flash8.backends import hopper
+from flash8.backends.hopper import forward as hopper
+from flash8.backends.hopper.kernels import variant_of
 from flash8.tensors import memory
 from guarded import Guards, guard_quantizer
 from simulated_device import SimulatedDevice
@@ -24,7 +25,7 @@ def device() -> SimulatedDevice:
 def changed_kernels(folder: Path, file: str, old: str, new: str) -> _native.Registry:
     """Quantizer kernels compiled from sources with an edit."""
     image = changed_quantizers(folder, file, old, new)
-    return _native.Registry(device().driver, lambda key, _kind: image(hopper.variant_of(key)))
+    return _native.Registry(device().driver, lambda key, _kind: image(variant_of(key)))
 
 
 @contextmanager

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from fake_driver.cubin import LAYOUT
 from flash8 import flash_attn_func, flash_attn_varlen_func
-from flash8.backends import repeated
 from flash8.fp8 import Rotation, ScaledTensor
+from flash8.ops import plan_cache
 from flash8.tensors.tokens import Tokens
 from flash8.tensors.v_colmajor import transpose
 
 
 def forget() -> None:
-    repeated._recall().clear()
+    plan_cache._recall().clear()
 
 
 def draw(seed=0, rows=40, heads=4, heads_kv=2, batch=2, width=128):

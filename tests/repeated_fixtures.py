@@ -1,4 +1,4 @@
-"""Fixtures of the tests of calls like one before (`flash8.backends.repeated`)."""
+"""Fixtures of the tests of calls like one before (`flash8.ops.plan_cache`)."""
 
 import functools
 from collections.abc import Iterator
@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from fake_driver.cubin import forward_cubin
-from flash8 import _native, backends, ops
-from flash8.backends import hopper, mode, repeated
+from flash8 import _native, backends
+from flash8.backends.hopper import kernels, mode
+from flash8.ops import attention as ops
+from flash8.ops import plan_cache
 from simulated_device import SimulatedDevice
 
 READERS = ("DLPack", "attributes")
@@ -18,8 +20,8 @@ READERS = ("DLPack", "attributes")
 def forgetful(request, monkeypatch):
     """Nothing is remembered from or for other tests. Tensors are read in either of two ways."""
     api = torch.Tensor.__dlpack_c_exchange_api__ if request.param == "DLPack" else None
-    recall = functools.cache(lambda: repeated.new_recall(api))
-    monkeypatch.setattr(repeated, "_recall", recall)
+    recall = functools.cache(lambda: plan_cache.new_recall(api))
+    monkeypatch.setattr(plan_cache, "_recall", recall)
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def on_fake_driver(monkeypatch, driver, forgetful):
     registry = _native.Registry(driver, forward_cubin)
     monkeypatch.setattr(backends, "kernels_wanted", lambda tensor: True)
     monkeypatch.setattr(mode, "kernels_mode", lambda: "on")
-    monkeypatch.setattr(hopper, "_registry", lambda: registry)
+    monkeypatch.setattr(kernels, "registry", lambda: registry)
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import flash8
+from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from flash8.compiler import CompileError, CompilerNotFoundError, MissingVariantError
-from flash8.variants import SHIPPED, ForwardVariant
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "simulator"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from flash8 import _native, backends
-from flash8.backends import hopper, mode, trust, watchdog
+from flash8.backends.hopper import kernels, mode
+from flash8.backends.hopper.verify import trust, watchdog
 from flash8.compiler import CompilerNotFoundError, compile_unit, find_toolchain
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "simulator"))
@@ -59,11 +60,11 @@ class SimulatedDevice:
         if x.numel():
             self._control.flash8_sim_unregister_memory(_span(x)[0])
 
-    def ptx(self, variant: hopper.Variant) -> bytes:
+    def ptx(self, variant: kernels.Variant) -> bytes:
         return compile_unit(variant.unit()).ptx.read_bytes() + b"\0"
 
     def _image(self, key: str, kind: str) -> bytes:
-        return self.ptx(hopper.variant_of(key))
+        return self.ptx(kernels.variant_of(key))
 
     @contextmanager
     def serving_cpu_tensors(
@@ -81,7 +82,7 @@ class SimulatedDevice:
             for kept in ("_findings", "_troubles"):
                 patch.setattr(trust, kept, {})
             patch.setattr(watchdog, "hung", {})
-            patch.setattr(hopper, "_registry", lambda: self._registry)
+            patch.setattr(kernels, "registry", lambda: self._registry)
             guard_outputs(patch, self)
             self.configure(seed=seed, strict_global=False)
             yield

@@ -15,7 +15,6 @@ from flash8.compiler import (
     CompileError,
     CompilerNotFoundError,
     find_toolchain,
-    nvrtc,
     toolchain,
 )
 
@@ -175,7 +174,7 @@ def fake_nvrtc(workshop, monkeypatch):
 
 
 def test_nvrtc_runs_in_a_process(fake_nvrtc):
-    assert nvrtc.is_installed()
+    assert toolchain.has_nvrtc()
     compiled = fake_nvrtc.compile()
     assert find_toolchain().nvrtc
     assert compiled.ptx.stat().st_size == fake_nvrtc.source.stat().st_size

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import light_process
-from flash8 import quantize_variants, variants
+from flash8.backends.hopper import quantize_variants, variants
 from flash8.cli import main
 from flash8.compiler import (
     CompileError,

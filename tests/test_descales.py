@@ -9,8 +9,8 @@ from torch import Tensor
 
 import flash8
 from flash8 import fp8
+from flash8.backends.hopper.variants import ForwardVariant
 from flash8.call import check_descales
-from flash8.variants import ForwardVariant
 from forward_cases import launch
 from fp8_forward_cases import dense_call
 from simulated_device import missing_compiler

@@ -11,7 +11,7 @@ import torch
 
 import flash8
 from defaults import by_default
-from flash8.variants import SHIPPED, ForwardVariant
+from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from forward_cases import (
     SHAPES,
     check,

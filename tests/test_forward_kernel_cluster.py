@@ -7,8 +7,8 @@ import torch
 
 import flash8
 from defaults import by_default
-from flash8.backends import heuristics, hopper
-from flash8.variants import ForwardVariant
+from flash8.backends.hopper import heuristics
+from flash8.backends.hopper.variants import ForwardVariant
 from forward_cases import check, compare, device, draw, int32, launch, packed
 from forward_launch import Call, Schedule
 from simulated_device import missing_compiler
@@ -77,5 +77,5 @@ def test_the_public_function_uses_clusters(monkeypatch):
     with device().serving_cpu_tensors(monkeypatch, seed=3):
         o, lse = flash8.flash_attn_func(q, k, v, return_attn_probs=True)
     assert device().report()["kernel"] == "flash8_forward"
-    assert hopper.variant_of(PAIR.name) == PAIR
+    assert kernels.variant_of(PAIR.name) == PAIR
     compare(Call(q, k, v, scale(PAIR)), o, lse)

@@ -11,8 +11,8 @@ import oracle
 from defaults import by_default
 from flash8 import fp8
 from flash8.backends.cpu import operands
+from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from flash8.compiler import compile_unit
-from flash8.variants import SHIPPED, ForwardVariant
 from forward_cases import SHAPES, check, compare, device, draw, int32, kernel, launch, packed
 from forward_launch import Call, ForwardKernel, Schedule
 from fp8_forward_cases import (

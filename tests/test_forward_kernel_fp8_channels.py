@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from defaults import by_default
-from flash8.variants import ForwardVariant
+from flash8.backends.hopper.variants import ForwardVariant
 from forward_cases import check, compare, launch
 from forward_launch import Schedule
 from fp8_forward_cases import changed_kernel, dense_call, packed_call

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from defaults import by_default
-from flash8.backends import heuristics
-from flash8.variants import ForwardVariant
+from flash8.backends.hopper import heuristics
+from flash8.backends.hopper.variants import ForwardVariant
 from forward_cases import check, compare, int32, launch
 from forward_launch import Schedule
 from fp8_forward_cases import changed_kernel, dense_call

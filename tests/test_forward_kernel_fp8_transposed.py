@@ -9,7 +9,7 @@ import torch
 import flash8
 from defaults import by_default
 from flash8 import fp8
-from flash8.variants import SHIPPED, ForwardVariant
+from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from forward_cases import SHAPES, check, compare, device, int32, launch
 from forward_launch import ForwardKernel, Schedule
 from fp8_forward_cases import (

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import flash8
-from flash8.backends import heuristics
-from flash8.variants import ForwardVariant
+from flash8.backends.hopper import heuristics
+from flash8.backends.hopper.variants import ForwardVariant
 from forward_cases import check, compare, device, draw, int32, kernel, launch, packed
 from forward_launch import Call, Schedule
 from simulated_device import missing_compiler

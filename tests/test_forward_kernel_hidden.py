@@ -8,7 +8,7 @@ import torch
 
 import oracle
 from defaults import by_default
-from flash8.variants import ForwardVariant
+from flash8.backends.hopper.variants import ForwardVariant
 from forward_cases import draw, int32, kernel, launch
 from forward_launch import Call, Schedule
 from fp8_forward_cases import changed_kernel, descales

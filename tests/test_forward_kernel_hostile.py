@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from defaults import by_default
-from flash8.variants import ForwardVariant
+from flash8.backends.hopper.variants import ForwardVariant
 from forward_cases import compare, device, draw, int32, launch, packed
 from forward_launch import Call, ForwardKernel, Schedule
 from fp8_forward_cases import changed_kernel, changed_ptx, descales

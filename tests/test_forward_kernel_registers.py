@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from flash8.variants import ForwardVariant
+from flash8.backends.hopper.variants import ForwardVariant
 from forward_cases import device, draw
 from forward_launch import Call, ForwardKernel, Schedule
 from simulated_device import missing_compiler

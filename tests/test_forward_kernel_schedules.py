@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import flash8
-from flash8.backends import heuristics, hopper
+from flash8.backends.hopper import heuristics, streams
+from flash8.backends.hopper.variants import ForwardVariant
 from flash8.call.options import Options
-from flash8.variants import ForwardVariant
 from forward_cases import check, compare, device, draw, kernel, launch, packed
 from forward_launch import Call, Schedule
 from fp8_forward_cases import changed_kernel, descales
@@ -203,10 +203,10 @@ def test_a_section_fits_l2():
 
 def test_each_stream_has_its_own_counter():
     cpu = torch.device("cpu")
-    first = hopper.get_tile_count(cpu, 16)
-    assert first is hopper.get_tile_count(cpu, 16)
-    assert first is not hopper.get_tile_count(cpu, 32)
+    first = streams.get_tile_count(cpu, 16)
+    assert first is streams.get_tile_count(cpu, 16)
+    assert first is not streams.get_tile_count(cpu, 32)
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(hopper.get_tile_count, cpu, 16).result() is first
-        own = hopper.get_tile_count(cpu, 2)
-        assert pool.submit(hopper.get_tile_count, cpu, 2).result() is not own
+        assert pool.submit(streams.get_tile_count, cpu, 16).result() is first
+        own = streams.get_tile_count(cpu, 2)
+        assert pool.submit(streams.get_tile_count, cpu, 2).result() is not own

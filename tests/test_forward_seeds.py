@@ -4,7 +4,7 @@ schedule.
 
 import pytest
 
-from flash8.variants import ForwardVariant
+from flash8.backends.hopper.variants import ForwardVariant
 from forward_cases import check, draw, masks, packed
 from forward_launch import Call, Schedule
 from fp8_forward_cases import dense_call

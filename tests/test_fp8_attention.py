@@ -8,8 +8,8 @@ import flash8
 import oracle
 from cases import cumulative
 from flash8 import fp8
-from flash8.fp8 import backward16
 from flash8.fp8.recipes import BACKWARDS
+from flash8.ops import fp8_backward16 as backward16
 from tolerances import (
     FP8_GRADIENT_COSINE,
     FP8_GRADIENTS_DEQUANTISED,

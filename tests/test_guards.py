@@ -6,10 +6,10 @@ import torch
 import flash8
 from cases import int32
 from flash8 import _native, fp8
+from flash8.backends.hopper import append_quantized as appender
+from flash8.backends.hopper.variants import ForwardVariant
 from flash8.call.request import Appended
-from flash8.fp8 import appender
 from flash8.tensors.float8 import E4M3
-from flash8.variants import ForwardVariant
 from forward_cases import device, draw, kernel, launch
 from forward_launch import Call, Schedule
 from fp8_forward_cases import changed_kernel

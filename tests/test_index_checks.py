@@ -6,7 +6,8 @@ import torch
 import flash8
 from cases import cumulative, int32
 from flash8 import backends, fp8
-from flash8.backends import index_checks, repeated
+from flash8.backends import index_checks
+from flash8.ops import plan_cache
 
 BATCH, HEADS, D = 3, 2, 64
 
@@ -119,7 +120,7 @@ def test_an_append_of_quantized_rows(wanted):
 
 
 def test_a_repeated_call_is_checked_too(wanted):
-    assert not repeated._may_be_launched(rows(1, 4))
+    assert not plan_cache._may_be_launched(rows(1, 4))
 
 
 def test_nothing_is_read_where_it_is_not_wanted(monkeypatch):

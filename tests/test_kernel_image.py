@@ -6,9 +6,9 @@ import pytest
 
 from fake_driver.cubin import LAYOUT, elf, fake_cubin, kernel_info
 from flash8 import _native
+from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
+from flash8.backends.hopper.variants import SHIPPED
 from flash8.compiler import Unit, compile_unit
-from flash8.quantize_variants import SHIPPED_QUANTIZERS
-from flash8.variants import SHIPPED
 from simulated_device import missing_compiler
 
 pytest_plugins = ["driver_fixtures"]

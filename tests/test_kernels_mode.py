@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flash8 import backends, check_command, cli
-from flash8.backends import mode, trust
-from flash8.variants import ForwardVariant
+from flash8 import backends, cli
+from flash8.backends.hopper import mode
+from flash8.backends.hopper.variants import ForwardVariant
+from flash8.backends.hopper.verify import trust
+from flash8.cli import check as check_command
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import flash8
 import oracle
 from defaults import by_default
 from flash8.backends.cpu.softmax import BlockLocalSoftmax
+from flash8.backends.hopper.variants import ForwardVariant
 from flash8.tensors.float8 import saturating_cast
-from flash8.variants import ForwardVariant
 from forward_cases import launch, reference
 from forward_launch import Call, Schedule
 from fp8_forward_cases import changed_kernel

@@ -14,9 +14,9 @@ import torch
 
 import forward_cases
 from flash8 import _native
-from flash8.backends import hopper
+from flash8.backends.hopper import forward as hopper
+from flash8.backends.hopper.variants import ForwardVariant
 from flash8.call.options import Options
-from flash8.variants import ForwardVariant
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))

@@ -4,7 +4,7 @@ import pytest
 
 from fake_driver.cubin import LAYOUT, fake_cubin
 from flash8 import _native, flash_attn_func
-from flash8.backends import hopper
+from flash8.backends.hopper import streams
 from repeated_cases import CALLS, addresses, draw, forget
 
 pytest_plugins = ["driver_fixtures", "repeated_fixtures"]
@@ -65,13 +65,13 @@ def test_with_gradients_too(way, fake, on_fake_driver):
 def test_a_captured_launch_has_a_counter_of_its_own(way, fake, monkeypatch, on_fake_driver):
     """Kept alive here, so that no two of them can have the same address one after the other."""
     counters = []
-    new_counter = hopper.get_tile_count
+    new_counter = streams.get_tile_count
 
     def get_tile_count(*args):
         counters.append(new_counter(*args))
         return counters[-1]
 
-    monkeypatch.setattr(hopper, "get_tile_count", get_tile_count)
+    monkeypatch.setattr(streams, "get_tile_count", get_tile_count)
     for captured in (False, False, True, True, False):
         fake.capture(captured)
         flash_attn_func(*draw(), causal=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from flash8.backends.hopper.variants import SHIPPED
 from flash8.compiler import compile_unit
-from flash8.variants import SHIPPED
 from simulated_device import missing_compiler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))

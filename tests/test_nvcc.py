@@ -5,6 +5,7 @@ import re
 import pytest
 
 from flash8 import _native
+from flash8.backends.hopper.variants import ForwardVariant
 from flash8.compiler import (
     CompileError,
     CompilerNotFoundError,
@@ -13,7 +14,6 @@ from flash8.compiler import (
     cutlass_root,
     find_toolchain,
 )
-from flash8.variants import ForwardVariant
 
 try:
     find_toolchain()

@@ -2,8 +2,8 @@
 
 import pytest
 
-from flash8.compiler import CompileError, Unit, compile_unit, nvrtc, toolchain
-from flash8.variants import ForwardVariant
+from flash8.backends.hopper.variants import ForwardVariant
+from flash8.compiler import CompileError, Unit, compile_unit, toolchain
 from simulated_device import missing_compiler
 
 VARIANT = ForwardVariant("bf16", 64, 64, mask="causal")
@@ -19,7 +19,7 @@ def needs_nvrtc():
     missing = missing_compiler()
     if missing is not None:
         pytest.skip(missing)
-    if not nvrtc.is_installed():
+    if not toolchain.has_nvrtc():
         pytest.skip("needs cuda-python (pip install 'flash8[nvrtc]')")
 
 
@@ -45,7 +45,7 @@ def test_nvrtcs_words_are_the_error(no_host_compiler, tmp_path):
 def test_without_nvrtc_either_nvcc_is_tried(no_host_compiler, monkeypatch):
     if missing_compiler() is not None:
         pytest.skip("needs nvcc")
-    monkeypatch.setattr(nvrtc, "is_installed", lambda: False)
+    monkeypatch.setattr(toolchain, "has_nvrtc", lambda: False)
     assert not toolchain.find_toolchain().nvrtc
 
 
@@ -53,5 +53,5 @@ def test_a_host_compiler_is_preferred(monkeypatch):
     if missing_compiler() is not None:
         pytest.skip("needs nvcc")
     monkeypatch.setattr(toolchain, "has_host_compiler", lambda: True)
-    monkeypatch.setattr(nvrtc, "is_installed", lambda: True)
+    monkeypatch.setattr(toolchain, "has_nvrtc", lambda: True)
     assert not toolchain.find_toolchain().nvrtc

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from compiler_fixtures import LOG, Workshop
-from flash8 import quantize_variants, variants
+from flash8.backends.hopper import quantize_variants, variants
 from flash8.cli import main
 from flash8.compiler import (
     MissingVariantError,

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from cases import int32
+from flash8.backends.cpu import append_quantized as portable_append
+from flash8.backends.cpu import quantize as portable
 from flash8.call.request import Appended, Request
-from flash8.fp8 import portable, portable_append
 from flash8.tensors import v_colmajor as transposed
 from flash8.tensors.float8 import E4M3
 from flash8.tensors.rotary import Rope

@@ -4,7 +4,11 @@ import itertools
 
 import pytest
 
-from flash8.quantize_variants import SHIPPED_QUANTIZERS, QuantizeVariant, tile_head_dim
+from flash8.backends.hopper.quantize_variants import (
+    SHIPPED_QUANTIZERS,
+    QuantizeVariant,
+    tile_head_dim,
+)
 
 
 def test_names_and_defines_tell_variants_apart():

@@ -6,8 +6,8 @@ from torch import Tensor
 
 import flash8
 from cases import cumulative, int32
+from flash8.backends.hopper import append_quantized as appender
 from flash8.call.request import Appended
-from flash8.fp8 import appender
 from flash8.tensors.float8 import E4M3
 from flash8.tensors.rotary import Rope
 from quantizer_device import device, kernels

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
 from flash8.compiler import compile_unit
-from flash8.quantize_variants import SHIPPED_QUANTIZERS
 from quantizer_device import device
 from simulated_device import missing_compiler
 

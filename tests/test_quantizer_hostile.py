@@ -5,8 +5,10 @@ import torch
 
 from cases import cumulative, int32
 from flash8 import fp8
+from flash8.backends.cpu import append_quantized as portable_append
+from flash8.backends.hopper import append_quantized as appender
 from flash8.call.request import Appended
-from flash8.fp8 import appender, portable_append
+from flash8.tensors.float8 import E4M3
 from flash8.tensors.rotary import Rope
 from quantizer_device import changed_kernels, device, kernels
 from simulated_device import missing_compiler

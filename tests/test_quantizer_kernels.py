@@ -14,8 +14,8 @@ from torch import Tensor
 import flash8
 from cases import cumulative, int32
 from flash8 import fp8
+from flash8.backends.hopper import quantize as quantizer
 from flash8.call.request import Request
-from flash8.fp8 import quantizer
 from flash8.tensors.float8 import E4M3, E5M2
 from flash8.tensors.rotary import Rope
 from quantizer_device import device, kernels, quantizers_only

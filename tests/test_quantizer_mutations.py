@@ -5,7 +5,7 @@ import torch
 
 from cases import cumulative, int32
 from flash8 import fp8
-from flash8.backends import hopper
+from flash8.backends.hopper import kernels
 from flash8.tensors.rotary import Rope
 from quantizer_device import changed_kernels, device
 from simulated_device import missing_compiler
@@ -97,7 +97,7 @@ def test_is_caught(monkeypatch, tmp_path, mutation):
     x = options.pop("x", x)
     want = fp8.quantize(x, "block", **options)
     with device().serving_cpu_tensors(monkeypatch), monkeypatch.context() as patch:
-        patch.setattr(hopper, "_registry", lambda: registry)
+        patch.setattr(kernels, "registry", lambda: registry)
         have = fp8.quantize(x, "block", **options)
     with pytest.raises(AssertionError):
         assert_equal(have, want)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from cases import int32
 from flash8 import fp8
-from flash8.float8 import E4M3
-from flash8.fp8 import appender
-from flash8.fp8.request import Appended
-from flash8.rotary import Rope
+from flash8.backends.hopper import append_quantized as appender
+from flash8.call.request import Appended
+from flash8.tensors.float8 import E4M3
+from flash8.tensors.rotary import Rope
 from quantizer_device import device, kernels
 from simulated_device import missing_compiler
 from test_quantizer_kernels import draw, raw, tables

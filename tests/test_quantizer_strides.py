@@ -15,9 +15,10 @@ from torch import Tensor
 
 from cases import cumulative, int32
 from flash8 import _native
-from flash8.backends import hopper
+from flash8.backends.hopper import append_quantized as appender
+from flash8.backends.hopper import kernels
+from flash8.backends.hopper import quantize as quantizer
 from flash8.call.request import Appended, Request
-from flash8.fp8 import appender, quantizer
 from flash8.tensors.float8 import E4M3
 from flash8.tensors.hadamard import Rotation
 from guarded import contiguous_strides
@@ -77,7 +78,7 @@ def launches(
         device().configure(seed=1, strict_global=True)
         patch.setattr(_native, "launch_quantize", launch)
         if registry is not None:
-            patch.setattr(hopper, "_registry", lambda: registry)
+            patch.setattr(kernels, "registry", lambda: registry)
         for x in tensors:
             device().register(x)
         try:

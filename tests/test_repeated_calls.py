@@ -14,9 +14,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash8 import _native, flash_attn_func, flash_attn_varlen_func, ops
-from flash8.backends import hopper, repeated
+from flash8 import _native, flash_attn_func, flash_attn_varlen_func
+from flash8.backends.hopper import forward as hopper
 from flash8.call.options import Options
+from flash8.ops import attention as ops
+from flash8.ops import plan_cache
 from repeated_cases import CALLS, ENDS, addresses, draw, forget, without_addresses
 from simulated_device import missing_compiler
 
@@ -161,10 +163,10 @@ def test_sparse_and_nested_tensors_are_refused_as_before(on_fake_driver):
 
 
 def test_memory_of_calls_is_bounded(monkeypatch, on_fake_driver):
-    monkeypatch.setattr(repeated, "_MOST_PLANS", 3)
+    monkeypatch.setattr(plan_cache, "_MOST_PLANS", 3)
     for rows in range(20, 30):
         flash_attn_func(*draw(rows=rows))
-    assert 1 <= len(repeated._recall()) <= 3
+    assert 1 <= len(plan_cache._recall()) <= 3
 
 
 def test_an_output_that_shares_memory_is_refused_as_before(on_fake_driver):

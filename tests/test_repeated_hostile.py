@@ -15,8 +15,10 @@ from flash8 import (
     flash_attn_with_kvcache,
     get_scheduler_metadata,
 )
-from flash8.backends import hopper, repeated
+from flash8.backends.hopper import forward as hopper
+from flash8.backends.hopper import kernels
 from flash8.call.options import Options
+from flash8.ops import plan_cache
 from repeated_cases import ENDS, draw
 
 pytest_plugins = ["driver_fixtures", "repeated_fixtures"]
@@ -100,7 +102,7 @@ def test_what_an_index_raises_comes_through(fake, on_fake_driver):
 
 def test_an_index_that_forgets_every_plan(fake, on_fake_driver, whole_ways):
     """While the call that it is an argument of is under way."""
-    window = (Index(lambda: repeated._recall().clear() or 3), 3)
+    window = (Index(lambda: plan_cache._recall().clear() or 3), 3)
     for _ in range(3):
         flash_attn_func(*draw())
         flash_attn_func(*draw(), window_size=window)
@@ -146,8 +148,8 @@ def arguments(recall_for=None):
 def recall(on_fake_driver):
     """A plan cache that knows one call, asked past everything that checks its arguments."""
     flash_attn_func(*draw())
-    assert len(repeated._recall()) == 1
-    return lambda *call: repeated._recall().run(hopper._registry(), *call, False, False)
+    assert len(plan_cache._recall()) == 1
+    return lambda *call: plan_cache._recall().run(kernels.registry(), *call, False, False)
 
 
 def replaced(call, place, value):
@@ -190,7 +192,7 @@ def test_any_argument_in_any_place_is_known_or_not(name, fake, recall):
     for place in PLACES:
         call = replaced(arguments(), place, ODD[name])
         assert recall(*call) is None, place
-        assert not repeated._recall().knows(hopper._registry(), *call)
+        assert not plan_cache._recall().knows(kernels.registry(), *call)
     assert len(fake.launches) == before
 
 
@@ -219,7 +221,7 @@ def remember(call, **changes):
         "most_plans": 10,
         **changes,
     }
-    repeated._recall().remember(hopper._registry(), *call, **given)
+    plan_cache._recall().remember(kernels.registry(), *call, **given)
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -233,7 +235,7 @@ def test_whatever_is_remembered_is_bounded(name, recall):
 
 @pytest.mark.parametrize("like", [torch.ones(()), torch.empty(0), torch.ones(2).to_sparse()])
 def test_an_output_without_memory_is_an_error(like, fake, recall):
-    repeated._recall().clear()
+    plan_cache._recall().clear()
     q, k, v = draw()
     inputs = (q, k, v, None, None, None)
     out = torch.empty_like(q)
@@ -279,18 +281,18 @@ def test_a_registry_needs_a_resolver(driver):
 def test_tensors_whose_attributes_answer_oddly(monkeypatch, on_fake_driver):
     """Read through attributes, which anybody may replace."""
     flash_attn_func(*draw())
-    recall = repeated.new_recall(None)
-    monkeypatch.setattr(repeated, "_recall", lambda: recall)
+    recall = plan_cache.new_recall(None)
+    monkeypatch.setattr(plan_cache, "_recall", lambda: recall)
     flash_attn_func(*draw())
     answers = [(1,) * 9, (1,) * 3, (), [2, 40, 4, 128], None, ("a",) * 4, (2**70,) * 4, 5]
     for answer in answers:
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "stride", lambda self, answer=answer: answer)
-            assert recall.run(hopper._registry(), *arguments(), False, False) is None
+            assert recall.run(kernels.registry(), *arguments(), False, False) is None
 
 
 def test_an_interrupt_while_tensors_are_read_comes_through(monkeypatch, on_fake_driver):
-    recall = repeated.new_recall(None)
+    recall = plan_cache.new_recall(None)
 
     def interrupt(self):
         raise KeyboardInterrupt
@@ -298,7 +300,7 @@ def test_an_interrupt_while_tensors_are_read_comes_through(monkeypatch, on_fake_
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "stride", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            recall.run(hopper._registry(), *arguments(), False, False)
+            recall.run(kernels.registry(), *arguments(), False, False)
 
 
 def test_a_storage_that_goes_before_the_call(fake, on_fake_driver):

@@ -8,7 +8,8 @@ import torch
 
 from fake_driver.cubin import fake_cubin, forward_cubin
 from flash8 import _native, flash_attn_func
-from flash8.backends import hopper, repeated
+from flash8.backends.hopper import kernels
+from flash8.ops import plan_cache
 from repeated_cases import addresses, draw
 
 pytest_plugins = ["driver_fixtures", "repeated_fixtures"]
@@ -54,7 +55,7 @@ def test_first_calls_of_a_kernel_that_fails_at_first(fake, driver, on_fake_drive
         return forward_cubin(key)
 
     registry = _native.Registry(driver, image)
-    monkeypatch.setattr(hopper, "_registry", lambda: registry)
+    monkeypatch.setattr(kernels, "registry", lambda: registry)
 
     def work(thread):
         try:
@@ -75,10 +76,10 @@ def test_calls_while_others_forget_everything(fake, on_fake_driver):
         for round_ in range(150):
             flash_attn_func(*tensors[thread], causal=bool(round_ % 2))
             if round_ % 10 == thread:
-                repeated._recall().clear()
+                plan_cache._recall().clear()
 
     at_once(work)
-    assert len(repeated._recall()) <= 2
+    assert len(plan_cache._recall()) <= 2
 
 
 def test_a_finalizer_that_calls_while_its_thread_loads(driver):

@@ -10,9 +10,9 @@ import torch
 import flash8
 from defaults import by_default
 from flash8 import flash_attn_func, flash_attn_varlen_func, fp8
-from flash8.backends import trust
-from flash8.quantize_variants import SHIPPED_QUANTIZERS
-from flash8.variants import SHIPPED, ForwardVariant
+from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
+from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
+from flash8.backends.hopper.verify import trust
 from forward_cases import int32, packed
 from fp8_forward_cases import changed_ptx
 from quantizer_device import device

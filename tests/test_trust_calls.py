@@ -11,11 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash8
 from flash8 import flash_attn_func, fp8
-from flash8.backends import hopper, mode, repeated, trust
-from flash8.backends.watchdog import KernelHangsError
+from flash8.backends.hopper import forward as hopper
+from flash8.backends.hopper import mode
+from flash8.backends.hopper.quantize_variants import QuantizeVariant
+from flash8.backends.hopper.variants import ForwardVariant
+from flash8.backends.hopper.verify import trust
+from flash8.backends.hopper.verify.watchdog import KernelHangsError
 from flash8.compiler import CompilerNotFoundError, MissingVariantError
-from flash8.quantize_variants import QuantizeVariant
-from flash8.variants import ForwardVariant
+from flash8.ops import plan_cache
 from quantizer_device import device
 from simulated_device import missing_compiler
 from trust_cases import told
@@ -122,7 +125,7 @@ def test_a_variant_is_checked_once(checked, checks):
         for seed in range(3):
             attend(seed)
             flash_attn_func(*draw(seed))
-            repeated._recall().clear()
+            plan_cache._recall().clear()
     assert checks == ["forward_bf16_d128_causal_packgqa", "forward_bf16_d128_packgqa"]
 
 
@@ -143,7 +146,7 @@ def test_a_capture_wants_a_call_before_it(checked, monkeypatch):
         monkeypatch.setattr(trust, "is_captured", lambda device: False)
         attend()
         monkeypatch.setattr(trust, "is_captured", lambda device: True)
-        repeated._recall().clear()
+        plan_cache._recall().clear()
         attend()
         assert ran() == "flash8_forward"
 

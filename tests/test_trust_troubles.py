@@ -10,10 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fake_driver.cubin import forward_cubin
 from flash8 import _native, backends, flash_attn_func, fp8
-from flash8.backends import check_forward, hopper, mode, repeated, trust, watchdog
-from flash8.backends.watchdog import KernelHangsError
+from flash8.backends.hopper import kernels, mode
+from flash8.backends.hopper.variants import ForwardVariant
+from flash8.backends.hopper.verify import forward as check_forward
+from flash8.backends.hopper.verify import trust, watchdog
+from flash8.backends.hopper.verify.watchdog import KernelHangsError
 from flash8.compiler import CompileError, CompilerNotFoundError, MissingVariantError
-from flash8.variants import ForwardVariant
+from flash8.ops import plan_cache
 from repeated_cases import draw
 from trust_cases import told
 
@@ -46,10 +49,10 @@ def checks(driver, monkeypatch):
     """CPU tensors take the Hopper backend as with FLASH8_KERNELS=auto."""
     made = Checks()
     registry = _native.Registry(driver, forward_cubin)
-    recall = repeated.new_recall(None)
+    recall = plan_cache.new_recall(None)
     monkeypatch.setattr(backends, "kernels_wanted", lambda tensor: True)
-    monkeypatch.setattr(hopper, "_registry", lambda: registry)
-    monkeypatch.setattr(repeated, "_recall", lambda: recall)
+    monkeypatch.setattr(kernels, "registry", lambda: registry)
+    monkeypatch.setattr(plan_cache, "_recall", lambda: recall)
     monkeypatch.setattr(mode, "kernels_mode", lambda: "auto")
     monkeypatch.setattr(check_forward, "find_fault", made.find_fault)
     for kept in ("_findings", "_troubles", "_locks"):
@@ -198,7 +201,7 @@ def test_a_failed_load_ends_nothing(fake, checks, monkeypatch):
     """The driver has no memory for the cubin."""
 
     def find_fault(variant, device):
-        hopper.kernel(variant)
+        kernels.kernel(variant)
 
     monkeypatch.setattr(check_forward, "find_fault", find_fault)
     fake.fail("cuLibraryLoadData", 2)

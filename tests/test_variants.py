@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from flash8.variants import SHIPPED, ForwardVariant
+from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 
 
 def every_variant():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from flash8.backends import trust, watchdog
-from flash8.backends.watchdog import KernelHangsError, Watchdog
-from flash8.variants import ForwardVariant
+from flash8.backends.hopper.variants import ForwardVariant
+from flash8.backends.hopper.verify import trust, watchdog
+from flash8.backends.hopper.verify.watchdog import KernelHangsError, Watchdog
 
 CUDA = torch.device("cuda", 0)
 
@@ -64,6 +64,6 @@ def test_it_is_no_finding_but_an_error(monkeypatch):
     def hang(*_):
         raise KernelHangsError("hangs")
 
-    monkeypatch.setattr("flash8.backends.check_forward.find_fault", hang)
+    monkeypatch.setattr("flash8.backends.hopper.verify.forward.find_fault", hang)
     with pytest.raises(KernelHangsError):
         trust.find_fault(ForwardVariant("bf16", 64, 64), torch.device("cpu"))

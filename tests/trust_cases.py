@@ -6,18 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flash8.backends import hopper
+from flash8.backends.hopper import kernels
 from flash8.compiler import Unit, compile_unit, cutlass_root, kernel_root
 from fp8_forward_cases import changed_sources
 
-Image = Callable[[hopper.Variant], bytes]
+Image = Callable[[kernels.Variant], bytes]
 
 
 def changed_image(folder: Path, *edits: tuple[str, str, str]) -> Image:
     """Forward kernels compiled from sources with (file, old, new) edits."""
     root = changed_sources(folder, *edits)
 
-    def image(variant: hopper.Variant) -> bytes:
+    def image(variant: kernels.Variant) -> bytes:
         unit = variant.unit()
         source = root / unit.source.relative_to(kernel_root())
         changed = Unit(source, unit.defines, f"changed {variant.name}")
@@ -34,7 +34,7 @@ def changed_quantizers(folder: Path, name: str, old: str, new: str) -> Image:
     assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
     (root / name).write_text(text.replace(old, new))
 
-    def image(variant: hopper.Variant) -> bytes:
+    def image(variant: kernels.Variant) -> bytes:
         unit = variant.unit()
         changed = Unit(root / unit.source.name, unit.defines, f"changed {variant.name}")
         return compile_unit(changed).ptx.read_bytes() + b"\0"

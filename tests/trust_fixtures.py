@@ -1,5 +1,5 @@
-"""Fixtures of the tests of checks (`flash8.backends.trust`): CPU tensors under FLASH8_KERNELS=auto,
-on the simulated device."""
+"""Fixtures of the tests of checks (`flash8.backends.hopper.verify.trust`): CPU tensors under
+FLASH8_KERNELS=auto, on the simulated device."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 
 from flash8 import _native
-from flash8.backends import hopper, repeated
+from flash8.backends.hopper import kernels
+from flash8.ops import plan_cache
 from quantizer_device import device
 
 Checked = Callable[..., AbstractContextManager[None]]
@@ -20,17 +21,19 @@ def checked(monkeypatch) -> Checked:
     the kernels, by variant, in the place of sound ones."""
 
     @contextmanager
-    def serving(image: Callable[[hopper.Variant], bytes] | None = None) -> Iterator[None]:
+    def serving(image: Callable[[kernels.Variant], bytes] | None = None) -> Iterator[None]:
         with (
             device().serving_cpu_tensors(monkeypatch, kernels="auto"),
             monkeypatch.context() as patch,
         ):
-            patch.setattr(repeated, "_recall", functools.cache(lambda: repeated.new_recall(None)))
+            patch.setattr(
+                plan_cache, "_recall", functools.cache(lambda: plan_cache.new_recall(None))
+            )
             if image is not None:
                 found = _native.Registry(
-                    device().driver, lambda key, kind: image(hopper.variant_of(key))
+                    device().driver, lambda key, kind: image(kernels.variant_of(key))
                 )
-                patch.setattr(hopper, "_registry", lambda: found)
+                patch.setattr(kernels, "registry", lambda: found)
             yield
 
     return serving

@@ -16,11 +16,11 @@ import torch
 from attention_cases import Case, gpu_cases
 from bench_choices import choices
 
-from flash8.backends import hopper
+from flash8.backends.hopper import forward as hopper
+from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS, QuantizeVariant
+from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from flash8.call.options import Options
 from flash8.compiler import Unit
-from flash8.quantize_variants import SHIPPED_QUANTIZERS, QuantizeVariant
-from flash8.variants import SHIPPED, ForwardVariant
 
 from .pack import ROOT, gpu_tests
 

@@ -1,4 +1,4 @@
-// What a compilation chooses: flash8.quantize_variants says which -D options there are.
+// What a compilation chooses: flash8.backends.hopper.quantize_variants says which -D options there are.
 
 #pragma once
 

@@ -1,5 +1,5 @@
 // Everything a variant of the forward kernel fixes at compile time, in one struct. The -D options come from
-// flash8.variants; what they do not say follows from them here.
+// flash8.backends.hopper.variants; what they do not say follows from them here.
 
 #pragma once
 
@@ -23,7 +23,7 @@
 
 namespace flash8 {
 
-// The words of flash8.variants, by their position there.
+// The words of flash8.backends.hopper.variants, by their position there.
 enum class ElementChoice : int { kFp16 = 0, kBf16 = 1, kE4m3 = 2 };
 
 // kBlockM x kBlockN: the largest tiles whose accumulators fit the registers without spilling and whose stages

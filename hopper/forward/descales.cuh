@@ -12,7 +12,7 @@
 
 namespace flash8 {
 
-// The words of flash8.variants, by their position there.
+// The words of flash8.backends.hopper.variants, by their position there.
 enum class ScaleGranularity : int { kNone = 0, kHead = 1, kBlock = 2 };
 
 // The number of a packed sequence's first block of keys.

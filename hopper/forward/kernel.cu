@@ -1,5 +1,5 @@
 // The forward kernel: one producer warpgroup feeds two or three consumer warpgroups. One variant per
-// compilation; flash8.variants says which -D options there are.
+// compilation; flash8.backends.hopper.variants says which -D options there are.
 
 #include "consumer.cuh"
 #include "producer.cuh"

@@ -143,7 +143,8 @@ class NewKeys:
         """Writes the new rows behind the used ones, quantized if the cache is and they are not."""
         k, v = self._k, self._v
         if self._quantizes:
-            from flash8.fp8 import kernels, portable_append
+            from flash8.backends.cpu import append_quantized as portable_append
+            from flash8.ops import quantize as kernels
 
             both = self._appended(options)
             if self._go_to_kernels(both):
@@ -174,7 +175,7 @@ class NewKeys:
         """Whether compiled kernels rotate, quantize and write the new rows."""
         if not backends.kernels_wanted(self._k_cache):
             return False
-        from flash8.fp8 import appender
+        from flash8.backends.hopper import append_quantized as appender
 
         for appended in both:
             reason = appender.refusal(appended)

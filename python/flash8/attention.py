@@ -20,12 +20,12 @@ from typing import Any
 
 from torch import Tensor
 
-from flash8 import ops
-from flash8.backends import repeated
 from flash8.call import checks
 from flash8.call.autocast import cast_for_autocast, is_autocast_on
 from flash8.call.options import Options
 from flash8.call.unwrap import unwrap
+from flash8.ops import attention as ops
+from flash8.ops import plan_cache
 from flash8.tensors.arguments import OWN_NAMES, Names, call_by, require_bool
 from flash8.tensors.philox import draw_seed
 from flash8.tensors.scaled_tensor import Input
@@ -253,16 +253,16 @@ def attend(
     if is_autocast_on():
         q, k, v, qv = cast_for_autocast(q, k, v, qv)
     query, key, value, options = unwrap(q, k, v, options)
-    call: repeated.Call = ((query, key, value, qv, s_aux, out), options, window_size)
+    call: plan_cache.Call = ((query, key, value, qv, s_aux, out), options, window_size)
     if dropout_seed is None:
-        done = repeated.run(call, return_lse)
+        done = plan_cache.run(call, return_lse)
         if done is not None:
             return done  # type: ignore[no-any-return]
         narrow = checks.narrowed(options)
         if narrow is not options:  # what is remembered points to int32 indices
             call = (call[0], narrow, window_size)
             options = narrow
-            done = repeated.run(call, return_lse)
+            done = plan_cache.run(call, return_lse)
             if done is not None:
                 return done  # type: ignore[no-any-return]
     window_left, window_right = checks.window(window_size)
@@ -276,5 +276,5 @@ def attend(
     options = ops.resolve_num_splits(query, geometry, options)
     o, lse, _, _ = call_by(names, ops.run_forward, query, key, value, qv, s_aux, out, options)
     if dropout_seed is None:
-        repeated.remember(call, options, o, lse)
+        plan_cache.remember(call, options, o, lse)
     return (o, lse) if return_lse else o

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8 import ops
 from flash8.append import NewKeys
 from flash8.attention import Window
 from flash8.call import checks, derivatives
 from flash8.call.autocast import cast_for_autocast, is_autocast_on
 from flash8.call.options import Options
 from flash8.call.unwrap import unwrap
+from flash8.ops import attention as ops
 from flash8.scheduler import num_splits_of
 from flash8.tensors import memory
 from flash8.tensors.arguments import (

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8.variants import ForwardVariant
+from flash8.backends.hopper.variants import ForwardVariant
 from forward_cases import compare, device, draw, int32, masks, packed
 from forward_launch import Call, ForwardKernel, Schedule
 from fp8_forward_cases import dense_call, descales

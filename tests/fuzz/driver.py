@@ -16,7 +16,7 @@ import flash8
 from fake_driver import control
 from fake_driver.cubin import any_cubin
 from flash8 import _native, backends
-from flash8.backends import hopper, mode
+from flash8.backends.hopper import kernels, mode
 from fuzz import damage, targets
 from fuzz.harness import attempt, shown
 from repeated_cases import CALLS, draw, forget, without_addresses
@@ -37,7 +37,7 @@ class Driver:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(backends, "kernels_wanted", lambda tensor: True)
             patch.setattr(mode, "kernels_mode", lambda: "on")
-            patch.setattr(hopper, "_registry", lambda: self.registry)
+            patch.setattr(kernels, "registry", lambda: self.registry)
             yield
 
     def launches(self, call: Callable[[], Any]) -> list[tuple[str, bytes]]:

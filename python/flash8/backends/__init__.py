@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flash8.backends import cpu, mode
+from flash8.backends import cpu
+from flash8.backends.hopper import mode
 
 if TYPE_CHECKING:
     from flash8.call.geometry import Geometry
@@ -53,7 +54,9 @@ def forward_backend(
     """
     if not kernels_wanted(q):
         return backend_for(q)
-    from flash8.backends import hopper, index_checks, trust
+    from flash8.backends import index_checks
+    from flash8.backends.hopper import forward as hopper
+    from flash8.backends.hopper.verify import trust
 
     index_checks.check_attention(q, k, options)
     reason = hopper.refusal(q, k, v, qv, options, out)

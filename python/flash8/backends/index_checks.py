@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from flash8.backends import cpu, trust
+from flash8.backends import cpu
+from flash8.backends.hopper.verify import trust
 from flash8.tensors import descales
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flash8.compiler.build import Unit
 from flash8.compiler.compilation import Compilation, find_anywhere, make_request, toolchain_key
 from flash8.compiler.errors import CompileError, CompilerNotFoundError, MissingVariantError
 from flash8.compiler.packaged import packaged_cubin, write_package
@@ -20,6 +19,7 @@ from flash8.compiler.progress import progress_line
 from flash8.compiler.report import CompileReport, KernelCost, parse_log
 from flash8.compiler.store import Entry, Request, Store
 from flash8.compiler.toolchain import Toolchain, cutlass_root, find_toolchain, kernel_root
+from flash8.compiler.unit import Unit
 
 __all__ = [
     "CompileError",

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from flash8.compiler import nvrtc
 from flash8.compiler.errors import CompileError
-from flash8.compiler.places import is_plain, printable
+from flash8.compiler.places import is_plain
 from flash8.compiler.process import Tick, TimeLimitError, run
 from flash8.compiler.report import parse_log
 from flash8.compiler.toolchain import Toolchain, kernel_root
+from flash8.compiler.unit import BuildResult, Unit
 
 NVCC_FLAGS = (
     "-ptx",
@@ -24,31 +25,6 @@ NVCC_FLAGS = (
     "-DNDEBUG",
 )
 PTXAS_FLAGS = ("-arch=sm_90a", "-O3", "-v")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One compilation: a .cu file and its -D options, ("kHeadDim", "128") for -DkHeadDim=128."""
-
-    source: Path
-    defines: tuple[tuple[str, str], ...] = ()
-    name: str = ""
-
-    @property
-    def label(self) -> str:
-        """What progress lines and tables call it."""
-        return printable(self.name or " ".join([self.source.name, *self.define_options()]))
-
-    def define_options(self) -> list[str]:
-        return [f"-D{name}={value}" if value else f"-D{name}" for name, value in self.defines]
-
-
-@dataclass(frozen=True)
-class BuildResult:
-    """What a build read and said; the PTX and the cubin are in the folder."""
-
-    headers: tuple[Path, ...]  # every file that was read, the source among them
-    log: str
 
 
 def build(unit: Unit, toolchain: Toolchain, folder: Path, tick: Tick, limit: float) -> BuildResult:

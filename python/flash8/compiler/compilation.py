@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flash8.compiler import nvrtc
-from flash8.compiler.build import NVCC_FLAGS, PTXAS_FLAGS, BuildResult, Unit, build
+from flash8.compiler.build import NVCC_FLAGS, PTXAS_FLAGS, build
 from flash8.compiler.errors import CompileError
 from flash8.compiler.places import build_folder, found_private_root, private_root, warn_once
 from flash8.compiler.process import Tick
 from flash8.compiler.reads import Names, Seen, device_code, look_at, neighbours
 from flash8.compiler.store import FILES, CacheUnusableError, Entry, Request, Store, digest
 from flash8.compiler.toolchain import Toolchain
+from flash8.compiler.unit import BuildResult, Unit
 
 _ATTEMPTS = 3
 #: By how much the times of files may be behind the clock, in ns.

@@ -6,19 +6,15 @@ It runs in a process of its own (`nvrtc_process.py`), which can be ended when it
 """
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flash8.compiler.errors import CompilerNotFoundError
 from flash8.compiler.reads import device_code
 from flash8.compiler.toolchain import Toolchain, kernel_root
-
-if TYPE_CHECKING:
-    from flash8.compiler.build import Unit
+from flash8.compiler.unit import Unit
 
 FLAGS = (
     "-arch=compute_90a",
@@ -37,14 +33,6 @@ _STANDARD_HEADERS = {
 _PROCESS = Path(__file__).resolve().with_name("nvrtc_process.py")
 
 
-def is_installed() -> bool:
-    """Whether cuda-python's bindings can be imported."""
-    try:
-        return importlib.util.find_spec("cuda.bindings.nvrtc") is not None
-    except ImportError:
-        return False
-
-
 def identity() -> list[str]:
     """What decides what NVRTC makes of a source, besides the source."""
     versions = []
@@ -56,9 +44,7 @@ def identity() -> list[str]:
     return [*versions, *FLAGS, json.dumps(_STANDARD_HEADERS)]
 
 
-def front_end(
-    unit: "Unit", toolchain: Toolchain
-) -> tuple[list[str | Path], bytes, tuple[Path, ...]]:
+def front_end(unit: Unit, toolchain: Toolchain) -> tuple[list[str | Path], bytes, tuple[Path, ...]]:
     """The command that writes kernel.ptx into its working folder, its input, and what it reads.
 
     NVRTC does not say which files it read, so all of the device code counts as read.

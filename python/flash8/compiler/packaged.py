@@ -12,9 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flash8.compiler.build import NVCC_FLAGS, PTXAS_FLAGS, Unit
+from flash8.compiler.build import NVCC_FLAGS, PTXAS_FLAGS
 from flash8.compiler.store import digest
 from flash8.compiler.toolchain import cutlass_root, kernel_root
+from flash8.compiler.unit import Unit
 
 if TYPE_CHECKING:
     from flash8.compiler import Compiled

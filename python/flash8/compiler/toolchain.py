@@ -1,5 +1,6 @@
 """Finds nvcc, ptxas and the headers they need: the ones that pip installed, or the system's."""
 
+import importlib.util
 import os
 import shutil
 import sysconfig
@@ -90,7 +91,7 @@ def _at(nvcc: Path, origin: str) -> Toolchain:
             raise CompilerNotFoundError(
                 f"{printable(tool)} (from {origin}) is not an executable file"
             )
-    nvrtc = not has_host_compiler() and _has_nvrtc()
+    nvrtc = not has_host_compiler() and has_nvrtc()
     version = ("NVRTC beside " if nvrtc else "") + _version(nvcc)
     return Toolchain(nvcc, ptxas, _include_dirs(), version, origin, nvrtc)
 
@@ -100,10 +101,12 @@ def has_host_compiler() -> bool:
     return bool(os.environ.get("NVCC_CCBIN")) or shutil.which("g++") is not None
 
 
-def _has_nvrtc() -> bool:
-    from flash8.compiler import nvrtc
-
-    return nvrtc.is_installed()
+def has_nvrtc() -> bool:
+    """Whether cuda-python's bindings can be imported."""
+    try:
+        return importlib.util.find_spec("cuda.bindings.nvrtc") is not None
+    except ImportError:
+        return False
 
 
 def _include_dirs() -> tuple[Path, ...]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from flash8.call import checks
 from flash8.call.autocast import cast_for_autocast, is_autocast_on
 from flash8.call.options import Options
-from flash8.fp8 import ops
 from flash8.fp8.recipes import BACKWARDS, CurrentScaling, Recipe, check_call
+from flash8.ops import fp8_attention as ops
 from flash8.tensors.arguments import require_bool
 from flash8.tensors.hadamard import rotation_for
 from flash8.tensors.philox import draw_seed

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from flash8 import backends
 from flash8.backends import cpu
+from flash8.backends.cpu import quantize as portable
+from flash8.backends.cpu.quantize import descale_of
+from flash8.backends.hopper import quantize as quantizer
 from flash8.call.request import Request
-from flash8.fp8 import kernels, portable, quantizer
-from flash8.fp8.portable import descale_of
+from flash8.ops import quantize as kernels
 from flash8.tensors import descales, memory
 from flash8.tensors.arguments import (
     INDEX_DTYPES,

@@ -7,10 +7,10 @@ the same names, so a process can have one of the two: the second import fails.
 import torch
 from torch import Tensor
 
-from flash8 import ops
 from flash8.backends import backend_for
 from flash8.call import checks
 from flash8.call.options import Options
+from flash8.ops import attention as ops
 from flash8.tensors.arguments import describe
 
 _NAMESPACE = "flash_attn_3"

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flash8._table import format_table
+from flash8.cli.table import format_table
 from flash8.compiler import (
     Compiled,
     CompileError,
@@ -79,8 +79,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _shipped() -> list[Unit]:
-    from flash8.quantize_variants import SHIPPED_QUANTIZERS
-    from flash8.variants import SHIPPED
+    from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
+    from flash8.backends.hopper.variants import SHIPPED
 
     forwards = [variant.unit() for variant in SHIPPED]
     return forwards + [variant.unit() for variant in SHIPPED_QUANTIZERS]

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
+from flash8.backends.hopper.variants import Scales
 from flash8.call.options import Options
-from flash8.variants import Scales
 
 _OUTPUTS = {
     torch.float16: _native.ElementType.FLOAT16,

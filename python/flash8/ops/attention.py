@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash8 import autograd, batching
 from flash8.backends import backend_for, choose_num_splits, forward_backend, index_checks
 from flash8.call import checks, derivatives
 from flash8.call.autocast import unaffected
 from flash8.call.geometry import Geometry
 from flash8.call.options import SCHEMA, Options
+from flash8.ops import autograd, batching
 
 
 class ForwardResult(NamedTuple):

@@ -3,9 +3,15 @@
 import torch
 from torch import Tensor
 
+from flash8.backends.hopper.quantize import (
+    Launcher,
+    group_ref,
+    refusal_of,
+    tensor_ref,
+    variant_for,
+)
+from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.call.request import Appended
-from flash8.fp8.quantizer import Launcher, group_ref, refusal_of, tensor_ref, variant_for
-from flash8.quantize_variants import QuantizeVariant
 from flash8.tensors.arguments import to_int32
 from flash8.tensors.float8 import E4M3
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
-from flash8.backends import hopper
-from flash8.call.request import Request
-from flash8.quantize_variants import (
+from flash8.backends.hopper import kernels
+from flash8.backends.hopper.quantize_variants import (
     TILE_HEAD_DIMS,
     Input,
     Job,
@@ -23,6 +22,7 @@ from flash8.quantize_variants import (
     QuantizeVariant,
     tile_head_dim,
 )
+from flash8.call.request import Request
 from flash8.tensors.arguments import to_int32
 from flash8.tensors.descales import BLOCK
 from flash8.tensors.float8 import E4M3
@@ -160,7 +160,7 @@ class Launcher:
     def launch(self, variant: QuantizeVariant) -> None:
         device = self.x.device.index or 0
         stream = torch.cuda.current_stream(self.x.device).cuda_stream if self.x.is_cuda else 0
-        _native.launch_quantize(hopper.kernel(variant), device, stream, self.params)
+        _native.launch_quantize(kernels.kernel(variant), device, stream, self.params)
 
 
 class Call:

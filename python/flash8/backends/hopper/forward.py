@@ -12,14 +12,10 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
-from flash8.backends import heuristics, hopper_fp8
+from flash8.backends.hopper import forward_fp8, heuristics, kernels, streams
+from flash8.backends.hopper.variants import Element, ForwardVariant, Mask, Scales
 from flash8.call.options import Options
-from flash8.compiler import kernel_image
-from flash8.quantize_variants import QuantizeVariant
 from flash8.tensors.float8 import E4M3
-from flash8.variants import Element, ForwardVariant, Mask, Scales
-
-Variant = ForwardVariant | QuantizeVariant
 
 _DTYPES: dict[torch.dtype, Element] = {
     torch.float16: "fp16",
@@ -28,8 +24,6 @@ _DTYPES: dict[torch.dtype, Element] = {
 }
 #: The head dimensions that tiles are made for; others are filled up with zeros by TMA.
 _HEAD_DIMS = (64, 96, 128, 192, 256)
-_COUNTERS = 2  # of SchedulerParams::tile_count
-_PER_THREAD_STREAM = 2  # CU_STREAM_PER_THREAD
 _TMA_UNIT = 16  # bytes: of addresses and strides
 _TMA_MAX_STRIDE = 1 << 40  # bytes
 _STORE_BYTES = 16  # the epilogue writes rows of O in units of this size
@@ -72,7 +66,7 @@ def refusal(
         return "q, k or v is not aligned to 16 bytes in address and strides, or a stride is 2^40"
     if out is not None and not _can_be_stored(out):
         return "out is not aligned to 16 bytes in address and strides"
-    return hopper_fp8.refusal(v, options) if q.dtype == E4M3 else None
+    return forward_fp8.refusal(v, options) if q.dtype == E4M3 else None
 
 
 def _tma_can_read(x: Tensor) -> bool:
@@ -126,11 +120,11 @@ def forward(
 ) -> None:
     """Fills out and lse on q's stream, without a synchronisation."""
     planned = plan(q, k, v, s_aux, options, out, lse)
-    stream = current_stream(q)
+    stream = streams.current_stream(q)
     tile_count = None
     if planned.draws_tiles:
         captured = planned.kernel.is_captured(planned.device, stream)
-        tile_count = get_tile_count(q.device, stream, captured)
+        tile_count = streams.get_tile_count(q.device, stream, captured)
     launch(planned, stream, tile_count, options.sm_margin)
     # What the call points to may go: freed memory is not reused before the kernel on this stream.
     _served.last = planned._replace(held=[])
@@ -165,11 +159,11 @@ class Plan(NamedTuple):
 
 
 def launch(planned: Plan, stream: int, tile_count: Tensor | None, sm_margin: int = 0) -> None:
-    """Enqueues it. `tile_count` (`new_tile_count`) is zero, and is so again behind the launch; None
-    deals tiles."""
-    if tile_count is not None and tile_count.numel() != _COUNTERS:
+    """Enqueues it. `tile_count` (`streams.new_tile_count`) is zero, and is so again after
+    the launch; None deals tiles."""
+    if tile_count is not None and tile_count.numel() != streams.COUNTERS:
         raise ValueError(
-            f"tile_count has {tile_count.numel()} elements; the kernel has {_COUNTERS}"
+            f"tile_count has {tile_count.numel()} elements; the kernel has {streams.COUNTERS}"
         )
     planned.call.scheduler.tile_count = 0 if tile_count is None else tile_count.data_ptr()
     _native.launch_forward(planned.kernel, planned.device, stream, planned.call, sm_margin)
@@ -197,7 +191,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> ForwardVariant:
         options.softcap > 0.0,
         options.alibi_slopes is not None,
         pack_gqa,
-        hopper_fp8.scales(options) if q.dtype == E4M3 else "none",
+        forward_fp8.scales(options) if q.dtype == E4M3 else "none",
         cluster,
         options.v_keys is not None,
     )
@@ -230,7 +224,7 @@ def plan(
             1 if variant.pack_gqa else q.shape[-2] // k.shape[-2],
         )
     if q.dtype == E4M3:
-        held += hopper_fp8.describe(call, q, k, out, options)
+        held += forward_fp8.describe(call, q, k, out, options)
     if s_aux is not None:
         sinks = s_aux.float().contiguous()
         held.append(sinks)
@@ -240,36 +234,7 @@ def plan(
         held.append(slopes)
         call.scores.alibi_slopes = slopes.data_ptr()
         call.scores.alibi_batch_stride = slopes.shape[-1] if slopes.dim() == 2 else 0
-    return Plan(kernel(variant), device, call, uneven, held)
-
-
-def current_stream(q: Tensor) -> int:
-    """The driver's handle of the stream that work on q goes to."""
-    return torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
-
-
-def get_tile_count(device: torch.device, stream: int, captured: bool = False) -> Tensor:
-    """The counters of one launch, of tiles drawn and of CTAs done: zero before it and after it.
-
-    Launches that run at the same time must not share one. Those of one stream never do, so each
-    stream has its own for ever. A captured launch may run again on any stream, next to anything:
-    it gets counters of its own, in the graph's memory, that the graph sets to zero every time.
-    """
-    if captured:
-        return new_tile_count(device)
-    # The handle of the per-thread default stream means another stream in every thread.
-    thread = threading.get_ident() if stream == _PER_THREAD_STREAM else 0
-    return _stream_tile_count(device, stream, thread)
-
-
-@functools.cache
-def _stream_tile_count(device: torch.device, stream: int, thread: int) -> Tensor:
-    return new_tile_count(device)
-
-
-def new_tile_count(device: torch.device) -> Tensor:
-    """Counters for one launch at a time."""
-    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    return Plan(kernels.kernel(variant), device, call, uneven, held)
 
 
 def _mask(options: Options) -> Mask:
@@ -349,25 +314,3 @@ def _variant(
         cluster=cluster,
         v_transposed=v_transposed,
     )
-
-
-def kernel(variant: Variant) -> _native.Kernel:
-    """The kernel of a variant, loaded, and compiled before where it has to be."""
-    _VARIANTS.setdefault(variant.name, variant)
-    return _registry().get(variant.name)
-
-
-def variant_of(key: str) -> Variant:
-    """The variant that was asked of the registry by this key."""
-    return _VARIANTS[key]
-
-
-_VARIANTS: dict[str, Variant] = {}
-
-
-@functools.cache
-def _registry() -> _native.Registry:
-    def image(key: str, kind: str) -> bytes:
-        return kernel_image(variant_of(key).unit(), kind)
-
-    return _native.Registry(_native.Driver.process(), image)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8 import batching
 from flash8.backends import backend_for
 from flash8.call import derivatives
 from flash8.call.autocast import unaffected
 from flash8.call.options import SCHEMA, Options
-from flash8.fp8 import backward16
+from flash8.ops import batching
+from flash8.ops import fp8_backward16 as backward16
 from flash8.tensors.hadamard import Rotation
 from flash8.tensors.tokens import Tokens
 

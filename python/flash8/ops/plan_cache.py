@@ -11,7 +11,7 @@ This is the host's hot path, a few microseconds.
 
 import functools
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, empty_like, is_grad_enabled
@@ -23,9 +23,9 @@ from torch.autograd.profiler import record_function
 from torch.compiler import is_compiling
 
 from flash8 import backends
-from flash8.autograd import Launched
 from flash8.backends import index_checks
 from flash8.call.options import Options
+from flash8.ops.autograd import Launched
 
 if TYPE_CHECKING:
     from flash8 import _native
@@ -50,7 +50,7 @@ def run(call: Call, return_lse: bool) -> Any:
     launch = _recall().run
     if _profiler_enabled():
         launch = record_function("flash8::forward")(launch)
-    done = launch(_hopper()._registry(), *call, return_lse, is_grad_enabled())
+    done = launch(_hopper().kernels.registry(), *call, return_lse, is_grad_enabled())
     if done is None:
         return None
     out, lse, numbers = done
@@ -66,14 +66,14 @@ def remember(call: Call, options: Options, out: Tensor, lse: Tensor) -> None:
     if is_compiling() or not _may_be_launched(call[0][0]):
         return
     hopper = _hopper()
-    planned = hopper.take_served(out)
-    if planned is None or _recall().knows(hopper._registry(), *call):
+    planned = hopper.forward.take_served(out)
+    if planned is None or _recall().knows(hopper.kernels.registry(), *call):
         return
     out_like, lse_like = _like(out), _like(lse)
     if not (empty_like(out_like).is_contiguous() and empty_like(lse_like).is_contiguous()):
         return
     _recall().remember(
-        hopper._registry(),
+        hopper.kernels.registry(),
         *call,
         kernel=planned.kernel,
         device=planned.device,
@@ -113,17 +113,25 @@ def new_recall(exchange_api: object | None) -> "_native.Recall":
         tensor=Tensor,
         parameter=torch.nn.Parameter,
         empty_like=empty_like,
-        current_stream=hopper.current_stream,
-        tile_count=hopper.get_tile_count,
+        current_stream=hopper.streams.current_stream,
+        tile_count=hopper.streams.get_tile_count,
         option_names=Options._fields,
     )
 
 
-@functools.cache
-def _hopper() -> ModuleType:
-    from flash8.backends import hopper
+class _Hopper(NamedTuple):
+    """Modules of the Hopper backend, which need the extension and are imported when a call does."""
 
-    return hopper
+    forward: ModuleType
+    kernels: ModuleType
+    streams: ModuleType
+
+
+@functools.cache
+def _hopper() -> _Hopper:
+    from flash8.backends.hopper import forward, kernels, streams
+
+    return _Hopper(forward, kernels, streams)
 
 
 def _may_be_launched(q: Any) -> bool:

@@ -10,10 +10,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flash8.backends.watchdog import Watchdog
+from flash8.backends.cpu import append_quantized as portable_append
+from flash8.backends.cpu import quantize as portable
+from flash8.backends.hopper import append_quantized as appender
+from flash8.backends.hopper import quantize as quantizer
+from flash8.backends.hopper.quantize_variants import QuantizeVariant
+from flash8.backends.hopper.verify.watchdog import Watchdog
 from flash8.call.request import Appended, Request
-from flash8.fp8 import appender, portable, portable_append, quantizer
-from flash8.quantize_variants import QuantizeVariant
 from flash8.tensors.float8 import E4M3, E5M2
 from flash8.tensors.hadamard import Rotation
 from flash8.tensors.rotary import Rope

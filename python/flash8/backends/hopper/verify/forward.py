@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash8.backends import cpu, hopper
-from flash8.backends.forward_problems import SOFTCAP, Problem, problems
-from flash8.backends.watchdog import Watchdog
+from flash8.backends import cpu
+from flash8.backends.hopper import forward as hopper
+from flash8.backends.hopper import streams
+from flash8.backends.hopper.variants import Element, ForwardVariant
+from flash8.backends.hopper.verify.forward_problems import SOFTCAP, Problem, problems
+from flash8.backends.hopper.verify.watchdog import Watchdog
 from flash8.call.options import Options
-from flash8.variants import Element, ForwardVariant
 
 _OF_FP8 = ("q_descale", "k_descale", "v_descale", "k_mean", "v_mean", "v_channel_descale")
 
@@ -83,11 +85,11 @@ def _run(variant: ForwardVariant, problem: Problem) -> tuple[Tensor, Tensor, int
     out = torch.full(shape, math.nan, dtype=out_dtype, device=q.device)
     lse = _rows(q, torch.float32)
     # Its own: a kernel that does not reset the counters must not leave that to the next call.
-    tiles = hopper.new_tile_count(q.device)
+    tiles = streams.new_tile_count(q.device)
     planned = hopper.plan(q, k, v, s_aux, options, out, lse, variant)
     drawn = tiles if planned.draws_tiles else None
     watchdog = Watchdog(q.device)
-    hopper.launch(planned, hopper.current_stream(q), drawn, sm_margin)
+    hopper.launch(planned, streams.current_stream(q), drawn, sm_margin)
     watchdog.wait()
     return out, lse, int(tiles.abs().max())
 

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from flash8.backends import hopper, mode, trust
-from flash8.backends.watchdog import KernelHangsError
-from flash8.quantize_variants import SHIPPED_QUANTIZERS
-from flash8.variants import SHIPPED
+from flash8.backends.hopper import kernels as hopper_kernels
+from flash8.backends.hopper import mode
+from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
+from flash8.backends.hopper.variants import SHIPPED
+from flash8.backends.hopper.verify import trust
+from flash8.backends.hopper.verify.watchdog import KernelHangsError
 
 _MAX_DETAIL = 400  # characters of what the compiler or the driver said
 
@@ -73,7 +75,7 @@ def check(device: torch.device, variants: Sequence[trust.Variant] | None = None)
 def _check(variant: trust.Variant, device: torch.device) -> tuple[str | None, float]:
     """The finding and the milliseconds of the check, without those of compiling and loading."""
     try:
-        hopper.kernel(variant)
+        hopper_kernels.kernel(variant)
     except Exception as error:
         return f"{type(error).__name__}: {error}", 0.0
     start = time.perf_counter()

@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8.backends import index_checks, trust
+from flash8.backends import index_checks
+from flash8.backends.cpu import append_quantized as portable_append
+from flash8.backends.cpu import quantize as portable
+from flash8.backends.hopper import append_quantized as appender
+from flash8.backends.hopper import quantize as quantizer
+from flash8.backends.hopper.verify import trust
 from flash8.call import derivatives
 from flash8.call.request import Appended, Request
-from flash8.fp8 import appender, portable, portable_append, quantizer
 from flash8.tensors.hadamard import Rotation
 from flash8.tensors.rotary import Rope
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flash8.backends.hopper.variants import Element, ForwardVariant
 from flash8.call.options import Options
 from flash8.tensors.descales import num_blocks, num_packed_blocks
 from flash8.tensors.float8 import E4M3
 from flash8.tensors.tokens import Tokens
 from flash8.tensors.v_colmajor import transpose
-from flash8.variants import Element, ForwardVariant
 
 _DTYPES: dict[Element, torch.dtype] = {
     "fp16": torch.float16,

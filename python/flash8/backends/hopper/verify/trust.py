@@ -23,11 +23,12 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
 from flash8 import _native
-from flash8.backends import mode, watchdog
-from flash8.backends.watchdog import KernelHangsError
+from flash8.backends.hopper import mode
+from flash8.backends.hopper.quantize_variants import QuantizeVariant
+from flash8.backends.hopper.variants import ForwardVariant
+from flash8.backends.hopper.verify import watchdog
+from flash8.backends.hopper.verify.watchdog import KernelHangsError
 from flash8.compiler import CompileError, CompilerNotFoundError, MissingVariantError
-from flash8.quantize_variants import QuantizeVariant
-from flash8.variants import ForwardVariant
 
 Variant = ForwardVariant | QuantizeVariant
 _Place = tuple[str, torch.device]
@@ -90,7 +91,8 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
         KernelHangsError: after which nothing else runs on this stream.
         Exception: of whatever kind, which says nothing about the kernel and may pass.
     """
-    from flash8.backends import check_forward, check_quantizer
+    from flash8.backends.hopper.verify import forward as check_forward
+    from flash8.backends.hopper.verify import quantize as check_quantizer
 
     with _undisturbed(device):
         try:

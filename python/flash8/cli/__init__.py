@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flash8 import _native
-from flash8._table import format_table
 from flash8._version import __version__
-from flash8.compiler import command as compile_command
+from flash8.cli import compile as compile_command
+from flash8.cli.table import format_table
 
 _SIM_COMMAND = "sim_command.py"
 
@@ -43,7 +43,7 @@ def _info(_: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from flash8 import check_command  # takes torch along
+    from flash8.cli import check as check_command
 
     if options.list:
         print(*check_command.kernels(), sep="\n")
@@ -54,7 +54,7 @@ def _check(options: argparse.Namespace) -> int:
 def _sim(options: argparse.Namespace) -> int:
     """Hands the arguments to the simulator's own command, which is no part of this package."""
     named = options.simulator or os.environ.get("FLASH8_SIMULATOR")
-    checkout = Path(__file__).resolve().parents[2]
+    checkout = Path(__file__).resolve().parents[3]
     folders = [Path(named)] if named else [Path.cwd() / "tests", checkout / "tests"]
     file = next((path for folder in folders if (path := folder / _SIM_COMMAND).is_file()), None)
     if file is None:
