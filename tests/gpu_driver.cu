@@ -1,6 +1,6 @@
 // The kernels of test_gpu_driver.py.
 
-#include "params.h"
+#include "kernel_info.h"
 
 struct ScaleParams {
     float* data;

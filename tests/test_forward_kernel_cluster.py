@@ -7,7 +7,7 @@ import torch
 
 import flash8
 from defaults import by_default
-from flash8.backends.hopper import heuristics
+from flash8.backends.hopper import heuristics, kernels
 from flash8.backends.hopper.variants import ForwardVariant
 from forward_cases import check, compare, device, draw, int32, launch, packed
 from forward_launch import Call, Schedule

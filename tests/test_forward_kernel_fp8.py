@@ -101,12 +101,12 @@ def test_the_bounds_catch_descales_of_another_row(name):
 
 BLOCKS_OF_ROWS = {
     "keys by the sequence": (
-        "forward/descales.cuh",
+        "attention/descales.cuh",
         "info.batch_k * ref.batch_stride",
         "batch * ref.batch_stride",
     ),
     "queries by the row": (
-        "forward/descales.cuh",
+        "attention/descales.cuh",
         "values[info.batch_q * ref.batch_stride",
         "values[info.batch_k * ref.batch_stride",
     ),
@@ -231,7 +231,9 @@ def test_the_bounds_catch_swapped_descales():
 
 @pytest.mark.slow
 def test_the_bounds_catch_an_offset_that_lse_keeps(tmp_path):
-    changed = changed_kernel(tmp_path, DENSE, ("softmax.cuh", "(safe + ", "(safe + 8.0f + "))
+    changed = changed_kernel(
+        tmp_path, DENSE, ("attention/softmax.cuh", "(safe + ", "(safe + 8.0f + ")
+    )
     call = dense_call(DENSE, 1, 100, 300, 2, 1)
     with pytest.raises(AssertionError, match="LSE"):
         compare(call, *changed(call, Schedule()))
@@ -240,7 +242,7 @@ def test_the_bounds_catch_an_offset_that_lse_keeps(tmp_path):
 @pytest.mark.slow
 def test_the_bounds_catch_unscaled_p(tmp_path):
     changed = changed_kernel(
-        tmp_path, DENSE, ("softmax_fp8.cuh", "kOffset = 8.0f;", "kOffset = 0.0f;")
+        tmp_path, DENSE, ("attention/softmax_fp8.cuh", "kOffset = 8.0f;", "kOffset = 0.0f;")
     )
     q, k, v = wide(100, 600)
     call = from_tensors(2.0 * q, k, v)

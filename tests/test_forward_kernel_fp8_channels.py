@@ -112,7 +112,7 @@ def test_alibi_where_a_descale_is_the_smallest():
 @pytest.mark.slow
 def test_the_bounds_catch_slopes_without_descales(tmp_path):
     variant = replace(BLOCK, alibi=True)
-    edit = ("forward/scores.cuh", "kGivesLog2 ? scale[r] : 1.0f", "1.0f")
+    edit = ("attention/score_mod.cuh", "kGivesLog2 ? scale[r] : 1.0f", "1.0f")
     changed = changed_kernel(tmp_path, variant, edit)
     call = dense_call(variant, 1, 60, 200, 2, 1, alibi_slopes=torch.tensor([0.5, 0.1]))
     compare(call, *launch(variant, call))

@@ -11,10 +11,9 @@ from defaults import by_default
 from flash8 import fp8
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from forward_cases import SHAPES, check, compare, device, int32, launch
-from forward_launch import ForwardKernel, Schedule
+from forward_launch import Schedule
 from fp8_forward_cases import (
     changed_kernel,
-    changed_ptx,
     check_one_visible_key,
     check_visible_nan,
     dense_call,
@@ -108,12 +107,12 @@ MUTATIONS = {
         "if constexpr (false) {\n            clear",
     ),
     "one key too many is left": (
-        "forward/hidden_keys.cuh",
+        "attention/hidden_keys.cuh",
         "int const end = seen.end - chunk * kChunk;",
         "int const end = seen.end + 1 - chunk * kChunk;",
     ),
     "keys are in their own order": (
-        "forward/hidden_keys.cuh",
+        "attention/hidden_keys.cuh",
         "return pair(count - 2 * q) | pair(count - 8 - 2 * q) << 16;",
         "return pair(count - 4 * q) | pair(count - 2 - 4 * q) << 16;",
     ),
@@ -130,9 +129,9 @@ def test_the_cases_catch_wrong_tails(name, tmp_path):
         compare(call, *changed(call, Schedule()))
 
 
-def test_the_simulator_catches_tails_that_are_not_fenced():
-    ptx = changed_ptx(DENSE, rb"fence\.proxy\.async[^;]*;", b"")
-    changed = ForwardKernel(device().driver, ptx)
+def test_the_simulator_catches_tails_that_are_not_fenced(tmp_path):
+    edit = ("attention/hidden_keys.cuh", "    ptx::fence_proxy_async();\n", "")
+    changed = changed_kernel(tmp_path, DENSE, edit)
     call = dense_call(DENSE, 1, 3, 150, 1, 1)
     device().configure(seed=1)
     with pytest.raises(RuntimeError, match="LAUNCH_FAILED"):

@@ -88,8 +88,8 @@ def test_nan_in_keys_that_a_tile_does_not_see(name):
         assert torch.equal(found_lse[..., rows], lse[..., rows])
 
 
-ALL_BEFORE = ("mask.cuh", "blocks.first_key = first_key;", "blocks.first_key = 0;")
-ALL_BEHIND = ("mask.cuh", "blocks.end_key = end_key;", "blocks.end_key = seqlen_k_;")
+ALL_BEFORE = ("attention/mask.cuh", "blocks.first_key = first_key;", "blocks.first_key = 0;")
+ALL_BEHIND = ("attention/mask.cuh", "blocks.end_key = end_key;", "blocks.end_key = seqlen_k_;")
 
 
 MUTATIONS = {

@@ -163,15 +163,16 @@ def test_more_sequences_than_lanes():
 
 MUTATIONS = {
     "offsets are as they are": (
-        "tile_scheduler.cuh",
+        "attention/tile_scheduler.cuh",
         "value = max(value, __shfl_up_sync",
         "value = min(value, __shfl_up_sync",
     ),
     "lengths are as they are": (
-        "seqlen_info.cuh",
+        "attention/seqlen_info.cuh",
         "clamped(lengths[batch], 0, capacity)",
         "lengths[batch]",
     ),
+    "the counter stays": ("attention/tile_scheduler.cuh", "atomicExch(counter(), 0);", ""),
 }
 
 

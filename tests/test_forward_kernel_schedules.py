@@ -85,17 +85,17 @@ def test_one_sequence_more_than_lanes(variant, sequences):
 
 GROUPS = {
     "the last group is left out": (
-        "tile_scheduler.cuh",
+        "attention/tile_scheduler.cuh",
         "if (first_batch_ >= params_.sequences.batch) {",
         "if (first_batch_ + 1 >= params_.sequences.batch) {",
     ),
     "rows before a group are forgotten": (
-        "tile_scheduler.cuh",
+        "attention/tile_scheduler.cuh",
         "rows_before_ = __shfl_sync(0xffffffff, row_end, 31);",
         "rows_before_ = 0;",
     ),
     "tiles before a group are those of 31": (
-        "tile_scheduler.cuh",
+        "attention/tile_scheduler.cuh",
         "tiles_before_ = __shfl_sync(0xffffffff, end, 31);",
         "tiles_before_ = __shfl_sync(0xffffffff, end, 30);",
     ),

@@ -116,7 +116,7 @@ def test_ptx_with_another_initialiser_is_refused(driver, image, message):
 needs_compiler = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
 SOURCE = """
-#include "params.h"
+#include "kernel_info.h"
 extern "C" __constant__ int before[3] = {1, 2, 3};
 extern "C" __constant__ flash8::KernelInfo kernel_info = {
     flash8::kAbiVersion, sizeof(flash8::KernelInfo), 8,

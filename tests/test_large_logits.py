@@ -124,7 +124,7 @@ MUTATIONS = {
     "products are not exact": (
         DENSE,
         7e5,
-        ("softmax_fp8.cuh", "kExact = 65536.0f;", "kExact = INFINITY;"),
+        ("attention/softmax_fp8.cuh", "kExact = 65536.0f;", "kExact = INFINITY;"),
     ),
     "tiles never have large scores": (
         DENSE,
@@ -134,13 +134,13 @@ MUTATIONS = {
     "the reference lacks the offset": (
         DENSE,
         7e5,
-        ("softmax_fp8.cuh", "reference = largest - offset;", "reference = largest;"),
+        ("attention/softmax_fp8.cuh", "reference = largest - offset;", "reference = largest;"),
     ),
     "the rescaling is not rounded": (
         BF16,
         7e5,
         (
-            "softmax.cuh",
+            "attention/softmax.cuh",
             "ptx::exp2(row_max_log2_[r] -",
             "ptx::exp2(__fmaf_rn(previous, scale_log2_, -offset)); //",
         ),

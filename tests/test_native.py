@@ -1,4 +1,4 @@
-"""The extension: version, driver probe, and the layout of the structs of hopper/params.h."""
+"""The extension: version, driver probe, and the layout of what host and device share."""
 
 import re
 import subprocess
@@ -12,14 +12,20 @@ from flash8 import _native
 from flash8._version import __version__
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PARAMS_HEADER = REPOSITORY / "hopper" / "params.h"
-QUANTIZE_HEADER = REPOSITORY / "cutlass_kernels" / "quantize" / "quantize_params.h"
+HOPPER = REPOSITORY / "hopper"
+HEADERS = (
+    HOPPER / "params.h",
+    HOPPER / "attention" / "params.h",
+    HOPPER / "forward" / "params.h",
+    HOPPER / "kernel_info.h",
+    REPOSITORY / "cutlass_kernels" / "quantize" / "quantize_params.h",
+)
 LAYOUT = _native.layout()
 
 
 def declared_fields() -> dict[str, list[str]]:
     """Field names of every shared struct, in order, read from the text of the headers."""
-    source = PARAMS_HEADER.read_text() + QUANTIZE_HEADER.read_text()
+    source = "".join(header.read_text() for header in HEADERS)
     text = re.sub(r"//[^\n]*", "", source)
     structs = {}
     for name, body in re.findall(r"struct (?:alignas\(64\) )?(\w+) \{(.*?)\n\};", text, re.DOTALL):
@@ -61,41 +67,41 @@ def test_structs_have_no_implicit_padding(name):
     assert end % LAYOUT[name]["align"] == 0
 
 
-def test_layout_of_abi_version_4():
+def test_layout_of_abi_version_5():
     """A change here means that old cubins would be misread: raise kAbiVersion with it."""
     sizes = {name: (struct["size"], struct["align"]) for name, struct in LAYOUT.items()}
-    assert _native.ABI_VERSION == 4
+    assert _native.ABI_VERSION == 5
     assert sizes == {
         "TensorMap": (128, 64),
         "TensorRef": (32, 8),
         "DescaleRef": (32, 8),
         "RowRef": (24, 8),
         "ChannelRef": (24, 8),
-        "SequenceParams": (104, 8),
-        "ScoreParams": (64, 8),
-        "SchedulerParams": (48, 8),
-        "ForwardParams": (1344, 64),
-        "BackwardParams": (1728, 64),
+        "SequenceParams": (80, 8),
+        "ScoreParams": (48, 8),
+        "SchedulerParams": (24, 8),
+        "ForwardParams": (896, 64),
         "GroupRef": (32, 8),
         "AppendParams": (48, 8),
         "QuantizeParams": (360, 8),
         "TmaBox": (32, 4),
-        "KernelInfo": (404, 4),
+        "KernelInfo": (400, 4),
     }
 
 
 def test_tensor_maps_are_aligned_for_tma():
-    for name in ("ForwardParams", "BackwardParams"):
-        maps = [at for field, (at, _) in LAYOUT[name]["fields"].items() if field.startswith("tma_")]
-        assert maps == [128 * i for i in range(len(maps))]
+    fields = LAYOUT["ForwardParams"]["fields"]
+    maps = [at for field, (at, _) in fields.items() if field.startswith("tma_")]
+    assert maps == [128 * i for i in range(len(maps))]
 
 
-def test_params_header_compiles_alone(tmp_path):
+@pytest.mark.parametrize("header", HEADERS, ids=lambda path: f"{path.parent.name}_{path.stem}")
+def test_a_shared_header_compiles_alone(header, tmp_path):
     source = tmp_path / "alone.cpp"
-    source.write_text('#include "params.h"\nint main() {}\n')
+    source.write_text(f'#include "{header}"\nint main() {{}}\n')
     compiler = (sysconfig.get_config_var("CXX") or "g++").split()[0]
     command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
-    subprocess.run([*command, f"-I{PARAMS_HEADER.parent}", str(source)], check=True)
+    subprocess.run([*command, f"-I{HOPPER}", str(source)], check=True)
 
 
 def test_probe_says_why_a_named_driver_is_missing():

@@ -24,7 +24,7 @@ except CompilerNotFoundError as error:
 pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
 SCALE = """
-#include "params.h"
+#include "kernel_info.h"
 
 struct ScaleParams {
     float* data;
@@ -139,7 +139,8 @@ def test_a_kernel_that_waits_for_registers_for_ever_does_not_compile(compile_tex
 
 def test_device_and_host_agree_on_every_offset(compile_text):
     quantizer = cutlass_root() / "quantize" / "quantize_params.h"
-    lines = ['#include "params.h"', f'#include "{quantizer}"']
+    headers = ("kernel_info.h", "forward/params.h", str(quantizer))
+    lines = [f'#include "{header}"' for header in headers]
     for name, struct in _native.layout().items():
         full = f"flash8::{name}"
         lines.append(f"static_assert(sizeof({full}) == {struct['size']});")
@@ -154,7 +155,21 @@ def test_device_and_host_agree_on_every_offset(compile_text):
 
 def test_a_variant_becomes_defines_that_the_compiler_takes(compile_text):
     variant = ForwardVariant("e4m3", 128, 64, mask="local", scales="block")
-    checks = "\n".join(
-        f'static_assert({name} == {value}, "{name}");' for name, value in variant.defines
-    )
-    assert compile_text(checks + SCALE, FACTOR="1", **dict(variant.defines)).cubin.is_file()
+    include = '#include "forward/config.cuh"\n'
+    checks = """
+        using Config = flash8::ForwardConfig;
+        static_assert(Config::kElement == flash8::ElementChoice::kE4m3);
+        static_assert(Config::kMask == flash8::MaskMode::kLocal);
+        static_assert(Config::kScales == flash8::ScaleGranularity::kBlock);
+        static_assert(Config::kHeadDim == 128 && Config::kHeadDimV == 64 && !Config::kPackGqa);
+    """
+    given = dict(variant.defines)
+    assert compile_text(include + checks + SCALE, FACTOR="1", **given).cubin.is_file()
+
+
+@pytest.mark.parametrize("define", ["FLASH8_MASK", "FLASH8_DTYPE", "FLASH8_SCALES"])
+def test_a_choice_that_the_device_code_does_not_know_does_not_compile(compile_text, define):
+    variant = ForwardVariant("e4m3", 128, 64, mask="local", scales="block")
+    given = dict(variant.defines) | {define: "kMissing"}
+    with pytest.raises(CompileError, match="kMissing"):
+        compile_text('#include "forward/config.cuh"\n' + SCALE, FACTOR="1", **given)

@@ -26,9 +26,9 @@ def test_names_and_defines_of_one():
     variant = QuantizeVariant("cast", "bf16", 128, "e5m2", transposed=True)
     assert variant.name == "quantize_cast_bf16_d128_e5m2_transposed"
     assert dict(variant.defines) == {
-        "FLASH8_DTYPE": "1",
+        "FLASH8_DTYPE": "kBf16",
         "FLASH8_HEAD_DIM": "128",
-        "FLASH8_OUT": "1",
+        "FLASH8_OUT": "kE5m2",
         "FLASH8_TRANSPOSED": "1",
     }
     assert variant.unit().label == variant.name

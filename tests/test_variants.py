@@ -11,16 +11,14 @@ def every_variant():
     """All choices over a few head dimensions."""
     flags = (False, True)
     for dtype, scales in (("fp16", "none"), ("bf16", "none"), ("e4m3", "head"), ("e4m3", "block")):
-        for dims, mask, softcap, kv, split, pack_gqa, alibi in itertools.product(
+        for dims, mask, softcap, pack_gqa, alibi in itertools.product(
             ((64, 64), (128, 128), (192, 128), (128, 64)),
             ("none", "causal", "local"),
-            flags,
-            ("dense", "paged"),
             flags,
             flags,
             flags,
         ):
-            choices = (dtype, *dims, mask, softcap, kv, split, pack_gqa, scales, alibi)
+            choices = (dtype, *dims, mask, softcap, pack_gqa, scales, alibi)
             yield ForwardVariant(*choices)
             if mask == "none" and dtype != "e4m3":
                 yield ForwardVariant(*choices, cluster=True)
@@ -37,15 +35,13 @@ def test_names_and_defines_of_one():
     variant = ForwardVariant("bf16", 192, 128, mask="causal", pack_gqa=True)
     assert variant.name == "forward_bf16_d192v128_causal_packgqa"
     assert dict(variant.defines) == {
-        "FLASH8_DTYPE": "1",
+        "FLASH8_DTYPE": "kBf16",
         "FLASH8_HEAD_DIM": "192",
         "FLASH8_HEAD_DIM_V": "128",
-        "FLASH8_MASK": "1",
+        "FLASH8_MASK": "kCausal",
         "FLASH8_SOFTCAP": "0",
-        "FLASH8_KV": "0",
-        "FLASH8_SPLIT": "0",
         "FLASH8_PACK_GQA": "1",
-        "FLASH8_SCALES": "0",
+        "FLASH8_SCALES": "kNone",
         "FLASH8_ALIBI": "0",
         "FLASH8_CLUSTER": "0",
         "FLASH8_V_TRANSPOSED": "0",
@@ -58,7 +54,6 @@ def test_names_and_defines_of_one():
     [
         ({"dtype": "fp32"}, "dtype is 'fp32'; supported are"),
         ({"mask": "full"}, "mask is 'full'; supported are"),
-        ({"kv": "ragged"}, "kv is 'ragged'; supported are"),
         ({"scales": "token"}, "scales is 'token'; supported are"),
         ({"head_dim": 0}, "head_dim is 0; supported are the multiples of 8 up to 512"),
         ({"head_dim": 100}, "head_dim is 100"),

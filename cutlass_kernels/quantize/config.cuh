@@ -2,15 +2,17 @@
 
 #pragma once
 
+#include "kernel_info.h"
 #include "quantize_params.h"
 
 namespace flash8::quantize {
 
-enum class Input { kFp16 = 0, kBf16 = 1, kFp32 = 2 };
+enum class Input { kFp16, kBf16, kFp32 };
+enum class Output { kE4m3, kE5m2 };
 
 struct Config {
-    static constexpr Input kInput = static_cast<Input>(FLASH8_DTYPE);
-    static constexpr bool kE5m2 = FLASH8_OUT == 1;
+    static constexpr Input kInput = Input::FLASH8_DTYPE;
+    static constexpr bool kE5m2 = Output::FLASH8_OUT == Output::kE5m2;
     static constexpr bool kTransposed = FLASH8_TRANSPOSED == 1;
     static constexpr int kHeadDim = FLASH8_HEAD_DIM;  // the tile's; a call may have fewer channels
 

@@ -1,15 +1,19 @@
 // Everything a variant of the forward kernel fixes at compile time, in one struct. The -D options come from
-// flash8.backends.hopper.variants; what they do not say follows from them here.
+// flash8.backends.hopper.variants,
+// with enumerators by name; what they do not say follows from them here.
 
 #pragma once
 
-#include "../mask.cuh"
-#include "../params.h"
-#include "../pipeline.cuh"
-#include "../registers.cuh"
-#include "../tile_scheduler.cuh"
-#include "../wgmma_shapes.cuh"
-#include "descales.cuh"
+#include "../arch/pipeline.cuh"
+#include "../arch/registers.cuh"
+#include "../arch/smem_layout.cuh"
+#include "../arch/wgmma_shapes.cuh"
+#include "../attention/descales.cuh"
+#include "../attention/mask.cuh"
+#include "../attention/tile_scheduler.cuh"
+#include "../kernel_info.h"
+#include "params.h"
+#include "tile_size.cuh"
 
 #include <cutlass/numeric_types.h>
 #include <cute/arch/mma_sm90.hpp>
@@ -23,72 +27,24 @@
 
 namespace flash8 {
 
-// The words of flash8.backends.hopper.variants, by their position there.
-enum class ElementChoice : int { kFp16 = 0, kBf16 = 1, kE4m3 = 2 };
-
-// kBlockM x kBlockN: the largest tiles whose accumulators fit the registers without spilling and whose stages
-// fit shared memory. Descales per block of keys want tiles of just such a block.
-constexpr int block_m(int head_dim) {
-    return head_dim <= 64 ? 192 : 128;
-}
-constexpr int block_n(int head_dim, int head_dim_v, MaskMode mask) {
-    if (head_dim == 128 && head_dim_v == 128 && mask == MaskMode::kNone) {
-        return 176;
-    }
-    if (head_dim_v <= 128 && head_dim <= 192) {
-        return 128;
-    }
-    if (head_dim <= 192 && head_dim_v <= 192) {
-        return 96;
-    }
-    return mask == MaskMode::kLocal ? 64 : 80;
-}
-constexpr int block_n_fp8(int head_dim, int head_dim_v, ScaleGranularity scales) {
-    bool const wide = scales != ScaleGranularity::kBlock && head_dim > 64 && head_dim_v <= 128;
-    return !wide ? kScaleBlock : head_dim_v == 128 ? 224 : 192;
-}
-
-// TMA writes a tile in panels of one swizzle row: the widest of 128, 64 and 32 bytes that divides its rows.
-constexpr int panel_bytes(int row_bytes) {
-    return row_bytes % 128 == 0 ? 128 : row_bytes % 64 == 0 ? 64 : 32;
-}
-
-template <class Element, int kPanelBytes>
-struct SwizzleAtoms;
-template <class Element>
-struct SwizzleAtoms<Element, 128> {
-    using KMajor = cute::GMMA::Layout_K_SW128_Atom<Element>;
-    using MnMajor = cute::GMMA::Layout_MN_SW128_Atom<Element>;
-    static constexpr Swizzle kSwizzle = Swizzle::k128B;
-};
-template <class Element>
-struct SwizzleAtoms<Element, 64> {
-    using KMajor = cute::GMMA::Layout_K_SW64_Atom<Element>;
-    using MnMajor = cute::GMMA::Layout_MN_SW64_Atom<Element>;
-    static constexpr Swizzle kSwizzle = Swizzle::k64B;
-};
-template <class Element>
-struct SwizzleAtoms<Element, 32> {
-    using KMajor = cute::GMMA::Layout_K_SW32_Atom<Element>;
-    using MnMajor = cute::GMMA::Layout_MN_SW32_Atom<Element>;
-    static constexpr Swizzle kSwizzle = Swizzle::k32B;
-};
+// The types of q, k and v.
+enum class ElementChoice { kFp16, kBf16, kE4m3 };
 
 struct ForwardConfig {
-    static constexpr auto kElement = static_cast<ElementChoice>(FLASH8_DTYPE);
+    static constexpr auto kElement = ElementChoice::FLASH8_DTYPE;
     static constexpr bool kFp8 = kElement == ElementChoice::kE4m3;
     using Element = std::conditional_t<
         kFp8, cutlass::float_e4m3_t,
         std::conditional_t<kElement == ElementChoice::kFp16, cutlass::half_t, cutlass::bfloat16_t>>;
     static constexpr int kHeadDim = FLASH8_HEAD_DIM;
     static constexpr int kHeadDimV = FLASH8_HEAD_DIM_V;
-    static constexpr auto kMask = static_cast<MaskMode>(FLASH8_MASK);
+    static constexpr auto kMask = MaskMode::FLASH8_MASK;
     static constexpr bool kSoftcap = FLASH8_SOFTCAP;
     static constexpr bool kAlibi = FLASH8_ALIBI;
     static constexpr bool kPackGqa = FLASH8_PACK_GQA;
     // CTAs that load each K and V tile together, each a share of its rows, for all of them.
     static constexpr int kClusterM = FLASH8_CLUSTER ? 2 : 1;
-    static constexpr auto kScales = static_cast<ScaleGranularity>(FLASH8_SCALES);
+    static constexpr auto kScales = ScaleGranularity::FLASH8_SCALES;
     static constexpr bool kBlockScales = kScales == ScaleGranularity::kBlock;
     static constexpr int kPolynomialEvery = FLASH8_POLYNOMIAL_EVERY;
     // FP8: V in global memory is by keys, as the quantizer writes it, instead of by channels.
@@ -98,7 +54,6 @@ struct ForwardConfig {
     static_assert(kFp8 || !kVTransposed, "16-bit products take V as it is");
     static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0,
                   "tiles are made of panels of at least 32 columns");
-    static_assert(!FLASH8_KV && !FLASH8_SPLIT, "paged KV and KV splits have no kernel yet");
 
     static constexpr int kWidestHead = kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV;
     static constexpr int kBlockM = block_m(kWidestHead);
@@ -133,7 +88,7 @@ struct ForwardConfig {
     using SmemLayoutK = decltype(cute::tile_to_shape(
         Atoms::KMajor{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
     // V as the product wants it, (head_dim_v, key, stage). 16 bit: head_dim_v is contiguous, as TMA writes
-    // it. FP8: keys are contiguous, and transpose.cuh says in which order they and the channels stand,
+    // it. FP8: keys are contiguous, and transpose_v.cuh says in which order they and the channels stand,
     // whoever has transposed them.
     // Keys that TMA brings transposed come in panels. Instead of seven of 32 bytes, 224 keys are two of 128,
     // the last of which reaches into keys that nobody reads.

@@ -2,15 +2,15 @@
 
 #pragma once
 
-#include "../named_barriers.cuh"
-#include "../softmax.cuh"
-#include "../tile_scheduler.cuh"
+#include "../arch/named_barriers.cuh"
+#include "../attention/softmax.cuh"
+#include "../attention/tile_scheduler.cuh"
 #include "config.cuh"
 #include "epilogue.cuh"
 #include "mainloop.cuh"
 #include "mainloop_fp8.cuh"
 #include "score_shift.cuh"
-#include "tail_rows.cuh"
+#include "zero_unused_rows.cuh"
 
 namespace flash8 {
 

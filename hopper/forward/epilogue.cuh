@@ -2,12 +2,12 @@
 
 #pragma once
 
+#include "../arch/convert.cuh"
+#include "../attention/pack_gqa.cuh"
+#include "../attention/softmax.cuh"
+#include "../attention/tile_scheduler.cuh"
 #include "../clamp.cuh"
-#include "../convert.cuh"
-#include "../softmax.cuh"
-#include "../tile_scheduler.cuh"
 #include "config.cuh"
-#include "query_row.cuh"
 
 namespace flash8 {
 
@@ -132,8 +132,8 @@ class Epilogue {
         }
     }
 
-    // FP8: by transpose.cuh's order of channels, the column groups 2 i and 2 i + 1 of lane q are the channels
-    // 16 i + 4 q + {0, 2} and 16 i + 4 q + {1, 3}: 8 bytes.
+    // FP8: by transpose_v.cuh's order of channels, the column groups 2 i and 2 i + 1 of lane q are the
+    // channels 16 i + 4 q + {0, 2} and 16 i + 4 q + {1, 3}: 8 bytes.
     template <class Accumulator>
     __device__ static void store_interleaved_row(uint16_t* row, bool inside, Accumulator const& o, int r,
                                                  RowFactors const& factors, Channels const& channels) {

@@ -3,7 +3,7 @@
 
 #include "consumer.cuh"
 #include "producer.cuh"
-#include "transpose.cuh"
+#include "transpose_v.cuh"
 
 namespace flash8 {
 

@@ -5,13 +5,13 @@
 
 #pragma once
 
-#include "../convert.cuh"
-#include "../named_barriers.cuh"
-#include "../softmax.cuh"
-#include "../wgmma.cuh"
+#include "../arch/convert.cuh"
+#include "../arch/named_barriers.cuh"
+#include "../arch/wgmma.cuh"
+#include "../attention/hidden_keys.cuh"
+#include "../attention/score_mod.cuh"
+#include "../attention/softmax.cuh"
 #include "config.cuh"
-#include "hidden_keys.cuh"
-#include "scores.cuh"
 
 namespace flash8 {
 

@@ -7,15 +7,15 @@
 
 #pragma once
 
-#include "../convert.cuh"
-#include "../named_barriers.cuh"
-#include "../softmax_fp8.cuh"
-#include "../wgmma.cuh"
+#include "../arch/convert.cuh"
+#include "../arch/named_barriers.cuh"
+#include "../arch/wgmma.cuh"
+#include "../attention/descales.cuh"
+#include "../attention/hidden_keys.cuh"
+#include "../attention/score_mod.cuh"
+#include "../attention/softmax_fp8.cuh"
 #include "config.cuh"
-#include "descales.cuh"
-#include "hidden_keys.cuh"
 #include "mainloop.cuh"
-#include "scores.cuh"
 
 namespace flash8 {
 
@@ -71,7 +71,7 @@ class MainloopFp8 {
             constexpr int kPolynomialEvery = kMasked ? 0 : Config::kPolynomialEvery;
             softmax.template step<kMasked && Config::kMask != MaskMode::kNone, kMasked, kPolynomialEvery>(
                 rows_of(s), kFinalScale ? final_scale_ : scale, alpha);
-            // P as the A operand: (4 keys, 2 rows, 2 halves) of 32 keys, in the order of transpose.cuh.
+            // P as the A operand: (4 keys, 2 rows, 2 halves) of 32 keys, in the order of transpose_v.cuh.
             Tensor p = make_tensor<typename Config::Element>(
                 Layout<Shape<Shape<_4, _2, _2>, _1, Int<kBlockN / 32>>>{});
             round(s, p);

@@ -2,10 +2,10 @@
 
 #pragma once
 
-#include "../ptx.cuh"
-#include "../tile_scheduler.cuh"
+#include "../arch/ptx.cuh"
+#include "../attention/pack_gqa.cuh"
+#include "../attention/tile_scheduler.cuh"
 #include "config.cuh"
-#include "query_row.cuh"
 
 namespace flash8 {
 
@@ -43,7 +43,7 @@ class Producer {
     }
 
   private:
-    using Scheduler = TileScheduler<Config::kBlockM, Config::kPackGqa, Config::kClusterM>;
+    using Scheduler = TileScheduler<ForwardParams, Config::kBlockM, Config::kPackGqa, Config::kClusterM>;
 
     // The first K, Q, then per KV block K one ahead of V. The consumers give up a stage of K long before the
     // Q of their present tile, and need nothing of the next tile for either: so that K waits for less.

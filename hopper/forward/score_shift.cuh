@@ -3,11 +3,11 @@
 
 #pragma once
 
-#include "../convert.cuh"
-#include "../softmax.cuh"
-#include "../swizzled_tile.cuh"
+#include "../arch/convert.cuh"
+#include "../arch/swizzled_tile.cuh"
+#include "../attention/pack_gqa.cuh"
+#include "../attention/softmax.cuh"
 #include "config.cuh"
-#include "query_row.cuh"
 
 namespace flash8 {
 

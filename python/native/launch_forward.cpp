@@ -221,7 +221,6 @@ void launch_forward(Kernel& kernel, int device, std::uint64_t stream, const Forw
         std::clamp<std::int64_t>(counts.tiles, 1, std::max(1, (multiprocessors - sm_margin) / cluster));
     SchedulerParams& scheduler = params.scheduler;
     scheduler.max_m_blocks = static_cast<std::int32_t>(counts.max_m_blocks);
-    scheduler.max_splits = 1;
     scheduler.heads_per_section = static_cast<std::int32_t>(std::clamp<std::int64_t>(
         scheduler.heads_per_section, 1, std::max<std::int64_t>(1, counts.heads * call.sequences.batch)));
     scheduler.num_ctas = static_cast<std::int32_t>(ctas);

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
+#include "forward/params.h"
 #include "library.h"
-#include "params.h"
 
 namespace flash8 {
 

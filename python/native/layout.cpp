@@ -1,6 +1,7 @@
 #include "layout.h"
 
-#include "params.h"
+#include "forward/params.h"
+#include "kernel_info.h"
 #include "quantize_params.h"
 
 namespace flash8 {
@@ -43,26 +44,23 @@ StructLayout channel_ref() {
 
 StructLayout sequence_params() {
     using T = SequenceParams;
-    return layout<T>("SequenceParams", {FIELD(cu_seqlens_q), FIELD(cu_seqlens_k), FIELD(seqused_q),
-                                        FIELD(seqused_k), FIELD(leftpad_k), FIELD(kv_batch_idx),
-                                        FIELD(page_table), FIELD(page_table_batch_stride), FIELD(total_q),
-                                        FIELD(total_k), FIELD(batch), FIELD(batch_k), FIELD(max_seqlen_q),
-                                        FIELD(max_seqlen_k), FIELD(page_size), FIELD(num_pages)});
+    return layout<T>("SequenceParams",
+                     {FIELD(cu_seqlens_q), FIELD(cu_seqlens_k), FIELD(seqused_q), FIELD(seqused_k),
+                      FIELD(leftpad_k), FIELD(kv_batch_idx), FIELD(total_q), FIELD(total_k), FIELD(batch),
+                      FIELD(batch_k), FIELD(max_seqlen_q), FIELD(max_seqlen_k)});
 }
 
 StructLayout score_params() {
     using T = ScoreParams;
     return layout<T>("ScoreParams", {FIELD(sinks), FIELD(alibi_slopes), FIELD(alibi_batch_stride),
-                                     FIELD(dropout_seed), FIELD(softmax_scale), FIELD(softmax_scale_log2),
-                                     FIELD(softcap), FIELD(dropout_scale), FIELD(dropout_threshold),
+                                     FIELD(softmax_scale), FIELD(softmax_scale_log2), FIELD(softcap),
                                      FIELD(window_left), FIELD(window_right), FIELD(attention_chunk)});
 }
 
 StructLayout scheduler_params() {
     using T = SchedulerParams;
-    return layout<T>("SchedulerParams",
-                     {FIELD(tile_count), FIELD(num_m_blocks), FIELD(num_splits), FIELD(batch_order),
-                      FIELD(max_m_blocks), FIELD(max_splits), FIELD(heads_per_section), FIELD(num_ctas)});
+    return layout<T>("SchedulerParams", {FIELD(tile_count), FIELD(max_m_blocks), FIELD(heads_per_section),
+                                         FIELD(num_ctas), FIELD(reserved)});
 }
 
 StructLayout forward_params() {
@@ -70,18 +68,11 @@ StructLayout forward_params() {
     return layout<T>("ForwardParams", {FIELD(tma_q),
                                        FIELD(tma_k),
                                        FIELD(tma_v),
-                                       FIELD(tma_qv),
-                                       FIELD(tma_o),
                                        FIELD(q),
                                        FIELD(k),
                                        FIELD(v),
-                                       FIELD(qv),
                                        FIELD(o),
                                        FIELD(lse),
-                                       FIELD(o_partial),
-                                       FIELD(lse_partial),
-                                       FIELD(o_partial_split_stride),
-                                       FIELD(lse_partial_split_stride),
                                        FIELD(q_descale),
                                        FIELD(k_descale),
                                        FIELD(v_descale),
@@ -98,20 +89,6 @@ StructLayout forward_params() {
                                        FIELD(o_type),
                                        FIELD(heads_per_q_descale),
                                        FIELD(reserved)});
-}
-
-StructLayout backward_params() {
-    using T = BackwardParams;
-    return layout<T>(
-        "BackwardParams",
-        {FIELD(tma_q),     FIELD(tma_k),      FIELD(tma_v),     FIELD(tma_do),     FIELD(tma_dq_accum),
-         FIELD(tma_dk),    FIELD(tma_dv),     FIELD(q),         FIELD(k),          FIELD(v),
-         FIELD(o),         FIELD(d_o),        FIELD(d_q),       FIELD(d_k),        FIELD(d_v),
-         FIELD(d_q_accum), FIELD(d_k_accum),  FIELD(d_v_accum), FIELD(lse),        FIELD(lse_log2),
-         FIELD(delta),     FIELD(d_sinks),    FIELD(d_q_order), FIELD(q_descale),  FIELD(k_descale),
-         FIELD(v_descale), FIELD(do_descale), FIELD(sequences), FIELD(scores),     FIELD(scheduler),
-         FIELD(heads_q),   FIELD(heads_kv),   FIELD(head_dim),  FIELD(head_dim_v), FIELD(deterministic),
-         FIELD(reserved)});
 }
 
 StructLayout group_ref() {
@@ -181,7 +158,6 @@ StructLayout kernel_info() {
                                     FIELD(producer_registers),
                                     FIELD(consumer_registers),
                                     FIELD(pack_gqa),
-                                    FIELD(paged_tma),
                                     FIELD(scale_block),
                                     FIELD(v_transposed),
                                     FIELD(tma)});
@@ -192,9 +168,9 @@ StructLayout kernel_info() {
 }  // namespace
 
 std::vector<StructLayout> struct_layouts() {
-    return {tensor_map(),      tensor_ref(),    descale_ref(),      row_ref(),        channel_ref(),
-            sequence_params(), score_params(),  scheduler_params(), forward_params(), backward_params(),
-            group_ref(),       append_params(), quantize_params(),  tma_box(),        kernel_info()};
+    return {tensor_map(),      tensor_ref(),      descale_ref(),      row_ref(),        channel_ref(),
+            sequence_params(), score_params(),    scheduler_params(), forward_params(), group_ref(),
+            append_params(),   quantize_params(), tma_box(),          kernel_info()};
 }
 
 }  // namespace flash8

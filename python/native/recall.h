@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "call_key.h"
+#include "forward/params.h"
 #include "library.h"
-#include "params.h"
 #include "tensor_reader.h"
 
 namespace flash8 {

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "driver.h"
-#include "params.h"
+#include "kernel_info.h"
 
 namespace flash8 {
 

@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "driver_api.h"
-#include "params.h"
+#include "kernel_info.h"
 #include "rules.h"
 #include "tensor_map_rules.h"
 

@@ -19,7 +19,7 @@ from flash8.compiler.progress import progress_line
 from flash8.compiler.report import CompileReport, KernelCost, parse_log
 from flash8.compiler.store import Entry, Request, Store
 from flash8.compiler.toolchain import Toolchain, cutlass_root, find_toolchain, kernel_root
-from flash8.compiler.unit import Unit
+from flash8.compiler.unit import Unit, enumerator
 
 __all__ = [
     "CompileError",
@@ -33,6 +33,7 @@ __all__ = [
     "cache_root",
     "compile_unit",
     "cutlass_root",
+    "enumerator",
     "find_toolchain",
     "kernel_image",
     "kernel_root",

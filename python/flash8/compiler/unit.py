@@ -29,3 +29,8 @@ class BuildResult:
 
     headers: tuple[Path, ...]  # every file that was read, the source among them
     log: str
+
+
+def enumerator(word: str) -> str:
+    """The C++ enumerator of a choice: "causal" is kCausal. An unknown one does not compile."""
+    return "k" + "".join(part.capitalize() for part in word.split("_"))

@@ -5,7 +5,7 @@ sequences of a packed one, sequence b from number cu_seqlens[b] // 128 + b. Keys
 are zero. Within every 16 keys the order is `KEY_ORDER`: that of the columns of P which one thread
 of a warpgroup has, so that P goes from one product to the next in its registers. Within every whole
 16 channels it is `CHANNEL_ORDER`, which gives a thread neighbouring columns of O. Both are the
-orders that the kernel's own transposition leaves (hopper/forward/transpose.cuh).
+orders that the kernel's own transposition leaves (hopper/forward/transpose_v.cuh).
 """
 
 import torch

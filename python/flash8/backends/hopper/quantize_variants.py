@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
-from flash8.compiler import Unit, cutlass_root
+from flash8.compiler import Unit, cutlass_root, enumerator
 
 Job = Literal["cast", "amax", "mean", "mean_finish", "append"]
 Input = Literal["fp16", "bf16", "fp32"]
@@ -60,11 +60,11 @@ class QuantizeVariant:
 
     @property
     def defines(self) -> tuple[tuple[str, str], ...]:
-        """The -D options; a choice of words becomes its position in them."""
+        """The -D options; a choice of words is handed over as the name of an enumerator."""
         return (
-            ("FLASH8_DTYPE", str(get_args(Input).index(self.dtype))),
+            ("FLASH8_DTYPE", enumerator(self.dtype)),
             ("FLASH8_HEAD_DIM", str(self.head_dim)),
-            ("FLASH8_OUT", str(get_args(Output).index(self.out))),
+            ("FLASH8_OUT", enumerator(self.out)),
             ("FLASH8_TRANSPOSED", str(int(self.transposed))),
         )
 

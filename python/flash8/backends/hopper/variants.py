@@ -8,14 +8,13 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal, get_args
 
-from flash8.compiler import Unit, kernel_root
+from flash8.compiler import Unit, enumerator, kernel_root
 
 Element = Literal["fp16", "bf16", "e4m3"]
 Mask = Literal["none", "causal", "local"]
-KVSource = Literal["dense", "paged"]
 Scales = Literal["none", "head", "block"]
 
-_CHOICES = {"dtype": Element, "mask": Mask, "kv": KVSource, "scales": Scales}
+_CHOICES = {"dtype": Element, "mask": Mask, "scales": Scales}
 MAX_HEAD_DIM = 512
 
 
@@ -29,8 +28,6 @@ class ForwardVariant:
         head_dim_v: Head dimension of v and of the output.
         mask: "local" serves windows and chunks, with or without causal.
         softcap: Whether scores go through softcap * tanh(x / softcap).
-        kv: "paged" reads K and V through a page table.
-        split: Whether KV is split and fp32 partials are written.
         pack_gqa: Whether the query heads of one KV head share a tile.
         scales: Granularity of the descales of e4m3: one per (batch, head), or one per block.
         alibi: Whether scores fall with the distance between query and key.
@@ -46,8 +43,6 @@ class ForwardVariant:
     head_dim_v: int
     mask: Mask = "none"
     softcap: bool = False
-    kv: KVSource = "dense"
-    split: bool = False
     pack_gqa: bool = False
     scales: Scales = "none"
     alibi: bool = False
@@ -85,8 +80,6 @@ class ForwardVariant:
         parts += [self.mask] if self.mask != "none" else []
         parts += ["softcap"] if self.softcap else []
         parts += ["alibi"] if self.alibi else []
-        parts += ["paged"] if self.kv == "paged" else []
-        parts += ["split"] if self.split else []
         parts += ["packgqa"] if self.pack_gqa else []
         parts += ["cluster"] if self.cluster else []
         parts += ["vt"] if self.v_transposed else []
@@ -95,13 +88,12 @@ class ForwardVariant:
 
     @property
     def defines(self) -> tuple[tuple[str, str], ...]:
-        """The -D options: FLASH8_HEAD_DIM=128; a choice of words becomes its position in them."""
+        """The -D options: FLASH8_HEAD_DIM=128, FLASH8_MASK=kCausal."""
         options = []
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in _CHOICES:
-                value = get_args(_CHOICES[field.name]).index(value)
-            options.append((f"FLASH8_{field.name.upper()}", str(int(value))))
+            given = enumerator(value) if field.name in _CHOICES else str(int(value))
+            options.append((f"FLASH8_{field.name.upper()}", given))
         return tuple(options)
 
     def unit(self) -> Unit:

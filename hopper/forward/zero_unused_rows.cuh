@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../clamp.cuh"
-#include "../params.h"
+#include "params.h"
 
 namespace flash8 {
 

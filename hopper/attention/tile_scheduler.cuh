@@ -6,13 +6,13 @@
 
 #pragma once
 
-#include "clamp.cuh"
+#include "../arch/pipeline.cuh"
+#include "../clamp.cuh"
 #include "params.h"
-#include "pipeline.cuh"
 
 namespace flash8 {
 
-// kBlockM queries of one head of one sequence; with kPackGqa kBlockM rows of one KV head (query_row.cuh).
+// kBlockM queries of one head of one sequence; with kPackGqa kBlockM rows of one KV head (pack_gqa.cuh).
 struct WorkTile {
     int m_block;
     int head;
@@ -24,8 +24,8 @@ struct WorkTile {
     __device__ bool valid() const { return batch >= 0; }
 };
 
-template <bool kPackGqa>
-__device__ __forceinline__ int tile_heads(ForwardParams const& params) {
+template <bool kPackGqa, class Params>
+__device__ __forceinline__ int tile_heads(Params const& params) {
     return kPackGqa ? params.heads_kv : params.heads_q;
 }
 
@@ -53,10 +53,10 @@ struct TileOrder {
 //
 // Offsets that decrease count as the largest before them, and none reaches past the tensor: every row belongs
 // to at most one sequence, and there are never more tiles than the host has counted.
-template <int kBlockM, bool kPackGqa>
+template <class Params, int kBlockM, bool kPackGqa>
 class PackedTiles {
   public:
-    __device__ explicit PackedTiles(ForwardParams const& params) : params_(params) {
+    __device__ explicit PackedTiles(Params const& params) : params_(params) {
         if (params.sequences.cu_seqlens_q != nullptr) {
             rows_before_ = offset(0);
         }
@@ -121,7 +121,7 @@ class PackedTiles {
         return order.at(index - (end - m_blocks * heads), batch, row_begin);
     }
 
-    ForwardParams const& params_;
+    Params const& params_;
     int first_batch_ = 0;   // of the group of 32 sequences
     int tiles_before_ = 0;  // tiles of all sequences before the group
     int rows_before_ = 0;   // where the first of them starts
@@ -133,10 +133,10 @@ class PackedTiles {
 //
 // The counter is zero when a kernel starts and zero again when it has ended, whatever the tensors hold: the
 // last CTA to find no tile any more, which no CTA draws behind, puts it back.
-template <int kBlockM, bool kPackGqa, int kClusterM>
+template <class Params, int kBlockM, bool kPackGqa, int kClusterM>
 class TileScheduler {
   public:
-    __device__ explicit TileScheduler(ForwardParams const& params)
+    __device__ explicit TileScheduler(Params const& params)
         : params_(params), packed_tiles_(params), index_(blockIdx.x / kClusterM) {}
 
     __device__ WorkTile first() { return leave_behind_last(tile()); }
@@ -192,8 +192,8 @@ class TileScheduler {
         return tile;
     }
 
-    ForwardParams const& params_;
-    PackedTiles<kBlockM * kClusterM, kPackGqa> packed_tiles_;
+    Params const& params_;
+    PackedTiles<Params, kBlockM * kClusterM, kPackGqa> packed_tiles_;
     int index_;
 };
 

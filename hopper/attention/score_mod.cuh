@@ -2,13 +2,12 @@
 
 #pragma once
 
-#include "../alibi.cuh"
-#include "../ptx.cuh"
-#include "../softmax.cuh"
-#include "../tile_scheduler.cuh"
-#include "../wgmma.cuh"
-#include "config.cuh"
-#include "query_row.cuh"
+#include "../arch/ptx.cuh"
+#include "../arch/wgmma.cuh"
+#include "alibi.cuh"
+#include "pack_gqa.cuh"
+#include "softmax.cuh"
+#include "tile_scheduler.cuh"
 
 namespace flash8 {
 
@@ -22,7 +21,8 @@ class Scores {
     static constexpr bool kGivesLog2 = Config::kFp8 && Config::kAlibi && !Config::kSoftcap;
 
     // first_row: the first of this thread's two rows.
-    __device__ Scores(ForwardParams const& params, SeqlenInfo const& info, TileMask const& mask,
+    template <class Params>
+    __device__ Scores(Params const& params, SeqlenInfo const& info, TileMask const& mask,
                       WorkTile const& tile, int first_row) {
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {

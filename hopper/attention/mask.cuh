@@ -14,7 +14,7 @@
 
 namespace flash8 {
 
-enum class MaskMode : int { kNone = 0, kCausal = 1, kLocal = 2 };
+enum class MaskMode { kNone, kCausal, kLocal };
 
 // KV blocks [begin, end), of which [left_end, right_begin) need no mask.
 struct KeyBlocks {
@@ -37,7 +37,8 @@ struct KeyRange {
 template <MaskMode kMask, int kBlockM, int kBlockN, bool kPackGqa = false>
 class Mask {
   public:
-    __device__ Mask(ForwardParams const& params, SeqlenInfo const& info)
+    template <class Params>
+    __device__ Mask(Params const& params, SeqlenInfo const& info)
         : seqlen_q_(info.seqlen_q),
           seqlen_k_(info.seqlen_k),
           shift_(info.seqlen_k - info.seqlen_q),

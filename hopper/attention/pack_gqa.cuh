@@ -2,8 +2,7 @@
 
 #pragma once
 
-#include "../params.h"
-#include "../tile_scheduler.cuh"
+#include "tile_scheduler.cuh"
 
 namespace flash8 {
 
@@ -14,8 +13,8 @@ struct QueryRow {
 
 // A tile is made of the queries of one head; with kPackGqa it is one KV head's, and the rows of a query are
 // all the query heads that share it: row = query * ratio + head.
-template <bool kPackGqa>
-__device__ __forceinline__ QueryRow query_row(ForwardParams const& params, WorkTile const& tile, int row) {
+template <bool kPackGqa, class Params>
+__device__ __forceinline__ QueryRow query_row(Params const& params, WorkTile const& tile, int row) {
     if constexpr (kPackGqa) {
         int const ratio = params.heads_q / params.heads_kv;
         int const query = row / ratio;
@@ -30,8 +29,8 @@ __device__ __forceinline__ int first_of_cluster(WorkTile const& tile) {
     return tile.m_block - tile.m_block % kClusterM;
 }
 
-template <bool kPackGqa>
-__device__ __forceinline__ int kv_head(ForwardParams const& params, WorkTile const& tile) {
+template <bool kPackGqa, class Params>
+__device__ __forceinline__ int kv_head(Params const& params, WorkTile const& tile) {
     return kPackGqa ? tile.head : tile.head / (params.heads_q / params.heads_kv);
 }
 

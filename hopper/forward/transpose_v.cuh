@@ -12,12 +12,12 @@
 
 #pragma once
 
-#include "../ptx.cuh"
-#include "../swizzled_tile.cuh"
-#include "../tile_scheduler.cuh"
+#include "../arch/ptx.cuh"
+#include "../arch/swizzled_tile.cuh"
+#include "../attention/hidden_keys.cuh"
+#include "../attention/pack_gqa.cuh"
+#include "../attention/tile_scheduler.cuh"
 #include "config.cuh"
-#include "hidden_keys.cuh"
-#include "query_row.cuh"
 
 namespace flash8 {
 

@@ -4,9 +4,9 @@
 
 #pragma once
 
-#include "../mask.cuh"
-#include "../named_barriers.cuh"
-#include "../swizzled_tile.cuh"
+#include "../arch/named_barriers.cuh"
+#include "../arch/swizzled_tile.cuh"
+#include "mask.cuh"
 
 namespace flash8 {
 
@@ -49,8 +49,8 @@ __device__ void clear_hidden_keys(void* tile, SeenKeys const& seen, int thread) 
     hidden_keys_are_cleared<kThreads>();
 }
 
-// Which bytes of word q of 16 keys hold the first `count` of them, in transpose.cuh's order: 2 q and 2 q + 1,
-// then those eight further.
+// Which bytes of word q of 16 keys hold the first `count` of them, in transpose_v.cuh's order: 2 q and 2 q +
+// 1, then those eight further.
 __device__ __forceinline__ uint32_t first_keys(int count, int q) {
     auto const pair = [](int n) { return n <= 0 ? 0x0000u : n == 1 ? 0x00ffu : 0xffffu; };
     return pair(count - 2 * q) | pair(count - 8 - 2 * q) << 16;

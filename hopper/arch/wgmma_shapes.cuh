@@ -7,6 +7,7 @@
 #include <cutlass/numeric_types.h>
 #include <cstdint>
 #include <cute/arch/mma_sm90.hpp>
+#include <cute/atom/mma_atom.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <type_traits>
 

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "ptx.cuh"
+#include "../arch/ptx.cuh"
 
 #include <cute/tensor.hpp>
 

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "clamp.cuh"
+#include "../clamp.cuh"
 #include "params.h"
 
 namespace flash8 {

@@ -7,13 +7,13 @@
 #pragma once
 
 #include "../clamp.cuh"
-#include "../seqlen_info.cuh"
-#include "query_row.cuh"
+#include "pack_gqa.cuh"
+#include "seqlen_info.cuh"
 
 namespace flash8 {
 
-// The words of flash8.backends.hopper.variants, by their position there.
-enum class ScaleGranularity : int { kNone = 0, kHead = 1, kBlock = 2 };
+// How many rows share a descale.
+enum class ScaleGranularity { kNone, kHead, kBlock };
 
 // The number of a packed sequence's first block of keys.
 __device__ __forceinline__ int first_block(SeqlenInfo const& info, int batch) {
@@ -61,9 +61,8 @@ class KeyDescale {
     int64_t block_stride_;
 };
 
-template <bool kBlocks>
-__device__ float q_descale(ForwardParams const& params, SeqlenInfo const& info, int batch,
-                           QueryRow const& row) {
+template <bool kBlocks, class Params>
+__device__ float q_descale(Params const& params, SeqlenInfo const& info, int batch, QueryRow const& row) {
     DescaleRef const& ref = params.q_descale;
     int const query = min(row.query, info.seqlen_q - 1);  // rows behind the end have no descale
     if (ref.ptr == nullptr || query < 0) {

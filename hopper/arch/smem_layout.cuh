@@ -1,0 +1,37 @@
+// How TMA lays a tile into shared memory, and what wgmma then reads.
+
+#pragma once
+
+#include "../kernel_info.h"
+
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+
+namespace flash8 {
+
+// TMA writes a tile in panels of one swizzle row: the widest of 128, 64 and 32 bytes that divides its rows.
+constexpr int panel_bytes(int row_bytes) {
+    return row_bytes % 128 == 0 ? 128 : row_bytes % 64 == 0 ? 64 : 32;
+}
+
+template <class Element, int kPanelBytes>
+struct SwizzleAtoms;
+template <class Element>
+struct SwizzleAtoms<Element, 128> {
+    using KMajor = cute::GMMA::Layout_K_SW128_Atom<Element>;
+    using MnMajor = cute::GMMA::Layout_MN_SW128_Atom<Element>;
+    static constexpr Swizzle kSwizzle = Swizzle::k128B;
+};
+template <class Element>
+struct SwizzleAtoms<Element, 64> {
+    using KMajor = cute::GMMA::Layout_K_SW64_Atom<Element>;
+    using MnMajor = cute::GMMA::Layout_MN_SW64_Atom<Element>;
+    static constexpr Swizzle kSwizzle = Swizzle::k64B;
+};
+template <class Element>
+struct SwizzleAtoms<Element, 32> {
+    using KMajor = cute::GMMA::Layout_K_SW32_Atom<Element>;
+    using MnMajor = cute::GMMA::Layout_MN_SW32_Atom<Element>;
+    static constexpr Swizzle kSwizzle = Swizzle::k32B;
+};
+
+}  // namespace flash8

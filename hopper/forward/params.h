@@ -1,0 +1,44 @@
+// The one parameter of the forward kernel.
+
+#pragma once
+
+#include "../attention/params.h"
+
+namespace flash8 {
+
+struct ForwardParams {
+    TensorMap tma_q;
+    TensorMap tma_k;
+    TensorMap tma_v;
+
+    TensorRef q;  // (batch, seqlen_q, heads_q, head_dim)
+    TensorRef k;  // (batch_k, seqlen_k, heads_kv, head_dim)
+    TensorRef v;  // (batch_k, seqlen_k, heads_kv, head_dim_v), or with KernelInfo::v_transposed
+                  // (batch_k, heads_kv, head_dim_v, 128 * blocks), where row_stride steps over head_dim_v
+    TensorRef o;  // (batch, seqlen_q, heads_q, head_dim_v)
+    RowRef lse;   // natural log
+
+    DescaleRef q_descale;
+    DescaleRef k_descale;
+    DescaleRef v_descale;
+    ChannelRef k_mean;  // what K lacks: softmax_scale * q . k_mean comes back in LSE
+    ChannelRef v_mean;  // what V lacks: added to O, times the weight that the keys have beside the sink
+    ChannelRef v_channel_descale;  // V's by channel, beside v_descale
+
+    SequenceParams sequences;
+    ScoreParams scores;
+    SchedulerParams scheduler;
+
+    std::int32_t heads_q;
+    std::int32_t heads_kv;
+    std::int32_t head_dim;
+    std::int32_t head_dim_v;
+    ElementType o_type;                // kFloat16 or kBfloat16; for 16-bit inputs the type of q
+    std::int32_t heads_per_q_descale;  // query heads that share a descale: 1, or heads_q / heads_kv
+    std::int32_t reserved[4];          // zero: fills the struct up to its 64-byte alignment
+};
+
+static_assert(kIsPlain<ForwardParams> && alignof(ForwardParams) == 64);
+static_assert(sizeof(ForwardParams) <= 4096, "the parameter space that every driver accepts");
+
+}  // namespace flash8

@@ -1,0 +1,32 @@
+// The tiles of the forward kernel.
+
+#pragma once
+
+#include "../attention/descales.cuh"
+#include "../attention/mask.cuh"
+
+namespace flash8 {
+
+// kBlockM x kBlockN: the largest tiles whose accumulators fit the registers without spilling and whose stages
+// fit shared memory. Descales per block of keys want tiles of just such a block.
+constexpr int block_m(int head_dim) {
+    return head_dim <= 64 ? 192 : 128;
+}
+constexpr int block_n(int head_dim, int head_dim_v, MaskMode mask) {
+    if (head_dim == 128 && head_dim_v == 128 && mask == MaskMode::kNone) {
+        return 176;
+    }
+    if (head_dim_v <= 128 && head_dim <= 192) {
+        return 128;
+    }
+    if (head_dim <= 192 && head_dim_v <= 192) {
+        return 96;
+    }
+    return mask == MaskMode::kLocal ? 64 : 80;
+}
+constexpr int block_n_fp8(int head_dim, int head_dim_v, ScaleGranularity scales) {
+    bool const wide = scales != ScaleGranularity::kBlock && head_dim > 64 && head_dim_v <= 128;
+    return !wide ? kScaleBlock : head_dim_v == 128 ? 224 : 192;
+}
+
+}  // namespace flash8

@@ -1,0 +1,63 @@
+// What a kernel tells the host about itself.
+
+#pragma once
+
+#include "params.h"
+
+namespace flash8 {
+
+enum class KernelKind : std::uint32_t {
+    kForward = 1,
+    kQuantize = 6,
+    kQuantizeAmax = 7,
+    kQuantizeMean = 8,
+    kQuantizeMeanFinish = 9,
+    kQuantizeAppend = 10,
+    kOther = 255,
+};
+
+// The driver's CUtensorMapSwizzle.
+enum class Swizzle : std::uint32_t { kNone = 0, k32B = 1, k64B = 2, k128B = 3 };
+
+// The box that one TMA instruction of the kernel moves: box[0] runs along head_dim. rank 0: no such map.
+struct TmaBox {
+    std::uint32_t rank;
+    std::uint32_t box[5];
+    ElementType element_type;
+    Swizzle swizzle;
+};
+
+// Every kernel exports one as `extern "C" __constant__ KernelInfo kernel_info`. The host reads it from
+// the loaded cubin and computes nothing of it again. abi_version and info_bytes stay first for ever.
+struct KernelInfo {
+    static constexpr int kMaxTmaBoxes = 8;
+
+    std::uint32_t abi_version;   // kAbiVersion of the header that compiled the kernel
+    std::uint32_t info_bytes;    // sizeof(KernelInfo)
+    std::uint32_t params_bytes;  // sizeof of the kernel's one parameter
+    KernelKind kind;
+    char entry[64];  // name of the __global__ function, null-terminated
+
+    std::int32_t kBlockM;
+    std::int32_t kBlockN;
+    std::int32_t kHeadDim;
+    std::int32_t kHeadDimV;
+    std::int32_t kStages;
+    std::int32_t threads;  // per CTA
+    std::int32_t min_ctas_per_sm;
+    std::int32_t cluster[3];
+    std::int32_t shared_bytes;  // dynamic shared memory of a CTA
+    std::int32_t producer_registers;
+    std::int32_t consumer_registers;
+    std::int32_t pack_gqa;      // 1: query heads of one KV head are folded into kBlockM
+    std::int32_t scale_block;   // rows that share a descale; 0: no blocks
+    std::int32_t v_transposed;  // 1: V is read by keys, as the quantizer transposes it
+    TmaBox tma[kMaxTmaBoxes];   // in the order in which the params struct names its maps
+};
+
+static_assert(kIsPlain<KernelInfo> && alignof(KernelInfo) == 4);
+#ifndef __CUDACC_RTC__  // whose offsetof is no constant
+static_assert(offsetof(KernelInfo, abi_version) == 0 && offsetof(KernelInfo, info_bytes) == 4);
+#endif
+
+}  // namespace flash8
