@@ -80,7 +80,7 @@ def _quantized(
     def quantize(*tensors: Tensor) -> list[Any]:
         ends = call.cu_seqlens
         return [
-            fp8.quantize(x, granularity, cu_seqlens=ends, transpose=by_keys and name == "v")
+            fp8.quantize(x, granularity, cu_seqlens=ends, v_colmajor=by_keys and name == "v")
             for name, x in zip("qkv", tensors, strict=True)
         ]
 

@@ -65,7 +65,7 @@ def choices() -> Iterator[Choice]:
         yield Choice(ForwardVariant("bf16", head_dim, head_dim, mask=mask))
         for scales, by_keys in itertools.product(("head", "block"), (False, True)):
             variant = ForwardVariant(
-                "e4m3", head_dim, head_dim, mask=mask, scales=scales, v_transposed=by_keys
+                "e4m3", head_dim, head_dim, mask=mask, scales=scales, v_colmajor=by_keys
             )
             for every in (0, 8, 4) if head_dim == 128 else (0,):
                 yield Choice(variant, every)
@@ -103,7 +103,7 @@ class Run:
         if variant.dtype != "e4m3":
             return tensors
         q, k = (fp8.quantize(x, variant.scales) for x in tensors[:2])
-        return q, k, fp8.quantize(tensors[2], variant.scales, transpose=variant.v_transposed)
+        return q, k, fp8.quantize(tensors[2], variant.scales, v_colmajor=variant.v_colmajor)
 
     def __call__(self) -> Tensor:
         kernel, device, call, draws_tiles, _ = self._planned

@@ -97,7 +97,7 @@ def calls_in_16_bits() -> Calls:
     rounded = per_head.bfloat16()
 
     def first_of_its_kind() -> object:
-        plan_cache._recall().clear()
+        plan_cache._plan_cache().clear()
         return flash_attn_func(q, k, v, causal=True)
 
     return {
@@ -136,7 +136,7 @@ def calls_in_8_bits() -> Calls:
 
     rotated = [fp8.quantize(x, hadamard=1) for x in bf16[:2]]
     scaled = [*rotated, fp8.quantize(bf16[2])]
-    by_keys = [*rotated, fp8.quantize(bf16[2], transpose=True)]
+    by_keys = [*rotated, fp8.quantize(bf16[2], v_colmajor=True)]
     return {
         **{f"e4m3, descales by {name}": call(name) for name in factors},
         "e4m3, descales by head, k_mean, v_mean": call("head", k_mean=mean, v_mean=mean),
@@ -164,8 +164,8 @@ def measure() -> dict[str, float]:
             fp8_calls = calls_in_8_bits()
         calls = {**calls_in_16_bits(), **fp8_calls}
         rows = {name: microseconds(call) for name, call in calls.items()}
-        attributes_only = plan_cache.new_recall(None)
-        with replaced(plan_cache, "_recall", lambda: attributes_only):
+        attributes_only = plan_cache.new_plan_cache(None)
+        with replaced(plan_cache, "_plan_cache", lambda: attributes_only):
             call = calls["dense"]
             rows["dense, without torch's DLPack table"] = microseconds(call)
     for name, call in calls_with_gradients().items():

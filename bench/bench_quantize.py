@@ -34,7 +34,7 @@ def cases(tokens: int, head_dim: int, device: str = "cuda") -> dict[str, Request
     steps = {"rotation": rotation, "mean": mean}
     return {
         "block": Request(x, "block"),
-        "block, transposed": Request(x, "block", transpose=True),
+        "block, transposed": Request(x, "block", v_colmajor=True),
         "block, rotation": Request(x, "block", rotation=rotation),
         "block, rope by neighbours": Request(x, "block", rope=Rope(tables, tables)),
         "block, rope by halves": Request(x, "block", rope=Rope(tables, tables, None, False)),

@@ -246,8 +246,8 @@ def _shared_bytes(variant: ForwardVariant) -> int:
     block_m, block_n = tile(variant)
     fp8 = variant.dtype == "e4m3"
     k, v = block_n * variant.head_dim, block_n * variant.head_dim_v
-    brought = k + (-(-block_n // 128) * 128 * variant.head_dim_v if variant.v_transposed else v)
-    turned = 2 * v if fp8 and not variant.v_transposed else 0
+    brought = k + (-(-block_n // 128) * 128 * variant.head_dim_v if variant.v_colmajor else v)
+    turned = 2 * v if fp8 and not variant.v_colmajor else 0
     elements = brought + turned + block_m // 64 * (64 * variant.head_dim + k + v)
     return elements * (1 if fp8 else 2)
 

@@ -36,7 +36,7 @@ def cases() -> dict[str, Request]:
     mean = _empty(HEADS, HEAD_DIM)
     return {
         "block": Request(x, "block"),
-        "block, transposed": Request(x, "block", transpose=True),
+        "block, transposed": Request(x, "block", v_colmajor=True),
         "block, rope, given mean, rotation": Request(
             x, "block", rotation=rotation, mean=mean, rope=rope
         ),

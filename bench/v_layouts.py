@@ -86,7 +86,7 @@ def main() -> None:
     rows = {}
     for variant in VARIANTS:
         for transposed in (False, True):
-            chosen = replace(variant, v_transposed=transposed)
+            chosen = replace(variant, v_colmajor=transposed)
             rows[chosen.name] = per_tile(chosen)
     results = {name: vars(counts) for name, counts in rows.items()}
     (RESULTS / "v_layouts.json").write_text(json.dumps(results, indent=1) + "\n")

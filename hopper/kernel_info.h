@@ -49,10 +49,10 @@ struct KernelInfo {
     std::int32_t shared_bytes;  // dynamic shared memory of a CTA
     std::int32_t producer_registers;
     std::int32_t consumer_registers;
-    std::int32_t pack_gqa;      // 1: query heads of one KV head are folded into kBlockM
-    std::int32_t scale_block;   // rows that share a descale; 0: no blocks
-    std::int32_t v_transposed;  // 1: V is read by keys, as the quantizer transposes it
-    TmaBox tma[kMaxTmaBoxes];   // in the order in which the params struct names its maps
+    std::int32_t pack_gqa;     // 1: query heads of one KV head are folded into kBlockM
+    std::int32_t scale_block;  // rows that share a descale; 0: no blocks
+    std::int32_t v_colmajor;   // 1: V is read by keys, as the quantizer transposes it
+    TmaBox tma[kMaxTmaBoxes];  // in the order in which the params struct names its maps
 };
 
 static_assert(kIsPlain<KernelInfo> && alignof(KernelInfo) == 4);

@@ -108,10 +108,10 @@ def sequences(call: Call) -> Iterator[Used]:
     cu_q, cu_k = call.indices.get("cu_seqlens_q"), call.indices.get("cu_seqlens_k")
     for b in range(call.q.shape[0] if cu_q is None else cu_q.numel() - 1):
         first_q = 0 if cu_q is None else int(cu_q[b])
-        capacity_q = call.q.shape[1] if cu_q is None else int(cu_q[b + 1]) - first_q
+        rows_q = call.q.shape[1] if cu_q is None else int(cu_q[b + 1]) - first_q
         first_k = 0 if cu_k is None else int(cu_k[b])
         capacity_k = call.k.shape[1] if cu_k is None else int(cu_k[b + 1]) - first_k
-        used_q = number("seqused_q", b, capacity_q)
+        used_q = number("seqused_q", b, rows_q)
         used_k = number("seqused_k", b, capacity_k)
         rows = slice(first_q, first_q + used_q)
         keys = slice(first_k + number("leftpad_k", b, 0), first_k + used_k)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
-from flash8.tensors import v_colmajor as transposed
+from flash8.tensors import v_colmajor
 from flash8.tensors.tokens import Tokens
 from guarded import GUARD_BYTES
 
@@ -101,7 +101,7 @@ class ForwardKernel:
         lse = torch.full((*call.q.shape[:-3], heads, rows), float("nan"), dtype=torch.float32)
         for name in ("q", "k"):
             self._tensor(params, name, getattr(call, name))
-        self._tensor(params, "v", _by_keys(call) if self.info.v_transposed else call.v)
+        self._tensor(params, "v", _by_keys(call) if self.info.v_colmajor else call.v)
         o_memory, lse_memory = self._tensor(params, "o", o), self._upload(lse)
         params.lse = (lse_memory.address, heads * rows, rows)
         params.heads_q, params.heads_kv = heads, call.k.shape[-2]
@@ -184,7 +184,7 @@ def _by_keys(call: Call) -> Tensor:
     as the struct has it."""
     offsets = call.indices.get("cu_seqlens_k") if call.v_offsets is None else call.v_offsets
     tokens = Tokens(offsets)
-    written = transposed.transpose(torch.ones_like(call.v, dtype=torch.uint8), tokens)
-    keys = transposed.transpose(call.v, tokens)
+    written = v_colmajor.to_colmajor(torch.ones_like(call.v, dtype=torch.uint8), tokens)
+    keys = v_colmajor.to_colmajor(call.v, tokens)
     keys.view(torch.uint8)[written == 0] = 0x7F
     return keys.transpose(-3, -2)

@@ -10,11 +10,11 @@ from flash8 import flash_attn_func, flash_attn_varlen_func
 from flash8.fp8 import Rotation, ScaledTensor
 from flash8.ops import plan_cache
 from flash8.tensors.tokens import Tokens
-from flash8.tensors.v_colmajor import transpose
+from flash8.tensors.v_colmajor import to_colmajor
 
 
 def forget() -> None:
-    plan_cache._recall().clear()
+    plan_cache._plan_cache().clear()
 
 
 def draw(seed=0, rows=40, heads=4, heads_kv=2, batch=2, width=128):
@@ -58,8 +58,8 @@ def _scaled(q: Tensor, k: Tensor, v: Tensor) -> list[ScaledTensor]:
 
 
 def _by_keys(v: Tensor) -> ScaledTensor:
-    data = transpose(v.to(torch.float8_e4m3fn), Tokens())
-    return ScaledTensor(data, _factors(2, 2, 128), "channel", keys=v.shape[1])
+    data = to_colmajor(v.to(torch.float8_e4m3fn), Tokens())
+    return ScaledTensor(data, _factors(2, 2, 128), "channel", v_colmajor_tokens=v.shape[1])
 
 
 ENDS = _lengths(0, 13, 80)

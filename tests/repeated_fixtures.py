@@ -20,8 +20,8 @@ READERS = ("DLPack", "attributes")
 def forgetful(request, monkeypatch):
     """Nothing is remembered from or for other tests. Tensors are read in either of two ways."""
     api = torch.Tensor.__dlpack_c_exchange_api__ if request.param == "DLPack" else None
-    recall = functools.cache(lambda: plan_cache.new_recall(api))
-    monkeypatch.setattr(plan_cache, "_recall", recall)
+    recall = functools.cache(lambda: plan_cache.new_plan_cache(api))
+    monkeypatch.setattr(plan_cache, "_plan_cache", recall)
 
 
 @pytest.fixture

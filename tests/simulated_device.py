@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from flash8 import _native, backends
-from flash8.backends.hopper import kernels, mode
+from flash8.backends.hopper import kernels as hopper_kernels
+from flash8.backends.hopper import mode
 from flash8.backends.hopper.verify import trust, watchdog
 from flash8.compiler import CompilerNotFoundError, compile_unit, find_toolchain
 
@@ -60,11 +61,11 @@ class SimulatedDevice:
         if x.numel():
             self._control.flash8_sim_unregister_memory(_span(x)[0])
 
-    def ptx(self, variant: kernels.Variant) -> bytes:
+    def ptx(self, variant: hopper_kernels.Variant) -> bytes:
         return compile_unit(variant.unit()).ptx.read_bytes() + b"\0"
 
     def _image(self, key: str, kind: str) -> bytes:
-        return self.ptx(kernels.variant_of(key))
+        return self.ptx(hopper_kernels.variant_of(key))
 
     @contextmanager
     def serving_cpu_tensors(
@@ -82,7 +83,7 @@ class SimulatedDevice:
             for kept in ("_findings", "_troubles"):
                 patch.setattr(trust, kept, {})
             patch.setattr(watchdog, "hung", {})
-            patch.setattr(kernels, "registry", lambda: self._registry)
+            patch.setattr(hopper_kernels, "registry", lambda: self._registry)
             guard_outputs(patch, self)
             self.configure(seed=seed, strict_global=False)
             yield

@@ -23,8 +23,8 @@ RUN = [
     "forward_bf16_d128_causal",
     "forward_bf16_d128_cluster",
     "forward_e4m3_d128_causal_headscales, polynomial 1 in 4",
-    "forward_e4m3_d128_vt_blockscales",
-    "forward_e4m3_d128_cluster_vt_blockscales",
+    "forward_e4m3_d128_vcolmajor_blockscales",
+    "forward_e4m3_d128_cluster_vcolmajor_blockscales",
 ]
 
 

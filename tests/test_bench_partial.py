@@ -65,7 +65,7 @@ def test_kernels_of_the_benchmarks_are_chosen_without_tensors():
     assert {
         "forward_bf16_d128_causal",
         "forward_bf16_d256_cluster",
-        "forward_e4m3_d64_vt_blockscales",
+        "forward_e4m3_d64_vcolmajor_blockscales",
         "forward_bf16_d128_causal_packgqa",
         "quantize_amax_bf16_d256",
     } <= names
@@ -78,8 +78,8 @@ def test_the_pack_has_what_the_gpu_tests_ask_for():
     assert set(found[: len(units.shipped())]) == {variant.name for variant in units.shipped()}
     assert {
         "forward_fp16_d64_causal_packgqa",  # test_dense_matches_the_cpu
-        "forward_e4m3_d256_causal_packgqa_vt_blockscales",  # test_fp8_matches_the_cpu
+        "forward_e4m3_d256_causal_packgqa_vcolmajor_blockscales",  # test_fp8_matches_the_cpu
         "quantize_cast_fp32_d64_e5m2",  # test_special_values
         "quantize_append_bf16_d64",
-        "forward_e4m3_d128_causal_vt_blockscales_polynomial4",  # bench_choices.py
+        "forward_e4m3_d128_causal_vcolmajor_blockscales_polynomial4",  # bench_choices.py
     } <= set(found)

@@ -14,7 +14,7 @@ SOURCE = """
 
 #include <type_traits>
 
-#include "driver_api.h"
+#include "driver/driver_api.h"
 
 namespace cu = flash8::cu;
 

@@ -18,7 +18,7 @@ HEAD = ForwardVariant("e4m3", 128, 128, scales="head")
 BLOCK = ForwardVariant("e4m3", 64, 64, mask="causal", scales="block")
 NARROW = ForwardVariant("e4m3", 96, 96, scales="head")
 WIDE = ForwardVariant("e4m3", 256, 256, mask="causal", scales="head")
-TRANSPOSED = replace(HEAD, v_transposed=True)
+TRANSPOSED = replace(HEAD, v_colmajor=True)
 VARIANTS = [HEAD, BLOCK, NARROW, WIDE, TRANSPOSED]
 
 
@@ -95,7 +95,7 @@ def test_alibi(variant):
 
 
 def test_alibi_of_packed_sequences_with_a_mean():
-    variant = replace(HEAD, alibi=True, v_transposed=True)
+    variant = replace(HEAD, alibi=True, v_colmajor=True)
     slopes = torch.tensor([0.25, 0.02])
     call = with_channels(packed_call(variant, alibi_slopes=slopes), 5)
     check(variant, call, Schedule(num_ctas=3))
@@ -112,7 +112,7 @@ def test_alibi_where_a_descale_is_the_smallest():
 @pytest.mark.slow
 def test_the_bounds_catch_slopes_without_descales(tmp_path):
     variant = replace(BLOCK, alibi=True)
-    edit = ("attention/score_mod.cuh", "kGivesLog2 ? scale[r] : 1.0f", "1.0f")
+    edit = ("attention/score_mod.cuh", "kScoresInLog2 ? scale[r] : 1.0f", "1.0f")
     changed = changed_kernel(tmp_path, variant, edit)
     call = dense_call(variant, 1, 60, 200, 2, 1, alibi_slopes=torch.tensor([0.5, 0.1]))
     compare(call, *launch(variant, call))

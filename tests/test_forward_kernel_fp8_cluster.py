@@ -16,7 +16,7 @@ from simulated_device import missing_compiler
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
 BY_TOKEN = ForwardVariant("e4m3", 192, 192, scales="head", cluster=True)
-BY_KEYS = ForwardVariant("e4m3", 128, 128, scales="block", cluster=True, v_transposed=True)
+BY_KEYS = ForwardVariant("e4m3", 128, 128, scales="block", cluster=True, v_colmajor=True)
 BLOCKS = ForwardVariant("e4m3", 64, 64, scales="block", cluster=True)
 VARIANTS = by_default([BY_TOKEN, BY_KEYS, BLOCKS], [BY_TOKEN, BY_KEYS])
 

@@ -11,9 +11,10 @@ from defaults import by_default
 from flash8 import fp8
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from forward_cases import SHAPES, check, compare, device, int32, launch
-from forward_launch import Schedule
+from forward_launch import ForwardKernel, Schedule
 from fp8_forward_cases import (
     changed_kernel,
+    changed_ptx,
     check_one_visible_key,
     check_visible_nan,
     dense_call,
@@ -24,15 +25,13 @@ from tolerances import FP8_REL_L2, check_fp8_lse, rel_l2
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
-DENSE = ForwardVariant("e4m3", 128, 128, scales="head", v_transposed=True)
+DENSE = ForwardVariant("e4m3", 128, 128, scales="head", v_colmajor=True)
 CAUSAL = replace(DENSE, mask="causal", scales="block")
-LOCAL = ForwardVariant(
-    "e4m3", 64, 64, mask="local", softcap=True, scales="block", v_transposed=True
-)
-MLA = ForwardVariant("e4m3", 192, 128, mask="causal", scales="head", v_transposed=True)
-WIDE = ForwardVariant("e4m3", 256, 256, mask="causal", scales="head", v_transposed=True)
+LOCAL = ForwardVariant("e4m3", 64, 64, mask="local", softcap=True, scales="block", v_colmajor=True)
+MLA = ForwardVariant("e4m3", 192, 128, mask="causal", scales="head", v_colmajor=True)
+WIDE = ForwardVariant("e4m3", 256, 256, mask="causal", scales="head", v_colmajor=True)
 DEFAULT = (DENSE, CAUSAL, LOCAL, WIDE)
-SLOW = (MLA, ForwardVariant("e4m3", 96, 96, scales="head", v_transposed=True))
+SLOW = (MLA, ForwardVariant("e4m3", 96, 96, scales="head", v_colmajor=True))
 VARIANTS = [pytest.param(v, id=v.name) for v in DEFAULT] + [
     pytest.param(v, id=v.name, marks=pytest.mark.slow) for v in SLOW
 ]
@@ -41,7 +40,7 @@ WIDTHS = [(1, 70, 223, 1, 1), (1, 33, 225, 1, 1), (2, 64, 577, 3, 1), (1, 20, 17
 
 
 def test_some_ship():
-    assert any(variant.v_transposed for variant in SHIPPED)
+    assert any(variant.v_colmajor for variant in SHIPPED)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -96,14 +95,14 @@ def test_both_ways_of_v_agree_where_tiles_do():
     """Blocks of 128 keys both: the same products, whoever transposed V."""
     call = dense_call(CAUSAL, 1, 200, 333, 2, 1)
     o, lse = launch(CAUSAL, call)
-    by_token, lse_by_token = launch(replace(CAUSAL, v_transposed=False), call)
+    by_token, lse_by_token = launch(replace(CAUSAL, v_colmajor=False), call)
     assert torch.equal(o, by_token) and torch.equal(lse, lse_by_token)
 
 
 MUTATIONS = {
     "tails are left": (
         "forward/mainloop_fp8.cuh",
-        "if constexpr (Config::kVTransposed) {\n            clear",
+        "if constexpr (Config::kVColMajor) {\n            clear",
         "if constexpr (false) {\n            clear",
     ),
     "one key too many is left": (
@@ -129,9 +128,9 @@ def test_the_cases_catch_wrong_tails(name, tmp_path):
         compare(call, *changed(call, Schedule()))
 
 
-def test_the_simulator_catches_tails_that_are_not_fenced(tmp_path):
-    edit = ("attention/hidden_keys.cuh", "    ptx::fence_proxy_async();\n", "")
-    changed = changed_kernel(tmp_path, DENSE, edit)
+def test_the_simulator_catches_tails_that_are_not_fenced():
+    ptx = changed_ptx(DENSE, rb"fence\.proxy\.async[^;]*;", b"")
+    changed = ForwardKernel(device().driver, ptx)
     call = dense_call(DENSE, 1, 3, 150, 1, 1)
     device().configure(seed=1)
     with pytest.raises(RuntimeError, match="LAUNCH_FAILED"):
@@ -151,7 +150,7 @@ def scaled(granularity, lengths=None):
     return (
         fp8.quantize(q, granularity, **given),
         fp8.quantize(k, granularity, smooth_k=True, **given),
-        fp8.quantize(v, granularity, smooth_v=True, transpose=True, **given),
+        fp8.quantize(v, granularity, smooth_v=True, v_colmajor=True, **given),
     ), cu_seqlens
 
 

@@ -29,15 +29,15 @@ CASES = {
     "e4m3 window": (LOCAL8, {"window": (140, 21), "softcap": 3.0}),
     "e4m3 chunks": (LOCAL8, {"attention_chunk": 150, "softcap": 3.0}),
     "e4m3 causal by keys": (
-        ForwardVariant("e4m3", 128, 128, mask="causal", scales="block", v_transposed=True),
+        ForwardVariant("e4m3", 128, 128, mask="causal", scales="block", v_colmajor=True),
         {"causal": True},
     ),
     "e4m3 window by keys": (
-        replace(LOCAL8, v_transposed=True),
+        replace(LOCAL8, v_colmajor=True),
         {"window": (140, 21), "softcap": 3.0},
     ),
     "e4m3 chunks by keys": (
-        replace(LOCAL8, v_transposed=True),
+        replace(LOCAL8, v_colmajor=True),
         {"attention_chunk": 150, "softcap": 3.0},
     ),
 }

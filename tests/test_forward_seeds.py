@@ -31,7 +31,7 @@ LOCAL = ForwardVariant("bf16", 64, 64, mask="local")
 WIDE = ForwardVariant("fp16", 192, 192)
 PAIR = ForwardVariant("bf16", 128, 128, cluster=True)
 FP8 = ForwardVariant("e4m3", 128, 128, mask="causal", scales="block")
-FP8_BY_KEYS = ForwardVariant("e4m3", 128, 128, mask="causal", scales="block", v_transposed=True)
+FP8_BY_KEYS = ForwardVariant("e4m3", 128, 128, mask="causal", scales="block", v_colmajor=True)
 FORWARD = {
     "causal": (CAUSAL, dense(CAUSAL, 1, 193, 300, 2, 1), 2),
     "local": (LOCAL, dense(LOCAL, 1, 193, 300, 2, 1), 2),

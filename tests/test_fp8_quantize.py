@@ -196,9 +196,11 @@ def test_transposed_is_by_keys_in_the_order_of_the_accumulators(granularity):
     x = torch.randn(2, 150, 3, 16)
     used = int32((150, 20))
     plain = fp8.quantize(x, granularity, seqused=used)
-    s = fp8.quantize(x, granularity, seqused=used, transpose=True)
+    s = fp8.quantize(x, granularity, seqused=used, v_colmajor=True)
     assert (
-        s.data.shape == (2, 3, 16, 256) and s.keys == 150 and torch.equal(s.descale, plain.descale)
+        s.data.shape == (2, 3, 16, 256)
+        and s.v_colmajor_tokens == 150
+        and torch.equal(s.descale, plain.descale)
     )
     data, expected = s.data.float(), plain.data.float()
     for place in range(256):
@@ -206,7 +208,7 @@ def test_transposed_is_by_keys_in_the_order_of_the_accumulators(granularity):
         for b, count in enumerate((150, 20)):
             wanted = expected[b, key] if key < count else torch.zeros(3, 16)
             assert torch.equal(data[b, :, :, place], wanted[:, CHANNELS_OF_ROWS])
-    everything = fp8.quantize(x, granularity, transpose=True)
+    everything = fp8.quantize(x, granularity, v_colmajor=True)
     assert torch.equal(fp8.dequantize(everything), fp8.dequantize(fp8.quantize(x, granularity)))
 
 
@@ -214,13 +216,13 @@ def test_transposed_and_packed_is_dense_sequence_by_sequence():
     lengths = (130, 0, 1, 256)
     cu = cumulative(lengths)
     x = torch.randn(int(cu[-1]) + 3, 2, 16)
-    s = fp8.quantize(x, "block", cu_seqlens=cu, transpose=True)
+    s = fp8.quantize(x, "block", cu_seqlens=cu, v_colmajor=True)
     blocks = x.shape[0] // 128 + 4
     assert s.data.shape == (2, 16, 128 * blocks)
     owned = torch.zeros(blocks, dtype=torch.bool)
     for b, length in enumerate(lengths):
         rows = slice(int(cu[b]), int(cu[b + 1]))
-        alone = fp8.quantize(x[None, rows], "block", transpose=True)
+        alone = fp8.quantize(x[None, rows], "block", v_colmajor=True)
         first = int(fp8.block_offsets(cu)[b])
         count = alone.descale.shape[2]
         places = s.data[:, :, 128 * first : 128 * (first + count)]
@@ -236,17 +238,17 @@ def test_transposed_and_packed_is_dense_sequence_by_sequence():
 def test_attention_takes_a_transposed_v(width):
     q, k = (fp8.quantize(torch.randn(2, 140, 2, 32), "block") for _ in range(2))
     v = fp8.quantize(torch.randn(2, 140, 2, width), "block")
-    by_keys = fp8.quantize(fp8.dequantize(v), descale=v.descale, transpose=True)
+    by_keys = fp8.quantize(fp8.dequantize(v), descale=v.descale, v_colmajor=True)
     expected = flash8.flash_attn_func(q, k, v, causal=True)
     assert expected.shape == (2, 140, 2, width)
     assert torch.equal(flash8.flash_attn_func(q, k, by_keys, causal=True), expected)
-    with pytest.raises(ValueError, match="k must not be transposed"):
+    with pytest.raises(ValueError, match="k must not be v_colmajor"):
         flash8.flash_attn_func(q, by_keys, v)
 
 
 def test_a_transposed_v_must_be_of_the_keys():
-    q, k, v = (fp8.quantize(torch.randn(2, n, 2, 32), transpose=n == 141) for n in (9, 140, 141))
-    with pytest.raises(ValueError, match=r"transposed v must be of k's 140 tokens.*got 141"):
+    q, k, v = (fp8.quantize(torch.randn(2, n, 2, 32), v_colmajor=n == 141) for n in (9, 140, 141))
+    with pytest.raises(ValueError, match=r"v_colmajor v must be of k's 140 tokens.*got 141"):
         flash8.flash_attn_func(q, k, v)
     with pytest.raises(ValueError, match="v_cache must lie by token"):
         flash8.flash_attn_with_kvcache(q, k, v, cache_seqlens=3)
@@ -387,8 +389,8 @@ BAD = {
         r"amax.*\(2,\)",
     ),
     "descale": (X, dict(descale=torch.ones((), dtype=torch.float64)), TypeError, "descale"),
-    "transposed pages": (X, dict(granularity="page", transpose=True), ValueError, "transpose"),
-    "transpose": (X, dict(transpose=1), TypeError, "transpose must be a bool"),
+    "transposed pages": (X, dict(granularity="page", v_colmajor=True), ValueError, "transpose"),
+    "v_colmajor": (X, dict(v_colmajor=1), TypeError, "v_colmajor must be a bool"),
     "rope": (X, dict(rope=(COS, COS)), ValueError, "rope.cos.*up to 9.*4"),
     "rope width": (X, dict(rope=(torch.ones(9, 9),) * 2), ValueError, "rope.cos.*8.*9"),
     "rope pair": (X, dict(rope=(COS, COS[:2])), ValueError, r"rope.sin.*\(4, 8\).*\(2, 8\)"),
@@ -407,7 +409,7 @@ def test_bad_input(case):
 def test_tokens_of_no_sequence_are_zeros(granularity, transpose):
     ends = torch.zeros(1, dtype=torch.int32)
     x = torch.full((3, 2, 32), 7.0)
-    given = {"cu_seqlens": ends, "transpose": transpose, "smooth_v": True}
+    given = {"cu_seqlens": ends, "v_colmajor": transpose, "smooth_v": True}
     s = fp8.quantize(x, granularity, rope=(torch.ones(4, 16), torch.zeros(4, 16)), **given)
     assert not s.data.float().any() and torch.equal(s.descale, torch.ones_like(s.descale))
     assert s.mean.shape == (0, 2, 32)

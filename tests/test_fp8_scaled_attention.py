@@ -49,7 +49,7 @@ MIXES = {
     "rotated": (("block",) * 3, dict(hadamard=11), PLAIN),
     "smooth": (("head",) * 3, {}, SMOOTH),
     "channels": (("block", "block", "channel"), {}, SMOOTH),
-    "channels by keys": (("head", "head", "channel"), {}, ({}, dict(transpose=True))),
+    "channels by keys": (("head", "head", "channel"), {}, ({}, dict(v_colmajor=True))),
     "all": (("block",) * 3, dict(hadamard=True), SMOOTH),
 }
 
@@ -294,7 +294,7 @@ def test_bad_descales_and_means():
 
 
 @pytest.mark.parametrize(
-    "choice", [dict(granularity="head"), dict(transpose=True), dict(smooth_v=True)], ids=str
+    "choice", [dict(granularity="head"), dict(v_colmajor=True), dict(smooth_v=True)], ids=str
 )
 def test_boundaries_must_be_those_of_the_quantization(choice):
     q, k, v = (x[0] for x in draw(300, 300, batch=1))

@@ -145,7 +145,7 @@ def damaged(rng: random.Random, value):
         return torch.cat([value, value.narrow(dim, 0, 1)], dim) if value.shape[dim] else value
     if how == "shorter":
         return value.narrow(dim, 0, max(0, value.shape[dim] - 1))
-    if how == "transpose":
+    if how == "v_colmajor":
         return value.transpose(dim, rng.randrange(value.dim()))
     if how == "strided":
         return value.repeat_interleave(2, dim=dim).unflatten(dim, (-1, 2)).select(dim + 1, 0)

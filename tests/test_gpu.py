@@ -61,7 +61,7 @@ def test_packed_sequences_match_the_cpu() -> None:
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_fp8_matches_the_cpu(head_dim: int, granularity: str, by_keys: bool) -> None:
     q, k, v = (draw(2, 300, heads, head_dim, seed=s).float() for s, heads in enumerate((4, 2, 2)))
-    choices = ({}, {"smooth_k": True}, {"smooth_v": True, "transpose": by_keys})
+    choices = ({}, {"smooth_k": True}, {"smooth_v": True, "v_colmajor": by_keys})
     inputs = list(zip((q, k, v), choices, strict=True))
     scaled = [fp8.quantize(x, granularity, **chosen) for x, chosen in inputs]
     expected, expected_lse = flash8.flash_attn_func(*scaled, causal=True, return_attn_probs=True)

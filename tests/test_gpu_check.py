@@ -171,7 +171,7 @@ def test_the_extension_of_this_python_loads_and_others_are_told_apart(tmp_path, 
 
 
 def test_the_extension_is_built_from_all_of_its_sources():
-    assert set(pack.native_sources()) == set((ROOT / "python" / "native").glob("*.cpp"))
+    assert set(pack.native_sources()) == set((ROOT / "python" / "native").rglob("*.cpp"))
 
 
 @pytest.mark.slow

@@ -58,12 +58,12 @@ def test_dense(granularity: str, d: int, hadamard: int | None) -> None:
     check(x, granularity, hadamard=hadamard)
     if granularity != "page":
         used = torch.tensor([300, 20], dtype=torch.int32)
-        check(x, granularity, hadamard=hadamard, transpose=True, seqused=used)
+        check(x, granularity, hadamard=hadamard, v_colmajor=True, seqused=used)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("transpose", [True, False])
-def test_packed_with_every_step(interleaved: bool, transpose: bool) -> None:
+@pytest.mark.parametrize("v_colmajor", [True, False])
+def test_packed_with_every_step(interleaved: bool, v_colmajor: bool) -> None:
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     check(
         draw(int(offsets[-1]) + 9, 2, 128),
@@ -72,7 +72,7 @@ def test_packed_with_every_step(interleaved: bool, transpose: bool) -> None:
         rope=fp8.Rope(*tables(64), torch.arange(6).int() * 10, interleaved),
         smooth_k=torch.randn(6, 2, 128),
         hadamard=5,
-        transpose=transpose,
+        v_colmajor=v_colmajor,
     )
 
 

@@ -115,8 +115,8 @@ def test_append(monkeypatch, strict, side):
 KERNELS = {
     "a row more": (
         "forward/epilogue.cuh",
-        "bool const inside = rows[r].query < info.capacity_q;",
-        "bool const inside = rows[r].query <= info.capacity_q;",
+        "bool const inside = rows[r].query < info.rows_q;",
+        "bool const inside = rows[r].query <= info.rows_q;",
     ),
     "LSE from the row before": (
         "forward/epilogue.cuh",

@@ -93,8 +93,8 @@ def test_the_next_tile_is_claimed_before_the_last_load(variant):
     if variant.cluster:
         assert loads == []
         return
-    row = machine_code.tile(variant)[1] if variant.v_transposed else variant.head_dim_v * element
+    row = machine_code.tile(variant)[1] if variant.v_colmajor else variant.head_dim_v * element
     panel = next(size for size in (128, 64, 32) if row % size == 0)
-    boxes = 2 if variant.v_transposed and row == 224 else row // panel
+    boxes = 2 if variant.v_colmajor and row == 224 else row // panel
     assert max(loads) == boxes
     assert min(loads) in (0, boxes), "a tile without keys claims, too"

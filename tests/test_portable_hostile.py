@@ -7,7 +7,7 @@ from cases import int32
 from flash8.backends.cpu import append_quantized as portable_append
 from flash8.backends.cpu import quantize as portable
 from flash8.call.request import Appended, Request
-from flash8.tensors import v_colmajor as transposed
+from flash8.tensors import v_colmajor
 from flash8.tensors.float8 import E4M3
 from flash8.tensors.rotary import Rope
 from flash8.tensors.tokens import Tokens
@@ -24,8 +24,8 @@ def rows(*shape: int) -> torch.Tensor:
 def test_values_by_keys(offsets):
     data = rows(200).to(E4M3)
     tokens = Tokens(int32(offsets))
-    by_keys = transposed.transpose(data, tokens)
-    assert transposed.untranspose(by_keys, 200, tokens).shape == data.shape
+    by_keys = v_colmajor.to_colmajor(data, tokens)
+    assert v_colmajor.from_colmajor(by_keys, 200, tokens).shape == data.shape
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "head", "block"])

@@ -23,13 +23,13 @@ def test_names_and_defines_tell_variants_apart():
 
 
 def test_names_and_defines_of_one():
-    variant = QuantizeVariant("cast", "bf16", 128, "e5m2", transposed=True)
-    assert variant.name == "quantize_cast_bf16_d128_e5m2_transposed"
+    variant = QuantizeVariant("cast", "bf16", 128, "e5m2", v_colmajor=True)
+    assert variant.name == "quantize_cast_bf16_d128_e5m2_vcolmajor"
     assert dict(variant.defines) == {
         "FLASH8_DTYPE": "kBf16",
         "FLASH8_HEAD_DIM": "128",
         "FLASH8_OUT": "kE5m2",
-        "FLASH8_TRANSPOSED": "1",
+        "FLASH8_V_COLMAJOR": "1",
     }
     assert variant.unit().label == variant.name
 
@@ -41,8 +41,8 @@ def test_names_and_defines_of_one():
         ({"dtype": "fp64"}, "dtype is 'fp64'; supported are"),
         ({"out": "int8"}, "out is 'int8'; supported are"),
         ({"head_dim": 96}, r"head_dim is 96; supported are \(64, 128, 256\)"),
-        ({"job": "amax", "out": "e5m2"}, "job is 'amax'; only 'cast' has out and transposed"),
-        ({"job": "mean", "transposed": True}, "job is 'mean'; only 'cast'"),
+        ({"job": "amax", "out": "e5m2"}, "job is 'amax'; only 'cast' has out and v_colmajor"),
+        ({"job": "mean", "v_colmajor": True}, "job is 'mean'; only 'cast'"),
         ({"job": "mean_finish"}, "dtype is 'bf16'; 'mean_finish' reads sums"),
     ],
 )

@@ -33,7 +33,7 @@ OFFSETS = {
 }
 STEPS = {
     "by tensor": ("tensor", {}),
-    "by block, transposed": ("block", {"transpose": True}),
+    "by block, transposed": ("block", {"v_colmajor": True}),
     "by head, smoothed": ("head", {"smooth_k": True}),
 }
 

@@ -64,10 +64,10 @@ def assert_equal(have: fp8.ScaledTensor, want: fp8.ScaledTensor) -> None:
     assert (have.mean is None) == (want.mean is None)
     if want.mean is not None:
         assert torch.equal(have.mean, want.mean)
-    assert (have.granularity, have.rotation, have.keys) == (
+    assert (have.granularity, have.rotation, have.v_colmajor_tokens) == (
         want.granularity,
         want.rotation,
-        want.keys,
+        want.v_colmajor_tokens,
     )
 
 
@@ -126,7 +126,7 @@ def test_types(monkeypatch, dtype, out):
 
 @pytest.mark.parametrize("d", [16, 80, 160, 192])
 def test_head_dims_that_do_not_fill_a_tile(monkeypatch, d):
-    check(monkeypatch, draw(1, 40, 2, d), "block", hadamard=True, transpose=True)
+    check(monkeypatch, draw(1, 40, 2, d), "block", hadamard=True, v_colmajor=True)
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 128, 256])
@@ -150,7 +150,7 @@ def test_packed_sequences(monkeypatch, granularity, behind, transpose):
     rope = Rope(*tables(64), offsets)
     mean = draw(6, 2, 64, dtype=torch.float32, seed=3)
     used = int32((100, 0, 1, 256, 0, 3))
-    options = {"cu_seqlens": cu, "rope": rope, "smooth_k": mean, "transpose": transpose}
+    options = {"cu_seqlens": cu, "rope": rope, "smooth_k": mean, "v_colmajor": transpose}
     check(monkeypatch, x, granularity, **options, seeds=(1, 2))
     x[100:130] = math.nan  # not used
     check(monkeypatch, x, granularity, **options, seqused=used)
@@ -167,7 +167,7 @@ def test_one_sequence_more_than_lanes(monkeypatch, sequences):
     cu = cumulative(ragged(sequences))
     x = draw(int(cu[-1]) + 3, 1, 64) * 3.0
     mean = draw(sequences, 1, 64, dtype=torch.float32, seed=3)
-    check(monkeypatch, x, "block", cu_seqlens=cu, smooth_k=mean, transpose=True)
+    check(monkeypatch, x, "block", cu_seqlens=cu, smooth_k=mean, v_colmajor=True)
     check(monkeypatch, x, "head", cu_seqlens=cu, rope=Rope(*tables(64), int32(range(sequences))))
     want = fp8.quantize(x, "head", cu_seqlens=cu, smooth_k=True)
     found = on_kernels(monkeypatch, x, "head", cu_seqlens=cu, smooth_k=True)
@@ -180,7 +180,7 @@ def test_used_lengths_of_a_dense_tensor(monkeypatch):
     for granularity in ("tensor", "head", "block"):
         for transpose in (False, True):
             used = int32((70, 200, 0))
-            check(monkeypatch, x, granularity, seqused=used, transpose=transpose)
+            check(monkeypatch, x, granularity, seqused=used, v_colmajor=transpose)
 
 
 SPECIAL = {
@@ -204,7 +204,7 @@ def test_special_values(monkeypatch, granularity, dtype, values):
     x = given[picks].to(dtype)
     check(monkeypatch, x, granularity)
     check(monkeypatch, x, granularity, hadamard=True)
-    check(monkeypatch, x, granularity, dtype=E5M2, transpose=True)
+    check(monkeypatch, x, granularity, dtype=E5M2, v_colmajor=True)
 
 
 def test_a_given_descale_and_the_amax_of_this_step(monkeypatch):
@@ -278,7 +278,7 @@ def test_transposed_data_come_back(monkeypatch):
     ):
         v = draw(*shape)
         plain = fp8.quantize(v, "block", **options)
-        transposed = on_kernels(monkeypatch, v, "block", transpose=True, **options)
+        transposed = on_kernels(monkeypatch, v, "block", v_colmajor=True, **options)
         assert torch.equal(fp8.dequantize(transposed), fp8.dequantize(plain))
 
 
@@ -307,7 +307,7 @@ def test_launches(case):
 @pytest.mark.parametrize("transpose", [False, True])
 def test_a_block_is_read_once_and_written_once(monkeypatch, transpose):
     x = draw(2, 256, 2, 128)
-    scaled = on_kernels(monkeypatch, x, "block", transpose=transpose)
+    scaled = on_kernels(monkeypatch, x, "block", v_colmajor=transpose)
     moved = device().report()["statistics"]["bytes"]
     assert moved["global load"] == x.numel() * 2
     assert moved["global store"] == x.numel() + 4 * scaled.descale.numel()

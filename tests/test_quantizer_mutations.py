@@ -73,13 +73,13 @@ MUTATIONS = {
         "rows.cuh",
         "if constexpr (Config::kTransposed)",
         "if constexpr (false)",
-        {"transpose": True},
+        {"v_colmajor": True},
     ),
     "banks read as written elsewhere": (
         "transpose.cuh",
         "[permuted(channel, chunk) * 4]",
         "[chunk * 4]",
-        {"transpose": True},
+        {"v_colmajor": True},
     ),
 }
 

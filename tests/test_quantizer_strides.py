@@ -106,7 +106,7 @@ def request_of(kind: str) -> Request:
     if kind == "packed":
         return Request(x[0].contiguous(), "block", cu_seqlens=cumulative((70, 80)))
     if kind == "transposed":
-        return Request(x, "block", transpose=True)
+        return Request(x, "block", v_colmajor=True)
     if kind == "blocks":
         return Request(x, "block")
     return Request(x, "head", rotation=Rotation(DIM, 3), smooth=True)
@@ -119,7 +119,7 @@ def quantized(
     request = request_of(kind)
     rows = ("row", "head") if request.packed else ("batch", "row", "head")
     by_head = ("batch", "head", "block")
-    data = ("batch", "head", "row") if request.transpose else rows
+    data = ("batch", "head", "row") if request.v_colmajor else rows
     shapes = {
         "x": (tuple(request.x.shape), rows, request.x.dtype),
         "out": (request.data_shape(), data, E4M3),

@@ -166,7 +166,7 @@ def test_memory_of_calls_is_bounded(monkeypatch, on_fake_driver):
     monkeypatch.setattr(plan_cache, "_MOST_PLANS", 3)
     for rows in range(20, 30):
         flash_attn_func(*draw(rows=rows))
-    assert 1 <= len(plan_cache._recall()) <= 3
+    assert 1 <= len(plan_cache._plan_cache()) <= 3
 
 
 def test_an_output_that_shares_memory_is_refused_as_before(on_fake_driver):

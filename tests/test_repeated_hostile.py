@@ -102,7 +102,7 @@ def test_what_an_index_raises_comes_through(fake, on_fake_driver):
 
 def test_an_index_that_forgets_every_plan(fake, on_fake_driver, whole_ways):
     """While the call that it is an argument of is under way."""
-    window = (Index(lambda: plan_cache._recall().clear() or 3), 3)
+    window = (Index(lambda: plan_cache._plan_cache().clear() or 3), 3)
     for _ in range(3):
         flash_attn_func(*draw())
         flash_attn_func(*draw(), window_size=window)
@@ -148,8 +148,8 @@ def arguments(recall_for=None):
 def recall(on_fake_driver):
     """A plan cache that knows one call, asked past everything that checks its arguments."""
     flash_attn_func(*draw())
-    assert len(plan_cache._recall()) == 1
-    return lambda *call: plan_cache._recall().run(kernels.registry(), *call, False, False)
+    assert len(plan_cache._plan_cache()) == 1
+    return lambda *call: plan_cache._plan_cache().run(kernels.registry(), *call, False, False)
 
 
 def replaced(call, place, value):
@@ -192,7 +192,7 @@ def test_any_argument_in_any_place_is_known_or_not(name, fake, recall):
     for place in PLACES:
         call = replaced(arguments(), place, ODD[name])
         assert recall(*call) is None, place
-        assert not plan_cache._recall().knows(kernels.registry(), *call)
+        assert not plan_cache._plan_cache().contains(kernels.registry(), *call)
     assert len(fake.launches) == before
 
 
@@ -221,7 +221,7 @@ def remember(call, **changes):
         "most_plans": 10,
         **changes,
     }
-    plan_cache._recall().remember(kernels.registry(), *call, **given)
+    plan_cache._plan_cache().insert(kernels.registry(), *call, **given)
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -235,7 +235,7 @@ def test_whatever_is_remembered_is_bounded(name, recall):
 
 @pytest.mark.parametrize("like", [torch.ones(()), torch.empty(0), torch.ones(2).to_sparse()])
 def test_an_output_without_memory_is_an_error(like, fake, recall):
-    plan_cache._recall().clear()
+    plan_cache._plan_cache().clear()
     q, k, v = draw()
     inputs = (q, k, v, None, None, None)
     out = torch.empty_like(q)
@@ -281,8 +281,8 @@ def test_a_registry_needs_a_resolver(driver):
 def test_tensors_whose_attributes_answer_oddly(monkeypatch, on_fake_driver):
     """Read through attributes, which anybody may replace."""
     flash_attn_func(*draw())
-    recall = plan_cache.new_recall(None)
-    monkeypatch.setattr(plan_cache, "_recall", lambda: recall)
+    recall = plan_cache.new_plan_cache(None)
+    monkeypatch.setattr(plan_cache, "_plan_cache", lambda: recall)
     flash_attn_func(*draw())
     answers = [(1,) * 9, (1,) * 3, (), [2, 40, 4, 128], None, ("a",) * 4, (2**70,) * 4, 5]
     for answer in answers:
@@ -292,7 +292,7 @@ def test_tensors_whose_attributes_answer_oddly(monkeypatch, on_fake_driver):
 
 
 def test_an_interrupt_while_tensors_are_read_comes_through(monkeypatch, on_fake_driver):
-    recall = plan_cache.new_recall(None)
+    recall = plan_cache.new_plan_cache(None)
 
     def interrupt(self):
         raise KeyboardInterrupt

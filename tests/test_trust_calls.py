@@ -125,7 +125,7 @@ def test_a_variant_is_checked_once(checked, checks):
         for seed in range(3):
             attend(seed)
             flash_attn_func(*draw(seed))
-            plan_cache._recall().clear()
+            plan_cache._plan_cache().clear()
     assert checks == ["forward_bf16_d128_causal_packgqa", "forward_bf16_d128_packgqa"]
 
 
@@ -146,7 +146,7 @@ def test_a_capture_wants_a_call_before_it(checked, monkeypatch):
         monkeypatch.setattr(trust, "is_captured", lambda device: False)
         attend()
         monkeypatch.setattr(trust, "is_captured", lambda device: True)
-        plan_cache._recall().clear()
+        plan_cache._plan_cache().clear()
         attend()
         assert ran() == "flash8_forward"
 
@@ -286,7 +286,7 @@ def test_quantizers_without_kernels_are_portable_bit_by_bit(checked):
         "mean, rotated": {"smooth_k": mean, "hadamard": 3},
         "its own mean": {"smooth_k": True},
         "descale": {"granularity": "tensor", "descale": torch.tensor(0.02)},
-        "by keys": {"transpose": True},
+        "by keys": {"v_colmajor": True},
     }
     for options in calls.values():
         want = fp8.quantize(x, **{"granularity": "block", **options})

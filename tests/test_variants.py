@@ -44,7 +44,7 @@ def test_names_and_defines_of_one():
         "FLASH8_SCALES": "kNone",
         "FLASH8_ALIBI": "0",
         "FLASH8_CLUSTER": "0",
-        "FLASH8_V_TRANSPOSED": "0",
+        "FLASH8_V_COLMAJOR": "0",
     }
     assert variant.unit().label == variant.name
 

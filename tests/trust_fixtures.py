@@ -27,7 +27,7 @@ def checked(monkeypatch) -> Checked:
             monkeypatch.context() as patch,
         ):
             patch.setattr(
-                plan_cache, "_recall", functools.cache(lambda: plan_cache.new_recall(None))
+                plan_cache, "_plan_cache", functools.cache(lambda: plan_cache.new_plan_cache(None))
             )
             if image is not None:
                 found = _native.Registry(

@@ -94,7 +94,7 @@ def build(pack: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def compile_source(source: Path) -> str:
-            made = Path(folder) / f"{source.stem}.o"
+            made = Path(folder) / f"{source.parent.name}_{source.stem}.o"
             subprocess.run([compiler, *flags, "-c", str(source), "-o", str(made)], check=True)
             return str(made)
 

@@ -36,7 +36,7 @@ _BENCH_RESULTS = {
 _SANITIZED_KERNELS = (
     "forward_bf16_d128_causal",
     "forward_e4m3_d128_causal_headscales",
-    "forward_e4m3_d128_causal_vt_headscales",
+    "forward_e4m3_d128_causal_vcolmajor_headscales",
     "quantize_cast_bf16_d128",
 )
 

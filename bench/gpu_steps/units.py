@@ -47,14 +47,17 @@ def _attention() -> Iterator[ForwardVariant | QuantizeVariant]:
                 for granularity, by_keys in itertools.product(("head", "block"), (False, True)):
                     yield _choose(same, _E4M3, _fp8(granularity, by_keys))
     for head_dim in (64, 128, 256):
-        for job, transposed in (("cast", False), ("cast", True), ("amax", False)):
-            yield QuantizeVariant(job, "bf16", head_dim, transposed=transposed)
+        for job, v_colmajor in (("cast", False), ("cast", True), ("amax", False)):
+            yield QuantizeVariant(job, "bf16", head_dim, v_colmajor=v_colmajor)
 
 
 def _fp8(granularity: str, by_keys: bool) -> Options:
     descale = torch.ones((1, 1) if granularity == "head" else (1, 1, 1))
     return Options(
-        q_descale=descale, k_descale=descale, v_descale=descale, v_keys=1 if by_keys else None
+        q_descale=descale,
+        k_descale=descale,
+        v_descale=descale,
+        v_colmajor_tokens=1 if by_keys else None,
     )
 
 
@@ -69,7 +72,7 @@ def _choose(case: Case, dtype: torch.dtype, options: Options) -> ForwardVariant:
         )
     ]
     q, k, v = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
-    if options.v_keys is not None:
+    if options.v_colmajor_tokens is not None:
         v = v.transpose(-1, -2)
     ends = torch.zeros(1, dtype=torch.int32) if packed else None
     options = options._replace(

@@ -18,7 +18,7 @@ class Scores {
   public:
     // Whether the scores come out in log2 units. FP8 scores keep their descales, K's of each block among
     // them, until the softmax; but a slope needs units that do not change, and are not 0 where a descale is.
-    static constexpr bool kGivesLog2 = Config::kFp8 && Config::kAlibi && !Config::kSoftcap;
+    static constexpr bool kScoresInLog2 = Config::kFp8 && Config::kAlibi && !Config::kSoftcap;
 
     // first_row: the first of this thread's two rows.
     template <class Params>
@@ -29,7 +29,7 @@ class Scores {
             QueryRow const row = query_row<Config::kPackGqa>(params, tile, first_row + 8 * r);
             keys_[r] = mask.visible_keys(row.query);
             if constexpr (Config::kAlibi) {
-                float const unit = kGivesLog2         ? kLn2
+                float const unit = kScoresInLog2      ? kLn2
                                    : Config::kSoftcap ? params.scores.softcap
                                                       : params.scores.softmax_scale;
                 int const position = row.query + info.seqlen_k - info.seqlen_q;
@@ -50,7 +50,7 @@ class Scores {
         return steepest * static_cast<float>(info.seqlen_q + info.seqlen_k);
     }
 
-    // With softcap the scores become tanh(scale * s), and the cap is left to the softmax. With kGivesLog2,
+    // With softcap the scores become tanh(scale * s), and the cap is left to the softmax. With kScoresInLog2,
     // `scale` is what makes them log2 units.
     template <bool kMasked, class Accumulator>
     __device__ __forceinline__ void apply(Accumulator& s, int n_block,
@@ -66,7 +66,7 @@ class Scores {
             }
             auto row = cute::make_tensor(rows(r, cute::_).data(), cute::get<1>(rows.layout()));
             if constexpr (Config::kAlibi) {
-                alibi_[r].template apply<Config::kBlockN>(row, n_block, kGivesLog2 ? scale[r] : 1.0f);
+                alibi_[r].template apply<Config::kBlockN>(row, n_block, kScoresInLog2 ? scale[r] : 1.0f);
             }
             if constexpr (kMasked) {
                 TileMask::apply(row, keys_[r], n_block);

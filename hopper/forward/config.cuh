@@ -48,10 +48,10 @@ struct ForwardConfig {
     static constexpr bool kBlockScales = kScales == ScaleGranularity::kBlock;
     static constexpr int kPolynomialEvery = FLASH8_POLYNOMIAL_EVERY;
     // FP8: V in global memory is by keys, as the quantizer writes it, instead of by channels.
-    static constexpr bool kVTransposed = FLASH8_V_TRANSPOSED;
-    static constexpr bool kTransposesV = kFp8 && !kVTransposed;
+    static constexpr bool kVColMajor = FLASH8_V_COLMAJOR;
+    static constexpr bool kTransposeV = kFp8 && !kVColMajor;
     static_assert(kFp8 == (kScales != ScaleGranularity::kNone), "e4m3 has descales, 16-bit types have none");
-    static_assert(kFp8 || !kVTransposed, "16-bit products take V as it is");
+    static_assert(kFp8 || !kVColMajor, "16-bit products take V as it is");
     static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0,
                   "tiles are made of panels of at least 32 columns");
 
@@ -70,9 +70,9 @@ struct ForwardConfig {
     static constexpr int kConsumerWarps = kConsumerWarpgroups * 4;
     static constexpr int kThreads = (kConsumerWarpgroups + 1) * 128;
     // Warps of the producer warpgroup that transpose V; the first one issues TMA.
-    static constexpr int kTransposerWarps = kTransposesV ? 3 : 0;
+    static constexpr int kTransposerWarps = kTransposeV ? 3 : 0;
     // Transposing takes more registers than loading.
-    using Registers = RegisterBudget<kConsumerWarpgroups, kTransposesV ? 40 : 32>;
+    using Registers = RegisterBudget<kConsumerWarpgroups, kTransposeV ? 40 : 32>;
     static_assert(Registers::kThreads == kThreads);
     // Taking turns pays while a block's products are not much longer than its softmax. The FP8 mainloop
     // overlaps nothing within a warpgroup and needs it.
@@ -92,7 +92,7 @@ struct ForwardConfig {
     // whoever has transposed them.
     // Keys that TMA brings transposed come in panels. Instead of seven of 32 bytes, 224 keys are two of 128,
     // the last of which reaches into keys that nobody reads.
-    static constexpr int kKeysVt = kVTransposed && kBlockN == 224 ? 256 : kBlockN;
+    static constexpr int kKeysVt = kVColMajor && kBlockN == 224 ? 256 : kBlockN;
     using ShapeVt = cute::Shape<cute::Int<kHeadDimV>, cute::Int<kKeysVt>, cute::Int<kStages>>;
     static constexpr int kPanelVt = panel_bytes(kKeysVt * sizeof(Element)) / sizeof(Element);
     using AtomsVt = SwizzleAtoms<Element, kPanelVt * sizeof(Element)>;
@@ -129,7 +129,7 @@ struct TransposeStorage<Config, true> {
 };
 
 template <class Config>
-struct SharedStorage : TransposeStorage<Config, Config::kTransposesV> {
+struct SharedStorage : TransposeStorage<Config, Config::kTransposeV> {
     using Element = typename Config::Element;
 
     alignas(1024) Element q[Config::kBlockM * Config::kHeadDim];
@@ -148,7 +148,7 @@ struct SharedStorage : TransposeStorage<Config, Config::kTransposesV> {
         tiles.init(Config::kConsumerWarps + Config::kTransposerWarps);
         pipeline_q.init(Config::kConsumerWarps);
         pipeline_k.init(Config::kConsumerWarps * Config::kClusterM);
-        if constexpr (Config::kTransposesV) {
+        if constexpr (Config::kTransposeV) {
             this->pipeline_v_rows.init(Config::kTransposerWarps * Config::kClusterM);
             pipeline_v.init(Config::kConsumerWarps, Config::kTransposerWarps);
         } else {

@@ -35,8 +35,8 @@ class Consumer {
             Turns::finish(warpgroup_);
         }
         int const warp = static_cast<int>(threadIdx.x / 32) - 4;
-        clear_tail_rows(params_, tile.offset_q, blockIdx.x * Config::kConsumerWarps + warp,
-                        gridDim.x * Config::kConsumerWarps);
+        zero_unused_rows(params_, tile.offset_q, blockIdx.x * Config::kConsumerWarps + warp,
+                         gridDim.x * Config::kConsumerWarps);
     }
 
   private:
@@ -61,7 +61,7 @@ class Consumer {
                 Mainloop<Config> mainloop(params_, shared_, state_, scores, warpgroup_);
                 mainloop.run(o, softmax, blocks);
             }
-            Epilogue<Config>::store(params_, info, tile, row, o, softmax, Leftovers{});
+            Epilogue<Config>::store(params_, info, tile, row, o, softmax, EpilogueScales{});
         }
     }
 
@@ -70,7 +70,7 @@ class Consumer {
                                              KeyBlocks const& blocks, WorkTile const& tile, int row) {
         using Descale = KeyDescale<Config::kBlockScales>;
         BlockLocalSoftmax softmax;
-        Leftovers leftovers;
+        EpilogueScales leftovers;
         if (!blocks.empty()) {
             bool const packed = params_.sequences.cu_seqlens_k != nullptr;
             int const head_kv = kv_head<Config::kPackGqa>(params_, tile);

@@ -12,7 +12,7 @@
 namespace flash8 {
 
 // What FP8 leaves to the epilogue.
-struct Leftovers {
+struct EpilogueScales {
     float v_scale = 1.0f;  // what turns O into real values beside the normalisation
     float score_shift[kRowsPerThread] = {0.0f, 0.0f};  // what the scores of a row lack, natural log
 };
@@ -26,13 +26,13 @@ class Epilogue {
     template <class Accumulator, class Softmax>
     __device__ static void store(ForwardParams const& params, SeqlenInfo const& info, WorkTile const& tile,
                                  int first_row, Accumulator& o, Softmax const& softmax,
-                                 Leftovers const& leftovers) {
+                                 EpilogueScales const& leftovers) {
         QueryRow rows[kRowsPerThread];
         float sinks[kRowsPerThread];
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
             rows[r] = query_row<Config::kPackGqa>(params, tile, first_row + 8 * r);
-            bool const sink = params.scores.sinks != nullptr && rows[r].query < info.capacity_q;
+            bool const sink = params.scores.sinks != nullptr && rows[r].query < info.rows_q;
             sinks[r] = sink ? params.scores.sinks[rows[r].head] - leftovers.score_shift[r] : -INFINITY;
         }
         RowStatistics const statistics = softmax.finish(sinks);
@@ -41,7 +41,7 @@ class Epilogue {
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
             bool const used = rows[r].query < info.seqlen_q;
-            bool const inside = rows[r].query < info.capacity_q;
+            bool const inside = rows[r].query < info.rows_q;
             int64_t const target = info.offset_q + static_cast<int64_t>(rows[r].query);
             uint16_t* const out_row =
                 out + target * params.o.row_stride + rows[r].head * params.o.head_stride;

@@ -48,8 +48,8 @@ constexpr KernelInfo describe() {
     }
     info.tma[1] = box(Config::kPanel, Config::kBlockN / Config::kClusterM, Config::Atoms::kSwizzle);
     info.tma[2] = box(Config::kPanelV, Config::kBlockN / Config::kClusterM, Config::AtomsV::kSwizzle);
-    info.v_transposed = Config::kVTransposed;
-    if (Config::kVTransposed) {
+    info.v_colmajor = Config::kVColMajor;
+    if (Config::kVColMajor) {
         info.tma[2] = box(Config::kPanelVt, Config::kHeadDimV / Config::kClusterM, Config::AtomsVt::kSwizzle);
     }
     return info;
@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
         if (threadIdx.x < 32) {
             Producer<Config>(params, shared).run();
         }
-        if constexpr (Config::kTransposesV) {
+        if constexpr (Config::kTransposeV) {
             int const warp = threadIdx.x / 32;
             if (warp > 0) {
                 Transposer<Config>(params, shared, warp - 1).run();

@@ -70,7 +70,7 @@ class MainloopFp8 {
             // A polynomial is never quite 0, and what a mask hides must be.
             constexpr int kPolynomialEvery = kMasked ? 0 : Config::kPolynomialEvery;
             softmax.template step<kMasked && Config::kMask != MaskMode::kNone, kMasked, kPolynomialEvery>(
-                rows_of(s), kFinalScale ? final_scale_ : scale, alpha);
+                rows_of(s), kScaleAppliedInScores ? final_scale_ : scale, alpha);
             // P as the A operand: (4 keys, 2 rows, 2 halves) of 32 keys, in the order of transpose_v.cuh.
             Tensor p = make_tensor<typename Config::Element>(
                 Layout<Shape<Shape<_4, _2, _2>, _1, Int<kBlockN / 32>>>{});
@@ -81,7 +81,7 @@ class MainloopFp8 {
                 alpha[1] *= ratio;
                 v_scale_before = v_scale;
             }
-            if constexpr (Config::kVTransposed && kMasked && Config::kMask == MaskMode::kLocal) {
+            if constexpr (Config::kVColMajor && kMasked && Config::kMask == MaskMode::kLocal) {
                 if (n_block == blocks.begin && n_block + 1 < blocks.end) {
                     clear_hidden_keys(blocks, n_block);
                 }
@@ -99,7 +99,7 @@ class MainloopFp8 {
             add_values(o, p, alpha);
         };
 
-        if constexpr (Config::kVTransposed) {
+        if constexpr (Config::kVColMajor) {
             clear_hidden_keys(blocks, blocks.end - 1);
         }
         shared_.pipeline_q.wait(state_.q);
@@ -125,7 +125,7 @@ class MainloopFp8 {
 
   private:
     // Where Scores applies the descales, this is left to make log2 units of what it leaves.
-    static constexpr bool kFinalScale = Config::kSoftcap || Scores<Config>::kGivesLog2;
+    static constexpr bool kScaleAppliedInScores = Config::kSoftcap || Scores<Config>::kScoresInLog2;
     __device__ static float final_scale(ForwardParams const& params) {
         return Config::kSoftcap ? params.scores.softcap * kLog2E : 1.0f;
     }
@@ -162,7 +162,7 @@ class MainloopFp8 {
             warpgroup_fence_operand(ready);
             if (chunk + 1 == kChunks) {
                 // Transposed V is this CTA's own, what TMA brings is the cluster's.
-                release<Config::kTransposesV ? 1 : Config::kClusterM>(shared_.pipeline_v, state_.k);
+                release<Config::kTransposeV ? 1 : Config::kClusterM>(shared_.pipeline_v, state_.k);
             }
 #pragma unroll
             for (int i = 0; i < size(ready); ++i) {

@@ -13,7 +13,7 @@ struct ForwardParams {
 
     TensorRef q;  // (batch, seqlen_q, heads_q, head_dim)
     TensorRef k;  // (batch_k, seqlen_k, heads_kv, head_dim)
-    TensorRef v;  // (batch_k, seqlen_k, heads_kv, head_dim_v), or with KernelInfo::v_transposed
+    TensorRef v;  // (batch_k, seqlen_k, heads_kv, head_dim_v), or with KernelInfo::v_colmajor
                   // (batch_k, heads_kv, head_dim_v, 128 * blocks), where row_stride steps over head_dim_v
     TensorRef o;  // (batch, seqlen_q, heads_q, head_dim_v)
     RowRef lse;   // natural log

@@ -34,7 +34,7 @@ class Producer {
             shared_.tiles.publish(tiles_state_, tile);
             // A CTA must not end while its TMA writes or its consumers' arrivals are still to come.
             shared_.pipeline_k.drain(kv_state_);
-            if constexpr (Config::kTransposesV) {
+            if constexpr (Config::kTransposeV) {
                 shared_.pipeline_v_rows.drain(kv_state_);
             } else {
                 shared_.pipeline_v.drain(kv_state_);
@@ -101,9 +101,9 @@ class Producer {
 
     // To the consumers, or to the warps that transpose it for them.
     __device__ void load_v(KvState const& state, SeqlenInfo const& info, int batch, int head, int n_block) {
-        if constexpr (Config::kVTransposed) {
+        if constexpr (Config::kVColMajor) {
             load_transposed_v(state, info, batch, head, n_block);
-        } else if constexpr (Config::kTransposesV) {
+        } else if constexpr (Config::kTransposeV) {
             load_keys<Config::kPanelV, Config::kHeadDimV>(shared_.pipeline_v_rows, state, shared_.v_rows,
                                                           &params_.tma_v, info, head, n_block);
         } else {

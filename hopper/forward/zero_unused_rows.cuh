@@ -10,7 +10,7 @@ namespace flash8 {
 
 // O = 0 and LSE = -inf there. By all consumer warps of the grid, a row of one head each; `warp` counts them
 // from 0 to `warps`. end: of the last sequence, as the tile scheduler has found it.
-__device__ inline void clear_tail_rows(ForwardParams const& params, int end, int warp, int warps) {
+__device__ inline void zero_unused_rows(ForwardParams const& params, int end, int warp, int warps) {
     if (params.sequences.cu_seqlens_q == nullptr) {
         return;
     }

@@ -116,7 +116,7 @@ class KernelInfo:
     @property
     def stages(self) -> int: ...
     @property
-    def v_transposed(self) -> bool: ...
+    def v_colmajor(self) -> bool: ...
     @property
     def threads(self) -> int: ...
     @property
@@ -252,7 +252,7 @@ def launch_forward(
     kernel: Kernel, device: int, stream: int, call: ForwardParams, sm_margin: int = 0
 ) -> None: ...
 
-class Recall:
+class PlanCache:
     def __init__(
         self,
         *,
@@ -274,7 +274,7 @@ class Recall:
         grad_enabled: bool,
         /,
     ) -> tuple[Any, Any, Any] | None: ...
-    def knows(
+    def contains(
         self,
         scope: object,
         inputs: tuple[Any, ...],
@@ -282,7 +282,7 @@ class Recall:
         window: object,
         /,
     ) -> bool: ...
-    def remember(
+    def insert(
         self,
         scope: object,
         inputs: tuple[Any, ...],

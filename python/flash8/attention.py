@@ -137,7 +137,7 @@ def flash_attn_func(
             pack_gqa,
             deterministic,
             sm_margin,
-            None,  # v_keys
+            None,  # v_colmajor_tokens
         )
     )
     return attend(q, k, v, qv, s_aux, out, options, window_size, dropout_seed, return_attn_probs)
@@ -229,7 +229,7 @@ def flash_attn_varlen_func(
             pack_gqa,
             deterministic,
             sm_margin,
-            None,  # v_keys
+            None,  # v_colmajor_tokens
         )
     )
     return attend(q, k, v, qv, s_aux, out, options, window_size, dropout_seed, return_attn_probs)
@@ -276,5 +276,5 @@ def attend(
     options = ops.resolve_num_splits(query, geometry, options)
     o, lse, _, _ = call_by(names, ops.run_forward, query, key, value, qv, s_aux, out, options)
     if dropout_seed is None:
-        plan_cache.remember(call, options, o, lse)
+        plan_cache.insert(call, options, o, lse)
     return (o, lse) if return_lse else o

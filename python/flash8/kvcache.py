@@ -151,10 +151,10 @@ def flash_attn_with_kvcache(
     )
     rotated = getattr(k_cache, "rotation", None) is not None
     query, keys, values, options = unwrap(q, k_cache, v_cache, options)
-    if options.v_keys is not None or options.v_channel_descale is not None:
+    if options.v_colmajor_tokens is not None or options.v_channel_descale is not None:
         raise ValueError(
             "v_cache must lie by token and have no descale per channel: new tokens are written "
-            "to it; quantize it with transpose=False and another granularity than 'channel'"
+            "to it; quantize it with v_colmajor=False and another granularity than 'channel'"
         )
     lengths = _lengths(query, keys, cache_seqlens, cu_seqlens_q)
     options = options._replace(seqused_k=lengths)

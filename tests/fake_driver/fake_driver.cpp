@@ -1,4 +1,4 @@
-// A CUDA driver that does nothing: it answers the entry points of python/native/driver_api.h, keeps memory on
+// A CUDA driver that does nothing: it answers the entry points of python/native/driver/driver_api.h, keeps memory on
 // the host, counts and records calls, fails on demand, and refuses what the driver documents that it refuses:
 // tensor maps, and calls while a stream captures. A "cubin" of it is an ELF file whose header is followed by
 // a KernelInfo (cubin.py makes them), with kernels named by its entry and "plain"; PTX has "plain" alone.
@@ -18,7 +18,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "driver_api.h"
+#include "driver/driver_api.h"
 #include "kernel_info.h"
 #include "rules.h"
 #include "tensor_map_rules.h"

@@ -73,9 +73,9 @@ def _quantize(rng: random.Random) -> Target:
         "seqused": None,
         "descale": None,
         "amax": None,
-        "transpose": rng.random() < 0.2,
+        "v_colmajor": rng.random() < 0.2,
     }
-    if arguments["transpose"]:
+    if arguments["v_colmajor"]:
         arguments |= {"smooth_k": False, "rope": None, "hadamard": None}
     return fp8.quantize, arguments
 

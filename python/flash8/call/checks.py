@@ -142,7 +142,7 @@ def _check_sizes(
 ) -> None:
     q_name, k_name, v_name = (names.get(name, name) for name in ("q", "k", "v"))
     head_dim, head_dim_v = geometry.head_dim, geometry.head_dim_v
-    place_v = "last" if options.v_keys is None else "second last"
+    place_v = "last" if options.v_colmajor_tokens is None else "second last"
     for name, size, place in (
         (f"{q_name} (head_dim)", head_dim, "last"),
         (f"{v_name} (head_dim_v)", head_dim_v, place_v),
@@ -155,7 +155,7 @@ def _check_sizes(
         raise ValueError(
             f"{k_name} must have {q_name}'s head_dim {head_dim}, got shape {tuple(k.shape)}"
         )
-    if options.v_keys is not None:
+    if options.v_colmajor_tokens is not None:
         _check_v_by_keys(k, v, geometry, options, names)
     elif differ(k.shape[:-1], v.shape[:-1]):
         raise ValueError(
@@ -182,20 +182,20 @@ def _check_sizes(
 def _check_v_by_keys(
     k: Tensor, v: Tensor, geometry: Geometry, options: Options, names: Names
 ) -> None:
-    """A transposed v, (batch, heads_kv, head_dim_v, 128 * blocks), belongs to k's tokens."""
+    """A v_colmajor v, (batch, heads_kv, head_dim_v, 128 * blocks), belongs to k's tokens."""
     name = names.get("v", "v")
     if geometry.paged:
-        raise ValueError(f"a transposed {name} cannot be combined with page_table")
+        raise ValueError(f"a v_colmajor {name} cannot be combined with page_table")
     tokens, heads = k.shape[-3:-1]
     if geometry.k_packed:
         blocks = descales.num_packed_blocks(tokens, geometry.batch)
     else:
         blocks = descales.num_blocks(tokens)
     shape = (*k.shape[:-3], heads, geometry.head_dim_v, descales.BLOCK * blocks)
-    if options.v_keys != tokens or v.shape != shape:
+    if options.v_colmajor_tokens != tokens or v.shape != shape:
         raise ValueError(
-            f"a transposed {name} must be of k's {tokens} tokens and {heads} heads, shape {shape}, "
-            f"got {options.v_keys} tokens in shape {tuple(v.shape)}"
+            f"a v_colmajor {name} must be of k's {tokens} tokens and {heads} heads, shape {shape}, "
+            f"got {options.v_colmajor_tokens} tokens in shape {tuple(v.shape)}"
         )
 
 

@@ -41,7 +41,7 @@ class Options(NamedTuple):
     pack_gqa: bool | None = None
     deterministic: bool = False
     sm_margin: int = 0
-    v_keys: int | None = None  # tokens of a v that is by keys (`flash8.tensors.v_colmajor`)
+    v_colmajor_tokens: int | None = None  # of a v as `flash8.tensors.v_colmajor` has it
 
     @property
     def is_local(self) -> bool:
@@ -50,7 +50,7 @@ class Options(NamedTuple):
 
     def head_dim_v(self, v: Tensor) -> int:
         """The channels of v, whichever way it lies."""
-        return v.shape[-1] if self.v_keys is None else v.shape[-2]
+        return v.shape[-1] if self.v_colmajor_tokens is None else v.shape[-2]
 
 
 _SCHEMA_TYPES: dict[object, str] = {
@@ -69,7 +69,7 @@ TENSOR_FIELDS, NUMBER_FIELDS = (
     for tensors in (True, False)
 )
 
-#: "Tensor? q_descale, ..., SymInt? v_keys": the tail of every attention op's schema.
+#: "Tensor? q_descale, ..., SymInt? v_colmajor_tokens": the tail of every attention op's schema.
 SCHEMA = ", ".join(
     f"{_SCHEMA_TYPES[annotation]} {name}" for name, annotation in Options.__annotations__.items()
 )

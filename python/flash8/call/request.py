@@ -10,7 +10,7 @@ from flash8.tensors.float8 import E4M3
 from flash8.tensors.hadamard import Rotation
 from flash8.tensors.rotary import Rope
 from flash8.tensors.tokens import Tokens
-from flash8.tensors.v_colmajor import transposed_shape
+from flash8.tensors.v_colmajor import colmajor_shape
 
 
 class Request(NamedTuple):
@@ -27,7 +27,7 @@ class Request(NamedTuple):
     seqused: Tensor | None = None
     descale: Tensor | None = None
     amax: Tensor | None = None
-    transpose: bool = False
+    v_colmajor: bool = False
 
     @property
     def tokens(self) -> Tokens:
@@ -61,8 +61,8 @@ class Request(NamedTuple):
         return (1 if self.packed else self.batch), heads, self.blocks
 
     def data_shape(self) -> tuple[int, ...]:
-        if self.transpose:
-            return transposed_shape(self.x.shape, self.batch, self.packed)
+        if self.v_colmajor:
+            return colmajor_shape(self.x.shape, self.batch, self.packed)
         return tuple(self.x.shape)
 
     def mean_shape(self) -> tuple[int, ...]:

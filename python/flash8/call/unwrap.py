@@ -13,7 +13,7 @@ assert Options._fields[:6] == (
     *("q_descale", "k_descale", "v_descale"),
     *("k_mean", "v_mean", "v_channel_descale"),
 )
-assert Options._fields[-1] == "v_keys"
+assert Options._fields[-1] == "v_colmajor_tokens"
 
 
 def unwrap(q: Any, k: Any, v: Any, options: Options) -> tuple[Any, Any, Any, Options]:
@@ -26,9 +26,9 @@ def unwrap(q: Any, k: Any, v: Any, options: Options) -> tuple[Any, Any, Any, Opt
     q_descale, _ = _factors("q", q, options.q_descale, None)
     k_descale, k_mean = _factors("k", k, options.k_descale, options.k_mean)
     v_descale, v_mean = _factors("v", v, options.v_descale, options.v_mean)
-    v_channel_descale, v_keys = options.v_channel_descale, options.v_keys
+    v_channel_descale, v_colmajor_tokens = options.v_channel_descale, options.v_colmajor_tokens
     if isinstance(v, ScaledTensor):
-        v_keys = v.keys
+        v_colmajor_tokens = v.v_colmajor_tokens
         if v.granularity == "channel":
             if v_channel_descale is not None:
                 raise ValueError(
@@ -47,13 +47,13 @@ def unwrap(q: Any, k: Any, v: Any, options: Options) -> tuple[Any, Any, Any, Opt
             _check_boundaries(name, x, ends)
     # By position, several times as quick as _replace.
     factors = (q_descale, k_descale, v_descale, k_mean, v_mean, v_channel_descale)
-    options = Options._make((*factors, *options[len(factors) : -1], v_keys))
+    options = Options._make((*factors, *options[len(factors) : -1], v_colmajor_tokens))
     return _data(q), _data(k), _data(v), options
 
 
 def _check_q_or_k(name: str, x: ScaledTensor) -> None:
-    if x.keys is not None:
-        raise ValueError(f"{name} must not be transposed: only v is read by keys")
+    if x.v_colmajor_tokens is not None:
+        raise ValueError(f"{name} must not be v_colmajor: only v is read with its keys innermost")
     if x.granularity == "channel":
         raise ValueError(
             f"{name} must not have a descale per channel, which would have to multiply inside "
@@ -62,10 +62,10 @@ def _check_q_or_k(name: str, x: ScaledTensor) -> None:
 
 
 def _check_boundaries(name: str, x: ScaledTensor, ends: Any) -> None:
-    """Descales, means and transposed keys belong to the sequences that x was quantized as. Only on
+    """Descales, means and v_colmajor keys belong to the sequences that x was quantized as. Only on
     a CPU is that looked at: elsewhere it would wait for the device."""
     own = x.cu_seqlens
-    indifferent = x.granularity == "tensor" and x.keys is None and x.mean is None
+    indifferent = x.granularity == "tensor" and x.v_colmajor_tokens is None and x.mean is None
     comparable = (
         type(own) is type(ends) is Tensor
         and own.device.type == ends.device.type == "cpu"

@@ -57,7 +57,7 @@ def quantize(
     seqused: Tensor | None = None,
     descale: Tensor | None = None,
     amax: Tensor | None = None,
-    transpose: bool = False,
+    v_colmajor: bool = False,
 ) -> ScaledTensor:
     """Quantizes q, k or v for the attention functions. Not differentiable: see `fp8_attention`.
 
@@ -78,18 +78,19 @@ def quantize(
             mean.
         descale: a given fp32 descale of the granularity's shape, as delayed scaling has it.
         amax: with a given descale: fp32 (), raised to the largest finite value where that is more.
-        transpose: data by keys, (batch, heads, d, 128 * blocks) or packed (heads, d, 128 * blocks),
-            for v: `flash8.tensors.v_colmajor` has the order. Keys that do not count are zero.
+        v_colmajor: keys innermost, (batch, heads, d, 128 * blocks) or packed
+            (heads, d, 128 * blocks), for v: `flash8.tensors.v_colmajor` has the order. Keys that
+            do not count are zero.
 
     Returns:
-        ScaledTensor with data in x's shape unless it is transposed.
+        ScaledTensor with data in x's shape unless it is v_colmajor.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is supported.
     """
     require_tensor("x", x, _INPUT_DTYPES)
     _check(x, granularity, dtype, cu_seqlens, seqused)
-    _check_outputs(x, granularity, descale, amax, transpose)
+    _check_outputs(x, granularity, descale, amax, v_colmajor)
     rotation = rotation_for(hadamard, x.shape[-1])
     smooth, mean = _checked_mean(x, smooth_k, smooth_v, granularity, cu_seqlens)
     position = _checked_rope(x, rope, cu_seqlens)
@@ -105,7 +106,7 @@ def quantize(
         seqused=to_int32(seqused),
         descale=descale,
         amax=amax,
-        transpose=transpose,
+        v_colmajor=v_colmajor,
     )
     _check_descale(request)
     with torch.no_grad():
@@ -120,7 +121,7 @@ def quantize(
         None if mean is None and not smooth else found_mean,
         rotation,
         cu_seqlens,
-        x.shape[-3] if transpose else None,
+        x.shape[-3] if v_colmajor else None,
     )
 
 
@@ -206,10 +207,10 @@ def _check(x: Tensor, granularity: Any, dtype: Any, cu_seqlens: Any, seqused: An
         cpu.check_tokens(x, cu_seqlens, seqused)
 
 
-def _check_outputs(x: Tensor, granularity: str, descale: Any, amax: Any, transpose: Any) -> None:
-    require_bool("transpose", transpose)
-    if transpose and granularity == "page":
-        raise ValueError("transpose is for sequences; pages are not stored transposed")
+def _check_outputs(x: Tensor, granularity: str, descale: Any, amax: Any, v_colmajor: Any) -> None:
+    require_bool("v_colmajor", v_colmajor)
+    if v_colmajor and granularity == "page":
+        raise ValueError("v_colmajor is for sequences; pages are stored by tokens")
     if descale is not None:
         require_tensor("descale", descale, torch.float32, x)
         if granularity == "channel" and descale.shape[-2:] != x.shape[-2:]:

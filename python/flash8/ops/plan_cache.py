@@ -2,9 +2,10 @@
 
 A call is known by the types, sizes, strides and devices of its tensors and by its options, with
 their types: everything that the checks, the choice of a kernel and its parameters look at, but for
-addresses. The first one takes the whole way and leaves its plan here; `python/native/recall.cpp`
-does the others. A call that is none such, or that a mode, a transform or a trace watches, takes
-the whole way every time. Autograd gets a node of its own for what was launched already.
+addresses. The first one takes the whole way and leaves its plan here;
+`python/native/plan_cache/plan_cache.cpp` serves the others. A call that is none such, or that a
+mode, a transform or a trace watches, takes the whole way every time. Autograd gets a node of its
+own for what was launched already.
 
 This is the host's hot path, a few microseconds.
 """
@@ -47,7 +48,7 @@ def run(call: Call, return_lse: bool) -> Any:
     inputs, options, _ = call
     if not _may_be_launched(inputs[0]):
         return None
-    launch = _recall().run
+    launch = _plan_cache().run
     if _profiler_enabled():
         launch = record_function("flash8::forward")(launch)
     done = launch(_hopper().kernels.registry(), *call, return_lse, is_grad_enabled())
@@ -61,18 +62,18 @@ def run(call: Call, return_lse: bool) -> Any:
     return (out, lse) if return_lse else out
 
 
-def remember(call: Call, options: Options, out: Tensor, lse: Tensor) -> None:
+def insert(call: Call, options: Options, out: Tensor, lse: Tensor) -> None:
     """Called after a call has succeeded, with its checked options and what it returned."""
     if is_compiling() or not _may_be_launched(call[0][0]):
         return
     hopper = _hopper()
     planned = hopper.forward.take_served(out)
-    if planned is None or _recall().knows(hopper.kernels.registry(), *call):
+    if planned is None or _plan_cache().contains(hopper.kernels.registry(), *call):
         return
     out_like, lse_like = _like(out), _like(lse)
     if not (empty_like(out_like).is_contiguous() and empty_like(lse_like).is_contiguous()):
         return
-    _recall().remember(
+    _plan_cache().insert(
         hopper.kernels.registry(),
         *call,
         kernel=planned.kernel,
@@ -98,17 +99,17 @@ def _one_element(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _recall() -> "_native.Recall":
-    return new_recall(getattr(Tensor, "__dlpack_c_exchange_api__", None))
+def _plan_cache() -> "_native.PlanCache":
+    return new_plan_cache(getattr(Tensor, "__dlpack_c_exchange_api__", None))
 
 
-def new_recall(exchange_api: object | None) -> "_native.Recall":
+def new_plan_cache(exchange_api: object | None) -> "_native.PlanCache":
     """A memory of calls. Without torch's DLPack table, which an older torch lacks, it reads tensors
     by their attributes."""
     from flash8 import _native
 
     hopper = _hopper()
-    return _native.Recall(
+    return _native.PlanCache(
         exchange_api=exchange_api,
         tensor=Tensor,
         parameter=torch.nn.Parameter,

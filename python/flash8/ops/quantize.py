@@ -22,7 +22,7 @@ _library = torch.library.Library("flash8", "FRAGMENT")
 _library.define(
     "quantize(Tensor x, str granularity, ScalarType dtype, int? hadamard_seed, bool smooth, "
     "Tensor? mean, Tensor? cos, Tensor? sin, Tensor? offsets, bool interleaved, "
-    "Tensor? cu_seqlens, Tensor? seqused, Tensor? descale, Tensor(a!)? amax, bool transpose) "
+    "Tensor? cu_seqlens, Tensor? seqused, Tensor? descale, Tensor(a!)? amax, bool v_colmajor) "
     "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
@@ -48,7 +48,7 @@ def quantize(request: Request) -> tuple[Tensor, Tensor, Tensor]:
         r.seqused,
         r.descale,
         r.amax,
-        r.transpose,
+        r.v_colmajor,
     )
     return found
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flash8.tensors.hadamard import Rotation
 from flash8.tensors.tokens import Tokens
-from flash8.tensors.v_colmajor import untranspose
+from flash8.tensors.v_colmajor import from_colmajor
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,19 @@ class ScaledTensor:
     back in LSE, V's in O, and q and k must share a rotation, which then cancels.
     """
 
-    data: Tensor  # float8, x's shape unless `keys` is given
+    data: Tensor  # float8, x's shape unless `v_colmajor_tokens` is given
     descale: Tensor  # fp32, a shape of `flash8.tensors.descales`
     granularity: str  # "tensor", "head", "block", "page" or "channel"
     mean: Tensor | None = None  # fp32 (heads, d) or (batch, heads, d), rotated as data is
     rotation: Rotation | None = None
     cu_seqlens: Tensor | None = None  # of packed data, int32 (batch + 1,)
-    keys: int | None = None  # tokens of transposed data (`flash8.tensors.v_colmajor`), else None
+    v_colmajor_tokens: int | None = None  # of data as `flash8.tensors.v_colmajor` has it
 
     def by_token(self) -> Tensor:
         """The data in (batch, seqlen, heads, d) or (total, heads, d), whatever it is stored as."""
-        if self.keys is None:
+        if self.v_colmajor_tokens is None:
             return self.data
-        return untranspose(self.data, self.keys, Tokens(self.cu_seqlens))
+        return from_colmajor(self.data, self.v_colmajor_tokens, Tokens(self.cu_seqlens))
 
     @property
     def shape(self) -> torch.Size:

@@ -21,7 +21,7 @@ KEY_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 CHANNEL_ORDER = (0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)
 
 
-def transposed_shape(shape: torch.Size, batch: int, packed: bool) -> tuple[int, ...]:
+def colmajor_shape(shape: torch.Size, batch: int, packed: bool) -> tuple[int, ...]:
     """(batch, heads, d, 128 * blocks), or (heads, d, 128 * blocks) of a packed tensor."""
     *_, tokens, heads, width = shape
     if packed:
@@ -29,7 +29,7 @@ def transposed_shape(shape: torch.Size, batch: int, packed: bool) -> tuple[int, 
     return batch, heads, width, BLOCK * num_blocks(tokens)
 
 
-def transpose(data: Tensor, tokens: Tokens) -> Tensor:
+def to_colmajor(data: Tensor, tokens: Tokens) -> Tensor:
     """8-bit (batch, seqlen, heads, d) or (total, heads, d) by keys."""
     raw = data.view(torch.uint8)
     used = tokens.used(data)
@@ -45,7 +45,7 @@ def transpose(data: Tensor, tokens: Tokens) -> Tensor:
     return _channels_reordered(by_keys, CHANNEL_ORDER).view(data.dtype)
 
 
-def untranspose(data: Tensor, keys: int, tokens: Tokens) -> Tensor:
+def from_colmajor(data: Tensor, keys: int, tokens: Tokens) -> Tensor:
     """The first `keys` tokens, (batch, keys, heads, d), or all `keys` of a packed tensor."""
     raw = _reordered(data.view(torch.uint8), _inverse(KEY_ORDER))
     raw = _channels_reordered(raw, _inverse(CHANNEL_ORDER)).movedim(-1, -3)

@@ -47,8 +47,9 @@ def forward(
     """Fills out and lse (every row of them), and the partials where num_splits > 1."""
     if q.device.type == "cpu":
         check_values(q, k, options)
-    if options.v_keys is not None:
-        v, options = _by_token(v, options.v_keys, options), options._replace(v_keys=None)
+    if options.v_colmajor_tokens is not None:
+        v = _by_token(v, options.v_colmajor_tokens, options)
+        options = options._replace(v_colmajor_tokens=None)
     if options.num_splits == 1:
         _forward_split(q, k, v, qv, s_aux, options, out, lse, split=0)
         return
@@ -61,9 +62,9 @@ def forward(
 
 def _by_token(v: Tensor, keys: int, options: Options) -> Tensor:
     from flash8.tensors.tokens import Tokens
-    from flash8.tensors.v_colmajor import untranspose
+    from flash8.tensors.v_colmajor import from_colmajor
 
-    return untranspose(v, keys, Tokens(options.cu_seqlens_k))
+    return from_colmajor(v, keys, Tokens(options.cu_seqlens_k))
 
 
 def _forward_split(

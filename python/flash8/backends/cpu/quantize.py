@@ -8,7 +8,7 @@ from flash8.tensors.arguments import describe, require_tensor
 from flash8.tensors.descales import SMALLEST, checked
 from flash8.tensors.float8 import E4M3, MAX, saturating_cast
 from flash8.tensors.rotary import embed_position
-from flash8.tensors.v_colmajor import transpose
+from flash8.tensors.v_colmajor import to_colmajor
 
 _WIDE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -38,8 +38,8 @@ def quantize(request: Request) -> tuple[Tensor, Tensor, Tensor]:
     inverse = checked(descale).reciprocal()
     scaled = y * tokens.spread_descale(inverse, y, request.granularity)
     data = saturating_cast(scaled, request.dtype)
-    if request.transpose:
-        data = transpose(data, tokens)
+    if request.v_colmajor:
+        data = to_colmajor(data, tokens)
     nothing = y.new_empty((0,), dtype=torch.float32)
     return data, descale, nothing if mean is None else mean.float()
 

@@ -193,7 +193,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> ForwardVariant:
         pack_gqa,
         forward_fp8.scales(options) if q.dtype == E4M3 else "none",
         cluster,
-        options.v_keys is not None,
+        options.v_colmajor_tokens is not None,
     )
 
 
@@ -258,7 +258,7 @@ def _describe(
 ) -> _native.ForwardParams:
     call = _native.ForwardParams()
     call.q, call.k, call.o = (_tensor_ref(x) for x in (q, k, out))
-    call.v = _tensor_ref(v) if options.v_keys is None else _tensor_ref(v.transpose(-3, -2))
+    call.v = _tensor_ref(v if options.v_colmajor_tokens is None else v.transpose(-3, -2))
     call.lse = (lse.data_ptr(), 0 if lse.dim() == 2 else lse.stride(0), lse.stride(-2))
     call.heads_q, call.heads_kv = q.shape[-2], k.shape[-2]
     call.head_dim, call.head_dim_v = q.shape[-1], options.head_dim_v(v)
@@ -299,7 +299,7 @@ def _variant(
     pack_gqa: bool,
     scales: Scales,
     cluster: bool,
-    v_transposed: bool,
+    v_colmajor: bool,
 ) -> ForwardVariant:
     """The variant for these choices, made once per process."""
     return ForwardVariant(
@@ -312,5 +312,5 @@ def _variant(
         pack_gqa=pack_gqa,
         scales=scales,
         cluster=cluster,
-        v_transposed=v_transposed,
+        v_colmajor=v_colmajor,
     )

@@ -19,10 +19,10 @@ def refusal(v: Tensor, options: Options) -> str | None:
     """Why no FP8 kernel serves a call with these options, or None."""
     if scales(options) == "block" and options.leftpad_k is not None:
         return "leftpad_k with descales per block has no kernel: blocks start with the sequence"
-    if options.v_keys is not None and v.shape[-2] % 16 != 0:
-        return f"head_dim_v is {v.shape[-2]}; a transposed v needs a multiple of 16"
-    if options.v_keys is not None and options.leftpad_k is not None:
-        return "leftpad_k with a transposed v has no kernel: its tiles start with the sequence"
+    if options.v_colmajor_tokens is not None and v.shape[-2] % 16 != 0:
+        return f"head_dim_v is {v.shape[-2]}; a v_colmajor v needs a multiple of 16"
+    if options.v_colmajor_tokens is not None and options.leftpad_k is not None:
+        return "leftpad_k with a v_colmajor v has no kernel: its tiles start with the sequence"
     return None
 
 

@@ -103,15 +103,15 @@ def _variant_of(request: Request, job: Job) -> QuantizeVariant:
     x = request.x
     if job != "cast":
         return variant_for(job, x)
-    return variant_for(job, x, "e4m3" if request.dtype == E4M3 else "e5m2", request.transpose)
+    return variant_for(job, x, "e4m3" if request.dtype == E4M3 else "e5m2", request.v_colmajor)
 
 
 def variant_for(
-    job: Job, x: Tensor, out: Output = "e4m3", transposed: bool = False
+    job: Job, x: Tensor, out: Output = "e4m3", v_colmajor: bool = False
 ) -> QuantizeVariant:
     """The kernel that does this job for an x of this type and head dimension."""
     dtype = "fp32" if job == "mean_finish" else _DTYPES[x.dtype]
-    return _variant(job, dtype, tile_head_dim(x.shape[-1]), out, transposed)
+    return _variant(job, dtype, tile_head_dim(x.shape[-1]), out, v_colmajor)
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ class Call:
     def _describe_data(self) -> None:
         params, data = self._launcher.params, self.data
         params.out = tensor_ref(data)
-        if self._request.transpose:
+        if self._request.v_colmajor:
             batch_stride = 0 if self._request.packed else data.stride(0)
             params.out = (data.data_ptr(), batch_stride, data.stride(-2), data.stride(-3))
 
@@ -276,9 +276,9 @@ def _aligned(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
 
 @functools.cache
 def _variant(
-    job: Job, dtype: Input, head_dim: int, out: Output, transposed: bool
+    job: Job, dtype: Input, head_dim: int, out: Output, v_colmajor: bool
 ) -> QuantizeVariant:
-    return QuantizeVariant(job, dtype, head_dim, out, transposed)
+    return QuantizeVariant(job, dtype, head_dim, out, v_colmajor)
 
 
 @functools.cache

@@ -24,7 +24,7 @@ class QuantizeVariant:
         dtype: Element type of x. "mean_finish" reads sums, so fp32.
         head_dim: Channels that a tile has room for.
         out: The 8-bit type; of the cast only.
-        transposed: Whether the cast writes (head_dim, tokens); of the cast only.
+        v_colmajor: Whether the cast writes (head_dim, tokens); of the cast only.
 
     Raises:
         ValueError: A choice is unknown, or another job than the cast has a choice of the cast.
@@ -34,7 +34,7 @@ class QuantizeVariant:
     dtype: Input
     head_dim: int
     out: Output = "e4m3"
-    transposed: bool = False
+    v_colmajor: bool = False
 
     def __post_init__(self) -> None:
         choices = {"job": Job, "dtype": Input, "out": Output}
@@ -47,15 +47,15 @@ class QuantizeVariant:
             raise ValueError(f"head_dim is {self.head_dim}; supported are {TILE_HEAD_DIMS}")
         if self.job == "mean_finish" and self.dtype != "fp32":
             raise ValueError(f"dtype is {self.dtype!r}; 'mean_finish' reads sums, which are 'fp32'")
-        if self.job != "cast" and (self.out != "e4m3" or self.transposed):
-            raise ValueError(f"job is {self.job!r}; only 'cast' has out and transposed")
+        if self.job != "cast" and (self.out != "e4m3" or self.v_colmajor):
+            raise ValueError(f"job is {self.job!r}; only 'cast' has out and v_colmajor")
 
     @cached_property
     def name(self) -> str:
         """A name that no other variant has: quantize_cast_bf16_d128."""
         parts = [self.job, self.dtype, f"d{self.head_dim}"]
         parts += [self.out] if self.out != "e4m3" else []
-        parts += ["transposed"] if self.transposed else []
+        parts += ["vcolmajor"] if self.v_colmajor else []
         return "_".join(["quantize", *parts])
 
     @property
@@ -65,7 +65,7 @@ class QuantizeVariant:
             ("FLASH8_DTYPE", enumerator(self.dtype)),
             ("FLASH8_HEAD_DIM", str(self.head_dim)),
             ("FLASH8_OUT", enumerator(self.out)),
-            ("FLASH8_TRANSPOSED", str(int(self.transposed))),
+            ("FLASH8_V_COLMAJOR", str(int(self.v_colmajor))),
         )
 
     def unit(self) -> Unit:
@@ -84,7 +84,7 @@ def _shipped() -> tuple[QuantizeVariant, ...]:
     for head_dim in TILE_HEAD_DIMS:
         rows += [QuantizeVariant(job, "bf16", head_dim) for job in jobs]
         rows.append(QuantizeVariant("mean_finish", "fp32", head_dim))
-        rows.append(QuantizeVariant("cast", "bf16", head_dim, transposed=True))
+        rows.append(QuantizeVariant("cast", "bf16", head_dim, v_colmajor=True))
     rows.append(QuantizeVariant("cast", "fp16", 128))
     rows.append(QuantizeVariant("cast", "fp32", 128))
     rows.append(QuantizeVariant("cast", "bf16", 128, out="e5m2"))

@@ -32,7 +32,7 @@ class ForwardVariant:
         scales: Granularity of the descales of e4m3: one per (batch, head), or one per block.
         alibi: Whether scores fall with the distance between query and key.
         cluster: Whether two CTAs load K and V together; without a mask only.
-        v_transposed: Whether v of e4m3 comes by keys, as the quantizer transposes it.
+        v_colmajor: Whether v of e4m3 comes by keys, as the quantizer transposes it.
 
     Raises:
         ValueError: A choice is unknown, or the choices exclude each other.
@@ -47,7 +47,7 @@ class ForwardVariant:
     scales: Scales = "none"
     alibi: bool = False
     cluster: bool = False
-    v_transposed: bool = False
+    v_colmajor: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -65,9 +65,9 @@ class ForwardVariant:
                 f"scales is {self.scales!r} with dtype {self.dtype!r}; e4m3 needs 'head' or "
                 f"'block', the 16-bit types 'none'"
             )
-        if self.v_transposed and self.dtype != "e4m3":
+        if self.v_colmajor and self.dtype != "e4m3":
             raise ValueError(
-                f"v_transposed is True with dtype {self.dtype!r}; 16-bit products take v as it is"
+                f"v_colmajor is True with dtype {self.dtype!r}; 16-bit products take v as it is"
             )
         if self.cluster and self.mask != "none":
             raise ValueError(f"cluster is True with mask {self.mask!r}; supported is mask 'none'")
@@ -82,7 +82,7 @@ class ForwardVariant:
         parts += ["alibi"] if self.alibi else []
         parts += ["packgqa"] if self.pack_gqa else []
         parts += ["cluster"] if self.cluster else []
-        parts += ["vt"] if self.v_transposed else []
+        parts += ["vcolmajor"] if self.v_colmajor else []
         parts += [f"{self.scales}scales"] if self.scales != "none" else []
         return "_".join(["forward", *parts])
 
@@ -123,8 +123,8 @@ SHIPPED: tuple[ForwardVariant, ...] = (
     ForwardVariant("e4m3", 96, 96, scales="head"),
     ForwardVariant("e4m3", 128, 128, scales="head"),
     ForwardVariant("e4m3", 128, 128, mask="causal", scales="head"),
-    ForwardVariant("e4m3", 128, 128, scales="head", v_transposed=True),
-    ForwardVariant("e4m3", 128, 128, mask="causal", scales="head", v_transposed=True),
+    ForwardVariant("e4m3", 128, 128, scales="head", v_colmajor=True),
+    ForwardVariant("e4m3", 128, 128, mask="causal", scales="head", v_colmajor=True),
     ForwardVariant("e4m3", 128, 128, scales="block"),
     ForwardVariant("e4m3", 128, 128, mask="causal", scales="block"),
     ForwardVariant("e4m3", 192, 128, mask="causal", scales="head"),
@@ -132,5 +132,5 @@ SHIPPED: tuple[ForwardVariant, ...] = (
     ForwardVariant("e4m3", 192, 192, mask="local", scales="block"),
     ForwardVariant("e4m3", 256, 256, scales="head"),
     ForwardVariant("e4m3", 256, 256, mask="causal", scales="head"),
-    ForwardVariant("e4m3", 256, 256, mask="causal", scales="head", v_transposed=True),
+    ForwardVariant("e4m3", 256, 256, mask="causal", scales="head", v_colmajor=True),
 )

@@ -103,7 +103,7 @@ def _expected(problem: Problem) -> tuple[Tensor, Tensor]:
     q, k, v, s_aux = (x.to(where) for x in (*problem.real, problem.s_aux))
     # What q, k and v stand for needs no descales and means.
     plain: dict[str, Any] = dict.fromkeys(_OF_FP8)
-    options = problem.options._replace(v_keys=None, **plain)
+    options = problem.options._replace(v_colmajor_tokens=None, **plain)
     options = Options._make(x.to(where) if isinstance(x, Tensor) else x for x in options)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     lse, nothing = _rows(q, torch.float64), q.new_empty((0,))

@@ -16,7 +16,7 @@ from flash8.call.options import Options
 from flash8.tensors.descales import num_blocks, num_packed_blocks
 from flash8.tensors.float8 import E4M3
 from flash8.tensors.tokens import Tokens
-from flash8.tensors.v_colmajor import transpose
+from flash8.tensors.v_colmajor import to_colmajor
 
 _DTYPES: dict[Element, torch.dtype] = {
     "fp16": torch.float16,
@@ -99,9 +99,9 @@ class _Draw:
         k = self._tensor(self._keys, _HEADS_KV, variant.head_dim)
         v = self._tensor(self._keys, _HEADS_KV, variant.head_dim_v)
         real = self._real(q, k, v, options)
-        if variant.v_transposed:
-            options = options._replace(v_keys=v.shape[-3])
-            v = transpose(v, Tokens(options.cu_seqlens_k, options.seqused_k))
+        if variant.v_colmajor:
+            options = options._replace(v_colmajor_tokens=v.shape[-3])
+            v = to_colmajor(v, Tokens(options.cu_seqlens_k, options.seqused_k))
         narrow = torch.bfloat16 if self._packed else torch.float16
         out_dtype = narrow if float8 else q.dtype
         sinks = self._uniform(_HEADS) * 4.0

@@ -107,7 +107,7 @@ class _Draw:
             rope=Rope(*self._tables(), self._int32(3, 0, 60), False),
             cu_seqlens=lengths,
             seqused=self._int32(129, 0, 33),
-            transpose=variant.transposed,
+            v_colmajor=variant.v_colmajor,
         )
         given = variant.job == "cast"
         yield Request(
@@ -118,7 +118,7 @@ class _Draw:
             rope=Rope(*self._tables(), None, True),
             descale=self._fp32(0.01) if given else None,
             amax=self._fp32(0.5) if given else None,
-            transpose=variant.transposed,
+            v_colmajor=variant.v_colmajor,
         )
 
     def appended(self) -> Appended:

@@ -1,0 +1,15 @@
+// The parts of the module flash8._native.
+
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace flash8 {
+
+void bind_driver(pybind11::module_& module);      // errors, the driver, memory, streams
+void bind_kernel(pybind11::module_& module);      // tensor maps, libraries, kernels, the registry
+void bind_calls(pybind11::module_& module);       // attention calls
+void bind_quantize(pybind11::module_& module);    // quantizer calls
+void bind_plan_cache(pybind11::module_& module);  // attention calls like one before
+
+}  // namespace flash8

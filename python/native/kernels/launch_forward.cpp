@@ -1,0 +1,230 @@
+#include "kernels/launch_forward.h"
+
+#include <algorithm>
+
+#include "driver/launch.h"
+#include "driver/require.h"
+#include "driver/tensor_map.h"
+
+namespace flash8 {
+
+namespace {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+// Below 2^31 by more than any grid: every CTA draws one number behind the last tile.
+constexpr std::int64_t kMaxTiles = 2147483647 - (1 << 20);
+// Rows of Q with query heads folded in, and those of Q and K together, with a tile of each behind them.
+constexpr std::int64_t kMaxRows = 2147483647 - 1024;
+constexpr std::int64_t kStoreBytes = 16;  // the epilogue stores O in units of this size
+
+void check_kernel(const Kernel& kernel) {
+    require(kernel.info().has_value(), "forward: ", kernel.name(), " exports no kernel_info");
+    require(kernel.info()->kind == KernelKind::kForward, "forward: ", kernel.name(),
+            " is not a forward kernel");
+}
+
+void check_heads(const ForwardParams& call, const KernelInfo& info) {
+    require(call.heads_kv >= 1, "forward: heads_kv is ", call.heads_kv, "; it must be positive");
+    require(call.heads_q >= 1 && call.heads_q % call.heads_kv == 0, "forward: heads_q is ", call.heads_q,
+            "; it must be a multiple of heads_kv, ", call.heads_kv);
+    require(call.head_dim >= 1 && call.head_dim <= info.kHeadDim, "forward: head_dim is ", call.head_dim,
+            "; this kernel supports 1 to ", info.kHeadDim);
+    require(call.head_dim_v >= 1 && call.head_dim_v <= info.kHeadDimV, "forward: head_dim_v is ",
+            call.head_dim_v, "; this kernel supports 1 to ", info.kHeadDimV);
+    const int ratio = call.heads_q / call.heads_kv;
+    require(!info.pack_gqa || info.kBlockM % ratio == 0, "forward: heads_q is ", call.heads_q, ", ", ratio,
+            " times heads_kv; this kernel folds heads into tiles of ", info.kBlockM,
+            " rows, which that does not divide");
+}
+
+void check_sequences(const SequenceParams& sequences) {
+    const auto check = [](const char* name, std::int64_t value) {
+        require(value >= 0 && value < (std::int64_t{1} << 31), "forward: ", name, " is ", value,
+                "; supported are 0 to 2^31 - 1");
+    };
+    check("batch", sequences.batch);
+    check("batch_k", sequences.batch_k);
+    check("max_seqlen_q", sequences.max_seqlen_q);
+    check("max_seqlen_k", sequences.max_seqlen_k);
+    check("total_q", sequences.total_q);
+    check("total_k", sequences.total_k);
+}
+
+void check_output(const ForwardParams& call) {
+    constexpr std::int64_t unit = kStoreBytes / 2;  // in elements
+    const auto check = [&](const char* name, std::int64_t elements) {
+        require(elements % unit == 0, "forward: ", name, " is ", elements,
+                " elements; it must be a multiple of ", kStoreBytes, " bytes");
+    };
+    const auto address = reinterpret_cast<std::uintptr_t>(call.o.ptr);
+    require(address != 0 && address % kStoreBytes == 0, "forward: o is at address ", address,
+            "; it must be a multiple of ", kStoreBytes, " and not null");
+    check("head_dim_v", call.head_dim_v);
+    check("the batch stride of o", call.o.batch_stride);
+    check("the row stride of o", call.o.row_stride);
+    check("the head stride of o", call.o.head_stride);
+}
+
+void check_descales(const ForwardParams& call, const KernelInfo& info) {
+    if (element_bytes(info.tma[0].element_type) != 1) {
+        return;
+    }
+    require(call.o_type == ElementType::kFloat16 || call.o_type == ElementType::kBfloat16,
+            "forward: o_type is ", static_cast<std::uint32_t>(call.o_type),
+            "; supported are FLOAT16 and BFLOAT16");
+    const std::int32_t group = call.heads_q / call.heads_kv;
+    require(call.heads_per_q_descale == 1 || call.heads_per_q_descale == group,
+            "forward: heads_per_q_descale is ", call.heads_per_q_descale, "; supported are 1 and ", group,
+            ", the query heads of a KV head");
+    const bool blocks = call.q_descale.block_stride != 0 || call.k_descale.block_stride != 0 ||
+                        call.v_descale.block_stride != 0;
+    require(!blocks || info.scale_block > 0, "forward: this kernel has one descale per head, not per block");
+    require((info.scale_block == 0 && info.v_colmajor == 0) || call.sequences.leftpad_k == nullptr,
+            "forward: leftpad_k is not supported with descales per block or transposed v");
+}
+
+// The (head_dim, row, head, batch) tensor behind a TensorRef. A tensor without rows has no address to speak
+// of, and none of it is read: it stands for one row somewhere in O.
+TiledTensor tiled(const TensorRef& ref, std::int64_t head_dim, std::int64_t rows, std::int64_t heads,
+                  std::int64_t batch, ElementType type, const TensorRef& somewhere) {
+    const bool empty = rows == 0 || batch == 0;
+    const void* address = empty ? somewhere.ptr : ref.ptr;
+    if (empty) {
+        rows = heads = batch = 1;
+    }
+    const auto stride = [&](std::int64_t dim, std::int64_t elements) {
+        return dim == 1 ? 0 : stride_in_bytes(elements, type);  // settled below
+    };
+    TiledTensor tensor{
+        type,
+        reinterpret_cast<std::uintptr_t>(address),
+        {head_dim, rows, heads, batch},
+        {stride(rows, ref.row_stride), stride(heads, ref.head_stride), stride(batch, ref.batch_stride)}};
+    settle_strides(tensor);
+    return tensor;
+}
+
+// Q as (head_dim, ratio, row, KV head, batch); a box holds all query heads of a KV head for as many rows as
+// fit a tile.
+TensorMap encode_folded_q(const Driver& driver, const KernelInfo& info, const ForwardParams& params,
+                          std::int64_t rows, std::int64_t batch) {
+    const std::int64_t ratio = params.heads_q / params.heads_kv;
+    TmaBox box = info.tma[0];
+    TensorRef by_kv_head = params.q;
+    // A product that overflows is none that TMA has.
+    if (__builtin_mul_overflow(params.q.head_stride, ratio, &by_kv_head.head_stride)) {
+        by_kv_head.head_stride = -1;
+    }
+    TiledTensor tensor =
+        tiled(by_kv_head, params.head_dim, rows, params.heads_kv, batch, box.element_type, params.o);
+    tensor.dims.insert(tensor.dims.begin() + 1, ratio);
+    tensor.strides.insert(tensor.strides.begin(),
+                          ratio == 1 ? 0 : stride_in_bytes(params.q.head_stride, box.element_type));
+    settle_strides(tensor);
+    box.box[1] = static_cast<std::uint32_t>(ratio);
+    box.box[2] = static_cast<std::uint32_t>(info.kBlockM / ratio);
+    return encode_tensor_map(driver, tensor, box);
+}
+
+void encode_maps(const Driver& driver, const KernelInfo& info, ForwardParams& params) {
+    const SequenceParams& sequences = params.sequences;
+    const bool packed_q = sequences.cu_seqlens_q != nullptr;
+    const bool packed_k = sequences.cu_seqlens_k != nullptr;
+    const std::int64_t rows_q = packed_q ? sequences.total_q : sequences.max_seqlen_q;
+    const std::int64_t rows_k = packed_k ? sequences.total_k : sequences.max_seqlen_k;
+    const std::int64_t batch_q = packed_q ? 1 : sequences.batch;
+    const std::int64_t batch_k = packed_k ? 1 : sequences.batch_k;
+    const auto encode = [&](const TensorRef& ref, std::int64_t head_dim, std::int64_t rows,
+                            std::int64_t heads, std::int64_t batch, const TmaBox& box) {
+        return encode_tensor_map(driver, tiled(ref, head_dim, rows, heads, batch, box.element_type, params.o),
+                                 box);
+    };
+    if (info.pack_gqa) {
+        params.tma_q = encode_folded_q(driver, info, params, rows_q, batch_q);
+    } else {
+        params.tma_q = encode(params.q, params.head_dim, rows_q, params.heads_q, batch_q, info.tma[0]);
+    }
+    params.tma_k = encode(params.k, params.head_dim, rows_k, params.heads_kv, batch_k, info.tma[1]);
+    if (info.v_colmajor) {
+        const std::int64_t keys = kScaleBlock * (packed_k ? sequences.total_k / kScaleBlock + sequences.batch
+                                                          : (rows_k + kScaleBlock - 1) / kScaleBlock);
+        const std::int64_t channels = keys == 0 ? 0 : params.head_dim_v;
+        params.tma_v =
+            encode(params.v, keys == 0 ? kScaleBlock : keys, channels, params.heads_kv, batch_k, info.tma[2]);
+    } else {
+        params.tma_v = encode(params.v, params.head_dim_v, rows_k, params.heads_kv, batch_k, info.tma[2]);
+    }
+}
+
+// The kernels count rows in 32 bits.
+void check_rows(const ForwardParams& call, const KernelInfo& info) {
+    const SequenceParams& sequences = call.sequences;
+    const std::int64_t ratio = info.pack_gqa ? call.heads_q / call.heads_kv : 1;
+    const std::int64_t rows_q = sequences.cu_seqlens_q ? sequences.total_q : sequences.max_seqlen_q;
+    const std::int64_t rows_k = sequences.cu_seqlens_k ? sequences.total_k : sequences.max_seqlen_k;
+    require(rows_q + rows_k <= kMaxRows && rows_q * ratio <= kMaxRows, "forward: q has ", rows_q, " rows of ",
+            ratio, " folded heads and k has ", rows_k, "; supported are less than 2^31 in all");
+    const std::int64_t blocks =
+        sequences.cu_seqlens_k ? sequences.total_k / kScaleBlock + sequences.batch : 0;
+    require(info.v_colmajor == 0 || blocks * kScaleBlock <= kMaxRows, "forward: v by keys has ", blocks,
+            " blocks of ", kScaleBlock, " keys; supported are less than 2^31 keys");
+}
+
+// The blocks of rows of a cluster, and the heads that tiles are made of: of all query heads, or of the KV
+// heads with their query heads folded into the rows.
+struct TileCounts {
+    std::int64_t max_m_blocks;  // of the longest sequence
+    std::int64_t heads;
+    std::int64_t tiles;  // of packed sequences, whose lengths only the device knows, a bound
+};
+
+TileCounts count_tiles(const ForwardParams& call, const KernelInfo& info) {
+    const SequenceParams& sequences = call.sequences;
+    const std::int64_t rows_per_query = info.pack_gqa ? call.heads_q / call.heads_kv : 1;
+    const std::int64_t heads = info.pack_gqa ? call.heads_kv : call.heads_q;
+    const std::int64_t block = std::int64_t{info.kBlockM} * info.cluster[0];
+    const auto full_blocks = [&](std::int64_t rows) { return rows * rows_per_query / block; };
+    const std::int64_t max_m_blocks = full_blocks(sequences.max_seqlen_q + block / rows_per_query - 1);
+    const std::int64_t packed = full_blocks(sequences.total_q) + sequences.batch;
+    const std::int64_t blocks = sequences.cu_seqlens_q ? packed : max_m_blocks * sequences.batch;
+    require(blocks <= kMaxTiles / heads && max_m_blocks <= kMaxTiles,
+            "forward: there are more than 2^31 - 2^20 tiles of queries");
+    return {max_m_blocks, heads, blocks * heads};
+}
+
+}  // namespace
+
+void launch_forward(Kernel& kernel, int device, std::uint64_t stream, const ForwardParams& call,
+                    int sm_margin) {
+    check_kernel(kernel);
+    const KernelInfo& info = *kernel.info();
+    check_heads(call, info);
+    check_sequences(call.sequences);
+    require(sm_margin >= 0, "forward: sm_margin is ", sm_margin, "; it must not be negative");
+    const bool packed = call.sequences.cu_seqlens_q != nullptr;
+    if (packed ? call.sequences.total_q == 0
+               : call.sequences.max_seqlen_q == 0 || call.sequences.batch == 0) {
+        return;
+    }
+    check_rows(call, info);
+    const TileCounts counts = count_tiles(call, info);
+    check_output(call);
+    check_descales(call, info);
+
+    ForwardParams params = call;
+    encode_maps(kernel.driver(), info, params);
+    params.scores.softmax_scale_log2 = call.scores.softmax_scale * kLog2E;
+    const int multiprocessors = kernel.driver().primary(device).multiprocessors;
+    const int cluster = info.cluster[0];
+    const std::int64_t ctas =
+        cluster *
+        std::clamp<std::int64_t>(counts.tiles, 1, std::max(1, (multiprocessors - sm_margin) / cluster));
+    SchedulerParams& scheduler = params.scheduler;
+    scheduler.max_m_blocks = static_cast<std::int32_t>(counts.max_m_blocks);
+    scheduler.heads_per_section = static_cast<std::int32_t>(std::clamp<std::int64_t>(
+        scheduler.heads_per_section, 1, std::max<std::int64_t>(1, counts.heads * call.sequences.batch)));
+    scheduler.num_ctas = static_cast<std::int32_t>(ctas);
+    launch(kernel, device, stream, shape_of(info, {ctas, 1, 1}), {{&params, sizeof(params)}});
+}
+
+}  // namespace flash8

@@ -1,0 +1,176 @@
+#include "kernels/layout.h"
+
+#include "forward/params.h"
+#include "kernel_info.h"
+#include "quantize_params.h"
+
+namespace flash8 {
+
+// FIELD works inside a function whose alias T is the struct.
+#define FIELD(name) {#name, offsetof(T, name), sizeof(T::name)}
+
+namespace {
+
+template <class T>
+StructLayout layout(const char* name, std::vector<FieldLayout> fields) {
+    return {name, sizeof(T), alignof(T), std::move(fields)};
+}
+
+StructLayout tensor_map() {
+    using T = TensorMap;
+    return layout<T>("TensorMap", {FIELD(opaque)});
+}
+
+StructLayout tensor_ref() {
+    using T = TensorRef;
+    return layout<T>("TensorRef", {FIELD(ptr), FIELD(batch_stride), FIELD(row_stride), FIELD(head_stride)});
+}
+
+StructLayout descale_ref() {
+    using T = DescaleRef;
+    return layout<T>("DescaleRef",
+                     {FIELD(ptr), FIELD(batch_stride), FIELD(head_stride), FIELD(block_stride)});
+}
+
+StructLayout row_ref() {
+    using T = RowRef;
+    return layout<T>("RowRef", {FIELD(ptr), FIELD(batch_stride), FIELD(head_stride)});
+}
+
+StructLayout channel_ref() {
+    using T = ChannelRef;
+    return layout<T>("ChannelRef", {FIELD(ptr), FIELD(batch_stride), FIELD(head_stride)});
+}
+
+StructLayout sequence_params() {
+    using T = SequenceParams;
+    return layout<T>("SequenceParams",
+                     {FIELD(cu_seqlens_q), FIELD(cu_seqlens_k), FIELD(seqused_q), FIELD(seqused_k),
+                      FIELD(leftpad_k), FIELD(kv_batch_idx), FIELD(total_q), FIELD(total_k), FIELD(batch),
+                      FIELD(batch_k), FIELD(max_seqlen_q), FIELD(max_seqlen_k)});
+}
+
+StructLayout score_params() {
+    using T = ScoreParams;
+    return layout<T>("ScoreParams", {FIELD(sinks), FIELD(alibi_slopes), FIELD(alibi_batch_stride),
+                                     FIELD(softmax_scale), FIELD(softmax_scale_log2), FIELD(softcap),
+                                     FIELD(window_left), FIELD(window_right), FIELD(attention_chunk)});
+}
+
+StructLayout scheduler_params() {
+    using T = SchedulerParams;
+    return layout<T>("SchedulerParams", {FIELD(tile_count), FIELD(max_m_blocks), FIELD(heads_per_section),
+                                         FIELD(num_ctas), FIELD(reserved)});
+}
+
+StructLayout forward_params() {
+    using T = ForwardParams;
+    return layout<T>("ForwardParams", {FIELD(tma_q),
+                                       FIELD(tma_k),
+                                       FIELD(tma_v),
+                                       FIELD(q),
+                                       FIELD(k),
+                                       FIELD(v),
+                                       FIELD(o),
+                                       FIELD(lse),
+                                       FIELD(q_descale),
+                                       FIELD(k_descale),
+                                       FIELD(v_descale),
+                                       FIELD(k_mean),
+                                       FIELD(v_mean),
+                                       FIELD(v_channel_descale),
+                                       FIELD(sequences),
+                                       FIELD(scores),
+                                       FIELD(scheduler),
+                                       FIELD(heads_q),
+                                       FIELD(heads_kv),
+                                       FIELD(head_dim),
+                                       FIELD(head_dim_v),
+                                       FIELD(o_type),
+                                       FIELD(heads_per_q_descale),
+                                       FIELD(reserved)});
+}
+
+StructLayout group_ref() {
+    using T = GroupRef;
+    return layout<T>("GroupRef", {FIELD(ptr), FIELD(batch_stride), FIELD(head_stride), FIELD(block_stride)});
+}
+
+StructLayout append_params() {
+    using T = AppendParams;
+    return layout<T>("AppendParams",
+                     {FIELD(cache_seqlens), FIELD(page_table), FIELD(kv_batch_idx), FIELD(page_table_stride),
+                      FIELD(max_pages), FIELD(num_slots), FIELD(slot_tokens), FIELD(descale_by_slot)});
+}
+
+StructLayout quantize_params() {
+    using T = QuantizeParams;
+    return layout<T>("QuantizeParams", {FIELD(x),
+                                        FIELD(out),
+                                        FIELD(mean),
+                                        FIELD(mean_rotated),
+                                        FIELD(mean_partial),
+                                        FIELD(descale),
+                                        FIELD(amax),
+                                        FIELD(rope_cos),
+                                        FIELD(rope_sin),
+                                        FIELD(rope_offsets),
+                                        FIELD(cu_seqlens),
+                                        FIELD(seqused),
+                                        FIELD(append),
+                                        FIELD(total),
+                                        FIELD(batch),
+                                        FIELD(seqlen),
+                                        FIELD(heads),
+                                        FIELD(head_dim),
+                                        FIELD(rope_rows),
+                                        FIELD(rotary_dim),
+                                        FIELD(interleaved),
+                                        FIELD(scale_source),
+                                        FIELD(hadamard_block),
+                                        FIELD(hadamard_scale),
+                                        FIELD(hadamard_signs),
+                                        FIELD(reverse),
+                                        FIELD(reserved)});
+}
+
+StructLayout tma_box() {
+    using T = TmaBox;
+    return layout<T>("TmaBox", {FIELD(rank), FIELD(box), FIELD(element_type), FIELD(swizzle)});
+}
+
+StructLayout kernel_info() {
+    using T = KernelInfo;
+    return layout<T>("KernelInfo", {FIELD(abi_version),
+                                    FIELD(info_bytes),
+                                    FIELD(params_bytes),
+                                    FIELD(kind),
+                                    FIELD(entry),
+                                    FIELD(kBlockM),
+                                    FIELD(kBlockN),
+                                    FIELD(kHeadDim),
+                                    FIELD(kHeadDimV),
+                                    FIELD(kStages),
+                                    FIELD(threads),
+                                    FIELD(min_ctas_per_sm),
+                                    FIELD(cluster),
+                                    FIELD(shared_bytes),
+                                    FIELD(producer_registers),
+                                    FIELD(consumer_registers),
+                                    FIELD(pack_gqa),
+                                    FIELD(scale_block),
+                                    FIELD(v_colmajor),
+                                    FIELD(tma)});
+}
+
+#undef FIELD
+
+}  // namespace
+
+std::vector<StructLayout> struct_layouts() {
+    return {tensor_map(),      tensor_ref(),      descale_ref(),      row_ref(),        channel_ref(),
+            sequence_params(), score_params(),    scheduler_params(), forward_params(), group_ref(),
+            append_params(),   quantize_params(), tma_box(),          kernel_info()};
+}
+
+}  // namespace flash8
