@@ -100,9 +100,9 @@ def test_shared_memory_is_asked_for_once(fake, kernel):
 
 
 def test_shared_memory_is_asked_for_again_only_when_it_grows(fake, plain):
-    for shared_bytes in (1000, 48 * 1024, 60_000, 50_000, 70_000):
+    for shared_bytes in (0, 1000, 48 * 1024, 60_000, 50_000, 70_000):
         plain.launch((1, 1, 1), [], block=(32, 1, 1), shared_bytes=shared_bytes)
-    assert fake.count("cuFuncSetAttribute") == 2
+    assert fake.count("cuFuncSetAttribute") == 4
 
 
 def test_a_wide_cluster_is_asked_for_once(fake, plain):

@@ -12,8 +12,7 @@ namespace flash8 {
 
 namespace {
 
-// Without a request a CTA may have this much dynamic shared memory, and a cluster this many CTAs.
-constexpr int kDefaultSharedBytes = 48 * 1024;
+// Without a request a cluster may have this many CTAs.
 constexpr int kPortableClusterCtas = 8;
 
 KernelInfo checked(const std::string& bytes) {
@@ -83,7 +82,6 @@ Kernel::OnDevice& Kernel::on_device(int device) {
     if (state.function == nullptr) {
         const RelaxedCapture relaxed(driver());
         driver().call(&cu::Entries::kernel_get_function, &state.function, handle_);
-        state.max_shared_bytes = kDefaultSharedBytes;
     }
     return state;
 }
@@ -91,6 +89,8 @@ Kernel::OnDevice& Kernel::on_device(int device) {
 cu::Function Kernel::function(int device, const Needs& needs) {
     const std::lock_guard<std::mutex> lock(mutex_);
     OnDevice& state = on_device(device);
+    // Asked for in any case: without it a CTA may have 48 KB less the static memory, of which nothing is
+    // known here.
     if (needs.shared_bytes > state.max_shared_bytes) {
         const RelaxedCapture relaxed(driver());
         driver().call(&cu::Entries::func_set_attribute, state.function, cu::kMaxDynamicSharedSizeBytes,
