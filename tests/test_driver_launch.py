@@ -11,6 +11,7 @@ from flash8 import _native
 
 pytest_plugins = ["driver_fixtures"]
 
+SIZE = LAYOUT["KernelInfo"]["size"]
 FORWARD = bytes([42]) + bytes(LAYOUT["ForwardParams"]["size"] - 1)
 
 
@@ -44,7 +45,7 @@ def test_a_library_is_unloaded_with_its_last_kernel(fake, driver):
 
 @pytest.mark.parametrize("change", [{"abi_version": 7}, {"info_bytes": 396}])
 def test_another_abi_is_refused(driver, change):
-    reads = f"this flash8 reads version {_native.ABI_VERSION} with 404 bytes"
+    reads = f"this flash8 reads version {_native.ABI_VERSION} with {SIZE} bytes"
     with pytest.raises(RuntimeError, match=reads):
         _native.Library(driver, fake_cubin(**change)).kernel()
 
@@ -175,7 +176,7 @@ def test_a_plain_kernel_needs_a_block(plain):
 
 @pytest.mark.parametrize("parameters", [[], [FORWARD[:-1]], [FORWARD, FORWARD]])
 def test_parameters_must_fit_kernel_info(kernel, parameters):
-    with pytest.raises(ValueError, match="forward takes one parameter of 1344 bytes"):
+    with pytest.raises(ValueError, match=f"forward takes one parameter of {len(FORWARD)} bytes"):
         kernel.launch((1, 1, 1), parameters)
 
 
