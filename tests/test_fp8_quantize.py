@@ -389,7 +389,7 @@ BAD = {
         r"amax.*\(2,\)",
     ),
     "descale": (X, dict(descale=torch.ones((), dtype=torch.float64)), TypeError, "descale"),
-    "transposed pages": (X, dict(granularity="page", v_colmajor=True), ValueError, "transpose"),
+    "transposed pages": (X, dict(granularity="page", v_colmajor=True), ValueError, "v_colmajor"),
     "v_colmajor": (X, dict(v_colmajor=1), TypeError, "v_colmajor must be a bool"),
     "rope": (X, dict(rope=(COS, COS)), ValueError, "rope.cos.*up to 9.*4"),
     "rope width": (X, dict(rope=(torch.ones(9, 9),) * 2), ValueError, "rope.cos.*8.*9"),
