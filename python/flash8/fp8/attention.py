@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash8.backends import cpu
 from flash8.call import checks
 from flash8.call.autocast import cast_for_autocast, is_autocast_on
 from flash8.call.options import Options
 from flash8.fp8.recipes import BACKWARDS, CurrentScaling, Recipe, check_call
 from flash8.ops import fp8_attention as ops
-from flash8.tensors.arguments import require_bool
+from flash8.tensors import memory
+from flash8.tensors.arguments import call_by, require_bool
 from flash8.tensors.hadamard import rotation_for
 from flash8.tensors.philox import draw_seed
 from flash8.tensors.scaled_tensor import ScaledTensor
@@ -93,6 +95,8 @@ def fp8_attention(
             "recipe DelayedScaling gathers amax in place, which torch.func's transforms do not "
             "allow: use CurrentScaling or BlockScaling there, or .eval() it"
         )
+    _check_boundaries("cu_seqlens_q", q, options.cu_seqlens_q)
+    _check_boundaries("cu_seqlens_k", k, options.cu_seqlens_k)
     if options.dropout_p > 0.0:
         seed = (
             draw_seed(q.device)
@@ -120,6 +124,12 @@ def fp8_attention(
         *_with_scales(options, q8, k8, v8),
     )
     return (out, lse) if return_attn_probs else out
+
+
+def _check_boundaries(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Before a recipe takes note of x, and under the caller's name."""
+    if cu_seqlens is not None and memory.is_readable(x) and memory.is_readable(cu_seqlens):
+        call_by({"cu_seqlens": name}, cpu.check_tokens, x, cu_seqlens, None)
 
 
 def _with_scales(options: Options, q8: ScaledTensor, k8: ScaledTensor, v8: ScaledTensor) -> Options:
