@@ -82,6 +82,6 @@ def cuda_include() -> Path | None:
 @pytest.mark.skipif(cuda_include() is None, reason="cuda.h is not installed (pip: flash8[compile])")
 def test_declarations_agree_with_cuda_h(tmp_path):
     source = tmp_path / "compare.cpp"
-    source.write_text('#include "params.h"\n' + SOURCE)
+    source.write_text('#include "kernel_info.h"\n' + SOURCE)
     includes = [f"-I{NATIVE}", f"-I{NATIVE.parent.parent / 'hopper'}", f"-I{cuda_include()}"]
     subprocess.run(["g++", "-std=c++17", "-fsyntax-only", *includes, str(source)], check=True)

@@ -87,7 +87,7 @@ def test_a_refused_call_gathers_nothing():
     recipe = fp8.DelayedScaling()
     x = torch.randn(5, 2, 32)
     ends, wrong = torch.tensor([0, 2, 5]), torch.tensor([0, 5, 4])
-    with pytest.raises(ValueError, match="^cu_seqlens_k must never decrease"):
+    with pytest.raises(ValueError, match=r"^cu_seqlens_k must never decrease"):
         fp8.fp8_attention(
             x, x, x, recipe, cu_seqlens_q=ends, cu_seqlens_k=wrong, max_seqlen_q=5, max_seqlen_k=5
         )
