@@ -169,7 +169,7 @@ def test_check_takes_the_kernels_that_it_is_given(monkeypatch, capsys):
     checked = []
     monkeypatch.setattr(check_command, "why_not", lambda: None)
     monkeypatch.setattr(check_command, "current_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(check_command.hopper, "kernel", lambda *_: None)
+    monkeypatch.setattr(check_command.hopper_kernels, "kernel", lambda *_: None)
     monkeypatch.setattr(trust, "find_fault", lambda variant, device: checked.append(variant.name))
     assert cli.main(["check", "--list"]) == 0
     names = capsys.readouterr().out.split()
@@ -186,7 +186,7 @@ def test_check_is_a_table_of_what_was_found(monkeypatch, capsys):
     found = {rows[0]: None, rows[1]: "O is off by 0.5"}
     monkeypatch.setattr(check_command, "SHIPPED", rows)
     monkeypatch.setattr(check_command, "SHIPPED_QUANTIZERS", ())
-    monkeypatch.setattr(check_command.hopper, "kernel", lambda *_: None)
+    monkeypatch.setattr(check_command.hopper_kernels, "kernel", lambda *_: None)
     monkeypatch.setattr(trust, "find_fault", lambda variant, device: found[variant])
     assert check_command.check(torch.device("cpu")) == 1
     header, _, good, bad, last = capsys.readouterr().out.splitlines()
