@@ -1,15 +1,16 @@
 # ruff: noqa: E501 - PTX text reads better unbroken
-"""Grids that overlap by programmatic stream serialization, and griddepcontrol.wait between them."""
+"""What a grid knows of the one before it: programmatic stream serialization, griddepcontrol.wait."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import sim as S
-from planted import SEEDS, messages, must_find, program
+from planted import SEEDS, messages, program
 
 MODULE = ".extern .shared .align 128 .b8 mem[];"
 PARAMETERS = ".param .u64 data, .param .u64 out"
@@ -37,6 +38,37 @@ def kernel(body: str, **parts: str) -> tuple[str, dict[str, int]]:
     return program(START + body, PARAMETERS, MODULE)
 
 
+def must_race(
+    sim: S.Simulator,
+    run: Callable[[], None],
+    first: tuple[str, int],
+    second: tuple[str, int],
+    *words: str,
+) -> set[str]:
+    """Under every seed, between the first grid's access and the second's: verb and PTX line of each.
+
+    Reported is the access that comes last in time. Returns of which grid the other one was.
+    """
+    found = messages(sim, run, 20)
+    assert len(found) == 20
+    seen = set()
+    for message in found:
+        for when, (was, at), (now, here) in (("earlier", first, second), ("later", second, first)):
+            parts = [
+                rf"\[race\] kernel k, CTA \(\d, 0, 0\), warp \d, PTX line {here} \(.*: global memory 0x",
+                rf" is {was} by .* of CTA \(\d, 0, 0\) of the {when} kernel k \(PTX line {at}\)",
+                rf" and {now} by .* of CTA \(\d, 0, 0\) \(PTX line {here}\)",
+            ]
+            if all(re.search(part, message) for part in parts):
+                seen.add(when)
+                break
+        else:
+            pytest.fail(message)
+        for word in words:
+            assert word in message, message
+    return seen
+
+
 def pair(
     sim: S.Simulator,
     *,
@@ -44,10 +76,15 @@ def pair(
     second: str = READS,
     wait: str = WAIT,
     overlap: bool = True,
+    early: bool = True,
     between: Callable[[S.Buffer], None] = lambda data: None,
 ) -> tuple[Callable[[], None], list[int]]:
-    """Launches a grid that writes `data` and one that reads it; the lines of the two accesses."""
-    (one, lines), (two, more) = kernel(first, before="", after=ALLOW), kernel(second, wait=wait)
+    """Launches a grid that writes `data` and one that reads it; the lines of the two accesses.
+
+    `early`: the first lets the second begin before it writes.
+    """
+    before, after = (ALLOW, "") if early else ("", ALLOW)
+    (one, lines), (two, more) = kernel(first, before=before, after=after), kernel(second, wait=wait)
     writer, reader = sim.load(one), sim.load(two)
 
     def run() -> None:
@@ -69,24 +106,25 @@ def test_a_grid_that_waits(sim: S.Simulator, second: str, seeds: int) -> None:
 
 @pytest.mark.parametrize("second", [READS, BULK])
 def test_a_grid_that_does_not_wait(sim: S.Simulator, second: str) -> None:
-    run, (data, use) = pair(sim, second=second, wait="")
-    words = (f"PTX line {data}) and read", "of the earlier kernel k", "CTA (")
-    must_find(sim, run, kinds=("race",), lines=[use], words=words)
+    for early in (True, False):
+        run, (data, use) = pair(sim, second=second, wait="", early=early)
+        seen = must_race(sim, run, ("written", data), ("read", use))
+        assert seen == ({"earlier", "later"} if early else {"earlier"})
 
 
 def test_a_wait_behind_the_access(sim: S.Simulator) -> None:
     second = READS.replace("st.global.u32 [o]", "griddepcontrol.wait; st.global.u32 [o]")
-    run, (_, use) = pair(sim, second=second, wait="")
-    must_find(sim, run, kinds=("race",), lines=[use], words=("of the earlier kernel k",))
+    run, (data, use) = pair(sim, second=second, wait="")
+    must_race(sim, run, ("written", data), ("read", use))
 
 
 @pytest.mark.parametrize(("barrier", "found"), [("bar.sync 0;", False), ("", True)])
 def test_one_warp_waits_for_its_cta(sim: S.Simulator, barrier: str, found: bool) -> None:
     """The others learn of it at the barrier."""
     wait = "setp.gt.u32 p, t, 31; @p bra $S; griddepcontrol.wait; $S: " + barrier
-    run, (_, use) = pair(sim, wait=wait)
+    run, (data, use) = pair(sim, wait=wait)
     if found:
-        must_find(sim, run, kinds=("race",), lines=[use], words=("by warp 1 of CTA",))
+        must_race(sim, run, ("written", data), ("read", use), "by warp 1 of CTA")
     else:
         assert not messages(sim, run, 20)
 
@@ -94,8 +132,8 @@ def test_one_warp_waits_for_its_cta(sim: S.Simulator, barrier: str, found: bool)
 def test_a_grid_overwrites_what_the_former_reads(sim: S.Simulator) -> None:
     first = "{before}\nld.global.u32 x, [g]; //tag data\nst.global.u32 [o], x; {after} ret;"
     for wait, found in ((WAIT, False), ("", True)):
-        (one, _), (two, lines) = (
-            kernel(first, before="", after=ALLOW),
+        (one, lines), (two, more) = (
+            kernel(first, before=ALLOW, after=""),
             kernel("{wait}\nst.global.u32 [g], t; //tag use\nret;", wait=wait),
         )
         reader, writer = sim.load(one), sim.load(two)
@@ -106,7 +144,7 @@ def test_a_grid_overwrites_what_the_former_reads(sim: S.Simulator) -> None:
             writer.launch("k", data, out, grid=CTAS, block=64, overlap=True)
 
         if found:
-            must_find(sim, run, kinds=("race",), lines=[lines["use"]], words=("earlier kernel",))
+            must_race(sim, run, ("read", lines["data"]), ("written", more["use"]))
         else:
             assert not messages(sim, run, 20)
 
@@ -126,8 +164,8 @@ def test_grids_that_do_not_overlap(sim: S.Simulator, what: str) -> None:
 @pytest.mark.parametrize("middle_waits", [True, False])
 def test_a_chain_of_three(sim: S.Simulator, middle_waits: bool) -> None:
     """A grid is complete once the one that waited for it is; if that did not wait, nobody knows."""
-    (one, _), (two, _), (three, lines) = (
-        kernel(WRITES, before="", after=ALLOW),
+    (one, lines), (two, _), (three, more) = (
+        kernel(WRITES, before=ALLOW, after=""),
         kernel("{wait} {after} ret;", wait=WAIT if middle_waits else "", after=ALLOW),
         kernel(READS, wait=WAIT),
     )
@@ -142,4 +180,4 @@ def test_a_chain_of_three(sim: S.Simulator, middle_waits: bool) -> None:
     if middle_waits:
         assert not messages(sim, run, 20)
     else:
-        must_find(sim, run, kinds=("race",), lines=[lines["use"]], words=("earlier kernel k",))
+        must_race(sim, run, ("written", lines["data"]), ("read", more["use"]))

@@ -128,11 +128,22 @@ std::unique_ptr<Cluster> make_cluster(Launch& launch, uint64_t ordinal) {
     return cluster;
 }
 
+void allow_dependents(Cta& cta) {
+    if (!cta.allows_dependents) {
+        cta.allows_dependents = true;
+        ++cta.cluster->launch->allowing_ctas;
+        ++cta.cluster->progress;
+    }
+}
+
 void on_warp_exit(Warp& w) {
     Cta& cta = *w.cta;
     Cluster& cluster = *cta.cluster;
     --cta.warps_alive;
     ++cluster.progress;
+    if (cta.warps_alive == 0) {
+        allow_dependents(cta);
+    }
     settle_named_barriers(cta);
     settle_cluster_barrier(cluster);
     if (cta.warps_alive != 0 || !cluster.launch->config.check_races) {

@@ -52,6 +52,16 @@ std::string describe_wait(Warp& w, const Fragment& fragment) {
                 "the %llu that it was launched with",
                 wait.address, static_cast<unsigned long long>(w.cta->register_pool - registers_held(*w.cta)),
                 static_cast<unsigned long long>(w.cta->register_pool));
+        case WaitKind::kEarlierGrids: {
+            const Launch* earlier = w.cta->cluster->launch->prerequisite;
+            while (earlier->ended_clusters == earlier->cluster_count()) {
+                earlier = earlier->prerequisite;
+            }
+            return format("waits for the grid of kernel %s, of whose %llu clusters %llu have ended",
+                          earlier->kernel->name.c_str(),
+                          static_cast<unsigned long long>(earlier->cluster_count()),
+                          static_cast<unsigned long long>(earlier->ended_clusters.load()));
+        }
         default:
             return "runs without any progress (polling?)";
     }
@@ -74,6 +84,23 @@ std::string describe_stuck(Cluster& cluster) {
         }
     }
     return text;
+}
+
+std::string describe_not_begun(const Launch& launch) {
+    const std::string text = "\n kernel " + launch.kernel->name + " has not begun: ";
+    if (launch.may_begin()) {
+        return text + "the device has no room for it beside those that run";
+    }
+    const Launch& earlier = *launch.prerequisite;
+    if (launch.late_dependents) {
+        return text + "under this seed it does when kernel " + earlier.kernel->name +
+               " has ended, for nothing promises that the two overlap";
+    }
+    return text + format(
+                      "of the %llu CTAs of kernel %s %llu have ended or issued "
+                      "griddepcontrol.launch_dependents",
+                      static_cast<unsigned long long>(earlier.grid.count()), earlier.kernel->name.c_str(),
+                      static_cast<unsigned long long>(earlier.allowing_ctas.load()));
 }
 
 std::string locate_error(const Cluster& cluster, const std::string& message, int line) {

@@ -1,6 +1,7 @@
 #include "control.h"
 
 #include "decoder.h"
+#include "grid_chain.h"
 #include "lanes.h"
 #include "launch.h"
 #include "scheduler.h"
@@ -145,18 +146,40 @@ void decode_nanosleep(Decoder& d) {
     d.op.run = nanosleep;
 }
 
-// The grids before this one have ended, but only here does the warp learn of it (grid_chain.h).
+// Where the grids before this one have ended already, only here does the warp learn of it (grid_chain.h).
 Step wait_for_earlier(Warp& w, const Op&, uint32_t) {
     Launch& launch = *w.cta->cluster->launch;
-    w.order.grids |= launch.earlier_grids;
+    Wait& wait = w.fragment().wait;
+    wait = Wait{};
+    if (!launch.earlier_complete()) {
+        wait.kind = WaitKind::kEarlierGrids;
+        return Step::kBlocked;
+    }
+    w.order.grids |= grids_before(launch);
     launch.waited_for_earlier = true;
     return Step::kNext;
+}
+
+// Under a seed the CTAs that may now begin can come before whatever follows here.
+Step launch_dependents(Warp& w, const Op&, uint32_t) {
+    Cluster& cluster = *w.cta->cluster;
+    if (w.cta->allows_dependents) {
+        return Step::kNext;
+    }
+    allow_dependents(*w.cta);
+    if (!cluster.launch->adversarial) {
+        return Step::kNext;
+    }
+    cluster.gives_way = true;
+    w.fragment().pc += 1;
+    return Step::kYield;
 }
 
 void decode_griddepcontrol(Decoder& d) {
     d.op.op_class = OpClass::kControl;
     const bool waits = d.take_any({"launch_dependents", "wait"}) == "wait";
-    d.op.run = waits ? wait_for_earlier : nothing;
+    d.op.run = waits ? wait_for_earlier : launch_dependents;
+    d.program().launches_dependents = d.program().launches_dependents || !waits;
 }
 
 // Hints to caches.

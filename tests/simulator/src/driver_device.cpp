@@ -4,8 +4,8 @@
 #include <utility>
 
 #include "config.h"
+#include "driver_launch.h"
 #include "driver_types.h"
-#include "grid_chain.h"
 #include "machine.h"
 
 namespace {
@@ -143,6 +143,7 @@ SIM_EXPORT int cuDevicePrimaryCtxRetain(void** context, int device) {
     return ready(device);
 }
 SIM_EXPORT int cuDevicePrimaryCtxRelease_v2(int device) {
+    run_held_launches();
     return ready(device);
 }
 SIM_EXPORT int cuDevicePrimaryCtxGetState(int device, unsigned* flags, int* active) {
@@ -156,6 +157,7 @@ SIM_EXPORT int cuCtxCreate_v2(void** context, unsigned, int device) {
     return ready(device);
 }
 SIM_EXPORT int cuCtxDestroy_v2(void*) {
+    run_held_launches();
     return kSuccess;
 }
 SIM_EXPORT int cuCtxGetCurrent(void** context) {
@@ -188,11 +190,11 @@ SIM_EXPORT int cuCtxGetDevice(int* device) {
     return context_depth > 0 ? kSuccess : kInvalidContext;
 }
 SIM_EXPORT int cuCtxSynchronize() {
-    sim::end_chain();
-    return kSuccess;
+    return wait_for_launches();
 }
 
-// Work is done when its call returns, so streams and events only need to be told apart.
+// Work is done when its call returns, or held back (driver_launch.h), so streams and events only need to be
+// told apart.
 SIM_EXPORT int cuStreamCreate(void** stream, unsigned) {
     *stream = new char;
     return kSuccess;
@@ -201,20 +203,18 @@ SIM_EXPORT int cuStreamCreateWithPriority(void** stream, unsigned flags, int) {
     return cuStreamCreate(stream, flags);
 }
 SIM_EXPORT int cuStreamDestroy_v2(void* stream) {
+    run_held_launches();
     delete static_cast<char*>(stream);
     return kSuccess;
 }
 SIM_EXPORT int cuStreamSynchronize(void*) {
-    sim::end_chain();
-    return kSuccess;
+    return wait_for_launches();
 }
 SIM_EXPORT int cuStreamQuery(void*) {
-    sim::end_chain();
-    return kSuccess;
+    return wait_for_launches();
 }
 SIM_EXPORT int cuStreamWaitEvent(void*, void*, unsigned) {
-    sim::end_chain();
-    return kSuccess;
+    return wait_for_launches();
 }
 SIM_EXPORT int cuStreamGetCtx(void*, void** context) {
     *context = &primary_context;
@@ -239,16 +239,13 @@ SIM_EXPORT int cuEventDestroy_v2(void* event) {
     return kSuccess;
 }
 SIM_EXPORT int cuEventRecord(void*, void*) {
-    sim::end_chain();
-    return kSuccess;
+    return wait_for_launches();
 }
 SIM_EXPORT int cuEventSynchronize(void*) {
-    sim::end_chain();
-    return kSuccess;
+    return wait_for_launches();
 }
 SIM_EXPORT int cuEventQuery(void*) {
-    sim::end_chain();
-    return kSuccess;
+    return wait_for_launches();
 }
 SIM_EXPORT int cuEventElapsedTime(float*, void*, void*) {
     set_last_error("[unsupported] cuEventElapsedTime: the simulator measures no time");

@@ -1,5 +1,10 @@
 // Launches, the simulator's configuration, and what it says afterwards.
+#include "driver_launch.h"
+
+#include <algorithm>
+#include <cstdio>
 #include <cstring>
+#include <utility>
 
 #include "driver_types.h"
 #include "grid_chain.h"
@@ -68,32 +73,130 @@ void gather_params(sim::Launch& launch, void** kernel_params, void** extra) {
     std::memcpy(launch.params.data(), buffer, std::min<size_t>(bytes, ast.param_bytes));
 }
 
-int execute(sim::Launch& launch, void* stream, bool dependent, void** kernel_params, void** extra) {
-    sim::check_limits(launch);
-    gather_params(launch, kernel_params, extra);
-    launch.config = sim::global_config();
-    launch.memory = sim::MemoryMap::instance().snapshot();
-    sim::join_chain(launch, stream, dependent);
-    const bool ok = sim::run_launch(launch);
-    sim::leave_chain(launch, stream);
+using Launches = std::vector<std::unique_ptr<sim::Launch>>;
+
+// Each is dependent on the one before it, and all but the last let dependents begin early.
+int execute(const Launches& launches, void* stream) {
+    std::vector<sim::Launch*> all;
+    for (const auto& launch : launches) {
+        all.push_back(launch.get());
+    }
+    const bool ok = sim::run_launches(all);
+    if (ok) {
+        sim::leave_chain(*all.back(), stream);
+    }
+    const auto failed =
+        std::find_if(all.begin(), all.end(), [](const sim::Launch* each) { return each->failed.load(); });
+    const std::string error = ok ? std::string() : (*failed)->error;
+    const sim::Launch& newest = *all.back();
     LastReport& last = report();
     const std::lock_guard<std::mutex> lock(last.mutex);
-    last.statistics.add(launch.statistics);
-    ++last.launches;
-    if (launch.config.timeline) {
-        last.timeline = sim::timeline_json(launch.timeline);
+    for (const sim::Launch* launch : all) {
+        last.statistics.add(launch->statistics);
+        ++last.launches;
     }
-    last.launch_json = "{\"kernel\": \"" + escape(launch.kernel->name) +
-                       "\", \"ok\": " + (ok ? "true" : "false") + ", \"error\": \"" + escape(launch.error) +
-                       "\", \"statistics\": " + launch.statistics.json(true) + "}";
+    if (newest.config.timeline) {
+        last.timeline = sim::timeline_json(newest.timeline);
+    }
+    last.launch_json = "{\"kernel\": \"" + escape(newest.kernel->name) +
+                       "\", \"ok\": " + (ok ? "true" : "false") + ", \"error\": \"" + escape(error) +
+                       "\", \"statistics\": " + newest.statistics.json(true) + "}";
     if (!ok) {
-        set_last_error(launch.error);
-        return result_of(launch.error_kind);
+        set_last_error(error);
+        return result_of((*failed)->error_kind);
     }
     return kSuccess;
 }
 
+constexpr size_t kMostTogether = 16;
+
+struct Held {
+    std::mutex mutex;
+    Launches launches;
+    void* stream = nullptr;
+    int late_result = kSuccess;  // of launches whose calls have returned
+    std::string late_error;
+
+    ~Held() {
+        for (const auto& launch : launches) {
+            std::fprintf(stderr, "simulated device: kernel %s never ran, for nothing waited for it\n",
+                         launch->kernel->name.c_str());
+        }
+        if (late_result != kSuccess) {
+            std::fprintf(stderr, "simulated device: an error that no call returned: %s\n",
+                         late_error.c_str());
+        }
+    }
+
+    void run() {
+        if (launches.empty()) {
+            return;
+        }
+        const Launches all = std::exchange(launches, {});
+        const int result = guarded([&] { return execute(all, stream); });
+        if (result != kSuccess && late_result == kSuccess) {
+            late_result = result;
+            late_error = last_error();
+        }
+    }
+
+    int take_late_error() {
+        if (late_result != kSuccess) {
+            set_last_error(std::exchange(late_error, {}));
+        }
+        return std::exchange(late_result, static_cast<int>(kSuccess));
+    }
+};
+Held& held() {
+    static Held the_held;
+    return the_held;
+}
+
+// Runs it, together with those that are held, or holds it back as well.
+int submit(std::unique_ptr<sim::Launch> launch, void* stream, bool dependent) {
+    Held& before = held();
+    std::unique_lock<std::mutex> lock(before.mutex);
+    const bool together = dependent && !before.launches.empty() && before.stream == stream &&
+                          before.launches.size() < kMostTogether &&
+                          sim::can_follow(*launch, *before.launches.back());
+    if (!together) {
+        before.run();
+    }
+    const int late = before.take_late_error();
+    if (late != kSuccess) {
+        return late;
+    }
+    if (together) {
+        sim::follow(*launch, *before.launches.back());
+    } else {
+        sim::join_chain(*launch, stream, dependent);
+    }
+    const bool hold = launch->kernel->program.launches_dependents && launch->config.threads == 1;
+    before.launches.push_back(std::move(launch));
+    before.stream = stream;
+    if (hold) {
+        return kSuccess;
+    }
+    const Launches all = std::exchange(before.launches, {});
+    if (!together) {
+        lock.unlock();
+    }
+    return execute(all, stream);
+}
+
 }  // namespace
+
+void sim::driver::run_held_launches() {
+    const std::lock_guard<std::mutex> lock(held().mutex);
+    held().run();
+}
+
+int sim::driver::wait_for_launches() {
+    const std::lock_guard<std::mutex> lock(held().mutex);
+    held().run();
+    sim::end_chain();
+    return held().take_late_error();
+}
 
 SIM_EXPORT int cuLaunchKernelEx(const LaunchConfig* config, void* function, void** kernel_params,
                                 void** extra) {
@@ -101,11 +204,11 @@ SIM_EXPORT int cuLaunchKernelEx(const LaunchConfig* config, void* function, void
         if (function == nullptr) {
             return kInvalidHandle;
         }
-        sim::Launch launch;
-        launch.kernel = static_cast<const sim::Kernel*>(function);
-        launch.grid = {config->grid_x, config->grid_y, config->grid_z};
-        launch.block = {config->block_x, config->block_y, config->block_z};
-        launch.dynamic_shared = config->shared_bytes;
+        auto launch = std::make_unique<sim::Launch>();
+        launch->kernel = static_cast<const sim::Kernel*>(function);
+        launch->grid = {config->grid_x, config->grid_y, config->grid_z};
+        launch->block = {config->block_x, config->block_y, config->block_z};
+        launch->dynamic_shared = config->shared_bytes;
         bool dependent = false;
         sim::Dim3 cluster;
         bool names_cluster = false;
@@ -118,8 +221,12 @@ SIM_EXPORT int cuLaunchKernelEx(const LaunchConfig* config, void* function, void
                 cluster = {attribute.value.cluster.x, attribute.value.cluster.y, attribute.value.cluster.z};
             }
         }
-        sim::choose_cluster(launch, names_cluster ? &cluster : nullptr);
-        return execute(launch, config->stream, dependent, kernel_params, extra);
+        sim::choose_cluster(*launch, names_cluster ? &cluster : nullptr);
+        sim::check_limits(*launch);
+        gather_params(*launch, kernel_params, extra);
+        launch->config = sim::global_config();
+        launch->memory = sim::MemoryMap::instance().snapshot();
+        return submit(std::move(launch), config->stream, dependent);
     });
 }
 
@@ -132,6 +239,7 @@ SIM_EXPORT int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned
 
 // {"seed": 7, "checks": false}: for the launches that follow. See docs/simulator.md for the names.
 SIM_EXPORT int flash8_sim_configure(const char* json) {
+    run_held_launches();
     return guarded([&] {
         sim::Config changed = sim::global_config();
         changed.set_json(json);
@@ -142,12 +250,15 @@ SIM_EXPORT int flash8_sim_configure(const char* json) {
 
 // The JSON of the last launch; valid until the next one.
 SIM_EXPORT const char* flash8_sim_report() {
+    run_held_launches();
     return report().launch_json.c_str();
 }
 SIM_EXPORT const char* flash8_sim_timeline() {
+    run_held_launches();
     return report().timeline.c_str();
 }
 SIM_EXPORT const char* flash8_sim_totals() {
+    run_held_launches();
     static thread_local std::string text;
     LastReport& last = report();
     const std::lock_guard<std::mutex> lock(last.mutex);
@@ -156,6 +267,7 @@ SIM_EXPORT const char* flash8_sim_totals() {
     return text.c_str();
 }
 SIM_EXPORT void flash8_sim_reset() {
+    run_held_launches();
     LastReport& last = report();
     const std::lock_guard<std::mutex> lock(last.mutex);
     last.statistics = sim::Statistics();

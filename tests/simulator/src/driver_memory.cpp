@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "driver_launch.h"
 #include "driver_types.h"
 #include "grid_chain.h"
 #include "memory_map.h"
@@ -25,8 +26,10 @@ int known(uint64_t address, size_t bytes, const char* entry) {
 }
 
 int copy(uint64_t to, uint64_t from, size_t bytes, bool to_device, bool from_device, const char* entry) {
-    sim::end_chain();
-    int result = to_device ? known(to, bytes, entry) : static_cast<int>(kSuccess);
+    int result = wait_for_launches();
+    if (result == kSuccess && to_device) {
+        result = known(to, bytes, entry);
+    }
     if (result == kSuccess && from_device) {
         result = known(from, bytes, entry);
     }
@@ -39,8 +42,10 @@ int copy(uint64_t to, uint64_t from, size_t bytes, bool to_device, bool from_dev
 
 template <class T>
 int fill(uint64_t to, T value, size_t count, const char* entry) {
-    sim::end_chain();
-    const int result = known(to, count * sizeof(T), entry);
+    int result = wait_for_launches();
+    if (result == kSuccess) {
+        result = known(to, count * sizeof(T), entry);
+    }
     for (size_t i = 0; result == kSuccess && i < count; ++i) {
         std::memcpy(reinterpret_cast<uint8_t*>(to) + i * sizeof(T), &value, sizeof(T));
     }
@@ -82,6 +87,7 @@ SIM_EXPORT int cuMemFree_v2(uint64_t pointer) {
         set_last_error("[invalid-value] cuMemFree: this is no allocation of cuMemAlloc");
         return kInvalidValue;
     }
+    run_held_launches();
     MemoryMap::instance().remove(pointer);
     sim::end_chain();
     std::free(reinterpret_cast<void*>(pointer));
@@ -107,6 +113,7 @@ SIM_EXPORT int cuMemHostRegister_v2(void* pointer, size_t bytes, unsigned) {
     return kSuccess;
 }
 SIM_EXPORT int cuMemHostUnregister(void* pointer) {
+    run_held_launches();
     return MemoryMap::instance().remove(address_of(pointer)) ? kSuccess : kInvalidValue;
 }
 SIM_EXPORT int cuMemHostGetDevicePointer_v2(uint64_t* device, void* pointer, unsigned) {
@@ -228,6 +235,7 @@ SIM_EXPORT int flash8_sim_register_memory(const void* pointer, size_t bytes) {
 }
 // From now on these bytes count as memory that nobody has written, whatever they hold.
 SIM_EXPORT int flash8_sim_forget_memory(const void* pointer, size_t bytes) {
+    run_held_launches();
     const int result = known(address_of(pointer), bytes, "flash8_sim_forget_memory");
     if (result == kSuccess && bytes != 0) {
         MemoryMap::instance().set_written(address_of(pointer), bytes, false);
@@ -235,5 +243,6 @@ SIM_EXPORT int flash8_sim_forget_memory(const void* pointer, size_t bytes) {
     return result;
 }
 SIM_EXPORT int flash8_sim_unregister_memory(const void* pointer) {
+    run_held_launches();
     return MemoryMap::instance().remove(address_of(pointer)) ? kSuccess : kInvalidValue;
 }

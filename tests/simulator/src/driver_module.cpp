@@ -5,6 +5,7 @@
 #include <unordered_map>
 #include <unordered_set>
 
+#include "driver_launch.h"
 #include "driver_types.h"
 #include "machine.h"
 #include "module.h"
@@ -49,6 +50,7 @@ int unload(void* handle) {
     if (as_module(handle) == nullptr) {
         return kInvalidHandle;
     }
+    run_held_launches();
     {
         const std::lock_guard<std::mutex> lock(table_mutex);
         live_modules.erase(handle);

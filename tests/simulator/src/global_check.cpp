@@ -267,9 +267,10 @@ class Check {
 
     std::string name_of(const GlobalShadow::Agent& agent) const {
         const std::string& kernel = shadow_.kernel_of(agent);
-        const bool earlier = agent.grid != shadow_.agent(who_).grid;
+        const uint32_t mine = shadow_.agent(who_).grid;
+        const char* when = agent.grid < mine ? "earlier" : "later";
         return name_of_agent(agent.info, agent.cta) +
-               (earlier ? " of the earlier kernel " + kernel : std::string());
+               (agent.grid == mine ? std::string() : format(" of the %s kernel %s", when, kernel.c_str()));
     }
     std::string name_of(uint64_t address) const { return name_of_address(cluster_, address); }
 

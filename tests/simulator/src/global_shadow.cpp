@@ -3,6 +3,8 @@
 #include <cstring>
 #include <mutex>
 
+#include "launch.h"
+
 namespace sim {
 namespace {
 
@@ -106,7 +108,7 @@ uint32_t GlobalShadow::number_of(Cluster& cluster, uint32_t agent) {
     if (numbers[agent] == 0 && agents_.size() < kMostAgents) {
         Agent fresh;
         fresh.cluster = cluster.ordinal;
-        fresh.grid = static_cast<uint32_t>(kernels_.size()) - 1;
+        fresh.grid = cluster.launch->grid_number;
         fresh.agent = agent;
         fresh.info = cluster.agent_infos[agent];
         const Cta& cta = *cluster.ctas[fresh.info.rank];

@@ -53,7 +53,7 @@ class GlobalShadow {
     // the kernel's first access among all.
     bool has_room(const Kernel& kernel) const;
     uint32_t add_grid(const Kernel& kernel);
-    uint64_t grid_bit() const { return uint64_t{1} << (kernels_.size() - 1); }
+    uint32_t grids() const { return static_cast<uint32_t>(kernels_.size()); }
     const std::string& kernel_of(const Agent& agent) const { return kernels_[agent.grid]; }
     const GlobalAccessInfo& info(uint32_t access) const { return infos_[access]; }
 

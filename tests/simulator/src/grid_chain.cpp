@@ -22,6 +22,17 @@ std::unique_ptr<GridChain> take_latest() {
     return std::move(from.chain);
 }
 
+void add_to_shadow(Launch& launch) {
+    launch.grid_number = launch.global->grids();
+    launch.first_access = launch.global->add_grid(*launch.kernel);
+}
+
+// The grid itself, and those that it waited for.
+uint64_t complete_with(const Launch& launch) {
+    return uint64_t{1} << launch.grid_number |
+           (launch.waited_for_earlier ? grids_before(launch) : uint64_t{0});
+}
+
 }  // namespace
 
 void join_chain(Launch& launch, void* stream, bool dependent) {
@@ -36,8 +47,30 @@ void join_chain(Launch& launch, void* stream, bool dependent) {
         launch.earlier_grids = chain->finished;
     } else {
         launch.global = std::make_shared<GlobalShadow>();
+        launch.sync = std::make_shared<SyncTable>();
     }
-    launch.first_access = launch.global->add_grid(*launch.kernel);
+    add_to_shadow(launch);
+}
+
+bool can_follow(const Launch& launch, const Launch& prerequisite) {
+    return !prerequisite.global || prerequisite.global->has_room(*launch.kernel);
+}
+
+void follow(Launch& launch, const Launch& prerequisite) {
+    launch.prerequisite = &prerequisite;
+    if (prerequisite.global) {
+        launch.global = prerequisite.global;
+        launch.sync = prerequisite.sync;
+        launch.first_cluster = prerequisite.first_cluster + prerequisite.cluster_count();
+        add_to_shadow(launch);
+    }
+}
+
+uint64_t grids_before(const Launch& launch) {
+    if (!launch.global) {
+        return 0;
+    }
+    return launch.prerequisite == nullptr ? launch.earlier_grids : complete_with(*launch.prerequisite);
 }
 
 void leave_chain(Launch& launch, void* stream) {
@@ -47,8 +80,7 @@ void leave_chain(Launch& launch, void* stream) {
     auto chain = std::make_unique<GridChain>();
     chain->stream = stream;
     chain->clusters = launch.first_cluster + launch.cluster_count();
-    chain->finished =
-        launch.global->grid_bit() | (launch.waited_for_earlier ? launch.earlier_grids : uint64_t{0});
+    chain->finished = complete_with(launch);
     chain->global = std::move(launch.global);
     chain->sync = std::move(launch.sync);
     Latest& to = latest();

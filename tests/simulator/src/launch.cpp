@@ -1,7 +1,8 @@
-// A launch over the host's threads: each takes clusters, keeps several resident while they wait for
+// Launches over the host's threads: each takes clusters, keeps several resident while they wait for
 // one another, and stops everything at the first finding.
 #include "launch.h"
 
+#include <algorithm>
 #include <random>
 #include <thread>
 
@@ -19,18 +20,20 @@ void fail(Launch& launch, ErrorKind kind, const std::string& message) {
     }
 }
 
-// One host thread's share of the launch. In plain order a cluster runs until it waits; under a seed all
+constexpr uint64_t kDevice = uint64_t{1} << 40;  // what the resident clusters of a host thread share
+
+// One host thread's part of the work. In plain order a cluster runs until it waits; under a seed all
 // that the device holds are resident, and which of them goes on, and for how long, is drawn.
 class Worker {
   public:
-    Worker(Launch& launch, uint64_t residents, uint64_t index)
-        : launch_(launch),
-          residents_(residents),
-          random_(launch.config.seed * 0x9E3779B97F4A7C15ull + index) {}
+    Worker(const std::vector<Launch*>& launches, uint64_t index)
+        : launches_(launches),
+          launch_(*launches.front()),
+          random_(launch_.config.seed * 0x9E3779B97F4A7C15ull + index) {}
 
     void run() {
-        while (!launch_.failed) {
-            while (live_.size() < (launch_.adversarial ? residents_ : 1) && admit()) {
+        while (!failed()) {
+            while ((launch_.adversarial || live_.empty()) && admit()) {
             }
             if (live_.empty()) {
                 return;
@@ -44,13 +47,33 @@ class Worker {
     }
 
   private:
+    bool failed() const {
+        return std::any_of(launches_.begin(), launches_.end(),
+                           [](const Launch* launch) { return launch->failed.load(); });
+    }
+
+    // The launch whose CTAs are to become resident next; null when they are all, or may not yet.
+    Launch* next_launch() const {
+        for (Launch* launch : launches_) {
+            if (launch->next_cluster < launch->cluster_count()) {
+                return launch->may_begin() ? launch : nullptr;
+            }
+        }
+        return nullptr;
+    }
+
     // CTAs become resident in the order of their numbers, as on the device.
     bool admit() {
-        const uint64_t ordinal = launch_.next_cluster.fetch_add(1);
-        if (ordinal >= launch_.cluster_count()) {
+        Launch* launch = next_launch();
+        if (launch == nullptr || taken_ + launch->cluster_share > kDevice) {
             return false;
         }
-        live_.push_back(make_cluster(launch_, ordinal));
+        const uint64_t ordinal = launch->next_cluster.fetch_add(1);
+        if (ordinal >= launch->cluster_count()) {
+            return false;
+        }
+        taken_ += launch->cluster_share;
+        live_.push_back(make_cluster(*launch, ordinal));
         live_.back()->priority = static_cast<uint32_t>(random_());
         return true;
     }
@@ -61,13 +84,16 @@ class Worker {
 
     void retire(size_t at) {
         collect_statistics(*live_[at]);
+        Launch& launch = *live_[at]->launch;
+        taken_ -= launch.cluster_share;
+        ++launch.ended_clusters;
         live_.erase(live_.begin() + static_cast<std::ptrdiff_t>(at));
     }
 
     // One turn of every resident cluster.
     void round() {
         bool progress = false;
-        for (size_t i = 0; i < live_.size() && !launch_.failed;) {
+        for (size_t i = 0; i < live_.size() && !failed();) {
             Cluster& cluster = *live_[i];
             const uint64_t before = cluster.progress;
             cluster.stall_rounds = 0;
@@ -81,8 +107,8 @@ class Worker {
             }
         }
         // Those that wait may wait for a CTA that has not started.
-        const bool admitted = !live_.empty() && live_.size() < residents_ && admit();
-        if (!progress && !admitted && !live_.empty() && !launch_.failed) {
+        const bool admitted = !live_.empty() && admit();
+        if (!progress && !admitted && !live_.empty() && !failed()) {
             report_deadlock();
         }
     }
@@ -141,7 +167,7 @@ class Worker {
         try {
             return run_cluster(cluster, budget);
         } catch (const SimError& error) {
-            fail(launch_, error.kind(),
+            fail(*cluster.launch, error.kind(),
                  std::string("[") + name_of(error.kind()) + "] " +
                      locate_error(cluster, error.what(), error.line()));
             return RunStatus::kDone;
@@ -149,20 +175,35 @@ class Worker {
     }
 
     void report_deadlock() {
-        std::string text = "[deadlock] kernel " + launch_.kernel->name + ": no warp can go on:";
+        const Launch* launch = live_.front()->launch;
+        std::string text = "[deadlock] kernel " + launch->kernel->name + ": no warp can go on:";
         size_t shown = 0;
         for (auto& cluster : live_) {
-            if (++shown > 4) {
-                text += format("\n  ... and %zu more clusters", live_.size() - 4);
-                break;
+            if (cluster->launch != launch) {
+                launch = cluster->launch;
+                text += "\n kernel " + launch->kernel->name + ":";
+                shown = 0;
             }
-            text += describe_stuck(*cluster);
+            if (++shown <= 4) {
+                text += describe_stuck(*cluster);
+            } else if (shown == 5) {
+                text += format("\n  ... and %zu more clusters", clusters_of(*launch) - 4);
+            }
         }
-        fail(launch_, ErrorKind::kDeadlock, text);
+        for (const Launch* each : launches_) {
+            text += each->next_cluster == 0 ? describe_not_begun(*each) : std::string();
+        }
+        fail(*live_.front()->launch, ErrorKind::kDeadlock, text);
     }
 
-    Launch& launch_;
-    uint64_t residents_;
+    size_t clusters_of(const Launch& launch) const {
+        return static_cast<size_t>(std::count_if(live_.begin(), live_.end(),
+                                                 [&](const auto& each) { return each->launch == &launch; }));
+    }
+
+    const std::vector<Launch*>& launches_;
+    Launch& launch_;  // the first: seed and schedule are the same for all
+    uint64_t taken_ = 0;
     std::mt19937 random_;
     uint64_t acts_ = 1;  // times a resident cluster got on
     std::vector<std::unique_ptr<Cluster>> live_;
@@ -180,6 +221,7 @@ void choose_schedule(Launch& launch) {
     if (config.quantum == 0) {
         launch.quantum = quanta[(config.seed / 2) % 4];
     }
+    launch.late_dependents = config.seed % 5 == 4;
     static const uint64_t slices[] = {4000, 64, 100'000, 500};
     launch.slice = slices[(config.seed / 3) % 4];
     if (!config.async_set) {
@@ -188,27 +230,38 @@ void choose_schedule(Launch& launch) {
     }
 }
 
-}  // namespace
-
-bool run_launch(Launch& launch) {
-    choose_schedule(launch);
-    const uint64_t clusters = launch.cluster_count();
-    const uint64_t threads = std::max<uint64_t>(1, std::min<uint64_t>(launch.config.threads, clusters));
+// How many clusters of the launch alone the device holds.
+uint64_t residents_of(const Launch& launch) {
     const uint64_t per_multiprocessor =
         std::max<uint64_t>(1, 2048 / std::max<uint64_t>(1, launch.block.count()));
     const uint64_t shared = launch.kernel->static_shared_bytes + launch.dynamic_shared + 1024;
     const uint64_t by_shared = std::max<uint64_t>(1, 228 * 1024 / shared);
-    const uint64_t resident_ctas = launch.config.multiprocessors * std::min(per_multiprocessor, by_shared);
-    const uint64_t residents = std::max<uint64_t>(1, resident_ctas / launch.cluster.count() / threads);
+    return launch.config.multiprocessors * std::min(per_multiprocessor, by_shared) / launch.cluster.count();
+}
+
+}  // namespace
+
+bool run_launches(const std::vector<Launch*>& launches) {
+    uint64_t clusters = 0;
+    for (Launch* launch : launches) {
+        choose_schedule(*launch);
+        clusters += launch->cluster_count();
+    }
+    const uint64_t threads =
+        std::max<uint64_t>(1, std::min<uint64_t>(launches.front()->config.threads, clusters));
+    for (Launch* launch : launches) {
+        launch->cluster_share = kDevice / std::max<uint64_t>(1, residents_of(*launch) / threads);
+    }
     std::vector<std::thread> others;
     for (uint64_t i = 1; i < threads; ++i) {
-        others.emplace_back([&, i] { Worker(launch, residents, i).run(); });
+        others.emplace_back([&, i] { Worker(launches, i).run(); });
     }
-    Worker(launch, residents, 0).run();
+    Worker(launches, 0).run();
     for (std::thread& thread : others) {
         thread.join();
     }
-    return !launch.failed;
+    return std::none_of(launches.begin(), launches.end(),
+                        [](const Launch* launch) { return launch->failed.load(); });
 }
 
 }  // namespace sim

@@ -68,7 +68,8 @@ enum class WaitKind : uint8_t {
     kBulkGroup,
     kCpAsync,
     kWarpSync,
-    kRegisters
+    kRegisters,
+    kEarlierGrids
 };
 
 struct Wait {
@@ -243,6 +244,7 @@ struct Cta {
     Dim3 index;
     uint32_t rank = 0;
     bool started = false;
+    bool allows_dependents = false;  // as far as this CTA goes: griddepcontrol.launch_dependents, or its end
     uint32_t warps_alive = 0;
     std::vector<uint8_t> shared;  // from kSharedBase
     std::vector<Warp> warps;
@@ -286,6 +288,7 @@ struct Cluster {
     Warp* running = nullptr;  // for error messages
     uint32_t next_warp = 0;
     uint32_t stall_rounds = 0;
+    bool gives_way = false;            // its turn ends here
     std::vector<uint32_t> priorities;  // of the warps, under an adversarial schedule
     uint32_t priority = 0;             // of the cluster among the resident ones
     uint64_t asked_at = 0;             // how often any had got on when it last had a turn

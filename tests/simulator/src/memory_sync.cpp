@@ -13,7 +13,7 @@ constexpr size_t kMostPublications = 8;  // of one address, before they are put 
 SyncTable& table_of(Warp& w, uint64_t address) {
     Launch& launch = *w.cta->cluster->launch;
     const bool shared = address >= kSharedWindow && address < kLocalWindow;
-    return shared || !launch.global ? w.cta->cluster->sync : launch.sync;
+    return shared || !launch.global ? w.cta->cluster->sync : *launch.sync;
 }
 
 Level distance(const Publication& p, const Warp& w) {

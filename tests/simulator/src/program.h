@@ -155,7 +155,8 @@ struct Program {
     uint32_t register_bytes = 0;
     uint32_t predicate_count = kFirstPred;
     uint32_t local_bytes = 0;
-    std::vector<std::string> names;  // per op, the opcode as written
+    bool launches_dependents = false;  // has griddepcontrol.launch_dependents
+    std::vector<std::string> names;    // per op, the opcode as written
     std::vector<WgmmaShape> wgmma_shapes;
 };
 

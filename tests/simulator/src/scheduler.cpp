@@ -42,6 +42,10 @@ class ClusterRunner {
             const Choice choice = choose();
             if (choice.warp != nullptr) {
                 executed += run_choice(choice);
+                if (cluster_.gives_way) {
+                    cluster_.gives_way = false;
+                    return RunStatus::kRunning;
+                }
                 if (launch_.adversarial && cluster_.executed - cluster_.executed_at_progress > kSpin) {
                     return RunStatus::kRunning;  // somebody else may have what it waits for
                 }
@@ -254,6 +258,8 @@ bool fragment_ready(Warp& w, const Fragment& fragment) {
             return can_meet(w, fragment);
         case WaitKind::kRegisters:
             return registers_available(w, wait.address);
+        case WaitKind::kEarlierGrids:
+            return w.cta->cluster->launch->earlier_complete();
     }
     return true;
 }

@@ -8,6 +8,9 @@ namespace sim {
 // A warp's last lane has exited.
 void on_warp_exit(Warp& warp);
 
+// The CTA does not keep the next grid from beginning, or no longer does.
+void allow_dependents(Cta& cta);
+
 // Hands work to an engine: done at once, later, or when nothing else can run, by the policy.
 void submit(Cluster& cluster, std::unique_ptr<AsyncItem> item);
 
