@@ -213,7 +213,7 @@ WRONG_QUANTIZERS = {
     ),
     "keys in plain order": (
         *("rows.cuh", "if constexpr (Config::kTransposed)", "if constexpr (false)"),
-        *("cast_bf16_d64_transposed", quantized(granularity="block", v_colmajor=True), "bytes"),
+        *("cast_bf16_d64_vcolmajor", quantized(granularity="block", v_colmajor=True), "bytes"),
     ),
     "unused tokens count": (
         *("tokens.cuh", COUNTED, ""),
