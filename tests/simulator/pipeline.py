@@ -78,7 +78,7 @@ bar.sync 1, 128; //tag meet
 setp.ne.u32 p, tid, 0; @p bra $END;
 mov.b64 mc, map_c; cvta.param.u64 mc, mc; mov.u32 x, 0; add.u32 z, s, {OUT};
 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [mc, {{x, x}}], [z]; //tag store
-cp.async.bulk.commit_group;
+cp.async.bulk.commit_group; //tag commit_store
 cp.async.bulk.wait_group 0; //tag wait_store
 $END:
 ret; //tag end

@@ -20,7 +20,6 @@ PTX = pipeline.program()
 EXPLAINED = {
     "relaxed mbarrier.arrive.expect_tx.shared::cta.b64": "its thread has written nothing",
     "relaxed mbarrier.arrive.shared::cta.b64": "what wgmma has read is let pass, docs/simulator.md",
-    "deleted cp.async.bulk.commit_group": "an exit is held to the groups that were committed",
     "reads only cp.async.bulk.wait_group": "the kernel ends behind it, and with it all writes",
 }
 

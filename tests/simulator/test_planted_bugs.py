@@ -179,6 +179,12 @@ BUGS = {
         ("store",),
         ("warp 0, PTX line", "cp.async.bulk.wait_group", "the CTA exits"),
     ),
+    "store that is never committed": Bug(
+        {"commit_store": ""},
+        ("race",),
+        ("store",),
+        ("warp 0, PTX line", "cp.async.bulk.commit_group", "the CTA exits"),
+    ),
     "barrier with a wrong thread count": Bug(
         {"meet": "bar.sync 1, 160;"},
         ("deadlock",),

@@ -150,6 +150,15 @@ void on_warp_exit(Warp& w) {
         return;
     }
     for (Warp& warp : cta.warps) {
+        if (warp.open_bulk_group) {
+            cluster.running = &warp;
+            throw SimError(
+                ErrorKind::kRace,
+                format("the CTA exits but warp %u never committed (cp.async.bulk.commit_group) its "
+                       "last bulk stores, so no wait covers that they have read shared memory",
+                       warp.index),
+                warp.last_bulk_store_line);
+        }
         if (warp.bulk_reads_waited < warp.bulk_groups_committed) {
             cluster.running = &warp;  // whom the message names
             throw SimError(
