@@ -68,12 +68,16 @@ def judge(
     verdict, reason = in_child(run, ptx, seconds)
     if verdict != "survived":
         raise ValueError(f"the unchanged kernel is {verdict}: {reason or 'a case fails'}")
+    reached: dict[int, bool] = {}  # by where a statement starts
     for mutation in mutations(ptx) if only is None else only:
+        if not reached.get(mutation.start, True):
+            yield Result(mutation, "survived", reached=False)  # whatever is made of it
+            continue
         verdict, reason = in_child(run, mutation.apply(ptx), seconds)
-        reached = True
-        if verdict == "survived":
-            reached = in_child(run, mutation.trap(ptx), seconds)[0] != "survived"
-        yield Result(mutation, verdict, reason, reached)
+        if verdict == "survived" and mutation.start not in reached:
+            trap = in_child(run, mutation.trap(ptx), seconds)[0]
+            reached[mutation.start] = trap != "survived"
+        yield Result(mutation, verdict, reason, reached.get(mutation.start, True))
 
 
 def survivors(ptx: str, run: Callable[[str], object], *, seconds: int = 10) -> list[Mutation]:
