@@ -19,7 +19,6 @@ PTX = pipeline.program()
 #: Mutants of the pipeline that nothing notices, and why.
 EXPLAINED = {
     "relaxed mbarrier.arrive.expect_tx.shared::cta.b64": "its thread has written nothing",
-    "relaxed mbarrier.arrive.shared::cta.b64": "what wgmma has read is let pass, docs/simulator.md",
     "reads only cp.async.bulk.wait_group": "the kernel ends behind it, and with it all writes",
 }
 

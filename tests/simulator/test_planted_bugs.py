@@ -61,6 +61,7 @@ def test_the_pipeline_gives_no_false_alarm_in_200_seeds(sim: S.Simulator) -> Non
 
 
 LOAD = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+RELAXED_RELEASE = "mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [empty];"
 STORE_G = "ld.param.u64 g, [scratch]; "
 BUGS = {
     "missing wait for the load": Bug(
@@ -127,6 +128,20 @@ BUGS = {
         ("load_a", "load_b", "mma", "release"),
         ("shared memory 0x400", "wgmma of warpgroup 0", FULL_0),
         ("mma",),
+    ),
+    "slot freed by a relaxed arrival": Bug(
+        {"release": RELAXED_RELEASE},
+        ("race",),
+        ("load_a", "load_b"),
+        ("shared memory 0x400", "a transfer announced on", FULL_0),
+        ("load_a",),
+    ),
+    "slot freed by a relaxed arrival behind a fence of the proxy": Bug(
+        {"release": f"fence.proxy.async; {RELAXED_RELEASE}"},
+        ("race",),
+        ("load_a", "load_b"),
+        ("shared memory 0x400", "a transfer announced on", FULL_0),
+        ("load_a",),
     ),
     "accumulator used before its wait": Bug(
         {"wait_group": ""},
@@ -265,6 +280,11 @@ def test_planted_bug_is_found(sim: S.Simulator, name: str) -> None:
         assert word in found[0], found[0]
     for tag in bug.also:
         assert re.search(rf"PTX line {LINES[tag]}\b", found[0]), (tag, found[0])
+
+
+def test_a_fence_releases_for_a_relaxed_arrival(sim: S.Simulator) -> None:
+    fenced = program({"release": f"fence.acq_rel.cta; {RELAXED_RELEASE}"})
+    assert not findings(sim, fenced)
 
 
 @pytest.mark.parametrize("fence", ["", "fence.proxy.async.shared::cta;"])

@@ -111,14 +111,33 @@ uint64_t state_of(const Mbarrier& barrier) {
 
 enum ArriveFlags : uint16_t { kExpectTx = 1, kArrive = 2, kCompleteTx = 4, kDrop = 8, kRelaxed = 16 };
 
-// An arrival at a barrier of another CTA orders the warp's accesses only with the scope of the cluster. What
-// engines completed for the warp is over in any case.
+// What a relaxed operation passes on: what fences of that scope before it have released.
+Order fenced(const Warp& w, Level scope) {
+    Order result;
+    for (const Published& released : w.sync.released) {
+        if (released.level >= scope) {
+            join(result, released.what->order);
+        }
+    }
+    const uint32_t inits = agent_of(w, kInits);  // by fence.mbarrier_init.release.cluster
+    set_clock(result.clock, inits, clock_at(w.order.clock, inits));
+    return result;
+}
+
+// An arrival at a barrier of another CTA orders the warp's accesses only with the scope of the cluster; with
+// less, what engines completed for the warp is taken to be over.
 void publish_arrival(const Warp& w, const Op& op, const Cta& target, Mbarrier& barrier, const Order& full,
                      const Order& completions) {
     const bool own = &target == w.cta;
-    const bool relaxed = (op.code & kRelaxed) != 0;
-    join(barrier.cta_order, own && !relaxed ? full : completions);
-    join(barrier.cluster_order, (own || op.level >= kClusterLevel) && !relaxed ? full : completions);
+    const bool reaches = own || op.level >= kClusterLevel;
+    if ((op.code & kRelaxed) == 0) {
+        join(barrier.cta_order, own ? full : completions);
+        join(barrier.cluster_order, reaches ? full : completions);
+    } else if (reaches) {
+        const Order before = fenced(w, own ? kCtaLevel : kClusterLevel);
+        join(barrier.cta_order, own ? before : Order{});
+        join(barrier.cluster_order, before);
+    }
 }
 
 // arrive, arrive.expect_tx, expect_tx, complete_tx, arrive_drop: op.b is a count or a number of bytes.
@@ -293,7 +312,7 @@ void decode_arrive(Decoder& d, uint16_t flags) {
 
 void decode_transaction(Decoder& d, uint16_t flags) {
     d.take("relaxed");
-    d.take_any({"cta", "cluster"}, "");
+    d.op.level = d.take_any({"cta", "cluster"}, "") == "cluster" ? kClusterLevel : kCtaLevel;
     d.op.space = take_barrier_space(d);
     d.take_any({"b64"}, "");
     d.op.code = static_cast<uint16_t>(flags | kRelaxed);
