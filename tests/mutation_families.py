@@ -267,6 +267,10 @@ class Quantizer:
 FAMILIES: tuple[Forward | Quantizer, ...] = (
     Forward("forward_16bit", ForwardVariant("bf16", 64, 64, mask="causal")),
     Forward("forward_fp8", ForwardVariant("e4m3", 64, 64, mask="causal", scales="head")),
+    Forward(
+        "forward_fp8_v_colmajor",
+        ForwardVariant("e4m3", 64, 64, mask="causal", scales="head", v_colmajor=True),
+    ),
     Quantizer("quantize_cast", QuantizeVariant("cast", "bf16", 64)),
     Quantizer("quantize_cast_v_colmajor", QuantizeVariant("cast", "bf16", 64, v_colmajor=True)),
     Quantizer("quantize_amax", QuantizeVariant("amax", "bf16", 64)),
