@@ -84,16 +84,16 @@ def dense_call(variant: ForwardVariant, rows: int, keys: int, heads: int) -> Cal
 @functools.cache
 def problems(variant: ForwardVariant) -> tuple[Problem, ...]:
     """Tiles that are handed out in advance; more CTAs than tiles; sequences that are short, empty
-    and without keys; several tiles a CTA; more of them than a CTA has consumer warps, so
-    that a barrier that expects one too few is a round ahead in the end; many blocks of keys, of
-    which a causal mask cuts the second as well."""
+    and without keys; several tiles a CTA; so many of them, in clusters for each of two stages, that
+    a barrier that expects one consumer warp too few is a round ahead in the end; many blocks of
+    keys, of which a causal mask cuts the second as well."""
     pair = 2 if variant.cluster else 1
     return (
         Problem(packed_call(variant, (20, 7, 3)), Schedule(num_ctas=pair, dynamic=False), (0,)),
         Problem(packed_call(variant, (9, 0, 30, 0, 1)), Schedule(num_ctas=5 * pair), range(6)),
         Problem(packed_call(variant, (5, 0, 200, 20, 64)), Schedule(num_ctas=2 * pair), range(4)),
         Problem(packed_call(variant, (400, 300, 0)), Schedule(num_ctas=pair), range(4)),
-        Problem(dense_call(variant, 20, 20, 14), Schedule(num_ctas=2), range(4)),
+        Problem(dense_call(variant, 20, 20, 14 * pair), Schedule(num_ctas=2), range(4 // pair)),
         Problem(dense_call(variant, 150, 1400, 1), Schedule(num_ctas=pair), range(4)),
     )
 
