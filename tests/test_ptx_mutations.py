@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:flash8 has no compiled kernel")
 needs_compiler = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 LISTS = Path(__file__).resolve().parent / "survivors"
 #: (FP8, V by keys, clusters): mutants that have not been judged yet.
-WITHOUT_LIST = {(True, False, True), (False, False, True)}
+WITHOUT_LIST = {(True, False, True)}
 
 #: One mutant of the 16-bit kernel each: the first whose id begins so.
 SAMPLES = (
