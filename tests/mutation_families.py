@@ -272,6 +272,7 @@ FAMILIES: tuple[Forward | Quantizer, ...] = (
         ForwardVariant("e4m3", 64, 64, mask="causal", scales="head", v_colmajor=True),
     ),
     Forward("forward_16bit_cluster", ForwardVariant("bf16", 64, 64, cluster=True)),
+    Forward("forward_fp8_cluster", ForwardVariant("e4m3", 64, 64, scales="head", cluster=True)),
     Quantizer("quantize_cast", QuantizeVariant("cast", "bf16", 64)),
     Quantizer("quantize_cast_v_colmajor", QuantizeVariant("cast", "bf16", 64, v_colmajor=True)),
     Quantizer("quantize_amax", QuantizeVariant("amax", "bf16", 64)),

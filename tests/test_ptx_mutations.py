@@ -21,8 +21,6 @@ from mutate import Known, compare, judge, load, mutations
 pytestmark = pytest.mark.filterwarnings("ignore:flash8 has no compiled kernel")
 needs_compiler = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 LISTS = Path(__file__).resolve().parent / "survivors"
-#: (FP8, V by keys, clusters): mutants that have not been judged yet.
-WITHOUT_LIST = {(True, False, True)}
 
 #: One mutant of the 16-bit kernel each: the first whose id begins so.
 SAMPLES = (
@@ -84,7 +82,7 @@ def test_every_shipped_kernel_is_of_a_family():
     forward = [f.variant for f in FAMILIES if isinstance(f, Forward)]
     served = {(v.dtype == "e4m3", v.v_colmajor, v.cluster) for v in forward}
     shipped = {(v.dtype == "e4m3", v.v_colmajor, v.cluster) for v in SHIPPED}
-    assert shipped - served == WITHOUT_LIST
+    assert shipped <= served
     quantizers = [f.variant for f in FAMILIES if isinstance(f, Quantizer)]
     served = {(v.job, v.v_colmajor) for v in quantizers}
     assert {(v.job, v.v_colmajor) for v in SHIPPED_QUANTIZERS} <= served
