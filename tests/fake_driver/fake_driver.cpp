@@ -1,8 +1,8 @@
-// A CUDA driver that does nothing: it answers the entry points of python/native/driver/driver_api.h, keeps memory on
-// the host, counts and records calls, fails on demand, and refuses what the driver documents that it refuses:
-// tensor maps, and calls while a stream captures. A "cubin" of it is an ELF file whose header is followed by
-// a KernelInfo (cubin.py makes them), with kernels named by its entry and "plain"; PTX has "plain" alone.
-// Control is through the fake_* functions.
+// A CUDA driver that does nothing: it answers the entry points of python/native/driver/driver_api.h, keeps
+// memory on the host, counts and records calls, fails on demand, and refuses what the driver documents that
+// it refuses: tensor maps, and calls while a stream captures. A "cubin" of it is an ELF file whose header is
+// followed by a KernelInfo (cubin.py makes them), with kernels named by its entry and "plain"; PTX has
+// "plain" alone. Control is through the fake_* functions.
 
 #include <elf.h>
 
