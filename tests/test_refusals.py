@@ -41,6 +41,9 @@ REFUSED = {
         "descale",
         lambda: fp8.quantize(X[None].expand(2, 2, 3, 4), "head", descale=torch.ones(1, 3)),
     ),
+    "num_heads_q": (ValueError, "num_heads_q", lambda: scheduled(num_heads_q=2**31)),
+    "max_seqlen_k": (ValueError, "max_seqlen_k", lambda: scheduled(max_seqlen_k=2**31)),
+    "max_seqlen_k_new": (ValueError, "max_seqlen_k_new", lambda: scheduled(max_seqlen_k_new=2**40)),
     "page_size": (ValueError, "page_size", lambda: scheduled(page_size=2**31)),
     "batch of dropout_mask": (
         ValueError,

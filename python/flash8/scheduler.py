@@ -21,6 +21,7 @@ from flash8.tensors.arguments import (
     require_tensor,
 )
 
+_INT32_MAX = 2**31 - 1
 _VERSION = 1
 #: What stands in the tensor after the version, in this order; int32 each.
 _FIELDS = (
@@ -69,7 +70,7 @@ def get_scheduler_metadata(
     sizes = {"batch_size": batch_size, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
     sizes["max_seqlen_k_new"] = max_seqlen_k_new
     for name, size in sizes.items():
-        require_int(name, size, minimum=0)
+        require_int(name, size, minimum=0, maximum=_INT32_MAX)
     require_tensor("cache_seqlens", cache_seqlens, INDEX_DTYPES)
     require_shape("cache_seqlens", cache_seqlens, (batch_size,), "(batch_size,)")
     for name, lengths in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k_new", cu_seqlens_k_new)):
@@ -101,8 +102,8 @@ def get_scheduler_metadata(
     head_dim_v = headdim if headdim_v is None else headdim_v
     geometry = Geometry(
         batch=batch_size,
-        heads=require_int("num_heads_q", num_heads_q, minimum=1),
-        heads_kv=require_int("num_heads_kv", num_heads_kv, minimum=1),
+        heads=require_int("num_heads_q", num_heads_q, minimum=1, maximum=_INT32_MAX),
+        heads_kv=require_int("num_heads_kv", num_heads_kv, minimum=1, maximum=_INT32_MAX),
         head_dim=require_int("headdim", headdim, minimum=1, maximum=max_head_dim),
         head_dim_v=require_int("headdim_v", head_dim_v, minimum=1, maximum=max_head_dim),
         q_packed=cu_seqlens_q is not None,
@@ -115,7 +116,7 @@ def get_scheduler_metadata(
         )
     pages = 0
     if page_size is not None:
-        pages = require_int("page_size", page_size, minimum=1, maximum=2**31 - 1)
+        pages = require_int("page_size", page_size, minimum=1, maximum=_INT32_MAX)
     splits = options.num_splits or choose_num_splits(cache_seqlens.device, geometry, options)
     values = [_VERSION, splits, *_described(geometry, options, pages)]
     return torch.tensor(values, dtype=torch.int32, device=cache_seqlens.device)
