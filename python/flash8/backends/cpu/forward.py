@@ -16,6 +16,8 @@ from flash8.backends.cpu.sequences import Unit, check_values, units
 from flash8.backends.cpu.softmax import softmax_for
 from flash8.call.checks import FP8
 from flash8.call.options import Options
+from flash8.tensors.tokens import Tokens
+from flash8.tensors.v_colmajor import from_colmajor
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,6 @@ def forward(
 
 
 def _by_token(v: Tensor, keys: int, options: Options) -> Tensor:
-    from flash8.tensors.tokens import Tokens
-    from flash8.tensors.v_colmajor import from_colmajor
-
     return from_colmajor(v, keys, Tokens(options.cu_seqlens_k))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
-from flash8.backends.hopper import kernels
+from flash8.backends.hopper import kernels, streams
 from flash8.backends.hopper.quantize_variants import (
     TILE_HEAD_DIMS,
     Input,
@@ -159,7 +159,7 @@ class Launcher:
 
     def launch(self, variant: QuantizeVariant) -> None:
         device = self.x.device.index or 0
-        stream = torch.cuda.current_stream(self.x.device).cuda_stream if self.x.is_cuda else 0
+        stream = streams.current_stream(self.x)
         _native.launch_quantize(kernels.kernel(variant), device, stream, self.params)
 
 
