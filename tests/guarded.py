@@ -60,11 +60,18 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Guards:
-    """Those of the launches of one call."""
+    """Those of the launches of one call. The device forgets them however a `with` of them ends:
+    it would let later kernels touch memory that is another tensor's by then."""
 
     def __init__(self, device: Any) -> None:
         self._device = device
         self._made: list[Guarded] = []
+
+    def __enter__(self) -> "Guards":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.forget()
 
     def add(self, made: Guarded) -> Tensor:
         """The tensor, which kernels may touch."""
@@ -112,9 +119,10 @@ def guard_outputs(patch: Any, device: Any) -> None:
 def _quantize(
     quantize: Callable[[Request], tuple[Tensor, ...]], guards: Guards, request: Request
 ) -> tuple[Tensor, ...]:
-    results = tuple(x.clone() for x in quantize(request))
-    guards.forget()
-    return results
+    try:
+        return tuple(x.clone() for x in quantize(request))
+    finally:
+        guards.forget()
 
 
 def _append(append: Callable[[Appended], None], device: Any, appended: Appended) -> None:
@@ -122,11 +130,10 @@ def _append(append: Callable[[Appended], None], device: Any, appended: Appended)
     if _is_sparse(cache):
         append(appended)
         return
-    guards = Guards(device)
-    copy = guards.add(Guarded.like(cache)).copy_(cache)
-    append(appended._replace(cache=copy))
-    guards.check()
-    guards.forget()
+    with Guards(device) as guards:
+        copy = guards.add(Guarded.like(cache)).copy_(cache)
+        append(appended._replace(cache=copy))
+        guards.check()
     _assign(cache, copy)
 
 
@@ -146,11 +153,10 @@ def _forward(
     if _is_sparse(out) or _is_sparse(lse):
         forward(q, k, v, qv, s_aux, options, out, lse, *partial)
         return
-    guards = Guards(device)
-    o, row_lse = guards.add(Guarded.like(out)), guards.add(Guarded.like(lse))
-    forward(q, k, v, qv, s_aux, options, o, row_lse, *partial)
-    guards.check()
-    guards.forget()
+    with Guards(device) as guards:
+        o, row_lse = guards.add(Guarded.like(out)), guards.add(Guarded.like(lse))
+        forward(q, k, v, qv, s_aux, options, o, row_lse, *partial)
+        guards.check()
     _assign(out, o)
     _assign(lse, row_lse)
     call = hopper._served.last.call  # by which calls like this one are launched again

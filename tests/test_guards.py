@@ -1,5 +1,7 @@
 """A store beside an output is found out by its guards, in every harness that launches kernels."""
 
+import functools
+
 import pytest
 import torch
 
@@ -97,7 +99,7 @@ def test_quantizer(monkeypatch, name, strict, side):
     x = torch.randn(2, 40, 2, 64).bfloat16()
     moved(monkeypatch, "launch_quantize", name, side)
     serving = quantizer_device().serving_cpu_tensors(monkeypatch)
-    with kernels(monkeypatch, x) if strict else serving, FOUND:
+    with FOUND, kernels(monkeypatch, x) if strict else serving:
         fp8.quantize(x, granularity, **options)
 
 
@@ -108,8 +110,30 @@ def test_append(monkeypatch, strict, side):
     x, starts = torch.randn(2, 20, 2, 64).bfloat16(), int32((0, 0))
     moved(monkeypatch, "launch_quantize", "out", side)
     serving = quantizer_device().serving_cpu_tensors(monkeypatch)
-    with kernels(monkeypatch, x, cache, starts) if strict else serving, FOUND:
+    with FOUND, kernels(monkeypatch, x, cache, starts) if strict else serving:
         appender.append(Appended(cache, x, starts))
+
+
+@pytest.mark.parametrize("name", ["launch_forward", "launch_quantize"])
+def test_a_refused_launch_leaves_no_memory_known(monkeypatch, name):
+    """It would be another tensor's by the next call, and a store there would pass."""
+    known = set()
+    simulated = type(quantizer_device())
+    monkeypatch.setattr(simulated, "register", lambda _, x: known.add(x.data_ptr()))
+    monkeypatch.setattr(simulated, "unregister", lambda _, x: known.remove(x.data_ptr()))
+
+    def refuse(*_, **__):
+        assert known
+        raise _native.DriverError("refused")
+
+    monkeypatch.setattr(_native, name, refuse)
+    call, x = forward_call(), torch.randn(2, 40, 2, 64).bfloat16()
+    with device().serving_cpu_tensors(monkeypatch):
+        attend = functools.partial(flash8.flash_attn_func, call.q, call.k, call.v)
+        run = attend if name == "launch_forward" else functools.partial(fp8.quantize, x, "block")
+        with pytest.raises(_native.DriverError, match="refused"):
+            run()
+    assert not known
 
 
 KERNELS = {
