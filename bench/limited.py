@@ -31,7 +31,7 @@ class Ending:
     status: int
     seconds: float
     killed: bool = False  # at its limit
-    gone: bool = True  # False: it did not end when it was killed, and may still hold the GPU
+    gone: bool = True  # False: it, or what it started, did not die and may still hold the GPU
 
     @property
     def ok(self) -> bool:
@@ -86,7 +86,8 @@ def run_limited(
             _signal_group(process.pid, signal.SIGKILL)
             _groups.discard(process.pid)
         gone = _wait(process, _TO_DIE)
-    status = process.returncode if gone else -signal.SIGKILL
+    gone = _wait_for_group(process.pid, _TO_DIE) and gone
+    status = -signal.SIGKILL if process.returncode is None else process.returncode
     return Ending(status, time.monotonic() - start, killed, gone)
 
 
@@ -96,6 +97,24 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> bool:
     except subprocess.TimeoutExpired:
         return False
     return True
+
+
+def _wait_for_group(group: int, seconds: float) -> bool:
+    """SIGKILL returns before a process has ended, and the next command wants the GPU free."""
+    deadline = time.monotonic() + seconds
+    while any(_is_running_in(group, stat) for stat in Path("/proc").glob("[0-9]*/stat")):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _is_running_in(group: int, stat: Path) -> bool:
+    try:
+        state, _parent, its_group, *_ = stat.read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended meanwhile
+        return False
+    return int(its_group) == group and state not in "ZX"
 
 
 def _signal_group(group: int, number: int) -> None:
