@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import flash8
+from argument_cases import cache, ones, pages
 from cases import int32
-from test_checks import ones
-from test_checks_kvcache import cache, pages
 
 BF16 = torch.bfloat16
 

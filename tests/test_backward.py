@@ -15,7 +15,7 @@ from cases import (
     run_oracle,
     upstream,
 )
-from test_forward import GROUPS, LONG, OPTIONS, case
+from cpu_cases import GROUPS, LONG, OPTIONS, case
 from tolerances import check_fa3
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

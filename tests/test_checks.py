@@ -1,11 +1,10 @@
 """Bad input ends in an exception that names the argument, its value and what is supported."""
 
-import re
-
 import pytest
 import torch
 
 import flash8
+from argument_cases import grad, ones, refuses
 from cases import int32
 
 FP8 = torch.float8_e4m3fn
@@ -58,14 +57,6 @@ def fp8(**changes):
 def test_the_calls_below_are_valid_when_unchanged():
     for call in (dense, varlen, paged, fp8):
         call()
-
-
-def ones(*shape, dtype=torch.float32, **kwargs):
-    return torch.ones(*shape, dtype=dtype, **kwargs)
-
-
-def grad(*shape):
-    return torch.randn(*shape, requires_grad=True)
 
 
 # call, what is wrong, exception, texts that the message must contain
@@ -228,16 +219,6 @@ BAD = [
     (fp8, dict(out=ones(2, 5, 4, 16)), TypeError, "out", "bfloat16", "float16", "float32"),
     (fp8, dict(k=ones(2, 5, 2, 16)), TypeError, "k", "float8_e4m3fn", "float32"),
 ]
-
-
-def refuses(call, arguments, error, *texts):
-    with pytest.raises((TypeError, ValueError)) as caught:
-        call(**arguments)
-    assert type(caught.value) is error, f"{type(caught.value).__name__}: {caught.value}"
-    message = str(caught.value)
-    for text in texts:
-        pattern = rf"(?<!\w){re.escape(text)}(?!\w)" if text[0].isalnum() else re.escape(text)
-        assert re.search(pattern, message), f"{text!r} is not in {message!r}"
 
 
 def describe(row):

@@ -4,52 +4,10 @@ import pytest
 import torch
 
 import flash8
+from argument_cases import cache, grad, ones, pages, refuses
 from cases import int32
-from test_checks import grad, ones, refuses
 
 FP8 = torch.float8_e4m3fn
-
-
-def cache(**changes):
-    """A valid flash_attn_with_kvcache call with append and rotary, with `changes`."""
-    arguments = dict(
-        q=torch.randn(2, 3, 4, 32),
-        k_cache=torch.randn(2, 20, 2, 32),
-        v_cache=torch.randn(2, 20, 2, 8),
-        k=torch.randn(2, 3, 2, 32),
-        v=torch.randn(2, 3, 2, 8),
-        rotary_cos=torch.randn(24, 8),
-        rotary_sin=torch.randn(24, 8),
-        cache_seqlens=int32([5, 17]),
-    )
-    arguments.update(changes)
-    return _unchanged_on_refusal(arguments)
-
-
-def pages(**changes):
-    arguments = dict(
-        q=torch.randn(2, 3, 4, 32),
-        k_cache=torch.randn(9, 4, 2, 32),
-        v_cache=torch.randn(9, 4, 2, 8),
-        k=torch.randn(2, 3, 2, 32),
-        v=torch.randn(2, 3, 2, 8),
-        page_table=int32([[0, 8, 1, 3], [4, 5, 6, 7]]),
-        cache_seqlens=int32([5, 13]),
-    )
-    arguments.update(changes)
-    return _unchanged_on_refusal(arguments)
-
-
-def _unchanged_on_refusal(arguments):
-    caches = [arguments[n] for n in ("k_cache", "v_cache")]
-    before = [x.clone() if isinstance(x, torch.Tensor) and x.numel() else None for x in caches]
-    try:
-        return flash8.flash_attn_with_kvcache(**arguments)
-    except (TypeError, ValueError):
-        for x, old in zip(caches, before, strict=True):
-            if old is not None and x.device.type == "cpu":
-                assert torch.equal(x.float(), old.float()), "the cache changed before the refusal"
-        raise
 
 
 def test_the_calls_below_are_valid_when_unchanged():

@@ -11,7 +11,7 @@ from compiler_fixtures import LOG, install_fake_compiler, set_temporary_folder
 from flash8.cli import main
 from flash8.compiler import CompileError, Unit, compile_unit, toolchain
 from flash8.compiler.build import parse_depfile
-from test_nvcc import reason
+from simulated_device import missing_compiler
 
 pytest_plugins = ["compiler_fixtures"]
 
@@ -109,7 +109,7 @@ def test_the_rule_that_gcc_writes_is_read(tmp_path):
     assert tmp_path / "source" / "b b.h" in parse_depfile(text, tmp_path)
 
 
-@pytest.mark.skipif(bool(reason), reason=reason)
+@pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 def test_the_real_compiler_takes_them_too(monkeypatch, tmp_path):
     shop = make(tmp_path / "".join(odd for odd in ODD))
     source = make(shop / "source") / "kernel.cu"

@@ -8,7 +8,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
 import flash8
 from cases import int32
-from test_forward_mode import FACE, small, summed
+from transform_cases import FACE, small, summed
 
 SECOND_ORDER = "first-order gradients only"
 

@@ -6,8 +6,6 @@ the bit, and a stride that has lost its upper half must give something else.
 """
 
 import math
-import mmap
-import tempfile
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from flash8.backends.hopper import forward as hopper
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.call.options import Options
 from simulated_device import missing_compiler
+from sparse_tensors import sparse
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
@@ -32,19 +31,6 @@ STRIDES = {
     "row": (HEADS * DIM, STEP, DIM),
 }
 LSE_STRIDES = {"batch": (FAR, ROWS, 1), "head": (ROWS, FAR, 1), "row": (HEADS * ROWS, ROWS, 1)}
-
-
-def sparse(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of zeros with these strides; memory is there only where it is written."""
-    extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    size = (extent + DIM) * dtype.itemsize + mmap.PAGESIZE
-    try:
-        with tempfile.TemporaryFile() as file:
-            file.truncate(size)
-            memory = mmap.mmap(file.fileno(), size)
-    except OSError as error:
-        pytest.skip(f"a sparse file of {size} bytes cannot be mapped here: {error}")
-    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
 
 
 def call_on(tensors: dict[str, torch.Tensor]) -> _native.ForwardParams:

@@ -22,11 +22,11 @@ from cases import (
     run_flash8,
     upstream,
 )
+from fp8_cases import inputs, quantised, sink_key
 from fp8_model import Kernel
-from test_fp8_forward import inputs, quantised, sink_key
-from test_kvcache import call
-from test_kvcache import check as check_cache
-from test_kvcache import problem as cache_problem
+from kvcache_cases import call
+from kvcache_cases import check as check_cache
+from kvcache_cases import problem as cache_problem
 from tolerances import (
     FP8_ACCUMULATION,
     FP8_REL_L2,

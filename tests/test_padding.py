@@ -16,7 +16,7 @@ from cases import (
     upstream,
     used_masks,
 )
-from test_kvcache import HEAD_DIM, HEAD_DIM_V, HEADS, HEADS_KV, call, problem
+from kvcache_cases import HEAD_DIM, HEAD_DIM_V, HEADS, HEADS_KV, call, problem
 
 CASES = {
     "dense seqused": Case((9, 9, 9), (70, 70, 70), unused_q=(0, 4, 9), unused_k=(7, 0, 70)),

@@ -10,9 +10,9 @@ from flash8.backends.hopper import append_quantized as appender
 from flash8.call.request import Appended
 from flash8.tensors.float8 import E4M3
 from flash8.tensors.rotary import Rope
+from quantizer_cases import draw, tables, tensors_of
 from quantizer_device import device, kernels
 from simulated_device import missing_compiler
-from test_quantizer_kernels import draw, tables, tensors_of
 
 pytestmark = [
     pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler())),

@@ -18,6 +18,7 @@ from flash8.backends.hopper import quantize as quantizer
 from flash8.call.request import Request
 from flash8.tensors.float8 import E4M3, E5M2
 from flash8.tensors.rotary import Rope
+from quantizer_cases import assert_equal, draw, ragged, raw, tables, tensors_of
 from quantizer_device import device, kernels, quantizers_only
 from simulated_device import missing_compiler
 
@@ -26,49 +27,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:flash8 has no compiled kernel"),
 ]
 
-ROPE_ROWS = 400
-
-
-def draw(*shape, dtype=torch.bfloat16, seed=0, scale=1.0) -> Tensor:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return (x * scale).to(dtype)
-
-
-def tables(rotary_dim: int, rows: int = ROPE_ROWS) -> tuple[Tensor, Tensor]:
-    rates = 10000.0 ** -(torch.arange(rotary_dim // 2) / (rotary_dim / 2))
-    angles = torch.arange(rows)[:, None] * rates
-    return angles.cos(), angles.sin()
-
-
-def tensors_of(options: dict) -> list[Tensor]:
-    flat = [*options.values(), *(options.get("rope") or ())]
-    return [x for x in flat if isinstance(x, Tensor)]
-
 
 def on_kernels(monkeypatch, x, granularity, *, seed=0, **options):
     with kernels(monkeypatch, x, *tensors_of(options), seed=seed):
         result = fp8.quantize(x, granularity, **options)
     assert device().report()["kernel"] == "flash8_quantize_cast"
     return result
-
-
-def raw(x: Tensor) -> Tensor:
-    """The bytes of 8-bit data; one of the NaNs for all."""
-    return torch.where(x.float().isnan(), 0x7F, x.view(torch.uint8))
-
-
-def assert_equal(have: fp8.ScaledTensor, want: fp8.ScaledTensor) -> None:
-    assert have.data.shape == want.data.shape and have.data.dtype == want.data.dtype
-    assert torch.equal(raw(have.data), raw(want.data))
-    assert torch.equal(have.descale, want.descale)
-    assert (have.mean is None) == (want.mean is None)
-    if want.mean is not None:
-        assert torch.equal(have.mean, want.mean)
-    assert (have.granularity, have.rotation, have.v_colmajor_tokens) == (
-        want.granularity,
-        want.rotation,
-        want.v_colmajor_tokens,
-    )
 
 
 def check(monkeypatch, x, granularity, *, seeds=(1,), **options) -> None:
@@ -154,11 +118,6 @@ def test_packed_sequences(monkeypatch, granularity, behind, transpose):
     check(monkeypatch, x, granularity, **options, seeds=(1, 2))
     x[100:130] = math.nan  # not used
     check(monkeypatch, x, granularity, **options, seqused=used)
-
-
-def ragged(sequences: int) -> tuple[int, ...]:
-    """Lengths of which every third is 0, but not the last of 33 or 65."""
-    return tuple((5 * i + 1) % 7 + 1 if i % 3 else 0 for i in range(sequences))
 
 
 @pytest.mark.parametrize("sequences", [33, 65])

@@ -7,9 +7,9 @@ from cases import cumulative, int32
 from flash8 import fp8
 from flash8.backends.hopper import kernels
 from flash8.tensors.rotary import Rope
+from quantizer_cases import assert_equal, draw, ragged, tables
 from quantizer_device import changed_kernels, device
 from simulated_device import missing_compiler
-from test_quantizer_kernels import assert_equal, draw, ragged, tables
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 

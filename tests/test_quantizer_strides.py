@@ -22,10 +22,10 @@ from flash8.call.request import Appended, Request
 from flash8.tensors.float8 import E4M3
 from flash8.tensors.hadamard import Rotation
 from guarded import contiguous_strides
+from quantizer_cases import draw
 from quantizer_device import changed_kernels, device
 from simulated_device import missing_compiler
-from test_large_strides import sparse
-from test_quantizer_kernels import draw
+from sparse_tensors import sparse
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 

@@ -11,8 +11,8 @@ import flash8
 from cases import Case, build, call_of, check_backward, cumulative, int32
 from flash8 import fp8
 from fuzz import damage, targets
+from fuzz.calls import attention_call, cache_call, damaged, judge
 from fuzz.harness import attempt, bits, shown
-from test_fuzz import attention_call, cache_call, damaged, judge
 
 
 def call(seed: int) -> str:

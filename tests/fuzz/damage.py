@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from test_fuzz import FP8, JUNK, damaged
+from fuzz.calls import FP8, JUNK, damaged
 
 
 class Whole(int):

@@ -11,7 +11,7 @@ import flash8
 from cases import cumulative, int32
 from flash8 import fp8, varlen
 from flash8.fp8 import Rope, Rotation
-from test_fuzz import attention_call, cache_call
+from fuzz.calls import attention_call, cache_call
 
 Target = tuple[Callable[..., Any], dict[str, Any]]
 WIDE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
