@@ -52,7 +52,7 @@ FUZZ_CALLS ?= 100000
 FUZZ_SEED ?= 0
 FUZZ_WORKERS ?= 2
 fuzz: $(TOOLS) $(PACKAGE) $(COMPILER)
-	OMP_NUM_THREADS=1 $(BIN)/python -P tests/fuzz/run.py \
+	OMP_NUM_THREADS=1 $(BIN)/python -P tests/support/fuzz/run.py \
 		--calls $(FUZZ_CALLS) --seed $(FUZZ_SEED) --workers $(FUZZ_WORKERS)
 
 bench: $(PACKAGE)
@@ -73,9 +73,9 @@ gpu-check:
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -g
 runtime = $(shell $(CXX) -print-file-name=$(1))
-NATIVE_TESTS := tests/test_native.py tests/test_driver.py tests/test_driver_launch.py tests/test_fake_driver.py \
-	tests/test_kernel_image.py tests/test_tensor_map.py $(wildcard tests/test_launch_*.py) \
-	$(wildcard tests/test_repeated*.py) tests/test_expanded.py tests/test_threads.py tests/test_trust_troubles.py
+NATIVE_TESTS := $(filter-out %/test_driver_api.py,$(wildcard tests/native/test_*.py)) \
+	tests/backends/hopper/test_launch_capture.py tests/backends/hopper/test_trust_troubles.py \
+	$(wildcard tests/ops/test_plan_cache*.py) tests/api/test_expanded.py tests/api/test_threads.py
 
 sanitize: $(TOOLS)
 	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B $(SANITIZED) -G Ninja -DFLASH8_SANITIZE=ON \

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attention_cases import Call
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from attention_cases import Call
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

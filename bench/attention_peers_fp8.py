@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from attention_cases import Call
 from attention_peers import (
     Absent,
@@ -19,7 +21,6 @@ from attention_peers import (
     refuse_without_kernel,
     varlen_arguments,
 )
-from torch import Tensor
 
 #: From quantized q, k and v, as `flash8.fp8.quantize` returns them, to O.
 Attend = Callable[[Any, Any, Any], Tensor]

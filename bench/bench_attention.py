@@ -14,13 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import attention_report
 import environment
-import torch
 from attention_cases import Call, Case, cpu_cases, gpu_cases, inputs, reference
 from attention_peers import Absent, Attention, Peer, RefusedError, peers
 from partial import while_there_is_time, write_json
-from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 Clock = Callable[[Callable[[], object]], dict[str, Any]]

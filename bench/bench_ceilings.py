@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import environment
 import torch
+
+import environment
 from gpu_timing import time_call
 
 _COPY_BYTES = 8 << 30

@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import environment
 import torch
-from attention_cases import Case, dense, inputs, reference
-from partial import while_there_is_time, write_json
 from torch import Tensor
 
+import environment
+from attention_cases import Case, dense, inputs, reference
 from flash8 import _native, fp8
 from flash8.backends.hopper import forward as hopper
 from flash8.backends.hopper import streams
@@ -27,6 +26,7 @@ from flash8.backends.hopper.variants import ForwardVariant
 from flash8.call.options import Options
 from flash8.call.unwrap import unwrap
 from flash8.compiler import Unit, kernel_image
+from partial import while_there_is_time, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _HIDDEN, _TOKENS = 2048, 16384

@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import environment
 import torch
-from bench_ceilings import copy_rate
-from gpu_timing import time_call
-from partial import while_there_is_time, write_json
-from quantizer_traffic import traffic
 
+import environment
+from bench_ceilings import copy_rate
 from flash8.backends.cpu import quantize as portable
 from flash8.backends.hopper import quantize as quantizer
 from flash8.call.request import Request
 from flash8.tensors.hadamard import Rotation
 from flash8.tensors.rotary import Rope
+from gpu_timing import time_call
+from partial import while_there_is_time, write_json
+from quantizer_traffic import traffic
 
 HEADS = 8
 

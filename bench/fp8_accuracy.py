@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import environment
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import environment
 import flash8
 from flash8 import fp8
 from flash8.tensors.float8 import saturating_cast

@@ -17,15 +17,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import environment
 import pybind11
+
+import environment
 from gpu_steps import units
 from gpu_steps.journal import write_json
 from gpu_steps.pack import PACK, ROOT, source_digest
 
 sys.path.insert(0, str(ROOT / "bench" / "hopper_facts"))
 import facts
-
 from flash8.compiler import Compiled, Unit, compile_unit, write_package
 
 MOST_BYTES = 60 << 20
@@ -71,7 +71,7 @@ def build(folder: Path, jobs: int, pythons: list[str]) -> None:
     write_package(compiled, folder / "site" / "flash8" / "kernels")
     facts.compile_images(folder / "facts")
     (folder / "tests").mkdir()
-    compiled_tests = compile_unit(Unit(ROOT / "tests" / "gpu_driver.cu"))
+    compiled_tests = compile_unit(Unit(ROOT / "tests" / "gpu" / "gpu_driver.cu"))
     (folder / "tests" / "gpu_driver.cubin").write_bytes(compiled_tests.cubin.read_bytes())
     (folder / "tests" / "gpu_driver.ptx").write_bytes(compiled_tests.ptx.read_bytes())
     shutil.copytree(pybind11.get_include(), folder / "pybind11" / "include")

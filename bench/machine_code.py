@@ -27,7 +27,6 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import machine_order
-
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from flash8.compiler import Compiled, compile_unit
 

@@ -1,10 +1,13 @@
-"""The law of the package's folders: no folder imports one above it."""
+"""The law of the folders: none of the package imports one above it, no test file another."""
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import flash8
+from repository import TESTS
 
 PACKAGE = Path(flash8.__file__).parent
 #: Ground first. What is not listed is the face: what users import, and the command line.
@@ -87,3 +90,42 @@ def test_a_planted_import_is_found():
     ]
     assert upward("tensors.tokens", "from flash8 import attention\n") == ["attention"]
     assert upward("ops.attention", "from flash8.call.options import Options\n") == []
+
+
+def strays(text: str) -> list[str]:
+    """Test modules that a test imports, and its edits of the path."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.startswith("test_")]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("test_"):
+            found.append(node.module or "")
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path":
+            found.append("sys.path")
+    return found
+
+
+TEST_FILES = sorted(TESTS.rglob("test_*.py"))
+
+
+def test_no_test_file_imports_another():
+    wrong = {path.name: strays(path.read_text()) for path in TEST_FILES}
+    assert {name: found for name, found in wrong.items() if found} == {}
+
+
+def test_names_of_test_files_are_unique():
+    names = [path.name for path in TEST_FILES if "simulator" not in path.parts]
+    assert len(names) == len({*names})
+
+
+@pytest.mark.parametrize(
+    ("planted", "found"),
+    [
+        ("from test_checks import ones\n", ["test_checks"]),
+        ("def f():\n    import test_checks\n", ["test_checks"]),
+        ("import sys\nsys.path.insert(0, 'bench')\n", ["sys.path"]),
+        ("from argument_cases import ones\n", []),
+    ],
+)
+def test_a_planted_stray_is_found(planted, found):
+    assert strays(planted) == found

@@ -2,7 +2,7 @@
 
 site/         flash8 as installed, its device code, and the cubins under flash8/kernels
 facts/        the kernels of bench/hopper_facts, cubin and PTX
-tests/        the kernels of tests/gpu_driver.cu
+tests/        the kernels of tests/gpu/gpu_driver.cu
 pybind11/     headers, for an extension built where the Python is another
 pack.json     commit, digest of the sources, kernels
 """
@@ -27,7 +27,7 @@ _FILES = (
     "bench/attention_cases.py",
     "bench/bench_choices.py",
     "bench/gpu_steps/units.py",
-    "tests/gpu_driver.cu",
+    "tests/gpu/gpu_driver.cu",
 )
 
 
@@ -80,7 +80,7 @@ def source_digest(root: Path = ROOT) -> str:
 
 def gpu_tests(root: Path = ROOT) -> list[Path]:
     """The files of tests that need a GPU: those with the mark."""
-    files = sorted((root / "tests").glob("test_*.py"))
+    files = sorted((root / "tests" / "gpu").glob("test_*.py"))
     return [path for path in files if "pytest.mark.gpu" in path.read_text()]
 
 

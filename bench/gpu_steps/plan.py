@@ -130,10 +130,10 @@ def _tests() -> Iterator[Step]:
     for mode in ("on", "auto", "off"):
         # The others say by themselves which kernels they want, or launch their own.
         for file in files if mode == "on" else ("test_gpu.py", "test_gpu_quantizer.py"):
-            command = (sys.executable, "-P", "-m", "pytest", *options, f"tests/{file}")
+            command = (sys.executable, "-P", "-m", "pytest", *options, f"tests/gpu/{file}")
             yield Step(
                 "tests",
-                f"tests/{file}, FLASH8_KERNELS={mode}",
+                f"tests/gpu/{file}, FLASH8_KERNELS={mode}",
                 command,
                 70,
                 least=20,

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
 from attention_cases import Case, gpu_cases
 from bench_choices import choices
-
 from flash8.backends.hopper import forward as hopper
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS, QuantizeVariant
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
@@ -82,13 +82,13 @@ def _choose(case: Case, dtype: torch.dtype, options: Options) -> ForwardVariant:
 
 
 def _of_tests() -> Iterator[ForwardVariant | QuantizeVariant]:
-    """Those of the GPU tests, which run on the CPU for it (tests/gpu_recorder.py)."""
+    """Those of the GPU tests, which run on the CPU for it (tests/support/gpu_recorder.py)."""
     kinds = {kind.__name__: kind for kind in (ForwardVariant, QuantizeVariant)}
     with tempfile.TemporaryDirectory() as folder:
         recorded = Path(folder) / "recorded.json"
         command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "gpu_recorder", "-m", "gpu"]
         command += ["-p", "no:cacheprovider", *map(str, gpu_tests())]
-        environ = {**os.environ, "PYTHONPATH": "tests", "FLASH8_RECORDED": str(recorded)}
+        environ = {**os.environ, "PYTHONPATH": "tests/support", "FLASH8_RECORDED": str(recorded)}
         environ["FLASH8_COMPILE"] = "never"
         done = subprocess.run(
             command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False

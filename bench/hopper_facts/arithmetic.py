@@ -2,8 +2,9 @@
 
 from typing import Any
 
-import formats
 import numpy as np
+
+import formats
 from accumulation import BF16_BITS, FP8_BITS, step
 from driver import Device, Module
 

@@ -5,8 +5,9 @@ Every kernel's results are compared with what they must be: a rate of a wrong pr
 
 from typing import Any
 
-import formats
 import numpy as np
+
+import formats
 from driver import Device, Module
 
 _CHAINS = 8

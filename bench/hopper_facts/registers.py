@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from driver import Device, Module
 from limited import run_limited
 

@@ -29,8 +29,8 @@ class Bounds(NamedTuple):
     lse: float  # largest difference
 
 
-#: About three times what a sound kernel shows on the simulated device (`tests/test_trust.py`), and
-#: much more for LSE, to which tensor cores may add differently. P of e4m3 has three bits.
+#: About three times what a sound kernel shows on the simulated device (test_trust.py), and much
+#: more for LSE, to which tensor cores may add differently. P of e4m3 has three bits.
 _BOUNDS: dict[Element, Bounds] = {
     "fp16": Bounds(8e-4, 1.5e-3, 1e-4),
     "bf16": Bounds(6e-3, 1.2e-2, 1e-4),

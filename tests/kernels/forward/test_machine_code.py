@@ -1,0 +1,95 @@
+"""What must be true of the machine code of every kernel that ships."""
+
+import re
+
+import pytest
+
+import machine_code
+import machine_order
+from flash8.backends.hopper.variants import SHIPPED
+from flash8.compiler import compile_unit
+from simulated_device import missing_compiler
+
+_NO_DISASSEMBLER = machine_code.missing_disassembler()
+
+pytestmark = [
+    pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler())),
+    pytest.mark.skipif(_NO_DISASSEMBLER is not None, reason=str(_NO_DISASSEMBLER)),
+]
+
+
+shipped = pytest.mark.parametrize("variant", SHIPPED, ids=lambda variant: variant.name)
+
+
+def machine_code_of(variant):
+    return machine_code.MachineCode.of(compile_unit(variant.unit()).cubin)
+
+
+@shipped
+def test_lean(variant):
+    compiled = compile_unit(variant.unit())
+    code = machine_code_of(variant)
+    assert code.local_accesses == 0, "spills or local arrays"
+    assert not compiled.report.serialized
+    assert code.products == ({"QGMMA"} if variant.dtype == "e4m3" else {"HGMMA"})
+    groups = compiled.ptx.read_text().count("wgmma.commit_group")
+    assert code.group_closings == code.arrivals == code.waits == groups
+    row = machine_code.row(variant)
+    assert row.spill_bytes == 0
+    assert row.registers <= 168, "what 384 or 512 threads can start with"
+    width = machine_code.tile(variant)[1]
+    if row.peer_unmasked is not None:
+        assert row.unmasked / width <= row.peer_unmasked / row.peer_block_n
+    if row.peer_masked is not None:
+        assert row.masked / width <= row.peer_masked / row.peer_block_n
+
+
+@shipped
+def test_registers(variant):
+    """What the warpgroups acquire is there: setmaxnreg draws on the CTA's own registers."""
+    compiled = compile_unit(variant.unit())
+    (cost,) = compiled.report.kernels
+    ptx = compiled.ptx.read_text()
+    warpgroups = int(re.search(r"\.maxntid (\d+)", ptx)[1]) // 128
+    (producer,) = {int(n) for n in re.findall(r"setmaxnreg\.dec\.\S+ (\d+)", ptx)}
+    (consumer,) = {int(n) for n in re.findall(r"setmaxnreg\.inc\.\S+ (\d+)", ptx)}
+    assert producer + (warpgroups - 1) * consumer <= warpgroups * cost.registers
+    assert compiled.report.hangs() == []
+
+
+@shipped
+def test_order(variant):
+    """Waits stand where the design has them, behind the softmax, and not where ptxas likes them."""
+    loops = machine_code_of(variant).mainloops
+    assert len(loops) == (3 if variant.mask == "local" else 2)
+    fp8 = variant.dtype == "e4m3"
+    takes_turns = fp8 or max(variant.head_dim, variant.head_dim_v) <= 128
+    for loop in loops:
+        found = machine_order.overlap(loop.lines)
+        assert found.exponentials >= machine_code.tile(variant)[1] / 2, "64 rows over 128 threads"
+        if takes_turns:
+            assert found.without_turn is not None and found.without_turn >= 0.9
+        else:
+            assert found.without_turn is None
+        if not fp8:
+            assert found.under_product is not None and found.under_product >= 0.9
+
+
+@shipped
+def test_products_in_flight_keep_their_registers(variant):
+    assert machine_order.touched_in_flight(machine_code_of(variant).lines) == []
+
+
+@shipped
+def test_the_next_tile_is_claimed_before_the_last_load(variant):
+    """Behind a claim there are at most the boxes of one tile of V. Clusters claim nothing."""
+    element = 1 if variant.dtype == "e4m3" else 2
+    loads = machine_order.loads_behind_claims(machine_code_of(variant).lines)
+    if variant.cluster:
+        assert loads == []
+        return
+    row = machine_code.tile(variant)[1] if variant.v_colmajor else variant.head_dim_v * element
+    panel = next(size for size in (128, 64, 32) if row % size == 0)
+    boxes = 2 if variant.v_colmajor and row == 224 else row // panel
+    assert max(loads) == boxes
+    assert min(loads) in (0, boxes), "a tile without keys claims, too"

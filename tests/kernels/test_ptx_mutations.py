@@ -1,0 +1,84 @@
+"""Every kernel without one piece of its synchronization at a time: its cases notice, or the list of
+survivors says why they cannot.
+
+`python -m mutate` (tests/simulator/mutate) is the engine, survivors/ has a list for each family.
+"""
+
+from pathlib import Path
+
+import pytest
+from mutate import Known, compare, judge, load, mutations
+
+from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
+from flash8.backends.hopper.variants import SHIPPED
+from mutation_families import FAMILIES, Forward, Quantizer
+from simulated_device import missing_compiler
+
+pytestmark = pytest.mark.filterwarnings("ignore:flash8 has no compiled kernel")
+needs_compiler = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+LISTS = Path(__file__).resolve().parent / "survivors"
+
+#: One mutant of the 16-bit kernel each: the first whose id begins so.
+SAMPLES = (
+    "deleted mbarrier.try_wait",
+    "relaxed mbarrier.try_wait",
+    "parity mbarrier.try_wait",
+    "deleted mbarrier.arrive.shared",
+    "bytes -16 mbarrier.arrive.expect_tx",
+    "count - 1 mbarrier.init",
+    "one more pending wgmma.wait_group",
+    "deleted fence.proxy.async",
+    "deleted fence.mbarrier_init",
+    "count -32 bar.sync",
+    "registers + 8 setmaxnreg.dec",
+    "everyone bra",
+)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_survivor_is_explained(family):
+    results = judge(family.ptx(), family.cases())
+    wrong = compare(results, load(LISTS / f"{family.name}.toml"))
+    assert not wrong, "\n".join(wrong)
+
+
+@needs_compiler
+def test_samples_of_the_16_bit_kernel():
+    family = FAMILIES[0]
+    every = mutations(family.ptx())
+    chosen = [next(m for m in every if m.id.startswith(sample)) for sample in SAMPLES]
+    listed = load(LISTS / f"{family.name}.toml").why
+    survivor = next(m for m in every if m.id in listed)
+    results = list(judge(family.ptx(), family.cases(), only=[*chosen, survivor]))
+    expected = ["survived" if r.mutation.id in listed else "killed" for r in results]
+    assert [r.verdict for r in results] == expected, "\n".join(map(str, results))
+    assert expected.count("killed") >= len(SAMPLES) - 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_lists_name_mutants_that_exist(family):
+    if isinstance(family, Forward) and family is not FAMILIES[0]:
+        pytest.skip("it would be compiled for this alone")
+    there = {m.id for m in mutations(family.ptx())}
+    assert {*load(LISTS / f"{family.name}.toml").why} <= there
+
+
+def test_every_list_has_its_family():
+    assert {path.stem for path in LISTS.glob("*.toml")} == {family.name for family in FAMILIES}
+    for path in LISTS.glob("*.toml"):
+        assert isinstance(load(path), Known)
+
+
+def test_every_shipped_kernel_is_of_a_family():
+    """The choices that change how a kernel synchronizes; the others change what it computes."""
+    forward = [f.variant for f in FAMILIES if isinstance(f, Forward)]
+    served = {(v.dtype == "e4m3", v.v_colmajor, v.cluster) for v in forward}
+    shipped = {(v.dtype == "e4m3", v.v_colmajor, v.cluster) for v in SHIPPED}
+    assert shipped <= served
+    quantizers = [f.variant for f in FAMILIES if isinstance(f, Quantizer)]
+    served = {(v.job, v.v_colmajor) for v in quantizers}
+    assert {(v.job, v.v_colmajor) for v in SHIPPED_QUANTIZERS} <= served

@@ -1,0 +1,277 @@
+"""Every family of kernels with the cases that its mutants must fail (tests/simulator/mutate).
+
+A mutant fails where a launch has a finding, where results are not the bits of the unchanged kernel,
+and where another number of bytes is loaded: a tile that is computed twice gives the same bits. The
+unchanged kernel is held to its reference once. A mutant takes about a second.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from mutate import InvalidMutantError
+from torch import Tensor
+
+import flash8
+from cases import int32
+from flash8 import _native, fp8
+from flash8.backends.hopper.kernels import variant_of
+from flash8.backends.hopper.quantize_variants import QuantizeVariant
+from flash8.backends.hopper.variants import ForwardVariant
+from forward_cases import compare, device, draw, masks, packed, poisoned
+from forward_launch import Call, ForwardKernel, Schedule
+from fp8_forward_cases import descales
+from quantizer_device import device as quantizer_device
+from quantizer_device import kernels
+
+Run = Callable[[str], None]
+
+
+def text_of(image: bytes) -> str:
+    return image.rstrip(b"\0").decode()
+
+
+# ------------------------------------------------------------------------------------ forward
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call, how its tiles are handed out, and the seeds of its launches."""
+
+    call: Call
+    schedule: Schedule
+    seeds: Iterable[int]
+
+
+def packed_call(variant: ForwardVariant, lengths: tuple[int, ...], heads: int = 1) -> Call:
+    """Packed sequences, of which the last two have no keys or not all of them."""
+    offsets = packed(lengths)
+    total = int(offsets[-1])
+    q, k, v = draw(variant, total, total, heads, 1)
+    scales = {}
+    if variant.dtype == "e4m3":
+        blocks = total // 128 + len(lengths)
+        scales = descales(variant, len(lengths), heads, 1, blocks, blocks, packed=True)
+    used = int32([*lengths[:-2], max(0, lengths[-2] - 3), 0])
+    indices = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "seqused_k": used}
+    given = {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths), "descales": scales}
+    given |= {"indices": indices, **masks(variant)}
+    if variant.dtype == "e4m3":
+        given["k_mean"] = torch.linspace(-1, 1, len(lengths) * variant.head_dim).view(
+            len(lengths), 1, variant.head_dim
+        )
+    return poisoned(Call(q, k, v, variant.head_dim**-0.5, **given))
+
+
+def dense_call(variant: ForwardVariant, rows: int, keys: int, heads: int) -> Call:
+    q, k, v = draw(variant, rows, keys, heads, 1, batch=1)
+    scales = {}
+    if variant.dtype == "e4m3":
+        blocks = -(-rows // 128), -(-keys // 128)
+        scales = {"descales": descales(variant, 1, heads, 1, *blocks)}
+    return Call(q, k, v, variant.head_dim**-0.5, **masks(variant), **scales)
+
+
+@functools.cache
+def problems(variant: ForwardVariant) -> tuple[Problem, ...]:
+    """Tiles that are handed out in advance; more CTAs than tiles; sequences that are short, empty
+    and without keys; several tiles a CTA; so many of them, in clusters for each of two stages, that
+    a barrier that expects one consumer warp too few is a round ahead in the end; many blocks of
+    keys, of which a causal mask cuts the second as well."""
+    pair = 2 if variant.cluster else 1
+    return (
+        Problem(packed_call(variant, (20, 7, 3)), Schedule(num_ctas=pair, dynamic=False), (0,)),
+        Problem(packed_call(variant, (9, 0, 30, 0, 1)), Schedule(num_ctas=5 * pair), range(6)),
+        Problem(packed_call(variant, (5, 0, 200, 20, 64)), Schedule(num_ctas=2 * pair), range(4)),
+        Problem(packed_call(variant, (400, 300, 0)), Schedule(num_ctas=pair), range(4)),
+        Problem(dense_call(variant, 20, 20, 14 * pair), Schedule(num_ctas=2), range(4 // pair)),
+        Problem(dense_call(variant, 150, 1400, 1), Schedule(num_ctas=pair), range(4)),
+    )
+
+
+def load(ptx: str) -> ForwardKernel:
+    try:
+        return ForwardKernel(device().driver, ptx.encode() + b"\0")
+    except RuntimeError as error:
+        raise InvalidMutantError(f"{error} {device().last_error()}") from error
+
+
+def launch(kernel: ForwardKernel, problem: Problem, seed: int) -> tuple[Tensor, Tensor, int]:
+    """O, LSE, and how many bytes TMA has loaded."""
+    device().configure(seed=seed)
+    try:
+        o, lse = kernel(problem.call, problem.schedule)
+    except RuntimeError as error:
+        raise AssertionError(f"seed {seed}: {device().last_error()}") from error
+    return o, lse, device().report()["statistics"]["bytes"]["tensor load"]
+
+
+def check_forward(kernel: ForwardKernel, wanted: list, given: Iterable[Problem]) -> None:
+    turns = [
+        (seed, problem, want)
+        for problem, want in zip(given, wanted, strict=True)
+        for seed in problem.seeds
+    ]
+    for seed, problem, (o, lse, loaded) in sorted(turns, key=lambda turn: turn[0]):
+        found, found_lse, found_bytes = launch(kernel, problem, seed)
+        assert torch.equal(found, o), f"seed {seed}: O differs"
+        assert torch.equal(found_lse, lse), f"seed {seed}: LSE differs"
+        assert found_bytes == loaded, f"seed {seed}: {found_bytes} bytes loaded, not {loaded}"
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A variant of the forward kernel."""
+
+    name: str
+    variant: ForwardVariant
+
+    def ptx(self) -> str:
+        return text_of(device().ptx(self.variant))
+
+    def cases(self) -> Run:
+        """Fails on a text that is not as good as this kernel's."""
+        kernel = load(self.ptx())
+        given = problems(self.variant)
+        wanted = [launch(kernel, problem, 0) for problem in given]
+        for problem, (o, lse, _) in zip(given, wanted, strict=True):
+            compare(problem.call, o, lse)
+        return lambda ptx: check_forward(load(ptx), wanted, given)
+
+
+# ---------------------------------------------------------------------------------- quantizers
+
+
+def rows(*shape: int) -> Tensor:
+    """Values whose largest are all over the tensor."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) * torch.rand(*shape[:-1], 1, generator=generator)
+    return x.bfloat16()
+
+
+Options = dict[str, object]
+
+
+def amax_of_this_step() -> Options:
+    return {"descale": torch.tensor(0.01), "amax": torch.tensor(0.0)}
+
+
+#: Every call runs the kernel of its row; two CTAs and more have a tensor's amax in common.
+QUANTIZER_CALLS: dict[str, list[Callable[[], Options]]] = {
+    "amax": [lambda: {"granularity": "tensor"}, lambda: {"granularity": "head", "hadamard": True}],
+    "mean": [lambda: {"granularity": "head", "smooth_k": True}],
+    "mean_finish": [lambda: {"granularity": "head", "smooth_k": True}],
+    "cast": [lambda: {"granularity": "block"}, amax_of_this_step],
+    "v_colmajor": [
+        lambda: {"granularity": "block", "v_colmajor": True},
+        lambda: {**amax_of_this_step(), "v_colmajor": True},
+    ],
+}
+#: Shapes, and the offsets of packed sequences: one is empty; one begins before another's end.
+LAYOUTS: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
+    ((2, 300, 2, 64), ()),
+    ((300, 2, 64), (0, 130, 130, 300)),
+    ((300, 2, 64), (0, 130, 20, 133, 300)),
+)
+
+
+def quantized(
+    options: Options, layout: tuple[tuple[int, ...], tuple[int, ...]], seed: int
+) -> list[Tensor]:
+    """All that a call fills."""
+    shape, offsets = layout
+    x = rows(*shape)
+    if offsets:
+        options = {**options, "cu_seqlens": int32(offsets)}
+    tensors = [value for value in options.values() if isinstance(value, Tensor)]
+    try:
+        with pytest.MonkeyPatch.context() as patch, kernels(patch, x, *tensors, seed=seed):
+            result = fp8.quantize(x, **options)
+    except RuntimeError as error:
+        raise AssertionError(f"seed {seed}: {quantizer_device().last_error()}") from error
+    given = [options.get("amax"), result.mean]
+    filled = [x for x in (result.data, result.descale, *given) if isinstance(x, Tensor)]
+    return [x.clone().reshape(-1).view(torch.uint8) for x in filled]  # NaN is equal to itself
+
+
+def appended(seed: int) -> list[Tensor]:
+    """The caches after an append of packed rows, one sequence of which begins in another."""
+    q, k, v = rows(3, 20, 4, 64), rows(60, 2, 64), rows(60, 2, 64)
+    caches = [rows(3, 200, 2, 64).to(torch.float8_e4m3fn) for _ in "kv"]
+    lengths, offsets = int32((0, 120, 77)), int32((0, 20, 5, 60))
+    given = {"cache_seqlens": lengths, "cu_seqlens_k_new": offsets, "causal": True}
+    try:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            kernels(patch, q, k, v, *caches, lengths, offsets, seed=seed),
+        ):
+            flash8.flash_attn_with_kvcache(q, *caches, k, v, **given)
+    except RuntimeError as error:
+        raise AssertionError(f"seed {seed}: {quantizer_device().last_error()}") from error
+    return [x.view(torch.uint8).clone() for x in caches]
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A variant of a quantizer kernel; others that a call takes stay what they are."""
+
+    name: str
+    variant: QuantizeVariant
+
+    def ptx(self) -> str:
+        return text_of(quantizer_device().ptx(self.variant))
+
+    def cases(self) -> Run:
+        calls = self._calls()
+        wanted = [call(0) for call in calls]
+
+        def run(ptx: str) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(quantizer_device(), "_registry", self._registry(ptx))
+                for seed in range(12):
+                    for call, want in zip(calls, wanted, strict=True):
+                        pairs = zip(call(seed), want, strict=True)
+                        assert all(torch.equal(a, b) for a, b in pairs), f"seed {seed}"
+
+        return run
+
+    def _calls(self) -> list[Callable[[int], list[Tensor]]]:
+        """What is called with a seed and returns all that its launches fill."""
+        if self.variant.job == "append":
+            return [appended]
+        row = QUANTIZER_CALLS["v_colmajor" if self.variant.v_colmajor else self.variant.job]
+        return [
+            lambda seed, make=make, layout=layout: quantized(make(), layout, seed)
+            for make in row
+            for layout in LAYOUTS
+        ]
+
+    def _registry(self, ptx: str) -> _native.Registry:
+        def image(key: str, kind: str) -> bytes:
+            variant = variant_of(key)
+            is_mutant = variant == self.variant
+            return ptx.encode() + b"\0" if is_mutant else quantizer_device().ptx(variant)
+
+        return _native.Registry(quantizer_device().driver, image)
+
+
+FAMILIES: tuple[Forward | Quantizer, ...] = (
+    Forward("forward_16bit", ForwardVariant("bf16", 64, 64, mask="causal")),
+    Forward("forward_fp8", ForwardVariant("e4m3", 64, 64, mask="causal", scales="head")),
+    Forward(
+        "forward_fp8_v_colmajor",
+        ForwardVariant("e4m3", 64, 64, mask="causal", scales="head", v_colmajor=True),
+    ),
+    Forward("forward_16bit_cluster", ForwardVariant("bf16", 64, 64, cluster=True)),
+    Forward("forward_fp8_cluster", ForwardVariant("e4m3", 64, 64, scales="head", cluster=True)),
+    Quantizer("quantize_cast", QuantizeVariant("cast", "bf16", 64)),
+    Quantizer("quantize_cast_v_colmajor", QuantizeVariant("cast", "bf16", 64, v_colmajor=True)),
+    Quantizer("quantize_amax", QuantizeVariant("amax", "bf16", 64)),
+    Quantizer("quantize_mean", QuantizeVariant("mean", "bf16", 64)),
+    Quantizer("quantize_mean_finish", QuantizeVariant("mean_finish", "fp32", 64)),
+    Quantizer("quantize_append", QuantizeVariant("append", "bf16", 64)),
+)
