@@ -9,6 +9,7 @@
 #include "../arch/named_barriers.cuh"
 #include "../arch/wgmma.cuh"
 #include "../attention/hidden_keys.cuh"
+#include "../attention/key_walk.cuh"
 #include "../attention/score_mod.cuh"
 #include "../attention/softmax.cuh"
 #include "config.cuh"
@@ -63,15 +64,14 @@ class Mainloop {
         warpgroup_wait<0>();
         warpgroup_fence_operand(s);
         release<Config::kClusterM>(shared_.pipeline_k, state_.k);
-        int n_block = blocks.end - 1;
-        scores_.template apply<true>(s, n_block, inner);
+        int const last = blocks.end - 1;
+        scores_.template apply<true>(s, last, inner);
         softmax.template step<true, true>(rows_of(s), alpha);
         round(s, p);
-        clear_hidden_keys(blocks, n_block);
+        clear_hidden_keys(blocks, last);
 
-        auto advance = [&](auto masked) __attribute__((always_inline)) {
+        auto advance = [&](auto masked, int n_block) __attribute__((always_inline)) {
             constexpr bool kMasked = decltype(masked)::value;
-            --n_block;
             shared_.pipeline_k.wait(state_.k);
             if constexpr (Config::kTakeTurns) {
                 Turns::wait(warpgroup_);
@@ -97,18 +97,7 @@ class Mainloop {
             round(s, p);
             rescale(o, alpha);
         };
-        int const unmasked_begin = max(blocks.begin, blocks.left_end);
-        while (n_block > max(blocks.right_begin, blocks.begin)) {
-            advance(cute::true_type{});
-        }
-        while (n_block > unmasked_begin) {
-            advance(cute::false_type{});
-        }
-        if constexpr (Config::kMask == MaskMode::kLocal) {
-            while (n_block > blocks.begin) {
-                advance(cute::true_type{});
-            }
-        }
+        walk_key_blocks<Config::kMask>(blocks, last, false, advance);
         release(shared_.pipeline_q, state_.q);
         if constexpr (Config::kMask == MaskMode::kLocal) {
             if (blocks.begin + 1 < blocks.end) {

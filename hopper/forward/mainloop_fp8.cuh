@@ -12,6 +12,7 @@
 #include "../arch/wgmma.cuh"
 #include "../attention/descales.cuh"
 #include "../attention/hidden_keys.cuh"
+#include "../attention/key_walk.cuh"
 #include "../attention/score_mod.cuh"
 #include "../attention/softmax_fp8.cuh"
 #include "config.cuh"
@@ -104,20 +105,7 @@ class MainloopFp8 {
         }
         shared_.pipeline_q.wait(state_.q);
         Turns::wait(warpgroup_);
-        int n_block = blocks.end - 1;
-        int const unmasked_begin = max(blocks.begin, blocks.left_end);
-        int const right_begin = large ? blocks.begin : max(blocks.right_begin, blocks.begin);
-        for (; n_block >= right_begin; --n_block) {
-            attend(true_type{}, n_block);
-        }
-        for (; n_block >= unmasked_begin; --n_block) {
-            attend(false_type{}, n_block);
-        }
-        if constexpr (Config::kMask == MaskMode::kLocal) {
-            for (; n_block >= blocks.begin; --n_block) {
-                attend(true_type{}, n_block);
-            }
-        }
+        walk_key_blocks<Config::kMask>(blocks, blocks.end, large, attend);
         Turns::pass_on(warpgroup_);
         release(shared_.pipeline_q, state_.q);
         return v_scale_before;

@@ -136,9 +136,9 @@ def test_many_blocks_of_keys(keys):
 @pytest.mark.slow
 def test_many_blocks_of_keys_catch_a_fourth_that_is_left_out(tmp_path):
     edit = (
-        "forward/mainloop.cuh",
-        "max(blocks.begin, blocks.left_end);",
-        "max(max(blocks.begin, blocks.left_end), blocks.end - 3);",
+        "attention/key_walk.cuh",
+        "max(blocks.begin, blocks.left_end)",
+        "max(max(blocks.begin, blocks.left_end), blocks.end - 3)",
     )
     changed = changed_kernel(tmp_path, CAUSAL, edit)
     compare(long_call(384), *changed(long_call(384), Schedule()))
