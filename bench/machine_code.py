@@ -139,7 +139,7 @@ class MachineCode:
     @cached_property
     def mainloops(self) -> list[Loop]:
         """The loops over KV tiles, the smallest first: unmasked, masked, and of windows another
-        masked one."""
+        masked one. A 16-bit kernel without a mask has the first alone."""
         loops = sorted(self._loops(), key=lambda loop: loop.instructions)
         return [loop for loop in loops if loop.products == loops[0].products]
 
@@ -179,7 +179,7 @@ class Row:
     shared_cycles: int
     issue_cycles: int
     unmasked: int
-    masked: int
+    masked: int | None  # None: only the last block may need the mask, and it is peeled
     peer_unmasked: int | None
     peer_masked: int | None
     peer_block_n: int | None
@@ -200,7 +200,7 @@ def tile(variant: ForwardVariant) -> tuple[int, int]:
 def row(variant: ForwardVariant) -> Row:
     compiled = compile_unit(variant.unit())
     code = MachineCode.of(compiled.cubin)
-    unmasked, masked = code.mainloops[:2]
+    unmasked, *others = code.mainloops
     key = (variant.head_dim, variant.head_dim_v, variant.mask)
     peers = FLASH_ATTENTION_3_FP8 if variant.scales == "head" else FLASH_ATTENTION_3
     comparable = not (variant.softcap or variant.alibi or variant.scales == "block")
@@ -221,7 +221,7 @@ def row(variant: ForwardVariant) -> Row:
         _shared_bytes(variant) // _SHARED_BYTES,
         unmasked.instructions * warpgroups * 4 // _ISSUES,
         unmasked.instructions,
-        masked.instructions,
+        others[0].instructions if others else None,
         *peer,
         *_overlap(code, variant),
         unmasked.classes,
@@ -266,7 +266,8 @@ def table(rows: list[Row]) -> str:
         peer = "" if r.peer_unmasked is None else f"{r.peer_unmasked} / {r.peer_masked or ''}"
         peer += "" if r.peer_block_n is None else f" ({r.peer_block_n})"
         shares = ["" if x is None else f"{x:.0%}" for x in (r.without_turn, r.under_product)]
-        counts = (r.registers, r.spill_bytes, r.unmasked, r.masked, peer, *shares)
+        masked = "" if r.masked is None else r.masked
+        counts = (r.registers, r.spill_bytes, r.unmasked, masked, peer, *shares)
         cycles = (r.tensor_cycles, r.exponential_cycles, r.fma_cycles, r.shared_cycles)
         cells = (r.name, r.tile, *counts, *cycles, r.issue_cycles)
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")

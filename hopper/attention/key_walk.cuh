@@ -16,7 +16,10 @@ namespace flash8 {
 
 // Calls body(masked, n_block) for every block of the tile before `end`; `masked` is std::true_type or
 // std::false_type. mask_all: the masked loop takes all of them.
-template <MaskMode kMask, class Body>
+//
+// kMaskedRight: some of these blocks may need the mask of the right edge. Without a mask that is the last
+// block alone, where the keys end; a caller that has peeled it gets no masked loop.
+template <MaskMode kMask, bool kMaskedRight = true, class Body>
 __device__ __forceinline__ void walk_key_blocks(KeyBlocks const& blocks, int end, bool mask_all,
                                                 Body&& body) {
     int n_block = end;
@@ -26,7 +29,9 @@ __device__ __forceinline__ void walk_key_blocks(KeyBlocks const& blocks, int end
             body(masked, n_block);
         }
     };
-    walk(std::true_type{}, mask_all ? blocks.begin : max(blocks.right_begin, blocks.begin));
+    if constexpr (kMaskedRight) {
+        walk(std::true_type{}, mask_all ? blocks.begin : max(blocks.right_begin, blocks.begin));
+    }
     walk(std::false_type{}, max(blocks.begin, blocks.left_end));
     if constexpr (kMask == MaskMode::kLocal) {
         walk(std::true_type{}, blocks.begin);

@@ -48,9 +48,9 @@ class Mainloop {
         Tensor sQ_rows = local_tile(sQ, Shape<_64, Int<Config::kHeadDim>>{}, make_coord(warpgroup_, 0));
         Tensor sK = make_tensor(make_smem_ptr(shared_.k), typename Config::SmemLayoutK{});
         Tensor sVt = make_tensor(make_smem_ptr(shared_.v), typename Config::SmemLayoutVt{});
-        Tensor rQ = thread_qk.partition_fragment_A(sQ_rows);  // (MMA, MMA_M, MMA_K)
-        Tensor rK = thread_qk.partition_fragment_B(sK);       // (MMA, MMA_N, MMA_K, stage)
-        Tensor rV = thread_pv.partition_fragment_B(sVt);      // (MMA, MMA_N, MMA_K, stage)
+        Tensor rQ = computed_once(thread_qk.partition_fragment_A(sQ_rows));  // (MMA, MMA_M, MMA_K)
+        Tensor rK = thread_qk.partition_fragment_B(sK);                      // (MMA, MMA_N, MMA_K, stage)
+        Tensor rV = thread_pv.partition_fragment_B(sVt);                     // (MMA, MMA_N, MMA_K, stage)
         Tensor s = partition_fragment_C(mma_qk, Shape<_64, Int<kBlockN>>{});
         // P as the A operand: eight scores of an accumulator are one k-step's fragment, in the same order.
         Tensor p = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockN / 16>>>{});
@@ -97,7 +97,7 @@ class Mainloop {
             round(s, p);
             rescale(o, alpha);
         };
-        walk_key_blocks<Config::kMask>(blocks, last, false, advance);
+        walk_key_blocks<Config::kMask, Config::kMask != MaskMode::kNone>(blocks, last, false, advance);
         release(shared_.pipeline_q, state_.q);
         if constexpr (Config::kMask == MaskMode::kLocal) {
             if (blocks.begin + 1 < blocks.end) {
@@ -112,6 +112,15 @@ class Mainloop {
     }
 
   private:
+    // Q's descriptor, as a value that the compiler cannot take apart: it would compute it again for every
+    // block where there is only one loop to use it.
+    template <class Operand>
+    __device__ __forceinline__ static auto computed_once(Operand const& a) {
+        auto descriptor = a.data();
+        asm volatile("" : "+r"(descriptor.desc_.reg32_[0]));
+        return cute::make_tensor(descriptor, a.layout());
+    }
+
     template <class Accumulator, class Operand>
     __device__ __forceinline__ static void round(Accumulator const& s, Operand& p) {
         auto words = cute::recast<uint32_t>(p);
