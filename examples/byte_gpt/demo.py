@@ -26,7 +26,7 @@ import caches
 import data
 import report
 from config import FULL, OUT_DIR, QUICK, Config, device, use_all_cores
-from flash8 import backends
+from flash8.backends.describe import describe
 from flash8.nn import PagedKVCache
 from measure import Measurement, save_batches
 from model import BF16MHA, ByteGPT
@@ -122,7 +122,7 @@ def describe_machine() -> dict[str, str]:
     }
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     heading("Which backend serves which call")
-    services = [(row.call, row.backend, row.reason) for row in backends.describe()]
+    services = [(row.call, row.backend, row.reason) for row in describe()]
     print(report.align([("call", "backend", "reason"), *services], left=3))
     return machine
 

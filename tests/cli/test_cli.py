@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import flash8
-from flash8 import backends, cli
+from flash8 import cli
+from flash8.backends.describe import describe
 
 
 def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -38,7 +39,7 @@ def test_info_names_versions_driver_and_every_service(capsys):
     assert flash8.__version__ in text
     assert torch.__version__ in text
     assert re.search(r"^driver ", text, re.MULTILINE)
-    for row in backends.describe():
+    for row in describe():
         assert re.search(
             rf"^{re.escape(row.call)} +{row.backend} +{re.escape(row.reason)}$", text, re.MULTILINE
         )

@@ -31,7 +31,7 @@ def _driver_lines() -> list[str]:
 def _info(_: argparse.Namespace) -> int:
     import torch
 
-    from flash8.backends import describe, describe_mode
+    from flash8.backends.describe import describe, describe_mode
 
     print(f"flash8     {__version__}, extension ABI {_native.ABI_VERSION}")
     print(f"python     {platform.python_version()}, torch {torch.__version__}")

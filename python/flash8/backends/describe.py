@@ -1,0 +1,62 @@
+"""Which backend serves which call on this machine, and why: what `flash8 info` prints."""
+
+from dataclasses import dataclass
+
+import torch
+
+from flash8.backends.hopper import mode
+
+
+@dataclass(frozen=True)
+class Service:
+    """One row of `flash8 info`: a kind of call, the backend that serves it, and why."""
+
+    call: str
+    backend: str
+    reason: str
+
+
+def describe_mode() -> str:
+    """What FLASH8_KERNELS is here, and what follows from it."""
+    chosen = mode.kernels_mode()
+    meaning = {
+        "require": "as with auto; a call that no kernel can serve is an error",
+        "auto": "on devices of compute capability 9.0, each once it has passed its check there",
+        "on": "on every CUDA device, unchecked",
+        "off": "never",
+    }
+    return f"{chosen} (FLASH8_KERNELS): {meaning[chosen]}"
+
+
+def describe() -> list[Service]:
+    """Which backend serves which call on this machine, and why."""
+    portable = "tiled PyTorch, memory linear in seqlen"
+    rows = [
+        Service("CPU tensors, fp64 / fp32 / fp16 / bf16, forward and backward", "cpu", portable),
+        Service("CPU tensors, float8_e4m3fn k and v, q of any dtype, forward", "cpu", portable),
+        Service("CPU tensors, fp8_attention, forward and backward", "cpu", portable),
+    ]
+    if torch.cuda.is_available():
+        rows += _describe_cuda(torch.cuda.get_device_name())
+    else:
+        reason = "torch sees no CUDA device"
+        rows.append(Service("CUDA tensors, every call", "none", reason))
+    return rows
+
+
+def _describe_cuda(name: str) -> list[Service]:
+    portable = f"{name}: the tiled PyTorch code runs there too"
+    index, chosen = torch.cuda.current_device(), mode.kernels_mode()
+    reason = mode.why_not(index)
+    if reason is not None:
+        return [Service("CUDA tensors, every call", "cpu", f"{portable}; {reason}")]
+    if chosen == "require" and (missing := mode.unfit(index)) is not None:
+        needs = f"FLASH8_KERNELS=require: an error, since {missing}"
+        return [Service("CUDA tensors, forward and fp8.quantize", "none", needs)]
+    checked = "unchecked" if chosen == "on" else "checked once per process"
+    kernel = f"{name}: FLASH8_KERNELS={chosen}; compiled when first used, {checked}"
+    return [
+        Service("CUDA tensors, fp16 / bf16 / e4m3 forward, no pages or splits", "hopper", kernel),
+        Service("CUDA tensors, fp8.quantize of fp16 / bf16 / fp32", "hopper", kernel),
+        Service("CUDA tensors, every other call", "cpu", portable),
+    ]

@@ -1,0 +1,211 @@
+"""What a backend is: the functions that `flash8.ops` calls.
+
+The implementations are modules. mypy checks them against these protocols at the end of this file,
+and `tests/backends/test_protocol.py` compares the signatures. Every output is allocated by the
+caller, unless a function returns it.
+"""
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from flash8.backends import cpu as _cpu
+    from flash8.backends.cpu import append_quantized as _cpu_append
+    from flash8.backends.cpu import quantize as _cpu_quantize
+    from flash8.backends.hopper import append_quantized as _hopper_append
+    from flash8.backends.hopper import forward as _hopper_forward
+    from flash8.backends.hopper import quantize as _hopper_quantize
+    from flash8.backends.hopper.quantize_variants import QuantizeVariant
+    from flash8.backends.hopper.variants import ForwardVariant
+    from flash8.call.options import Options
+    from flash8.call.request import Appended, Request
+
+
+class Forward(Protocol):
+    """Fills O and LSE."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        qv: Tensor | None,
+        s_aux: Tensor | None,
+        options: "Options",
+        out: Tensor,
+        lse: Tensor,
+        out_partial: Tensor,
+        lse_partial: Tensor,
+    ) -> None:
+        """The partials are empty unless options.num_splits > 1."""
+
+
+class Backend(Forward, Protocol):
+    """Serves every op. The CPU backend does, on the tensors of any device."""
+
+    def backward(
+        self,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        qv: Tensor | None,
+        s_aux: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        options: "Options",
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        dqv: Tensor,
+        ds_aux: Tensor,
+    ) -> None:
+        """dqv and ds_aux are empty where the forward had no qv or s_aux. No gradient: zero."""
+
+    def fp8_backward(
+        self,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        q8: Tensor,
+        k8: Tensor,
+        v8: Tensor,
+        s_aux: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        fp8_products: int,
+        gradient_dtype: torch.dtype,
+        gradient_descale: Tensor | None,
+        options: "Options",
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        ds_aux: Tensor,
+    ) -> None:
+        """The backward of an FP8 forward, with the first `fp8_products` products in FP8."""
+
+    def jvp(
+        self,
+        q_tangent: Tensor | None,
+        k_tangent: Tensor | None,
+        v_tangent: Tensor | None,
+        qv_tangent: Tensor | None,
+        s_aux_tangent: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        qv: Tensor | None,
+        s_aux: Tensor | None,
+        lse: Tensor,
+        options: "Options",
+        out_tangent: Tensor,
+        lse_tangent: Tensor,
+    ) -> None:
+        """The tangents of O and LSE."""
+
+    def append_kv(
+        self,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache_seqlens: Tensor,
+        cu_seqlens_k_new: Tensor | None,
+        page_table: Tensor | None,
+        kv_batch_idx: Tensor | None,
+    ) -> None:
+        """Writes new keys and values of the cache's dtype into both caches, or into neither."""
+
+    def combine(
+        self, out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        """O and LSE of the partial results along the first dimension."""
+
+    def combine_backward(
+        self, dout: Tensor | None, dlse: Tensor | None, out_partial: Tensor, lse_partial: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of both partials."""
+
+    def combine_jvp(
+        self,
+        out_tangent: Tensor | None,
+        lse_tangent: Tensor | None,
+        out_partial: Tensor,
+        lse_partial: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The tangents of O and LSE from those of the partials."""
+
+    def check_indices(self, q: Tensor, k: Tensor, options: "Options") -> None:
+        """Raises ValueError on what the index tensors of a call hold. Reads them on the host."""
+
+    def check_values(self, q: Tensor, k: Tensor, options: "Options") -> None:
+        """Raises ValueError on what the descales of a call hold. Reads them on the host."""
+
+
+class KernelForward(Forward, Protocol):
+    """A forward on compiled kernels, which may refuse a call; the CPU backend then serves it."""
+
+    def refusal(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        qv: Tensor | None,
+        options: "Options",
+        out: Tensor | None = None,
+    ) -> str | None:
+        """Why no kernel serves the call, or None. `out` is the caller's."""
+
+    def choose(self, q: Tensor, k: Tensor, v: Tensor, options: "Options") -> "ForwardVariant":
+        """The variant that serves a call which is not refused."""
+
+
+class Quantizer(Protocol):
+    """Serves `fp8.quantize`."""
+
+    def quantize(self, request: "Request") -> tuple[Tensor, Tensor, Tensor]:
+        """Data, descale and mean; descale and mean are empty where the caller has them."""
+
+
+class KernelQuantizer(Quantizer, Protocol):
+    """A quantizer on compiled kernels."""
+
+    def refusal(self, request: "Request") -> str | None:
+        """Why no kernel serves the request, or None."""
+
+    def variants(self, request: "Request") -> "list[QuantizeVariant]":
+        """The kernels of a request which is not refused, in the order of their launches."""
+
+
+class Append(Protocol):
+    """Quantizes new rows into e4m3 caches."""
+
+    def append(self, *appended: "Appended") -> None:
+        """All of them, or none where one has no room."""
+
+
+class KernelAppend(Protocol):
+    """The same on compiled kernels, one cache a launch. Rows without a place are dropped."""
+
+    def refusal(self, appended: "Appended") -> str | None:
+        """Why no kernel appends these rows, or None."""
+
+    def variant(self, appended: "Appended") -> "QuantizeVariant":
+        """The kernel that appends rows which are not refused."""
+
+    def append(self, appended: "Appended") -> None:
+        """Launches it on the stream of the rows."""
+
+
+# mypy's cache does not notice when an implementation changes; a run with a fresh cache does.
+if TYPE_CHECKING:
+    _backends: tuple[Backend, ...] = (_cpu,)
+    _forwards: tuple[KernelForward, ...] = (_hopper_forward,)
+    _quantizers: tuple[Quantizer, ...] = (_cpu_quantize,)
+    _kernel_quantizers: tuple[KernelQuantizer, ...] = (_hopper_quantize,)
+    _appends: tuple[Append, ...] = (_cpu_append,)
+    _kernel_appends: tuple[KernelAppend, ...] = (_hopper_append,)

@@ -1,0 +1,74 @@
+"""The backends have the functions, with the parameters, that `flash8.backends.protocol` lists."""
+
+import inspect
+import types
+
+import pytest
+import torch
+
+from flash8 import backends
+from flash8.backends import cpu, protocol
+from flash8.backends.cpu import append_quantized as cpu_append
+from flash8.backends.cpu import quantize as cpu_quantize
+from flash8.backends.hopper import append_quantized, forward, quantize
+
+IMPLEMENTATIONS = (
+    (protocol.Forward, cpu),
+    (protocol.Backend, cpu),
+    (protocol.Quantizer, cpu_quantize),
+    (protocol.Append, cpu_append),
+    (protocol.Forward, forward),
+    (protocol.KernelForward, forward),
+    (protocol.Quantizer, quantize),
+    (protocol.KernelQuantizer, quantize),
+    (protocol.KernelAppend, append_quantized),
+)
+
+
+def members(contract):
+    return [
+        (name, member)
+        for name, member in inspect.getmembers(contract, inspect.isfunction)
+        if not name.startswith("_")
+    ]
+
+
+def shape(function, skipped=0):
+    """Names, kinds and defaults of a function's parameters."""
+    parameters = list(inspect.signature(function).parameters.values())[skipped:]
+    return [(p.name, p.kind, p.default) for p in parameters]
+
+
+def breaches(contract, module):
+    """The functions of a protocol that a module lacks or has with other parameters."""
+    return [
+        name
+        for name, member in members(contract)
+        if not callable(function := getattr(module, name, None))
+        or shape(function) != shape(member, skipped=1)
+    ]
+
+
+@pytest.mark.parametrize("contract, module", IMPLEMENTATIONS)
+def test_modules_keep_their_contract(contract, module):
+    assert members(contract)
+    assert breaches(contract, module) == []
+
+
+def test_every_contract_has_an_implementation():
+    listed = {contract for contract, _ in IMPLEMENTATIONS}
+    found = {x for x in vars(protocol).values() if getattr(x, "_is_protocol", False)}
+    assert found - {protocol.Protocol} == listed
+
+
+def test_breaches_are_found():
+    def backward(dout, dlse, k, q):  # q and k change places
+        raise NotImplementedError
+
+    planted = types.SimpleNamespace(**{**vars(cpu), "backward": backward})
+    del planted.combine
+    assert breaches(protocol.Backend, planted) == ["backward", "combine"]
+
+
+def test_cpu_tensors_go_to_the_whole_backend():
+    assert backends.backend_for(torch.empty(1)) is cpu
