@@ -9,6 +9,7 @@
 #   make sanitize  the tests of the native layer, with AddressSanitizer and UBSan in the extension
 #   make lint     ruff, mypy, clang-format
 #   make format   rewrite what lint can mend by itself
+#   make lock     write requirements/: the hashes of what constraints.txt and compiler.txt pin
 #   make clean    remove the environment and everything built
 # PYTHON names the interpreter for the environment; PYTEST_ARGS is handed to pytest, GPU_PACK_ARGS and
 # GPU_CHECK_ARGS to the scripts of those targets.
@@ -28,15 +29,15 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 # Stamps are named by the content they stand for, so an edit, a new file and a deleted file all count.
 digest = $(shell find $(1) -type f ! -path '*/__pycache__/*' ! -name '*.so' -print0 \
 	| LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16)
-BASE := $(VENV)/.base-$(call digest,constraints.txt)
-TOOLS := $(VENV)/.tools-$(call digest,constraints.txt)
-COMPILER := $(VENV)/.compiler-$(call digest,compiler.txt)
+BASE := $(VENV)/.base-$(call digest,constraints.txt requirements/base.txt)
+TOOLS := $(VENV)/.tools-$(call digest,constraints.txt requirements/all.txt)
+COMPILER := $(VENV)/.compiler-$(call digest,requirements/compiler.txt)
 PACKAGE := $(VENV)/.package-$(call digest,pyproject.toml CMakeLists.txt README.md LICENSE hopper cutlass_kernels python)
 
 CXX_SOURCES := $(shell find hopper cutlass_kernels python/native tests bench -type f \
 	\( -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \) 2>/dev/null)
 
-.PHONY: demo test test-full bench gpu-pack gpu-check lint format clean install fuzz sanitize
+.PHONY: demo test test-full bench gpu-pack gpu-check lint format clean install fuzz sanitize lock
 
 demo: $(PACKAGE)
 	$(BIN)/python examples/byte_gpt/demo.py
@@ -110,25 +111,45 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "flash8 needs Python 3.11, 3.12 or 3.13; set PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# Everything is installed at the version of constraints.txt or compiler.txt and by its hash, which `make lock` writes
+# into requirements/. torch is the exception: its wheel may be the CPU build of another index, with a hash of its own,
+# and the default one brings CUDA libraries. pip wants hashes of all or of none, so torch is installed by itself.
+HASHED := $(PIP) install --no-deps --require-hashes --requirement
+
 # What the package and the demo need; tests and linters need everything that constraints.txt pins.
 $(BASE): $(BIN)/python
 	@rm -f $(VENV)/.base-*
 	@echo "Installing torch and what the build and the demo need (once)"
-	$(PIP) install --constraint constraints.txt torch matplotlib tqdm cmake ninja pybind11 scikit_build_core
+	$(HASHED) requirements/base.txt
+	$(PIP) install --constraint constraints.txt torch
 	@touch $@
 
 $(TOOLS): $(BASE)
 	@rm -f $(VENV)/.tools-*
 	@echo "Installing the tools that constraints.txt pins (once)"
-	$(PIP) install --requirement constraints.txt
+	$(HASHED) requirements/all.txt
 	@touch $@
 
 # The kernels of the tests are compiled by what pip brings, and run on the simulated device.
 $(COMPILER): $(BASE)
 	@rm -f $(VENV)/.compiler-*
 	@echo "Installing the CUDA compiler that compiler.txt pins (once)"
-	$(PIP) install --no-deps --requirement compiler.txt
+	$(HASHED) requirements/compiler.txt
 	@touch $@
+
+# The hashes of every file of each pinned release, for all Pythons and platforms. BASE_NAMES: what the build and the
+# demo import, and what torch needs.
+BASE_NAMES := cmake ninja pybind11 scikit-build-core matplotlib tqdm \
+	filelock fsspec jinja2 networkx setuptools sympy typing-extensions
+LOCK := build/lock/bin/uv pip compile --quiet --generate-hashes --no-annotate --python-version 3.11 \
+	--python-platform linux --custom-compile-command "make lock"
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip --disable-pip-version-check install --quiet uv==0.13.9
+	@mkdir -p requirements
+	printf '%s\n' $(BASE_NAMES) | $(LOCK) --constraint constraints.txt - --output-file requirements/base.txt
+	grep -v '^torch==' constraints.txt | $(LOCK) --no-deps - --output-file requirements/all.txt
+	$(LOCK) --no-deps compiler.txt --output-file requirements/compiler.txt
 
 # The package is installed as a user would have it, never in editable mode: what is tested is what ships.
 $(PACKAGE): $(BASE)
