@@ -1,0 +1,301 @@
+"""The support table of README.md, made by asking the code.
+
+Every row is a list of calls. Each runs on CPU tensors, and once more with the same tensors routed
+as those of a Hopper GPU: either a kernel is asked for, or the portable code serves right away.
+Calls of one row that end differently are an error. No GPU is needed, and no kernel runs.
+
+    python bench/support_table.py           # prints the table
+    python bench/support_table.py --write   # rewrites it in README.md
+"""
+
+import argparse
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import flash8
+from flash8 import backends, fp8
+from flash8.backends.hopper.quantize_variants import QuantizeVariant
+from flash8.backends.hopper.variants import ForwardVariant
+from flash8.backends.hopper.verify import trust
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- table: support (bench/support_table.py --write) -->\n", "<!-- end -->"
+E4M3 = torch.float8_e4m3fn
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+Call = Callable[[], Any]
+
+
+class Row(NamedTuple):
+    """Calls of one kind. `kernel` is the variant whose kernels would serve them; None: the backward
+    of what the calls return."""
+
+    label: str
+    kernel: type[ForwardVariant] | type[QuantizeVariant] | None
+    calls: list[Call]
+
+
+def tensors(dtype: torch.dtype = torch.bfloat16, dim: int = 64, rows: int = 32) -> list[Tensor]:
+    """q, k and v of one sequence, four query heads over two KV heads."""
+    shapes = ((1, rows, heads, dim) for heads in (4, 2, 2))
+    return [torch.ones(shape).to(dtype) for shape in shapes]
+
+
+def dense(dtype: torch.dtype = torch.bfloat16, dim: int = 64, **options: Any) -> Call:
+    return lambda: flash8.flash_attn_func(*tensors(dtype, dim), **options)
+
+
+def packed(**options: Any) -> Call:
+    def call() -> Any:
+        q, k, v = (x[0] for x in tensors())
+        offsets = torch.tensor([0, 20, 32], dtype=torch.int32)
+        sizes = (offsets, offsets, 20, 20)
+        return flash8.flash_attn_varlen_func(q, k, v, *sizes, **options)
+
+    return call
+
+
+def cached(dtype: torch.dtype, q_dtype: torch.dtype | None = None, **options: Any) -> Call:
+    """Four queries over a cache of `dtype`."""
+
+    def call() -> Any:
+        q, k, v = tensors(dtype)
+        given = {"cache_seqlens": ints([16]), "num_splits": 1, **options}
+        with torch.no_grad():
+            return flash8.flash_attn_with_kvcache(q[:, :4].to(q_dtype or dtype), k, v, **given)
+
+    return call
+
+
+def quantized(granularity: str, of_v: str | None = None, **steps: Any) -> Call:
+    """Attention on tensors that fp8.quantize made."""
+
+    def call() -> Any:
+        q, k, v = tensors()
+        rotation, smooth = steps.get("hadamard"), steps.get("smooth", False)
+        q8 = fp8.quantize(q, granularity, hadamard=rotation)
+        k8 = fp8.quantize(k, granularity, smooth_k=smooth, hadamard=rotation)
+        colmajor = steps.get("v_colmajor", False)
+        v8 = fp8.quantize(v, of_v or granularity, smooth_v=smooth, v_colmajor=colmajor)
+        return flash8.flash_attn_func(q8, k8, v8)
+
+    return call
+
+
+def quantize(granularity: str, dim: int = 64, **options: Any) -> Call:
+    return lambda: fp8.quantize(tensors(dim=dim)[1], granularity, **options)
+
+
+def appended(dtype: torch.dtype, **options: Any) -> Call:
+    """A call that appends four rows to a cache of `dtype`."""
+
+    def call() -> Any:
+        q, k_cache, v_cache = tensors(dtype)
+        _, k, v = tensors(BF16 if dtype == E4M3 else dtype, rows=4)
+        lengths = {"cache_seqlens": ints([16]), "num_splits": 1}
+        with torch.no_grad():
+            return flash8.flash_attn_with_kvcache(
+                q[:, :4].to(k.dtype), k_cache, v_cache, k, v, **lengths, **options
+            )
+
+    return call
+
+
+def trained(function: Callable[..., Tensor], *recipe: Any) -> Call:
+    return lambda: function(*(x.requires_grad_() for x in tensors()), *recipe, causal=True)
+
+
+def ints(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def tables() -> tuple[Tensor, Tensor]:
+    return torch.ones(32, 16), torch.zeros(32, 16)
+
+
+def rotary() -> dict[str, Any]:
+    return dict(zip(("rotary_cos", "rotary_sin"), tables(), strict=True))
+
+
+def per_head() -> dict[str, Any]:
+    return {"k_descale": torch.ones(1, 2), "v_descale": torch.ones(1, 2)}
+
+
+ROWS = (
+    Row(
+        "bf16, fp16 forward: dense, packed, `seqused`, GQA, head_dim up to 256 in steps of 8",
+        ForwardVariant,
+        [
+            *(dense(dim=8), dense(FP16, dim=256), packed()),
+            packed(seqused_q=ints([5, 5]), seqused_k=ints([7, 7])),
+        ],
+    ),
+    Row(
+        "causal, sliding window, chunks, softcap, ALiBi, sinks, LSE, `out=`",
+        ForwardVariant,
+        [
+            *(dense(causal=True), packed(window_size=(8, 0))),
+            *(dense(causal=True, attention_chunk=8), dense(softcap=20.0)),
+            *(dense(alibi_slopes=torch.ones(4)), dense(s_aux=torch.ones(4))),
+            *(dense(return_attn_probs=True), dense(out=torch.empty(1, 32, 4, 64, dtype=BF16))),
+        ],
+    ),
+    Row(
+        "KV cache: `cache_seqlens`, `cache_leftpad`, `cache_batch_idx`",
+        ForwardVariant,
+        [cached(BF16), cached(FP16, cache_leftpad=ints([2]), cache_batch_idx=ints([0]))],
+    ),
+    Row(
+        "pages; KV splits",
+        ForwardVariant,
+        [
+            *(cached(BF16, page_table=ints([[0]])), cached(BF16, num_splits=2)),
+            cached(E4M3, page_table=ints([[0]]), **per_head()),
+        ],
+    ),
+    Row(
+        "dropout; `qv`; head_dim above 256; fp32, fp64",
+        ForwardVariant,
+        [
+            *(dense(dropout_p=0.5), dense(qv=tensors()[0]), dense(dim=264)),
+            *(dense(FP32), dense(FP64)),
+        ],
+    ),
+    Row(
+        "e4m3 forward: descales by tensor, head, 128 tokens, channel of V",
+        ForwardVariant,
+        [
+            *(dense(E4M3), quantized("tensor"), quantized("head"), quantized("block")),
+            quantized("head", of_v="channel"),
+        ],
+    ),
+    Row(
+        "e4m3 forward: smoothing, rotation, v_colmajor",
+        ForwardVariant,
+        [quantized("head", smooth=True, hadamard=True), quantized("block", v_colmajor=True)],
+    ),
+    Row(
+        "16-bit q over an e4m3 cache",
+        ForwardVariant,
+        [cached(E4M3, BF16, **per_head()), cached(E4M3, FP16, **per_head())],
+    ),
+    Row(
+        "backward: 16-bit, and of `fp8_attention` in 16 bits or FP8",
+        None,
+        [
+            trained(flash8.flash_attn_func),
+            trained(flash8.fp8_attention, fp8.CurrentScaling()),
+            trained(flash8.fp8_attention, fp8.CurrentScaling(backward="fp8")),
+        ],
+    ),
+    Row(
+        "`fp8.quantize`: rotary, smoothing, rotation, scales, cast, v_colmajor",
+        QuantizeVariant,
+        [
+            *(
+                quantize("tensor"),
+                quantize("head", smooth_k=True),
+                quantize("block", hadamard=True),
+            ),
+            *(quantize("page", rope=tables()), quantize("block", v_colmajor=True)),
+        ],
+    ),
+    Row(
+        "`fp8.quantize` by channel, or with a head_dim that is no multiple of 16",
+        QuantizeVariant,
+        [quantize("channel"), quantize("head", dim=24)],
+    ),
+    Row(
+        "append to an e4m3 cache: rotary, mean, scale, cast, pages",
+        QuantizeVariant,
+        [
+            *(appended(E4M3, **per_head()), appended(E4M3, **per_head(), **rotary())),
+            appended(E4M3, **per_head(), page_table=ints([[0]]), k_mean=torch.zeros(2, 64)),
+        ],
+    ),
+    Row("append to a 16-bit cache", QuantizeVariant, [appended(BF16), appended(FP16, **rotary())]),
+)
+
+
+def is_served(row: Row) -> bool:
+    """Whether kernels would serve the row on a Hopper GPU.
+
+    Raises:
+        RuntimeError: they would serve some of its calls.
+    """
+    served = {_asks_for_kernel(row.kernel, call) for call in row.calls}
+    if len(served) > 1:
+        raise RuntimeError(f"kernels serve some calls of {row.label!r} and not others")
+    return served.pop()
+
+
+def _asks_for_kernel(kind: type | None, call: Call) -> bool:
+    with as_on_hopper() as asked:
+        result = call()
+        if kind is None:
+            asked.clear()
+            result.sum().backward()
+    return any(kind is None or isinstance(variant, kind) for variant in asked)
+
+
+class _Mode(TorchFunctionMode):
+    """Changes nothing. While a mode is active nobody asks the plan cache, which wants a driver."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def as_on_hopper() -> Iterator[list[Any]]:
+    """CPU tensors are routed as a Hopper GPU's. The variants that are asked for; none serves."""
+    asked: list[Any] = []
+    before = backends.kernels_wanted, trust.is_trusted
+    backends.kernels_wanted = lambda tensor: True
+    trust.is_trusted = lambda variant, device: asked.append(variant) is not None
+    try:
+        with warnings.catch_warnings(action="ignore"), _Mode():
+            yield asked
+    finally:
+        backends.kernels_wanted, trust.is_trusted = before
+
+
+def table() -> str:
+    lines = ["| | CPU tensors | CUDA tensors on Hopper |", "|---|---|---|"]
+    for row in ROWS:
+        for call in row.calls:
+            result = call()
+            if row.kernel is None:
+                result.sum().backward()
+        served = "kernel" if is_served(row) else "tiled PyTorch"
+        lines.append(f"| {row.label} | yes | {served} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text: str) -> str:
+    """README's text with the table between its markers."""
+    head, _, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise ValueError(f"README.md has no marker {BEGIN.strip()!r}")
+    return f"{head}{BEGIN}{table()}{END}{tail}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="rewrite the table in README.md")
+    if parser.parse_args().write:
+        README.write_text(with_table(README.read_text()))
+    else:
+        print(table(), end="")
+
+
+if __name__ == "__main__":
+    main()
