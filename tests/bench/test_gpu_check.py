@@ -16,6 +16,7 @@ import gpu_check
 from flash8 import _native
 from gpu_steps import extension, pack, plan
 from hopper_facts_fixtures import facts
+from processes import is_alive
 from repository import ROOT
 from simulated_device import missing_compiler
 
@@ -109,7 +110,7 @@ def test_it_ends_its_steps_when_it_is_ended(packed, tmp_path, monkeypatch):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 128 + signal.SIGTERM
-    while Path(f"/proc/{pid.read_text().strip()}").exists():
+    while is_alive(int(pid.read_text())):
         time.sleep(0.01)
     record = json.loads((tmp_path / "results" / "gpu_check.json").read_text())
     assert [row["name"] for row in record["steps"]] == ["first"] and record["waiting"] == ["hang"]

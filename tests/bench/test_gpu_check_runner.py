@@ -99,10 +99,10 @@ def test_a_budget_that_is_too_small_skips_the_rest_by_name(bench, monkeypatch):
         step("first", HANGS, limit=40, least=0.1),
         step("second", least=5.0),
         step("third"),
-        budget=1,
+        budget=2,
     )
-    assert time.monotonic() - start < 6
-    assert rows["first"]["state"] == "killed" and 0.5 < rows["first"]["limit"] <= 0.9
+    assert time.monotonic() - start < 10
+    assert rows["first"]["state"] == "killed" and 0.5 < rows["first"]["limit"] <= 1.9
     for name in ("second", "third"):
         assert rows[name]["state"] == "skipped"
         assert rows[name]["detail"] == "0 s of the budget are left, and it needs 5"

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -17,18 +16,11 @@ from flash8.compiler import (
     find_toolchain,
     toolchain,
 )
+from processes import is_alive
 
 pytest_plugins = ["compiler_fixtures"]
 
 SOON = 8.0  # seconds; what hangs here would take 30 or more
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; a dead one that nobody has waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def expect_death(pid: int) -> None:
