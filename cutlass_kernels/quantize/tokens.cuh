@@ -7,9 +7,15 @@
 
 namespace flash8::quantize {
 
-// The first block of a packed sequence, or behind the last one the number of blocks at most.
-__device__ __forceinline__ int first_block(QuantizeParams const& params, int batch) {
-    return clamped(params.cu_seqlens[batch], 0, static_cast<int>(params.total)) / Config::kTokens + batch;
+// cu_seqlens[i], brought into range.
+__device__ __forceinline__ int offset_of(QuantizeParams const& params, int i) {
+    return clamped(params.cu_seqlens[i], 0, static_cast<int>(params.total));
+}
+
+// The first block of packed sequence `batch`, which starts at row `offset`. One past the last sequence it is
+// the number of blocks at most.
+__device__ __forceinline__ int first_block(int offset, int batch) {
+    return offset / Config::kTokens + batch;
 }
 
 struct TokenTile {
@@ -19,7 +25,7 @@ struct TokenTile {
     int block;       // of the descale: within the sequence when dense, over all sequences when packed
     int first;       // token within the sequence
     int64_t offset;  // row of the sequence's first token; 0 when dense
-    int capacity;    // tokens to write: those of the sequence, and behind the last one those of nobody
+    int capacity;    // tokens to write: the sequence's, and with the last sequence all rows past it
     int counted;     // tokens that count for amax and mean
 
     __device__ static TokenTile read(QuantizeParams const& params) {
@@ -55,50 +61,44 @@ struct TokenTile {
     }
 
   private:
-    // The last sequence whose first block is not behind this one. Rows behind the last sequence are cast with
-    // it and do not count. Offsets that decrease may leave blocks that no sequence reaches, and those that do
-    // not start with 0 blocks before the first one: they are empty.
+    // A bisection for the last sequence whose first block is not past this one. It also gives the rows of
+    // the sequence, from the offsets that it compares: the largest one at or before the sequence and the
+    // smallest one after it. Those are the sequence's own two if the offsets never decrease. If they do,
+    // still no row has two sequences: any two of them part at one of these offsets, where the rows of one
+    // end at the latest and those of the other begin at the earliest.
+    //
+    // Rows past the last sequence are cast with it and do not count. Blocks before the first sequence, and
+    // those that no sequence reaches because offsets decrease, are empty.
     __device__ void find_packed(QuantizeParams const& params, int packed_block) {
         int low = 0;
         int high = params.batch - 1;
+        int begin = offset_of(params, 0);
+        int end = static_cast<int>(params.total);
+        int low_block = first_block(begin, 0);
         while (low < high) {
             int const middle = (low + high + 1) / 2;
-            if (first_block(params, middle) <= packed_block) {
+            int const middle_begin = offset_of(params, middle);
+            int const middle_block = first_block(middle_begin, middle);
+            if (middle_block <= packed_block) {
                 low = middle;
+                low_block = middle_block;
+                begin = max(begin, middle_begin);
             } else {
                 high = middle - 1;
+                end = min(end, middle_begin);
             }
         }
-        int const begin = begin_of(params, low);
-        int const end = clamped(params.cu_seqlens[low + 1], begin, static_cast<int>(params.total));
-        int const blocks_before = packed_block - first_block(params, low);
         batch = low;
         block = packed_block;
-        first = max(blocks_before, 0) * Config::kTokens;
         offset = begin;
-        counted = blocks_before < 0 ? 0 : end - begin;
-        capacity = low + 1 == params.batch ? static_cast<int>(params.total) - begin : counted;
-        capacity = blocks_before < 0 ? 0 : capacity;
-    }
-
-    // An offset that decreases counts as the largest before it, as in the forward kernel: no row is written
-    // for two sequences. The threads look at the offsets before it side by side, so that one that does not
-    // decrease costs few loads and a barrier. By all threads of the CTA.
-    __device__ static int begin_of(QuantizeParams const& params, int sequence) {
-        int const total = static_cast<int>(params.total);
-        int const begin = clamped(params.cu_seqlens[sequence], 0, total);
-        bool decreases = false;
-        for (int i = threadIdx.x; i < sequence; i += Config::kThreads) {
-            decreases |= params.cu_seqlens[i] > begin;
+        first = max(packed_block - low_block, 0) * Config::kTokens;
+        if (packed_block < low_block) {
+            capacity = counted = 0;
+            return;
         }
-        if (!__syncthreads_or(decreases)) {
-            return begin;
-        }
-        int largest = begin;
-        for (int i = threadIdx.x % 32; i < sequence; i += 32) {
-            largest = max(largest, params.cu_seqlens[i]);
-        }
-        return min(__reduce_max_sync(0xffffffff, largest), total);
+        bool const last = low + 1 == params.batch;
+        capacity = max(end - begin, 0);
+        counted = last ? max(offset_of(params, low + 1) - begin, 0) : capacity;
     }
 };
 

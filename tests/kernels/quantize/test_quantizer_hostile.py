@@ -60,18 +60,31 @@ def test_offsets(monkeypatch, offsets, steps):
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_more_sequences_than_threads(monkeypatch, steps):
-    """Offsets that go up and down, so that the largest before one may be any thread's."""
+    """Offsets that go up and down, so that every step of the search may bound a sequence's rows."""
     generator = torch.Generator().manual_seed(3)
     offsets = torch.randint(-300, 600, (300,), generator=generator)
     granularity, options = STEPS[steps]
     quantized(monkeypatch, granularity, int32([0, *offsets.tolist()]), **options)
 
 
-def test_sequences_that_overlap_are_a_race(monkeypatch, tmp_path):
-    largest = "return min(__reduce_max_sync(0xffffffff, largest), total);"
-    edit = ("tokens.cuh", largest, "return begin;")
+#: A bound of a sequence's rows that is left out, and offsets that need it.
+BOUNDS = {
+    "begin": (
+        ("tokens.cuh", "begin = max(begin, middle_begin);", "begin = middle_begin;"),
+        [0, 150, 180, 60, 200],
+    ),
+    "end": (
+        ("tokens.cuh", "end = min(end, middle_begin);", "end = middle_begin;"),
+        [0, 130, 20, 133, 200],
+    ),
+}
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_sequences_that_overlap_are_a_race(monkeypatch, tmp_path, bound):
+    edit, values = BOUNDS[bound]
     registry = changed_kernels(tmp_path, *edit)
-    offsets = int32(OFFSETS["one that decreases"])
+    offsets = int32(values)
     quantized(monkeypatch, "block", offsets)
     monkeypatch.setattr(device(), "_registry", registry)
     with pytest.raises(RuntimeError, match="LAUNCH_FAILED"):

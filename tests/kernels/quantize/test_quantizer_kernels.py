@@ -272,6 +272,18 @@ def test_a_block_is_read_once_and_written_once(monkeypatch, transpose):
     assert moved["global store"] == x.numel() + 4 * scaled.descale.numel()
 
 
+def test_offsets_are_searched_and_not_all_read(monkeypatch):
+    """Of eight times as many sequences every thread reads three offsets more, not all of them."""
+    threads, loaded = 128, {}
+    for sequences in (512, 4096):
+        x = draw(sequences, 1, 64)
+        cu_seqlens = int32(range(sequences + 1))
+        scaled = on_kernels(monkeypatch, x, "block", cu_seqlens=cu_seqlens)
+        bytes_ = device().report()["statistics"]["bytes"]["global load"]
+        loaded[sequences] = bytes_ / scaled.descale.numel()
+    assert 0 < loaded[4096] - loaded[512] <= 3 * 4 * threads
+
+
 REFUSED = {
     "fp64": (draw(1, 9, 1, 64, dtype=torch.float64), {}, "no quantizer kernel for torch.float64"),
     "head_dim": (draw(1, 9, 1, 40), {}, "head_dim is 40"),
