@@ -3,13 +3,13 @@
 
 #include "reduce.cuh"
 #include "rows.cuh"
-#include "transpose.cuh"
+#include "v_colmajor.cuh"
 
 namespace flash8::quantize {
 
 struct SharedStorage {
     uint32_t warp_amax[Config::kWarps];
-    TransposedTile transposed;
+    VColMajorTile v_colmajor;
 };
 
 // One 16-byte store a row.
@@ -71,10 +71,10 @@ extern "C" __global__ void __launch_bounds__(flash8::quantize::Config::kThreads,
         gather_amax(params.amax, tile.group(params, params.amax), amax);
     }
     float const inverse = reciprocal(choose_descale(params, tile, amax));
-    if constexpr (Config::kTransposed) {
-        shared.transposed.write(rows, tile, inverse);
+    if constexpr (Config::kVColMajor) {
+        shared.v_colmajor.write(rows, tile, inverse);
         __syncthreads();
-        shared.transposed.store(params, tile);
+        shared.v_colmajor.store(params, tile);
     } else {
         store_rows(params, tile, rows, inverse);
     }

@@ -13,7 +13,7 @@ enum class Output { kE4m3, kE5m2 };
 struct Config {
     static constexpr Input kInput = Input::FLASH8_DTYPE;
     static constexpr bool kE5m2 = Output::FLASH8_OUT == Output::kE5m2;
-    static constexpr bool kTransposed = FLASH8_V_COLMAJOR == 1;
+    static constexpr bool kVColMajor = FLASH8_V_COLMAJOR == 1;
     static constexpr int kHeadDim = FLASH8_HEAD_DIM;  // the tile's; a call may have fewer channels
 
     static constexpr int kTokens = 128;

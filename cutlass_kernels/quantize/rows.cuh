@@ -119,7 +119,7 @@ struct Rows {
     // The token, within the tile, of row j. Transposed tiles have the keys of every 16 in the order in which
     // wgmma wants the columns of P that a thread has: place 4 q + r holds key 2 q + r % 2 + 8 (r / 2).
     __device__ int token(int j) const {
-        if constexpr (Config::kTransposed) {
+        if constexpr (Config::kVColMajor) {
             return group / 4 * 16 + group % 4 * 2 + j % 2 + j / 2 * 8;
         } else {
             return group * Config::kRows + j;

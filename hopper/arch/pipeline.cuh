@@ -101,7 +101,7 @@ struct Pipeline {
 
 // Releases a stage to the CTAs that fill it, kCtas of them.
 template <int kCtas, int kStages>
-__device__ __forceinline__ void give_back(Pipeline<kStages>& pipeline, PipelineState<kStages> const& state) {
+__device__ __forceinline__ void release(Pipeline<kStages>& pipeline, PipelineState<kStages> const& state) {
     if constexpr (kCtas > 1) {
         pipeline.template release_to_cluster<kCtas>(state);
     } else {
@@ -111,8 +111,9 @@ __device__ __forceinline__ void give_back(Pipeline<kStages>& pipeline, PipelineS
 
 // The same, and goes on to the next stage.
 template <int kCtas = 1, int kStages>
-__device__ __forceinline__ void release(Pipeline<kStages>& pipeline, PipelineState<kStages>& state) {
-    give_back<kCtas>(pipeline, state);
+__device__ __forceinline__ void release_and_advance(Pipeline<kStages>& pipeline,
+                                                    PipelineState<kStages>& state) {
+    release<kCtas>(pipeline, state);
     state.advance();
 }
 

@@ -127,7 +127,7 @@ class PackedTiles {
     int rows_before_ = 0;   // where the first of them starts
 };
 
-// What a CTA does next; all calls but `draw` by the whole producer warp. The host keeps the number of tiles,
+// What a CTA does next; all calls but `claim` by the whole producer warp. The host keeps the number of tiles,
 // and of CTAs with it, below 2^31. The CTAs of a cluster take neighbouring blocks of rows: to this class they
 // are one CTA with kClusterM times the rows, and draw nothing.
 //
@@ -139,11 +139,11 @@ class TileScheduler {
     __device__ explicit TileScheduler(Params const& params)
         : params_(params), packed_tiles_(params), index_(blockIdx.x / kClusterM) {}
 
-    __device__ WorkTile first() { return leave_behind_last(tile()); }
+    __device__ WorkTile first() { return leave_after_last(tile()); }
 
     // By the first lane, once a tile: begins to find out the next one, which `next` waits for. Nothing is
     // made of the number here, or the lane would wait for it here.
-    __device__ void draw() {
+    __device__ void claim() {
         if (counter() != nullptr) {
             index_ = atomicAdd(counter(), 1);
         }
@@ -151,7 +151,7 @@ class TileScheduler {
 
     __device__ WorkTile next() {
         index_ = __shfl_sync(0xffffffff, index_, 0) + static_cast<int>(gridDim.x / kClusterM);
-        return leave_behind_last(tile());
+        return leave_after_last(tile());
     }
 
   private:
@@ -160,7 +160,7 @@ class TileScheduler {
 
     // A CTA finds none once, and draws no more. The counter of the CTAs that have left wraps to zero by
     // itself.
-    __device__ WorkTile leave_behind_last(WorkTile tile) const {
+    __device__ WorkTile leave_after_last(WorkTile tile) const {
         if constexpr (kClusterM > 1) {
             tile.m_block = tile.m_block * kClusterM + ptx::cluster_rank();
         } else if (!tile.valid() && counter() != nullptr && threadIdx.x % 32 == 0) {

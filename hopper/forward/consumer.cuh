@@ -70,7 +70,7 @@ class Consumer {
                                              KeyBlocks const& blocks, WorkTile const& tile, int row) {
         using Descale = KeyDescale<Config::kBlockScales>;
         BlockLocalSoftmax softmax;
-        EpilogueScales leftovers;
+        EpilogueScales scales;
         if (!blocks.empty()) {
             bool const packed = params_.sequences.cu_seqlens_k != nullptr;
             int const head_kv = kv_head<Config::kPackGqa>(params_, tile);
@@ -92,14 +92,14 @@ class Consumer {
             poison(o, score_scale, k_largest, v_descale.largest(blocks.begin, blocks.end));
             bool const large = scores_may_be_large(scores, info, score_scale, k_largest);
             MainloopFp8<Config> mainloop(params_, shared_, state_, scores, warpgroup_);
-            leftovers.v_scale =
+            scales.v_scale =
                 checked_descale(mainloop.run(o, softmax, blocks, score_scale, large, k_descale, v_descale));
             if (params_.k_mean.ptr != nullptr) {
-                leftovers.score_shift[0] = shared_.score_shift[tile_row()];
-                leftovers.score_shift[1] = shared_.score_shift[tile_row() + 8];
+                scales.score_shift[0] = shared_.score_shift[tile_row()];
+                scales.score_shift[1] = shared_.score_shift[tile_row() + 8];
             }
         }
-        Epilogue<Config>::store(params_, info, tile, row, o, softmax, leftovers);
+        Epilogue<Config>::store(params_, info, tile, row, o, softmax, scales);
     }
 
     // Descales that are none: NaN in O and, but for V's, in LSE. It stays there, 0 * NaN is NaN.

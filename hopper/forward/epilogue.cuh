@@ -26,14 +26,14 @@ class Epilogue {
     template <class Accumulator, class Softmax>
     __device__ static void store(ForwardParams const& params, SeqlenInfo const& info, WorkTile const& tile,
                                  int first_row, Accumulator& o, Softmax const& softmax,
-                                 EpilogueScales const& leftovers) {
+                                 EpilogueScales const& scales) {
         QueryRow rows[kRowsPerThread];
         float sinks[kRowsPerThread];
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
             rows[r] = query_row<Config::kPackGqa>(params, tile, first_row + 8 * r);
             bool const sink = params.scores.sinks != nullptr && rows[r].query < info.rows_q;
-            sinks[r] = sink ? params.scores.sinks[rows[r].head] - leftovers.score_shift[r] : -INFINITY;
+            sinks[r] = sink ? params.scores.sinks[rows[r].head] - scales.score_shift[r] : -INFINITY;
         }
         RowStatistics const statistics = softmax.finish(sinks);
         uint16_t* const out = static_cast<uint16_t*>(params.o.ptr) + info.batch_q * params.o.batch_stride;
@@ -45,7 +45,7 @@ class Epilogue {
             int64_t const target = info.offset_q + static_cast<int64_t>(rows[r].query);
             uint16_t* const out_row =
                 out + target * params.o.row_stride + rows[r].head * params.o.head_stride;
-            RowFactors const factors{used ? statistics.normalise[r] * leftovers.v_scale : 0.0f,
+            RowFactors const factors{used ? statistics.normalise[r] * scales.v_scale : 0.0f,
                                      used ? statistics.weight[r] : 0.0f};
             if constexpr (Config::kFp8) {
                 store_interleaved_row(out_row, inside, o, r, factors, Channels(params, tile));
@@ -54,7 +54,7 @@ class Epilogue {
             }
             if (inside && threadIdx.x % 4 == 0 && params.lse.ptr != nullptr) {
                 out_lse[rows[r].head * params.lse.head_stride + target] =
-                    used ? statistics.lse[r] + leftovers.score_shift[r] : -INFINITY;
+                    used ? statistics.lse[r] + scales.score_shift[r] : -INFINITY;
             }
         }
     }

@@ -63,11 +63,11 @@ class Mainloop {
         multiply<true>(mma_qk, rQ, rK(_, _, _, state_.k.stage), s);
         warpgroup_wait<0>();
         warpgroup_fence_operand(s);
-        release<Config::kClusterM>(shared_.pipeline_k, state_.k);
+        release_and_advance<Config::kClusterM>(shared_.pipeline_k, state_.k);
         int const last = blocks.end - 1;
         scores_.template apply<true>(s, last, inner);
         softmax.template step<true, true>(rows_of(s), alpha);
-        round(s, p);
+        convert_p(s, p);
         clear_hidden_keys(blocks, last);
 
         auto advance = [&](auto masked, int n_block) __attribute__((always_inline)) {
@@ -84,7 +84,7 @@ class Mainloop {
             }
             warpgroup_wait<1>();  // S is there, P V may still run
             warpgroup_fence_operand(s);
-            release<Config::kClusterM>(shared_.pipeline_k, state_.k);
+            release_and_advance<Config::kClusterM>(shared_.pipeline_k, state_.k);
             scores_.template apply<kMasked>(s, n_block, inner);
             softmax.template step<false, kMasked && Config::kMask != MaskMode::kNone>(rows_of(s), alpha);
             // V has come long ago. Asking again ends the block here, or ptxas would move the wait for P V,
@@ -93,12 +93,12 @@ class Mainloop {
             warpgroup_wait<0>();
             warpgroup_fence_operand(o);
             warpgroup_fence_operand(p);
-            release<Config::kClusterM>(shared_.pipeline_v, state_.v);
-            round(s, p);
+            release_and_advance<Config::kClusterM>(shared_.pipeline_v, state_.v);
+            convert_p(s, p);
             rescale(o, alpha);
         };
         walk_key_blocks<Config::kMask, Config::kMask != MaskMode::kNone>(blocks, last, false, advance);
-        release(shared_.pipeline_q, state_.q);
+        release_and_advance(shared_.pipeline_q, state_.q);
         if constexpr (Config::kMask == MaskMode::kLocal) {
             if (blocks.begin + 1 < blocks.end) {
                 clear_hidden_keys(blocks, blocks.begin);
@@ -108,7 +108,7 @@ class Mainloop {
         multiply<false>(mma_pv, p, rV(_, _, _, state_.v.stage), o);
         warpgroup_wait<0>();
         warpgroup_fence_operand(o);
-        release<Config::kClusterM>(shared_.pipeline_v, state_.v);
+        release_and_advance<Config::kClusterM>(shared_.pipeline_v, state_.v);
     }
 
   private:
@@ -122,7 +122,7 @@ class Mainloop {
     }
 
     template <class Accumulator, class Operand>
-    __device__ __forceinline__ static void round(Accumulator const& s, Operand& p) {
+    __device__ __forceinline__ static void convert_p(Accumulator const& s, Operand& p) {
         auto words = cute::recast<uint32_t>(p);
 #pragma unroll
         for (int i = 0; i < cute::size(words); ++i) {

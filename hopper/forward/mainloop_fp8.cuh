@@ -64,7 +64,7 @@ class MainloopFp8 {
             Turns::pass_on(warpgroup_);
             warpgroup_wait<0>();
             warpgroup_fence_operand(s);
-            give_back<Config::kClusterM>(shared_.pipeline_k, state_.k);
+            release<Config::kClusterM>(shared_.pipeline_k, state_.k);
             float const scale[kRowsPerThread] = {score_scale[0] * k_scale, score_scale[1] * k_scale};
             scores_.template apply<kMasked>(s, n_block, scale);
             float alpha[kRowsPerThread];
@@ -75,7 +75,7 @@ class MainloopFp8 {
             // P as the A operand: (4 keys, 2 rows, 2 halves) of 32 keys, in the order of transpose_v.cuh.
             Tensor p = make_tensor<typename Config::Element>(
                 Layout<Shape<Shape<_4, _2, _2>, _1, Int<kBlockN / 32>>>{});
-            round(s, p);
+            convert_p(s, p);
             if constexpr (Config::kBlockScales) {
                 float const ratio = __fdividef(v_scale_before, v_scale);
                 alpha[0] *= ratio;
@@ -107,7 +107,7 @@ class MainloopFp8 {
         Turns::wait(warpgroup_);
         walk_key_blocks<Config::kMask>(blocks, blocks.end, large, attend);
         Turns::pass_on(warpgroup_);
-        release(shared_.pipeline_q, state_.q);
+        release_and_advance(shared_.pipeline_q, state_.q);
         return v_scale_before;
     }
 
@@ -150,7 +150,8 @@ class MainloopFp8 {
             warpgroup_fence_operand(ready);
             if (chunk + 1 == kChunks) {
                 // Transposed V is this CTA's own, what TMA brings is the cluster's.
-                release<Config::kTransposeV ? 1 : Config::kClusterM>(shared_.pipeline_v, state_.k);
+                release_and_advance<Config::kTransposeV ? 1 : Config::kClusterM>(shared_.pipeline_v,
+                                                                                 state_.k);
             }
 #pragma unroll
             for (int i = 0; i < size(ready); ++i) {
@@ -173,7 +174,7 @@ class MainloopFp8 {
 
     // Scores are (2 columns, 2 rows, kBlockN / 8); a word of P takes a row of two column groups.
     template <class Accumulator, class Operand>
-    __device__ __forceinline__ static void round(Accumulator const& s, Operand& p) {
+    __device__ __forceinline__ static void convert_p(Accumulator const& s, Operand& p) {
         auto words = cute::recast<uint32_t>(p);  // ((1, 2 rows, 2 halves), 1, kBlockN / 32)
 #pragma unroll
         for (int i = 0; i < cute::size(words); ++i) {

@@ -55,7 +55,7 @@ class Producer {
         typename Config::TileMask const mask(params_, info);
         KeyBlocks const blocks = mask.key_blocks(first_of_cluster<Config::kClusterM>(tile));
         if (blocks.empty()) {
-            scheduler.draw();
+            scheduler.claim();
             return;
         }
         int const head_kv = kv_head<Config::kPackGqa>(params_, tile);
@@ -69,7 +69,7 @@ class Producer {
             load_v(kv_state_, info, tile.batch, head_kv, n_block + 1);
             kv_state_ = ahead;
         }
-        scheduler.draw();
+        scheduler.claim();
         load_v(kv_state_, info, tile.batch, head_kv, blocks.begin);
         kv_state_.advance();
     }
@@ -102,7 +102,7 @@ class Producer {
     // To the consumers, or to the warps that transpose it for them.
     __device__ void load_v(KvState const& state, SeqlenInfo const& info, int batch, int head, int n_block) {
         if constexpr (Config::kVColMajor) {
-            load_transposed_v(state, info, batch, head, n_block);
+            load_v_colmajor(state, info, batch, head, n_block);
         } else if constexpr (Config::kTransposeV) {
             load_keys<Config::kPanelV, Config::kHeadDimV>(shared_.pipeline_v_rows, state, shared_.v_rows,
                                                           &params_.tma_v, info, head, n_block);
@@ -113,8 +113,8 @@ class Producer {
     }
 
     // The quantizer's V: keys run along the box's rows, and packed sequences start with a block.
-    __device__ void load_transposed_v(KvState const& state, SeqlenInfo const& info, int batch, int head,
-                                      int n_block) {
+    __device__ void load_v_colmajor(KvState const& state, SeqlenInfo const& info, int batch, int head,
+                                    int n_block) {
         uint64_t* const full = shared_.pipeline_v.acquire(state, Config::kBytesV);
         Element* const stage = shared_.v + state.stage * Config::kElementsV;
         bool const packed = params_.sequences.cu_seqlens_k != nullptr;

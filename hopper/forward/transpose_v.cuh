@@ -92,19 +92,19 @@ class Transposer {
                 }
 #pragma unroll
                 for (int i = 0; i < kInFlight && first + i * kKeys < kBlockN; ++i) {
-                    take_apart(words[i]);
+                    split_pairs(words[i]);
                     ptx::store_matrices(TileVt::advance(target, first + i * kKeys), words[i]);
                 }
             }
         }
         shared_.pipeline_v.commit(state_);
-        release<Config::kClusterM>(shared_.pipeline_v_rows, state_);
+        release_and_advance<Config::kClusterM>(shared_.pipeline_v_rows, state_);
     }
 
     // In lane 4 g + t, words[i] holds channels 2 g and 2 g + 1 of keys 8 i + 2 t and 8 i + 2 t + 1.
     // Afterwards words[0] and words[1] hold channel 2 g and channel 2 g + 1 of keys {2 t, 2 t + 1, 8 + 2 t, 9
     // + 2 t}, words[2] and words[3] those of the 16 keys behind them.
-    __device__ __forceinline__ static void take_apart(uint32_t (&words)[4]) {
+    __device__ __forceinline__ static void split_pairs(uint32_t (&words)[4]) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
             uint32_t const first = words[i];

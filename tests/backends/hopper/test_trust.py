@@ -212,7 +212,7 @@ WRONG_QUANTIZERS = {
         *("cast_bf16_d64", quantized(granularity="block", hadamard=1), "bytes of the result"),
     ),
     "keys in plain order": (
-        *("rows.cuh", "if constexpr (Config::kTransposed)", "if constexpr (false)"),
+        *("rows.cuh", "if constexpr (Config::kVColMajor)", "if constexpr (false)"),
         *("cast_bf16_d64_vcolmajor", quantized(granularity="block", v_colmajor=True), "bytes"),
     ),
     "unused tokens count": (

@@ -71,12 +71,12 @@ MUTATIONS = {
     ),
     "keys in plain order": (
         "rows.cuh",
-        "if constexpr (Config::kTransposed)",
+        "if constexpr (Config::kVColMajor)",
         "if constexpr (false)",
         {"v_colmajor": True},
     ),
     "banks read as written elsewhere": (
-        "transpose.cuh",
+        "v_colmajor.cuh",
         "[permuted(channel, chunk) * 4]",
         "[chunk * 4]",
         {"v_colmajor": True},

@@ -263,7 +263,7 @@ OFFSETS = {
     "x": ("rows.cuh", "(tile.offset + row) * params.x.row_stride", ("all", "row"), ()),
     "data": ("cast.cu", "(tile.offset + row) * params.out.row_stride", ("packed", "row"), SLOW),
     "transposed data": (
-        "transpose.cuh",
+        "v_colmajor.cuh",
         "row * params.out.row_stride",
         ("transposed", "row"),
         SLOW,

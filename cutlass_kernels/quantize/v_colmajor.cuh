@@ -10,12 +10,12 @@ namespace flash8::quantize {
 
 // Words of four keys. The 16-byte chunks of a channel are permuted by its sixteen, so that neither the
 // threads of a warp that write words, nor those that read chunks, meet in a bank (two meet at kHeadDim 256).
-struct TransposedTile {
+struct VColMajorTile {
     static constexpr int kWords = Config::kTokens / 4;
     static constexpr int kChunks = Config::kTokens / 16;
     static constexpr int kSpread = Config::kLanes < kChunks ? kChunks / Config::kLanes : 1;
 
-    uint32_t words[Config::kTransposed ? Config::kHeadDim : 1][kWords];
+    uint32_t words[Config::kVColMajor ? Config::kHeadDim : 1][kWords];
 
     __device__ static int permuted(int channel, int chunk) {
         return chunk ^ (channel / Config::kChannels * kSpread % kChunks);
