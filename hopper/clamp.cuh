@@ -1,5 +1,5 @@
-// What only the device sees of a call (cu_seqlens, used lengths, rows of the cache) comes into range where it
-// is read, whatever it holds: it may then be wrong, but it names nothing outside a tensor.
+// Index values that only the device sees (cu_seqlens, used lengths, rows of the cache) are clamped where they
+// are read. They may still be wrong, but they never address anything outside a tensor.
 
 #pragma once
 
@@ -27,8 +27,8 @@ __device__ __forceinline__ RowRange packed_rows(int32_t const* cu_seqlens, int s
     return {begin, clamped(cu_seqlens[sequence + 1], begin, rows)};
 }
 
-// Descales are positive, from 2^-126, the smallest normal number, to 2^126, whose inverse is one. Any other
-// one counts as NaN, so that whoever reads what it scales sees that it is wrong.
+// A valid descale is positive, from 2^-126, the smallest normal number, to 2^126, whose inverse is normal
+// too. Any other one counts as NaN, so that the results show that it is wrong.
 __device__ __forceinline__ float checked_descale(float descale) {
     constexpr uint32_t kSmallest = 0x00800000;
     constexpr uint32_t kLargest = 0x7e800000;

@@ -28,7 +28,7 @@ struct TmaBox {
 };
 
 // Every kernel exports one as `extern "C" __constant__ KernelInfo kernel_info`. The host reads it from
-// the loaded cubin and computes nothing of it again. abi_version and info_bytes stay first for ever.
+// the image and recomputes none of it. abi_version and info_bytes stay first for ever.
 struct KernelInfo {
     static constexpr int kMaxTmaBoxes = 8;
 
@@ -51,7 +51,7 @@ struct KernelInfo {
     std::int32_t consumer_registers;
     std::int32_t pack_gqa;     // 1: query heads of one KV head are folded into kBlockM
     std::int32_t scale_block;  // rows that share a descale; 0: no blocks
-    std::int32_t v_colmajor;   // 1: V is read by keys, as the quantizer transposes it
+    std::int32_t v_colmajor;   // 1: V is read column-major, as the quantizer writes it
     TmaBox tma[kMaxTmaBoxes];  // in the order in which the params struct names its maps
 };
 

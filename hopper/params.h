@@ -2,7 +2,7 @@
 // compiler (C++17, no CUDA header) and by the device compiler, and it must mean the same to both:
 //   - standard layout, trivially copyable, no implicit padding (a test holds every offset);
 //   - fixed-width integers, sizes before flags, every stride int64 and counted in elements;
-//   - nothing that lives on the host only: no stream, no device number, no owner of memory.
+//   - nothing that exists on the host only: no stream, no device number, no owner of memory.
 // Any change of layout or meaning raises kAbiVersion, so that an old cubin is refused, not misread.
 
 #pragma once
@@ -15,7 +15,7 @@ namespace flash8 {
 
 inline constexpr std::uint32_t kAbiVersion = 5;
 
-// Tokens that share a descale of granularity block. Sequences of V by keys start with such a block, too.
+// Tokens that share a descale of granularity block. Sequences of column-major V start with such a block, too.
 inline constexpr int kScaleBlock = 128;
 
 // What the driver calls CUtensorMap: opaque, encoded by the host, read by TMA.

@@ -14,7 +14,7 @@ struct Place {
     bool exists;
 
     __device__ Place(AppendParams const& append, int batch, int token) {
-        // Behind a length below 0, or without room in 32 bits, there is no place.
+        // There is no place after a negative length, or past the range of 32 bits.
         int const length = append.cache_seqlens[batch];
         int const position =
             length < 0 ? -1 : static_cast<int>(min(static_cast<unsigned>(length) + token, kFarthest));

@@ -1,5 +1,6 @@
-// fp32 arithmetic as the CPU does it: rounded to nearest at every step, never contracted, subnormals kept
-// (the kernels are compiled with fast math, which does neither), and the conversions of a quantizer.
+// fp32 arithmetic as the CPU does it: rounded to nearest at every step, never contracted, subnormals kept.
+// The kernels are compiled with fast math, which would contract and flush. And the conversions of a
+// quantizer.
 
 #pragma once
 
@@ -55,7 +56,7 @@ __device__ __forceinline__ float larger_magnitude(float a, float b) {
 constexpr uint32_t kMagnitude = 0x7fffffff;
 constexpr uint32_t kInfinity = 0x7f800000;
 
-// |x| as an integer that orders as |x| does; 0 for infinities and NaN, which do not count.
+// |x| as an integer with the order of |x|; 0 for infinities and NaN, which do not count.
 __device__ __forceinline__ uint32_t finite_magnitude(float x) {
     uint32_t const bits = __float_as_uint(x) & kMagnitude;
     return bits < kInfinity ? bits : 0;

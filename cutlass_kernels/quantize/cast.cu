@@ -28,7 +28,7 @@ __device__ __forceinline__ void store_rows(QuantizeParams const& params, TokenTi
     }
 }
 
-// The descale of the tile, written by whoever found it.
+// The descale of the tile; written unless the call gave it.
 __device__ __forceinline__ float choose_descale(QuantizeParams const& params, TokenTile const& tile,
                                                 uint32_t tile_amax) {
     float* const entry = params.descale.ptr + tile.group(params, params.descale);
@@ -38,7 +38,7 @@ __device__ __forceinline__ float choose_descale(QuantizeParams const& params, To
     bool const own = params.scale_source == ScaleSource::kTile;
     float const* const amax = params.amax.ptr + (own ? 0 : tile.group(params, params.amax));
     float const descale = descale_of<Config::kE5m2>(own ? tile_amax : __float_as_uint(*amax));
-    // One value, whoever writes it: all tiles of a group find the same.
+    // All tiles of a group compute the same value.
     if (threadIdx.x == 0 && (own || tile.first == 0)) {
         *entry = descale;
     }

@@ -1,4 +1,4 @@
-// What a compilation chooses: flash8.backends.hopper.quantize_variants says which -D options there are.
+// What a variant fixes at compile time. The -D options come from flash8.backends.hopper.quantize_variants.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// Sums over the tokens of a tile, the first half of K's or V's mean. Every addition has its place, so the
-// result does not depend on who was first.
+// Sums over the tokens of a tile, the first half of K's or V's mean. The additions have a fixed order, so the
+// result does not depend on timing.
 
 #include "rows.cuh"
 

@@ -3,7 +3,7 @@
 //     y    = rotate(position(x) - mean)         each step optional, in fp32
 //     data = saturate(y * (1 / descale))        descale = amax / the largest value of the 8-bit type
 //
-// A tile is 128 tokens of one head. The tiles of a packed sequence start with it: sequence b has blocks
+// A tile is 128 tokens of one head. A packed sequence starts with a new tile: sequence b has blocks
 // cu_seqlens[b] / 128 + b up to, not including, cu_seqlens[b + 1] / 128 + b + 1, at least one.
 
 #pragma once
@@ -28,8 +28,8 @@ enum class ScaleSource : std::int32_t {
     kGiven = 2,  // QuantizeParams::descale is read, not written
 };
 
-// Where new tokens go in a KV cache: behind the cache_seqlens[b] that sequence b has there. A slot is a page,
-// or without a page table a row of the cache. Tokens without a place are dropped.
+// Where new tokens go in a KV cache: after the cache_seqlens[b] tokens that sequence b has there. A slot is a
+// page, or without a page table a row of the cache. Tokens without a place are dropped.
 struct AppendParams {
     const std::int32_t* cache_seqlens;  // (batch)
     const std::int32_t* page_table;     // (batch, max_pages), or null
@@ -43,15 +43,15 @@ struct AppendParams {
 
 struct QuantizeParams {
     TensorRef x;    // (batch, seqlen, heads, head_dim) or packed (total, heads, head_dim)
-    TensorRef out;  // likewise, 8 bits; transposed: (batch, heads, head_dim, 128 * blocks), where row_stride
-                    // steps over head_dim
+    TensorRef out;  // likewise, 8 bits; column-major: (batch, heads, head_dim, 128 * blocks), where
+                    // row_stride steps over head_dim
 
-    RowRef mean;          // (batch, heads, head_dim), what is taken off; null: nothing
+    RowRef mean;          // (batch, heads, head_dim), subtracted from x; null: nothing
     RowRef mean_rotated;  // written: the mean in the basis of the data; null without a rotation
     float* mean_partial;  // (tiles, 2, head_dim): sums, and how many values were finite
 
     GroupRef descale;
-    GroupRef amax;  // fp32 bits, a maximum of which is gathered atomically; null: not wanted
+    GroupRef amax;  // fp32 bits, gathered by atomic maximum; null: not wanted
 
     const float* rope_cos;  // (rope_rows, rotary_dim / 2), null: no rotary embedding
     const float* rope_sin;
@@ -72,7 +72,7 @@ struct QuantizeParams {
     std::int32_t hadamard_block;      // channels rotated together, a power of two; 0: no rotation
     float hadamard_scale;             // hadamard_block^-0.5
     std::uint32_t hadamard_signs[8];  // bit c: channel c changes its sign before the rotation
-    std::int32_t reverse;             // the last tile first: what the pass before left in L2 is read first
+    std::int32_t reverse;             // last tile first: it may still be in L2 from the pass before
     std::int32_t reserved;            // zero
 };
 

@@ -20,7 +20,7 @@ __device__ __forceinline__ uint32_t largest_of_cta(uint32_t value, uint32_t (&sl
     return largest;
 }
 
-// Gathers the tile's amax for its group; magnitudes order as their bits do.
+// Gathers the tile's amax for its group; the bits of magnitudes have the order of the magnitudes.
 __device__ __forceinline__ void gather_amax(GroupRef const& ref, int64_t group, uint32_t amax) {
     if (threadIdx.x == 0 && amax != 0) {
         atomicMax(reinterpret_cast<uint32_t*>(ref.ptr) + group, amax);

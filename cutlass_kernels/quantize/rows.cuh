@@ -41,8 +41,8 @@ __device__ __forceinline__ void load_group(void const* x, int64_t element, float
     }
 }
 
-// x H / sqrt(block) after the signs: sums and differences of channels 1, 2, 4, ... apart, those of other
-// threads by shuffles. All lanes of the warp call it.
+// x H / sqrt(block) after the signs: sums and differences of channels that are 1, 2, 4, ... apart. Channels
+// of other threads come by shuffles. All lanes of the warp call it.
 template <int kCount>
 __device__ __forceinline__ void rotate(QuantizeParams const& params, int lane,
                                        float (&x)[kCount][Config::kChannels]) {
@@ -116,8 +116,8 @@ struct Rows {
           channel(lane * Config::kChannels),
           inside(channel < params.head_dim) {}
 
-    // The token, within the tile, of row j. Transposed tiles have the keys of every 16 in the order in which
-    // wgmma wants the columns of P that a thread has: place 4 q + r holds key 2 q + r % 2 + 8 (r / 2).
+    // The token, within the tile, of row j. Column-major tiles permute every 16 keys into the order in which
+    // a thread has the columns of P for wgmma: place 4 q + r holds key 2 q + r % 2 + 8 (r / 2).
     __device__ int token(int j) const {
         if constexpr (Config::kVColMajor) {
             return group / 4 * 16 + group % 4 * 2 + j % 2 + j / 2 * 8;
@@ -126,8 +126,8 @@ struct Rows {
         }
     }
 
-    // Without a branch, so that all loads are on their way before the first is waited for: threads without a
-    // token or channel of their own read another's, which nobody counts or stores.
+    // Without a branch, so that all loads are issued before the first is waited for. Threads without a token
+    // or channel of their own read another one, and what they read is neither counted nor stored.
     __device__ void load(QuantizeParams const& params, TokenTile const& tile) {
         if (tile.empty()) {
 #pragma unroll
@@ -156,8 +156,8 @@ struct Rows {
         int const half = params.rotary_dim / 2;
         bool const turns = channel < params.rotary_dim;
         bool const first = channel < half;
-        // Bits of what turns. Were it a condition, the compiler could branch on it, with an exchange in
-        // either branch: lanes that wait for each other in different places.
+        // Bits instead of a condition. The compiler could branch on a condition, with a shuffle in either
+        // branch, and lanes would wait for each other in different places.
         uint32_t turned_bits = turns ? 0xffffffff : 0;
         asm("" : "+r"(turned_bits));
 #pragma unroll
@@ -225,7 +225,7 @@ struct Rows {
         }
     }
 
-    // The largest finite magnitude of the tokens that count, as bits, which order as magnitudes do.
+    // The largest finite magnitude of the tokens that count, as bits; bits have the order of magnitudes.
     __device__ uint32_t amax(TokenTile const& tile) const {
         float largest = 0.0f;
 #pragma unroll
@@ -247,7 +247,7 @@ struct Rows {
     }
 
   private:
-    // The same where something is infinite.
+    // The same if a value is infinite.
     __device__ uint32_t finite_amax(TokenTile const& tile) const {
         uint32_t largest = 0;
 #pragma unroll
@@ -299,7 +299,7 @@ struct Rows {
         }
     }
 
-    // The other half of the pairs is `partner` lanes further.
+    // The other half of each pair is `partner` lanes further.
     __device__ static void turn_halves(QuantizeParams const& params, int64_t table, int partner,
                                        uint32_t turned_bits, bool first, float (&y)[Config::kChannels]) {
         // Times -1 is exact: the first half is y cos + (-other) sin.

@@ -1,5 +1,5 @@
-// A tile with its keys contiguous, as the tensor cores want V: (head_dim, 128), through shared memory. Keys
-// and channels stand in the orders that the forward kernel's own transposition leaves
+// A tile of column-major V, (head_dim, 128) with the keys contiguous, as FP8 products read it. It is
+// transposed in shared memory. Keys and channels are permuted as by the forward kernel's own transposition
 // (flash8.tensors.v_colmajor).
 
 #pragma once
@@ -8,8 +8,8 @@
 
 namespace flash8::quantize {
 
-// Words of four keys. The 16-byte chunks of a channel are permuted by its sixteen, so that neither the
-// threads of a warp that write words, nor those that read chunks, meet in a bank (two meet at kHeadDim 256).
+// Words of four keys. The 16-byte chunks of a channel are permuted by channel / 16. So the threads of a warp
+// have no bank conflicts, neither when they write words nor when they read chunks (two-way at kHeadDim 256).
 struct VColMajorTile {
     static constexpr int kWords = Config::kTokens / 4;
     static constexpr int kChunks = Config::kTokens / 16;
@@ -21,7 +21,7 @@ struct VColMajorTile {
         return chunk ^ (channel / Config::kChannels * kSpread % kChunks);
     }
 
-    // Keys that do not count are zero, whatever is in their place.
+    // Keys that do not count become zero, even where x holds NaN.
     __device__ void write(Rows const& rows, TokenTile const& tile, float inverse) {
         int const word = permuted(rows.channel, rows.group / 4) * 4 + rows.group % 4;
 #pragma unroll
@@ -36,7 +36,7 @@ struct VColMajorTile {
         }
     }
 
-    // 16-byte stores, the keys of a channel by eight neighbouring threads.
+    // 16-byte stores; eight neighbouring threads store the keys of a channel.
     __device__ void store(QuantizeParams const& params, TokenTile const& tile) const {
         char* const out =
             static_cast<char*>(params.out.ptr) + tile.tensor_batch(params) * params.out.batch_stride +

@@ -9,15 +9,16 @@ namespace flash8 {
 enum class NamedBarrier : int {
     // Consumer warpgroup i may issue its products: WarpgroupTurn + i.
     kWarpgroupTurn = 1,  // and 2, 3
-    // All consumer warpgroups, or all warps that transpose V, have cleared their share of V's hidden keys.
+    // All consumer warpgroups, or all warps that transpose V, have cleared their share of V's hidden rows.
     kHiddenKeysCleared = 4,
-    // Consumer warpgroup i agrees on something: WarpgroupVote + i.
+    // The threads of consumer warpgroup i vote: WarpgroupVote + i.
     kWarpgroupVote = 5,  // and 6, 7
 };
 
-// Ping-pong: the warpgroups take turns to issue their products, so that one's softmax overlaps the
-// other's products. Barrier kWarpgroupTurn + i completes when warpgroup i syncs (128 threads) and its
-// predecessor has arrived (128 threads).
+// Ping-pong scheduling: the warpgroups take turns to issue their products, so that the softmax of one
+// overlaps the products of another. FlashAttention-3 calls this the warp scheduler barrier. Barrier
+// kWarpgroupTurn + i completes when warpgroup i syncs (128 threads) and its predecessor has arrived (128
+// threads).
 template <int kWarpgroups>
 struct WarpgroupTurns {
     static constexpr int kThreads = 2 * 128;

@@ -8,8 +8,8 @@
 // full completes when the expected bytes have landed; empty completes when every consumer warp has
 // released the stage. Both sides walk the same sequence of stages and flip the parity at each wrap.
 //
-// Where warps and not TMA fill the stages, a producer warp waits with wait_empty and ends with commit, and
-// full completes when every one of them has.
+// Stages may also be filled by warps instead of TMA. Each of these warps then waits with wait_empty and ends
+// with commit; full completes when all of them have committed.
 
 #pragma once
 
@@ -19,7 +19,7 @@
 
 namespace flash8 {
 
-// Where one side of a pipeline stands.
+// The position of one side of a pipeline.
 template <int kStages>
 struct PipelineState {
     int stage = 0;
@@ -60,7 +60,7 @@ struct Pipeline {
         ptx::mbarrier_wait(&empty[state.stage], state.parity ^ 1);
     }
 
-    // By all lanes of a warp whose writes to the stage are made: they become visible to the tensor core.
+    // By all lanes of a warp, after their writes to the stage: makes them visible to the tensor core.
     __device__ __forceinline__ void commit(State const& state) {
         ptx::fence_proxy_async();
         __syncwarp();
@@ -73,7 +73,7 @@ struct Pipeline {
         ptx::mbarrier_wait(&full[state.stage], state.parity);
     }
 
-    // By all lanes of a warp whose reads of the stage are complete.
+    // By all lanes of a warp, after their reads of the stage.
     __device__ __forceinline__ void release(State const& state) {
         if (threadIdx.x % 32 == 0) {
             ptx::mbarrier_arrive(&empty[state.stage]);
@@ -85,12 +85,12 @@ struct Pipeline {
     __device__ __forceinline__ void release_to_cluster(State const& state) {
         int const lane = threadIdx.x % 32;
         if (lane < kCtas) {
-            // One stage's barrier is 8 bytes behind the other's in every CTA.
+            // The barriers of the stages are 8 bytes apart, in every CTA.
             ptx::mbarrier_arrive_cluster(ptx::cluster_address(&empty[0], lane) + 8 * state.stage);
         }
     }
 
-    // The producer's last act: wait until everything it sent has been consumed.
+    // The producer's last call: waits until everything it sent has been consumed.
     __device__ void drain(State state) {
         for (int stage = 0; stage < kStages; ++stage) {
             wait_empty(state);
@@ -99,7 +99,7 @@ struct Pipeline {
     }
 };
 
-// Releases a stage to the CTAs that fill it, kCtas of them.
+// Releases a stage to the kCtas CTAs that fill it.
 template <int kCtas, int kStages>
 __device__ __forceinline__ void release(Pipeline<kStages>& pipeline, PipelineState<kStages> const& state) {
     if constexpr (kCtas > 1) {
@@ -109,7 +109,7 @@ __device__ __forceinline__ void release(Pipeline<kStages>& pipeline, PipelineSta
     }
 }
 
-// The same, and goes on to the next stage.
+// The same, and advances to the next stage.
 template <int kCtas = 1, int kStages>
 __device__ __forceinline__ void release_and_advance(Pipeline<kStages>& pipeline,
                                                     PipelineState<kStages>& state) {

@@ -30,14 +30,15 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// The cluster's address of what CTA `rank` has where `pointer` points here.
+// The shared::cluster address, in CTA `rank`, of the object that `pointer` names in this CTA.
 __device__ __forceinline__ uint32_t cluster_address(void const* pointer, int rank) {
     uint32_t address;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
     return address;
 }
 
-// Orders nothing beyond this CTA: what the arrival gives back, the warp has done with before it arrives.
+// Orders no memory access across CTAs. None is needed: before a warp releases a stage it has finished its
+// reads of it.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t address) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 }
@@ -115,7 +116,7 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Whether `mine` holds for any of the threads.
+// A named barrier that also tells whether `mine` holds for any of its threads.
 __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool mine) {
     int any;
     asm volatile(
@@ -150,7 +151,7 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&words)[4], u
                  : "memory");
 }
 
-// The converse, not transposed.
+// The matching store, not transposed.
 __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t const (&words)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(words[0]),
                  "r"(words[1]), "r"(words[2]), "r"(words[3])

@@ -1,7 +1,7 @@
 // How a CTA's registers are shared out between its warpgroups by setmaxnreg.
 //
-// What one warpgroup releases another may acquire, and there is nothing else: the pool is what the CTA was
-// launched with, not the multiprocessor's 64K. An acquire beyond it waits for ever.
+// A warpgroup can acquire only what others of its CTA have released. The pool is the registers that the CTA
+// was launched with, not the multiprocessor's 64K. An acquire beyond it waits for ever.
 
 #pragma once
 
@@ -11,14 +11,14 @@ namespace flash8 {
 constexpr int kRegisterStep = 8;
 constexpr int kMultiprocessorRegisters = 64 * 1024;
 
-// Of a thread, at launch: what ptxas gives where setmaxnreg is used under __launch_bounds__(threads, 1).
+// Registers per thread at launch, as ptxas sets them under __launch_bounds__(threads, 1) with setmaxnreg.
 constexpr int registers_at_launch(int threads) {
     int const most = kMultiprocessorRegisters / threads / kRegisterStep * kRegisterStep;
     return most < 255 ? most : 255;
 }
 
-// Of a thread of each role, when one producer warpgroup needs kProducerNeeds: the consumer warpgroups share
-// what is left equally, and the producer keeps what does not divide.
+// Registers per thread of each role, when the producer warpgroup needs kProducerNeeds. The consumer
+// warpgroups share the rest equally, and the producer keeps what does not divide.
 template <int kConsumerWarpgroups, int kProducerNeeds>
 struct RegisterBudget {
     static constexpr int kThreads = (kConsumerWarpgroups + 1) * 128;

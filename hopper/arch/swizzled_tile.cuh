@@ -13,7 +13,7 @@ struct SwizzledTile {
         return byte / kPanel * kRows * kPanel + row * kPanel + (byte % kPanel ^ twist * 16);
     }
 
-    // The same row, `columns` bytes further: both offset's byte and `columns` in different bits.
+    // The same row, `columns` bytes further. The column of `offset` and `columns` must share no bit.
     __device__ __forceinline__ static int advance(int offset, int columns) {
         return (offset ^ columns % kPanel) + columns / kPanel * kRows * kPanel;
     }

@@ -9,8 +9,9 @@
 
 namespace flash8 {
 
-// Issues c = a b (kZero) or c += a b over all k-steps as one group; the caller waits for it. Where a is in
-// registers they belong to the product until then, as c's do: whatever writes them stays before, or behind.
+// Issues c = a b (kZero) or c += a b over all k-steps as one group; the caller waits for it. Until then the
+// product owns c's registers, and a's if a is in registers: code may write them only before the call or after
+// the wait.
 template <bool kZero, class Mma, class A, class B, class C>
 __device__ __forceinline__ void multiply(Mma& mma, A& a, B const& b, C& c) {
     using namespace cute;

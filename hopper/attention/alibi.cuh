@@ -13,7 +13,7 @@ struct AlibiRow {
     float slope;
     int position;
 
-    // The slope is given in logits; `unit` is what one of these units stands for.
+    // The slope is given in logits; `unit` is how many logits one unit of the scores is.
     __device__ static AlibiRow read(ScoreParams const& scores, int batch, int head, int position,
                                     float unit) {
         float const slope = scores.alibi_slopes[batch * scores.alibi_batch_stride + head];

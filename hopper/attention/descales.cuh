@@ -1,8 +1,8 @@
 // The descales of a work tile, x ~ descale * x_fp8, as the mainloop needs them.
 //
-// Nothing is multiplied into the operands: Q's and K's join the softmax scale, V's joins the factor that
-// rescales O from block to block. What is no descale (clamp.cuh) makes NaN of the rows of every tile that
-// reads it, which is found out before the mainloop.
+// Operands are not multiplied by them: Q's and K's join the softmax scale, V's joins the factor that rescales
+// O from block to block. An invalid descale (clamp.cuh) turns the rows of every tile that reads it into NaN;
+// it is detected before the mainloop.
 
 #pragma once
 
@@ -44,12 +44,12 @@ class KeyDescale {
         return kBlocks ? __ldg(values_ + n_block * block_stride_) : __ldg(values_);
     }
 
-    // The largest of KV blocks [begin, end), or NaN where one of them is no descale. By all lanes of a warp.
+    // The largest of KV blocks [begin, end), or NaN if one of them is invalid. By all lanes of a warp.
     __device__ float largest(int begin, int end) const {
         if (!kBlocks || values_ == nullptr) {
             return checked_descale(of(begin));
         }
-        uint32_t bits = 0;  // which order as positive numbers do, and NaN above them
+        uint32_t bits = 0;  // ordered like the positive numbers that they are, NaN above all
         for (int n_block = begin + static_cast<int>(threadIdx.x % 32); n_block < end; n_block += 32) {
             bits = max(bits, __float_as_uint(checked_descale(of(n_block))));
         }
@@ -64,7 +64,7 @@ class KeyDescale {
 template <bool kBlocks, class Params>
 __device__ float q_descale(Params const& params, SeqlenInfo const& info, int batch, QueryRow const& row) {
     DescaleRef const& ref = params.q_descale;
-    int const query = min(row.query, info.seqlen_q - 1);  // rows behind the end have no descale
+    int const query = min(row.query, info.seqlen_q - 1);  // rows past the end have no descale
     if (ref.ptr == nullptr || query < 0) {
         return 1.0f;
     }

@@ -1,6 +1,6 @@
-// Rows of V that no query of a tile sees: behind its last key, where they may belong to nobody, and left of
-// its window. P is zero there, but 0 * NaN is NaN. Whoever reads V first clears them once: in the rightmost
-// block, and where there is a window in the leftmost one.
+// Zeroes the rows of V that no query of a tile sees: past the last key, where memory may hold anything, and
+// left of the window. P is zero there, but 0 * NaN is NaN. The warps that read V first clear these rows
+// once: in the rightmost block, and with a window in the leftmost one.
 
 #pragma once
 
@@ -25,7 +25,7 @@ struct SeenKeys {
     }
 };
 
-// By all kThreads threads, whose writes they and the tensor core then see.
+// By all kThreads threads. Afterwards they and the tensor core see the writes of all of them.
 template <int kThreads>
 __device__ __forceinline__ void hidden_keys_are_cleared() {
     ptx::fence_proxy_async();
@@ -56,16 +56,17 @@ __device__ __forceinline__ uint32_t first_keys(int count, int q) {
     return pair(count - 2 * q) | pair(count - 8 - 2 * q) << 16;
 }
 
-// The same for e4m3 V by keys: of kRows channels the columns that are not `seen`, in 16-byte chunks.
+// The same for column-major e4m3 V: clears the columns that are not `seen` of kRows channels, in 16-byte
+// chunks.
 template <int kRows, int kColumns, int kPanelBytes, int kThreads>
 __device__ void clear_hidden_columns(void* tile, SeenKeys const& seen, int thread) {
     constexpr int kChunk = sizeof(uint4);
     int const before = (seen.begin + kChunk - 1) / kChunk;
-    int const behind = max(seen.end / kChunk, before);  // a chunk may be both
-    int const chunks = before + kColumns / kChunk - behind;
+    int const after = max(seen.end / kChunk, before);  // one chunk may hold both ends
+    int const chunks = before + kColumns / kChunk - after;
 #pragma unroll 1
     for (int i = thread; i < kRows * chunks; i += kThreads) {
-        int const chunk = i / kRows < before ? i / kRows : i / kRows - before + behind;
+        int const chunk = i / kRows < before ? i / kRows : i / kRows - before + after;
         int const offset = SwizzledTile<kRows, kPanelBytes>::offset(i % kRows, chunk * kChunk);
         uint4* const keys = reinterpret_cast<uint4*>(static_cast<char*>(tile) + offset);
         int const begin = seen.begin - chunk * kChunk;

@@ -1,9 +1,9 @@
 // Which keys a block of queries sees: trip counts for the mainloop, and the mask of one tile of scores.
 //
-// Query i of a sequence stands at position p = i + seqlen_k - seqlen_q and sees keys from p - window_left to
-// p + window_right, and with attention_chunk only those of its own chunk. Both bounds grow with i, so the
-// first and the last query of a block tell everything about it. KV blocks run from right to left in three
-// stretches: masked at the right edge, unmasked, masked at the left edge.
+// Query i of a sequence has position p = i + seqlen_k - seqlen_q and sees keys from p - window_left to p +
+// window_right, and with attention_chunk only those of its own chunk. Both bounds grow with i, so the first
+// and the last query of a block give the bounds of the block. KV blocks are visited from right to left in
+// three stretches: masked at the right edge, unmasked, masked at the left edge (key_walk.cuh).
 
 #pragma once
 
@@ -90,9 +90,9 @@ class Mask {
     }
 
     // Hides what is not in `keys` among this thread's scores of block n_block. The thread holds columns
-    // 8 * i + c with c = 2 * (lane % 4) + {0, 1}; `scores` are those of one row, (2, kBlockN / 8). One bit a
-    // score, 32 at a time: the compiler moves them into predicates by the seven, which leaves one select
-    // each.
+    // 8 * i + c with c = 2 * (lane % 4) + {0, 1}; `scores` are those of one row, (2, kBlockN / 8). The mask
+    // is one bit per score, 32 at a time. The compiler moves seven bits at once into predicates, so a score
+    // costs one select.
     template <class Row>
     __device__ __forceinline__ static void apply(Row&& scores, KeyRange const& keys, int n_block) {
         int const thread_column = n_block * kBlockN + 2 * static_cast<int>(threadIdx.x % 4);

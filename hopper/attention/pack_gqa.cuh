@@ -1,4 +1,4 @@
-// Which query of which head a row of a tile is.
+// PackGQA: which query and which head a row of a tile belongs to.
 
 #pragma once
 
@@ -11,8 +11,8 @@ struct QueryRow {
     int head;
 };
 
-// A tile is made of the queries of one head; with kPackGqa it is one KV head's, and the rows of a query are
-// all the query heads that share it: row = query * ratio + head.
+// A tile has the queries of one head. With kPackGqa it belongs to one KV head, and a query has a row for each
+// query head that shares it: row = query * ratio + head.
 template <bool kPackGqa, class Params>
 __device__ __forceinline__ QueryRow query_row(Params const& params, WorkTile const& tile, int row) {
     if constexpr (kPackGqa) {
@@ -23,7 +23,8 @@ __device__ __forceinline__ QueryRow query_row(Params const& params, WorkTile con
     return {row, tile.head};
 }
 
-// The CTAs of a cluster walk the same keys, also one behind the last row: those of the first of them.
+// All CTAs of a cluster iterate over the KV blocks of the cluster's first CTA, even a CTA whose rows lie past
+// seqlen_q.
 template <int kClusterM>
 __device__ __forceinline__ int first_of_cluster(WorkTile const& tile) {
     return tile.m_block - tile.m_block % kClusterM;

@@ -38,10 +38,10 @@ struct ScoreParams {
 // Work distribution. The counters are zero when a kernel starts and zero again when it has ended.
 struct SchedulerParams {
     std::int32_t*
-        tile_count;  // two counters: what the dynamic scheduler draws from, and the CTAs that are done
+        tile_count;  // two counters: tiles that the dynamic scheduler has handed out, CTAs that are done
     std::int32_t max_m_blocks;       // over the batch, in tiles of kBlockM times the cluster
     std::int32_t heads_per_section;  // (batch, head) pairs whose KV fits in L2 together
-    std::int32_t num_ctas;           // persistent CTAs, sm_margin already taken off
+    std::int32_t num_ctas;           // persistent CTAs, without those of sm_margin
     std::int32_t reserved;           // zero
 };
 

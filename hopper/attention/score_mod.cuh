@@ -16,8 +16,9 @@ class Scores {
     using TileMask = typename Config::TileMask;
 
   public:
-    // Whether the scores come out in log2 units. FP8 scores keep their descales, K's of each block among
-    // them, until the softmax; but a slope needs units that do not change, and are not 0 where a descale is.
+    // Whether the scores come out in log2 units. FP8 scores are otherwise multiplied by the descales of Q and
+    // of K's block only in the softmax. An ALiBi slope needs units that are the same for every block, and
+    // that do not vanish with a descale.
     static constexpr bool kScoresInLog2 = Config::kFp8 && Config::kAlibi && !Config::kSoftcap;
 
     // first_row: the first of this thread's two rows.
@@ -38,7 +39,7 @@ class Scores {
         }
     }
 
-    // What ALiBi takes off a score of this thread's rows at most, in the units that the scores then have.
+    // The most that ALiBi subtracts from a score of this thread's rows, in the units of the scores then.
     __device__ float largest_penalty(SeqlenInfo const& info) const {
         float steepest = 0.0f;
         if constexpr (Config::kAlibi) {
@@ -50,8 +51,8 @@ class Scores {
         return steepest * static_cast<float>(info.seqlen_q + info.seqlen_k);
     }
 
-    // With softcap the scores become tanh(scale * s), and the cap is left to the softmax. With kScoresInLog2,
-    // `scale` is what makes them log2 units.
+    // With softcap the scores become tanh(scale * s), and the softmax multiplies by the cap. With
+    // kScoresInLog2, `scale` turns them into log2 units.
     template <bool kMasked, class Accumulator>
     __device__ __forceinline__ void apply(Accumulator& s, int n_block,
                                           float const (&scale)[kRowsPerThread]) const {

@@ -1,4 +1,4 @@
-// Where one sequence's rows stand in Q, K, V and O, read once per work tile.
+// Where the rows of one sequence are in Q, K, V and O, read once per work tile.
 
 #pragma once
 
@@ -11,10 +11,10 @@ struct SeqlenInfo {
     int batch_q;   // batch coordinate in Q and O: 0 when packed
     int batch_k;   // batch coordinate in K and V
     int offset_q;  // first row
-    int offset_k;  // first used key, behind the left padding
+    int offset_k;  // first used key, after the left padding
     int seqlen_q;  // used rows
     int seqlen_k;  // used keys
-    int rows_q;    // rows that belong to the sequence: those not used are written as zero
+    int rows_q;    // rows that belong to the sequence: unused ones are written as zero
 
     // offset_q: where the tile scheduler has found the first row of the sequence (WorkTile).
     __device__ static SeqlenInfo read(SequenceParams const& sequences, int batch, int offset_q) {

@@ -23,10 +23,10 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// What a thread's rows have come to after the last tile.
+// The results of a thread's rows after the last tile.
 struct RowStatistics {
-    float normalise[kRowsPerThread];  // what O is multiplied with; 0 where a row has seen nothing
-    float weight[kRowsPerThread];     // of the keys, beside the sink
+    float normalise[kRowsPerThread];  // factor of O; 0 if the row has seen no key
+    float weight[kRowsPerThread];     // of the keys, as opposed to the sink
     float lse[kRowsPerThread];        // natural log
 };
 
@@ -74,7 +74,7 @@ class OnlineSoftmax {
             row_max_[r] = maximum;
             float const scaled = maximum * scale_log2_;
             float const offset = kMayBeEmpty && scaled == -INFINITY ? 0.0f : scaled;
-            // From the rounded offset that P had: beside large scores the difference tells.
+            // From the rounded offset that P was made with: large scores make the difference matter.
             alpha[r] = kFirst ? 1.0f : ptx::exp2(row_max_log2_[r] - offset);
             row_max_log2_[r] = scaled;
             float sum = kFirst ? 0.0f : row_sum_[r] * alpha[r];

@@ -1,5 +1,5 @@
 // The softmax of one warpgroup's 64 rows where P is e4m3: as in softmax.cuh, but the reference belongs to the
-// block of keys, so that P uses all of e4m3 wherever the largest score stands. In log2 units:
+// block of keys, so that P uses the whole range of e4m3 in every block. In log2 units:
 //
 //   reference = max(m_block, row_max - kGrowth) - kOffset
 //   P         = 2^(s - reference)
@@ -20,11 +20,11 @@ class BlockLocalSoftmax {
     static constexpr float kGrowth = 24.0f;
 
   public:
-    // In log2 units. The exponent of the largest P is off by what its product with scale_log2 was rounded by,
-    // and e4m3 P with it, but not row_sum. From kExact on `step` with kAnySize takes a scale of ten bits,
-    // with which scores of 14 bits, all that FP8's accumulator has, give exact products. Tiles whose scores
-    // may reach kLargest need that step. From kNoOffset on scores differ by more than e4m3 has room for, and
-    // the reference soon has no room for the offset.
+    // In log2 units. The product of a score and scale_log2 is rounded, and that shifts the exponent of the
+    // largest P, so e4m3 P too, but not row_sum. From kExact on, `step` with kAnySize takes a scale of ten
+    // bits: the scores have 14 bits, as FP8's accumulator does, so their products are exact. Tiles whose
+    // scores may reach kLargest need that step. From kNoOffset on, scores differ by more than e4m3 can
+    // express, and the reference soon has no bits left for the offset.
     static constexpr float kExact = 65536.0f;
     static constexpr float kLargest = 262144.0f;
     static constexpr float kNoOffset = 4194304.0f;

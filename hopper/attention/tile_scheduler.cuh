@@ -1,8 +1,9 @@
 // Which CTA works on which tile of queries.
 //
-// The CTAs are persistent. The producer warp of each decides what comes next and tells the CTA's other warps
-// through a TileQueue. Every CTA starts with the tile of its own number. From there on it either takes every
-// gridDim.x-th tile, or draws from a counter in global memory, so that whoever is done early does more.
+// The CTAs are persistent. The producer warp of each finds the next tile and passes it to the CTA's other
+// warps through a TileQueue. Every CTA starts with the tile of its own number. A static schedule goes on with
+// every gridDim.x-th tile. A dynamic one claims tiles from a counter in global memory, so that a CTA that is
+// done early does more.
 
 #pragma once
 
@@ -19,7 +20,7 @@ struct WorkTile {
     int batch;
     int offset_q;  // first row of a packed sequence in Q and O, else 0
 
-    // No tile any more. Behind the last packed sequence there may be rows of nobody, from offset_q on.
+    // No more tiles. Packed rows from offset_q on belong to no sequence.
     __device__ static WorkTile none(int offset_q) { return {0, 0, -1, offset_q}; }
     __device__ bool valid() const { return batch >= 0; }
 };
@@ -47,9 +48,9 @@ struct TileOrder {
     }
 };
 
-// Finds the tiles of packed sequences, whose lengths only the device knows: the lanes of a warp hold 32
-// sequences at a time, with their tile counts added up. All calls by the whole warp, with indices that never
-// fall. What is remembered is little, because the producer warp has few registers.
+// Finds the tiles of packed sequences, whose lengths only the device knows. The lanes of a warp hold 32
+// sequences at a time and the running sum of their tile counts. All calls are by the whole warp, with indices
+// that never decrease. It keeps little state, because the producer warp has few registers.
 //
 // Offsets that decrease count as the largest before them, and none reaches past the tensor: every row belongs
 // to at most one sequence, and there are never more tiles than the host has counted.
@@ -70,9 +71,9 @@ class PackedTiles {
             int const row_begin = threadIdx.x % 32 == 0 ? rows_before_ : above;
             int const m_blocks = m_blocks_of(row_end - row_begin);
             int const end = tiles_before_ + inclusive_sum(m_blocks * tile_heads<kPackGqa>(params_));
-            unsigned const behind = __ballot_sync(0xffffffff, end > index);
-            if (behind != 0) {
-                int const lane = __ffs(behind) - 1;
+            unsigned const ends_after = __ballot_sync(0xffffffff, end > index);
+            if (ends_after != 0) {
+                int const lane = __ffs(ends_after) - 1;
                 return found(index, first_batch_ + lane, __shfl_sync(0xffffffff, m_blocks, lane),
                              __shfl_sync(0xffffffff, end, lane), __shfl_sync(0xffffffff, row_begin, lane));
             }
@@ -91,7 +92,7 @@ class PackedTiles {
     }
 
     __device__ int m_blocks_of(int queries) const {
-        // In unsigned arithmetic, which has room for a block more than there are rows.
+        // Unsigned, because rows + block may not fit a signed integer.
         unsigned const block = kPackGqa ? kBlockM / (params_.heads_q / params_.heads_kv) : kBlockM;
         return static_cast<int>((static_cast<unsigned>(queries) + block - 1) / block);
     }
@@ -105,7 +106,7 @@ class PackedTiles {
         return value;
     }
 
-    // Also over what stands before the group.
+    // Also over everything before the group.
     __device__ int inclusive_max(int value) const {
         value = max(value, rows_before_);
 #pragma unroll
@@ -127,12 +128,12 @@ class PackedTiles {
     int rows_before_ = 0;   // where the first of them starts
 };
 
-// What a CTA does next; all calls but `claim` by the whole producer warp. The host keeps the number of tiles,
-// and of CTAs with it, below 2^31. The CTAs of a cluster take neighbouring blocks of rows: to this class they
-// are one CTA with kClusterM times the rows, and draw nothing.
+// What a CTA does next; all calls but `claim` by the whole producer warp. The host keeps the sum of tiles and
+// CTAs below 2^31. The CTAs of a cluster take neighbouring blocks of rows: to this class they are one CTA
+// with kClusterM times the rows, and their schedule is static.
 //
-// The counter is zero when a kernel starts and zero again when it has ended, whatever the tensors hold: the
-// last CTA to find no tile any more, which no CTA draws behind, puts it back.
+// The counter is zero when a kernel starts and zero again when it has ended, whatever the tensors hold. The
+// last CTA to run out of tiles resets it: no CTA claims after that.
 template <class Params, int kBlockM, bool kPackGqa, int kClusterM>
 class TileScheduler {
   public:
@@ -141,8 +142,8 @@ class TileScheduler {
 
     __device__ WorkTile first() { return leave_after_last(tile()); }
 
-    // By the first lane, once a tile: begins to find out the next one, which `next` waits for. Nothing is
-    // made of the number here, or the lane would wait for it here.
+    // By the first lane, once a tile: claims the next one. `next` waits for the number. Nothing may be
+    // computed from it here, or the lane would wait here.
     __device__ void claim() {
         if (counter() != nullptr) {
             index_ = atomicAdd(counter(), 1);
@@ -158,14 +159,14 @@ class TileScheduler {
     __device__ int* counter() const { return kClusterM == 1 ? params_.scheduler.tile_count : nullptr; }
     __device__ bool packed() const { return params_.sequences.cu_seqlens_q != nullptr; }
 
-    // A CTA finds none once, and draws no more. The counter of the CTAs that have left wraps to zero by
-    // itself.
+    // A CTA runs out of tiles once, and claims no more. The counter of the CTAs that have left wraps to zero
+    // by itself.
     __device__ WorkTile leave_after_last(WorkTile tile) const {
         if constexpr (kClusterM > 1) {
             tile.m_block = tile.m_block * kClusterM + ptx::cluster_rank();
         } else if (!tile.valid() && counter() != nullptr && threadIdx.x % 32 == 0) {
             unsigned const last = gridDim.x - 1;
-            __threadfence();  // this CTA's draws are made before it counts as gone
+            __threadfence();  // this CTA's claims come before its departure
             if (atomicInc(reinterpret_cast<unsigned*>(counter() + 1), last) == last) {
                 __threadfence();
                 atomicExch(counter(), 0);
@@ -197,8 +198,8 @@ class TileScheduler {
     int index_;
 };
 
-// One tile on its way from the producer warp to the CTA's other warps, who give the place back as soon as
-// they have read it: so the next tile is known, and its loads are under way, while they work.
+// One tile on its way from the producer warp to the CTA's other warps. They release the place as soon as they
+// have read it, so the producer can publish the next tile, and load for it, while they work.
 struct TileQueue {
     int4 tile;  // as WorkTile has it
     Pipeline<1> pipeline;

@@ -1,6 +1,5 @@
-// Everything a variant of the forward kernel fixes at compile time, in one struct. The -D options come from
-// flash8.backends.hopper.variants,
-// with enumerators by name; what they do not say follows from them here.
+// Everything that a variant of the forward kernel fixes at compile time, in one struct. The -D options come
+// from flash8.backends.hopper.variants, with enumerators by name. The rest is derived from them here.
 
 #pragma once
 
@@ -20,7 +19,7 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
-// FP8: one exponential in so many is a polynomial on the FMA units, 0 is none. To be tuned on a GPU.
+// FP8: every so many-th exponential is a polynomial on the FMA units; 0 is none. To be tuned on a GPU.
 #ifndef FLASH8_POLYNOMIAL_EVERY
 #define FLASH8_POLYNOMIAL_EVERY 0
 #endif
@@ -42,12 +41,12 @@ struct ForwardConfig {
     static constexpr bool kSoftcap = FLASH8_SOFTCAP;
     static constexpr bool kAlibi = FLASH8_ALIBI;
     static constexpr bool kPackGqa = FLASH8_PACK_GQA;
-    // CTAs that load each K and V tile together, each a share of its rows, for all of them.
+    // CTAs that load each K and V tile together: each loads a share of its rows and multicasts it to all.
     static constexpr int kClusterM = FLASH8_CLUSTER ? 2 : 1;
     static constexpr auto kScales = ScaleGranularity::FLASH8_SCALES;
     static constexpr bool kBlockScales = kScales == ScaleGranularity::kBlock;
     static constexpr int kPolynomialEvery = FLASH8_POLYNOMIAL_EVERY;
-    // FP8: V in global memory is by keys, as the quantizer writes it, instead of by channels.
+    // FP8: V in global memory is column-major (keys contiguous), as the quantizer writes it.
     static constexpr bool kVColMajor = FLASH8_V_COLMAJOR;
     static constexpr bool kTransposeV = kFp8 && !kVColMajor;
     static_assert(kFp8 == (kScales != ScaleGranularity::kNone), "e4m3 has descales, 16-bit types have none");
@@ -74,8 +73,8 @@ struct ForwardConfig {
     // Transposing takes more registers than loading.
     using Registers = RegisterBudget<kConsumerWarpgroups, kTransposeV ? 40 : 32>;
     static_assert(Registers::kThreads == kThreads);
-    // Taking turns pays while a block's products are not much longer than its softmax. The FP8 mainloop
-    // overlaps nothing within a warpgroup and needs it.
+    // Turns help while a block's products do not take much longer than its softmax. The FP8 mainloop overlaps
+    // nothing within a warpgroup and needs them.
     static constexpr bool kTakeTurns = kFp8 || kWidestHead <= 128;
 
     static constexpr int kPanel = panel_bytes(kHeadDim * sizeof(Element)) / sizeof(Element);
@@ -87,11 +86,10 @@ struct ForwardConfig {
                                                      cute::Shape<cute::Int<kBlockM>, cute::Int<kHeadDim>>{}));
     using SmemLayoutK = decltype(cute::tile_to_shape(
         Atoms::KMajor{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
-    // V as the product wants it, (head_dim_v, key, stage). 16 bit: head_dim_v is contiguous, as TMA writes
-    // it. FP8: keys are contiguous, and transpose_v.cuh says in which order they and the channels stand,
-    // whoever has transposed them.
-    // Keys that TMA brings transposed come in panels. Instead of seven of 32 bytes, 224 keys are two of 128,
-    // the last of which reaches into keys that nobody reads.
+    // V as the product reads it, (head_dim_v, key, stage). 16 bit: head_dim_v is contiguous, as TMA writes
+    // it. FP8: keys are contiguous. Keys and channels are permuted as in transpose_v.cuh, also when V comes
+    // column-major from global memory. TMA then loads the keys in panels: 224 keys as two panels of 128,
+    // not as seven of 32. The last panel ends in keys that are never read.
     static constexpr int kKeysVt = kVColMajor && kBlockN == 224 ? 256 : kBlockN;
     using ShapeVt = cute::Shape<cute::Int<kHeadDimV>, cute::Int<kKeysVt>, cute::Int<kStages>>;
     static constexpr int kPanelVt = panel_bytes(kKeysVt * sizeof(Element)) / sizeof(Element);
@@ -100,8 +98,8 @@ struct ForwardConfig {
         std::conditional_t<kFp8, decltype(cute::tile_to_shape(AtomsVt::KMajor{}, ShapeVt{})),
                            decltype(cute::tile_to_shape(AtomsV::MnMajor{}, ShapeVt{},
                                                         cute::Step<cute::_2, cute::_1, cute::_3>{}))>;
-    // Columns of O that one product makes. FP8 promotes T = P V into O: wide heads in quarters, since O and a
-    // whole T would not fit the registers.
+    // Columns of O that one product computes. FP8 promotes T = P V into O. Wide heads do that in quarters,
+    // since O and a whole T do not fit the registers.
     static constexpr int kColumnsPV = kFp8 && kHeadDimV > 192 ? 64 : kHeadDimV;
     static constexpr auto kMajorV = kFp8 ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
     using MmaQK = decltype(scores_mma<Element, kBlockN, kHeadDim>());
@@ -135,7 +133,7 @@ struct SharedStorage : TransposeStorage<Config, Config::kTransposeV> {
     alignas(1024) Element q[Config::kBlockM * Config::kHeadDim];
     alignas(1024) Element k[Config::kStages * Config::kBlockN * Config::kHeadDim];
     alignas(1024) Element v[Config::kStages * Config::kElementsV];
-    // FP8, with a mean taken off K: what the scores of a row lack, from one end of its mainloop to the other.
+    // FP8 with K - mean(K): what must be added to the scores of a row, kept during its mainloop.
     float score_shift[Config::kFp8 ? Config::kBlockM : 1];
     TileQueue tiles;
     Pipeline<1> pipeline_q;

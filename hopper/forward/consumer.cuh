@@ -53,7 +53,7 @@ class Consumer {
         if constexpr (Config::kFp8) {
             work_fp8(o, info, mask, blocks, tile, row);
         } else {
-            // With softcap the scores are tanh of something, and the cap is their scale.
+            // With softcap the scores are values of tanh, and the cap is their scale.
             OnlineSoftmax softmax(Config::kSoftcap ? params_.scores.softcap * kLog2E
                                                    : params_.scores.softmax_scale_log2);
             if (!blocks.empty()) {
@@ -102,7 +102,7 @@ class Consumer {
         Epilogue<Config>::store(params_, info, tile, row, o, softmax, scales);
     }
 
-    // Descales that are none: NaN in O and, but for V's, in LSE. It stays there, 0 * NaN is NaN.
+    // An invalid descale gives NaN in O and, except V's, in LSE. The NaN stays there: 0 * NaN is NaN.
     template <class Accumulator>
     __device__ __forceinline__ static void poison(Accumulator& o, float (&score_scale)[kRowsPerThread],
                                                   float k_largest, float v_largest) {
@@ -114,8 +114,8 @@ class Consumer {
         }
     }
 
-    // Whether some score of this warpgroup's rows can be too large for the unmasked loop, going by the
-    // descales. Its threads agree, since they run the same loops.
+    // Whether the descales allow a score of this warpgroup's rows that is too large for the unmasked loop.
+    // Its threads vote, because they must run the same loops.
     __device__ __forceinline__ bool scores_may_be_large(Scores<Config> const& scores, SeqlenInfo const& info,
                                                         float const (&score_scale)[kRowsPerThread],
                                                         float k_largest) const {
@@ -126,12 +126,12 @@ class Consumer {
                                              : scale * kLargestProduct + penalty;
         int const barrier = static_cast<int>(NamedBarrier::kWarpgroupVote) + warpgroup_;
         bool const large = ptx::named_barrier_any(barrier, 128, bound >= BlockLocalSoftmax::kLargest);
-        // From a shuffle, ptxas takes it to be the same in a warp, and keeps descriptors in uniform
-        // registers.
+        // ptxas takes the result of this shuffle to be the same in the whole warp, and so keeps descriptors
+        // in uniform registers.
         return __shfl_sync(0xffffffff, static_cast<int>(large), 0) != 0;
     }
 
-    // Before the mainloop gives Q back. Shared memory keeps it, which has room where registers have not.
+    // Before the mainloop releases Q. The shift is kept in shared memory, since registers are short.
     __device__ void keep_score_shift(WorkTile const& tile, int head_kv,
                                      float const (&log2_scale)[kRowsPerThread]) {
         shared_.pipeline_q.wait(state_.q);
@@ -144,7 +144,7 @@ class Consumer {
             shared_.score_shift[tile_row()] = shift[0];
             shared_.score_shift[tile_row() + 8] = shift[1];
         }
-        __syncwarp();  // the rows of a warp are its own
+        __syncwarp();  // a warp reads only its own rows
     }
 
     // The first of this thread's two rows, in the tile and in the sequence.

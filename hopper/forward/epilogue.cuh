@@ -11,10 +11,10 @@
 
 namespace flash8 {
 
-// What FP8 leaves to the epilogue.
+// What FP8 leaves for the epilogue to apply.
 struct EpilogueScales {
-    float v_scale = 1.0f;  // what turns O into real values beside the normalisation
-    float score_shift[kRowsPerThread] = {0.0f, 0.0f};  // what the scores of a row lack, natural log
+    float v_scale = 1.0f;  // V's descale, as far as the mainloop has not applied it
+    float score_shift[kRowsPerThread] = {0.0f, 0.0f};  // to be added to the scores of a row, natural log
 };
 
 template <class Config>
@@ -22,7 +22,7 @@ class Epilogue {
     using Element = typename Config::Element;
 
   public:
-    // Every row of the sequence in this tile is written: zero where it is not used or has seen no key.
+    // Writes every row of the sequence in this tile: zero if the row is unused or has seen no key.
     template <class Accumulator, class Softmax>
     __device__ static void store(ForwardParams const& params, SeqlenInfo const& info, WorkTile const& tile,
                                  int first_row, Accumulator& o, Softmax const& softmax,
@@ -62,15 +62,15 @@ class Epilogue {
   private:
     struct RowFactors {
         float normalise;
-        float weight;  // of the keys, beside the sink
+        float weight;  // of the keys, as opposed to the sink
     };
 
-    // A factor of 0 gives 0 whatever was accumulated.
+    // A factor of 0 gives 0, even if the accumulator holds NaN.
     __device__ __forceinline__ static float scaled(float x, float factor) {
         return factor == 0.0f ? 0.0f : x * factor;
     }
 
-    // FP8: a channel of V gets its factor and its mean back, where it has any, and O has a type of its own.
+    // FP8: applies a channel's descale and mean, if the call has them, and rounds to O's type.
     class Channels {
       public:
         __device__ Channels(ForwardParams const& params, WorkTile const& tile)
@@ -83,7 +83,7 @@ class Epilogue {
 
         __device__ __forceinline__ float restore(float x, int channel, RowFactors const& factors) const {
             float value = scaled(x, factors.normalise);
-            // A row that has seen no key is zero, whatever the descale.
+            // A row that has seen no key is zero, even if the descale is invalid.
             bool const scales = descale_ != nullptr && factors.normalise != 0.0f;
             value *= scales ? checked_descale(descale_[channel]) : 1.0f;
             value += mean_ != nullptr ? factors.weight * mean_[channel] : 0.0f;

@@ -41,7 +41,7 @@ constexpr KernelInfo describe() {
     info.pack_gqa = Config::kPackGqa;
     info.tma[0] = box(Config::kPanel, Config::kBlockM, Config::Atoms::kSwizzle);
     if (Config::kPackGqa) {
-        // One query head as it stands here; the host folds the heads of a KV head into the rows.
+        // The box of one query head; the host folds the heads of a KV head into the rows.
         info.tma[0].rank = 5;
         info.tma[0].box[1] = 1;
         info.tma[0].box[2] = Config::kBlockM;
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
         ptx::fence_barrier_init();
     }
     if constexpr (Config::kClusterM > 1) {
-        ptx::cluster_sync();  // the other CTA's loads count on the barriers here
+        ptx::cluster_sync();  // the other CTA's loads signal the barriers of this one
     } else {
         __syncthreads();
     }
@@ -95,6 +95,6 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
         Consumer<Config>(params, shared, warpgroup - 1).run();
     }
     if constexpr (Config::kClusterM > 1) {
-        ptx::cluster_sync();  // the other CTA's consumers arrive at the barriers here
+        ptx::cluster_sync();  // the other CTA's consumers arrive at the barriers of this one
     }
 }

@@ -1,7 +1,8 @@
 // The 16-bit mainloop of a consumer warpgroup: 64 rows of S = Q K^T, softmax, O += P V.
 //
-// Inside a warpgroup the product Q K(j) is issued before P V(j + 1), and its softmax runs while P V is still
-// under way; between warpgroups, turns (named_barriers.cuh) let one's softmax overlap the other's products.
+// Inside a warpgroup the product Q K(j) is issued before P V(j + 1), and the softmax of block j runs while P
+// V is still in flight. Between warpgroups, turns (named_barriers.cuh) let the softmax of one overlap the
+// products of another.
 
 #pragma once
 
@@ -16,8 +17,8 @@
 
 namespace flash8 {
 
-// Where a consumer stands in the pipelines, from tile to tile. In FP8, where a block's K and V are done
-// before the next block is begun, `k` stands for both.
+// A consumer's position in the pipelines, kept from tile to tile. FP8 finishes with a block's K and V before
+// it begins the next block, so there `k` serves for both.
 template <class Config>
 struct ConsumerState {
     PipelineState<1> q;
@@ -82,13 +83,13 @@ class Mainloop {
             if constexpr (Config::kTakeTurns) {
                 Turns::pass_on(warpgroup_);
             }
-            warpgroup_wait<1>();  // S is there, P V may still run
+            warpgroup_wait<1>();  // S is complete, P V may still run
             warpgroup_fence_operand(s);
             release_and_advance<Config::kClusterM>(shared_.pipeline_k, state_.k);
             scores_.template apply<kMasked>(s, n_block, inner);
             softmax.template step<false, kMasked && Config::kMask != MaskMode::kNone>(rows_of(s), alpha);
-            // V has come long ago. Asking again ends the block here, or ptxas would move the wait for P V,
-            // which touches no memory, above the softmax that is to run under it.
+            // V arrived before its product. This second wait ends the basic block: without it ptxas moves
+            // the wait for P V, which touches no memory, above the softmax that should overlap it.
             shared_.pipeline_v.wait(state_.v);
             warpgroup_wait<0>();
             warpgroup_fence_operand(o);
@@ -112,8 +113,8 @@ class Mainloop {
     }
 
   private:
-    // Q's descriptor, as a value that the compiler cannot take apart: it would compute it again for every
-    // block where there is only one loop to use it.
+    // Hides from the compiler how Q's descriptor is computed. In a kernel with a single loop it would
+    // otherwise compute the descriptor again for every block.
     template <class Operand>
     __device__ __forceinline__ static auto computed_once(Operand const& a) {
         auto descriptor = a.data();
@@ -142,7 +143,7 @@ class Mainloop {
         }
     }
 
-    // By all warpgroups, none of which has the turn then.
+    // By all consumer warpgroups. None of them has the turn at that time, so they can meet at a barrier.
     __device__ void clear_hidden_keys(KeyBlocks const& blocks, int n_block) {
         SeenKeys const seen = SeenKeys::of<kBlockN>(blocks, n_block);
         if (seen.all<kBlockN>()) {

@@ -1,8 +1,8 @@
 // The FP8 mainloop of a consumer warpgroup: 64 rows of S = Q K^T, softmax, T = P V, O = alpha O + T.
 //
-// FP8 products accumulate in fewer bits than fp32, so every block of keys starts from a fresh T, which the
-// rescaling of O promotes to fp32 with no instruction more: an FFMA in place of the FMUL. T takes the
-// registers of S, which is dead once P is made; so a warpgroup overlaps nothing by itself, and the turns
+// FP8 products accumulate in fewer bits than fp32. So every block of keys has a T of its own, and the
+// rescaling of O adds it in fp32: an FFMA in place of the FMUL, no further instruction. T takes the registers
+// of S, which is dead once P is made. So a warpgroup overlaps nothing by itself; the turns
 // (named_barriers.cuh) let its softmax overlap the products of another.
 
 #pragma once
@@ -37,9 +37,9 @@ class MainloopFp8 {
           warpgroup_(warpgroup),
           final_scale_{final_scale(params), final_scale(params)} {}
 
-    // score_scale, of each row: softmax_scale_log2 times Q's descale, or with softcap what tanh's argument is
-    // scaled with but for K's descale. large: scores may be too large for the unmasked loop, so that the
-    // masked one does it all. Returns V's descale that O is still to be multiplied with.
+    // score_scale: of each row, softmax_scale_log2 times Q's descale; with softcap the scale of tanh's
+    // argument without K's descale. large: scores may be too large for the unmasked loop, so the masked one
+    // takes all blocks. Returns the descale of V by which O must still be multiplied.
     template <class Accumulator>
     __device__ __forceinline__ float run(Accumulator& o, BlockLocalSoftmax& softmax, KeyBlocks const& blocks,
                                          float const (&score_scale)[kRowsPerThread], bool large,
@@ -68,7 +68,7 @@ class MainloopFp8 {
             float const scale[kRowsPerThread] = {score_scale[0] * k_scale, score_scale[1] * k_scale};
             scores_.template apply<kMasked>(s, n_block, scale);
             float alpha[kRowsPerThread];
-            // A polynomial is never quite 0, and what a mask hides must be.
+            // exp2_polynomial never returns 0, so masked tiles use ex2.
             constexpr int kPolynomialEvery = kMasked ? 0 : Config::kPolynomialEvery;
             softmax.template step<kMasked && Config::kMask != MaskMode::kNone, kMasked, kPolynomialEvery>(
                 rows_of(s), kScaleAppliedInScores ? final_scale_ : scale, alpha);
@@ -87,12 +87,12 @@ class MainloopFp8 {
                     clear_hidden_keys(blocks, n_block);
                 }
             }
-            // V before the turn: this wait ends a block of instructions. Within one ptxas would take the
-            // turn, which touches no memory, before the softmax that is to run in the other warpgroup's turn.
+            // V before the turn: this wait ends the basic block. Without it ptxas would move the wait for the
+            // turn, which touches no memory, above the softmax that should run in another warpgroup's turn.
             shared_.pipeline_v.wait(state_.k);
             Turns::wait(warpgroup_);
             if constexpr (Config::kBlockScales) {
-                // The next block's descales come while the tensor cores work.
+                // The next block's descales are loaded while the tensor cores work.
                 int const next = max(n_block - 1, blocks.begin);
                 k_scale = k_descale.of(next);
                 v_scale = v_descale.of(next);
@@ -112,13 +112,13 @@ class MainloopFp8 {
     }
 
   private:
-    // Where Scores applies the descales, this is left to make log2 units of what it leaves.
+    // If Scores applies the descales, this factor alone turns its results into log2 units.
     static constexpr bool kScaleAppliedInScores = Config::kSoftcap || Scores<Config>::kScoresInLog2;
     __device__ static float final_scale(ForwardParams const& params) {
         return Config::kSoftcap ? params.scores.softcap * kLog2E : 1.0f;
     }
 
-    // O = alpha O + P V. Where O is made in chunks of columns, the next chunk's product is under way while
+    // O = alpha O + P V. If O is computed in chunks of columns, the next chunk's product is in flight while
     // one is promoted.
     template <class Accumulator, class Operand>
     __device__ __forceinline__ void add_values(Accumulator& o, Operand& p,
@@ -149,7 +149,7 @@ class MainloopFp8 {
             Chunk& ready = t[chunk % kInFlight];
             warpgroup_fence_operand(ready);
             if (chunk + 1 == kChunks) {
-                // Transposed V is this CTA's own, what TMA brings is the cluster's.
+                // V from the transposer belongs to this CTA, V from TMA to the cluster.
                 release_and_advance<Config::kTransposeV ? 1 : Config::kClusterM>(shared_.pipeline_v,
                                                                                  state_.k);
             }
@@ -161,7 +161,8 @@ class MainloopFp8 {
         }
     }
 
-    // By all warpgroups, so that none may have the turn: before the first one, and where registers are free.
+    // By all consumer warpgroups, which meet at a barrier: so only while none of them has the turn, and where
+    // registers are free.
     __device__ __forceinline__ void clear_hidden_keys(KeyBlocks const& blocks, int n_block) {
         SeenKeys const seen = SeenKeys::of<kBlockN>(blocks, n_block);
         if (seen.all<kBlockN>()) {
@@ -172,7 +173,7 @@ class MainloopFp8 {
             shared_.v + state_.k.stage * Config::kElementsV, seen, threadIdx.x - 128);
     }
 
-    // Scores are (2 columns, 2 rows, kBlockN / 8); a word of P takes a row of two column groups.
+    // Scores are (2 columns, 2 rows, kBlockN / 8); a word of P is one row of two column groups.
     template <class Accumulator, class Operand>
     __device__ __forceinline__ static void convert_p(Accumulator const& s, Operand& p) {
         auto words = cute::recast<uint32_t>(p);  // ((1, 2 rows, 2 halves), 1, kBlockN / 32)

@@ -21,9 +21,9 @@ struct ForwardParams {
     DescaleRef q_descale;
     DescaleRef k_descale;
     DescaleRef v_descale;
-    ChannelRef k_mean;  // what K lacks: softmax_scale * q . k_mean comes back in LSE
-    ChannelRef v_mean;  // what V lacks: added to O, times the weight that the keys have beside the sink
-    ChannelRef v_channel_descale;  // V's by channel, beside v_descale
+    ChannelRef k_mean;  // subtracted from K beforehand: LSE gets softmax_scale * q . k_mean back
+    ChannelRef v_mean;  // subtracted from V beforehand: O gets it back, times the weight of the keys
+    ChannelRef v_channel_descale;  // V's by channel, in addition to v_descale
 
     SequenceParams sequences;
     ScoreParams scores;

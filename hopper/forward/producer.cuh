@@ -1,4 +1,4 @@
-// The producer: one warp that decides which tile comes next, and whose first lane keeps TMA busy.
+// The producer: one warp that finds the next tile, and whose first lane issues TMA.
 
 #pragma once
 
@@ -32,7 +32,7 @@ class Producer {
         }
         if (leader) {
             shared_.tiles.publish(tiles_state_, tile);
-            // A CTA must not end while its TMA writes or its consumers' arrivals are still to come.
+            // A CTA must not end before its TMA writes and its consumers' arrivals.
             shared_.pipeline_k.drain(kv_state_);
             if constexpr (Config::kTransposeV) {
                 shared_.pipeline_v_rows.drain(kv_state_);
@@ -45,11 +45,11 @@ class Producer {
   private:
     using Scheduler = TileScheduler<ForwardParams, Config::kBlockM, Config::kPackGqa, Config::kClusterM>;
 
-    // The first K, Q, then per KV block K one ahead of V. The consumers give up a stage of K long before the
-    // Q of their present tile, and need nothing of the next tile for either: so that K waits for less.
+    // The first K, then Q, then K of every KV block one ahead of V. The consumers release a stage of K long
+    // before they release the Q of their tile, so the next tile's first K waits less than its Q.
     //
-    // The next tile is drawn just before the last load, which waits until the consumers have all but reached
-    // the end of this tile. Whoever draws earlier keeps a tile waiting that an idle CTA could have.
+    // The next tile is claimed just before the last load, which waits until the consumers are nearly done
+    // with this tile. A tile that is claimed earlier waits, while an idle CTA could have it.
     __device__ void load_tile(WorkTile const& tile, Scheduler& scheduler) {
         SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch, tile.offset_q);
         typename Config::TileMask const mask(params_, info);
@@ -99,7 +99,7 @@ class Producer {
                                                     info, head, n_block);
     }
 
-    // To the consumers, or to the warps that transpose it for them.
+    // For the consumers, or for the warps that transpose it for them.
     __device__ void load_v(KvState const& state, SeqlenInfo const& info, int batch, int head, int n_block) {
         if constexpr (Config::kVColMajor) {
             load_v_colmajor(state, info, batch, head, n_block);
@@ -112,7 +112,8 @@ class Producer {
         }
     }
 
-    // The quantizer's V: keys run along the box's rows, and packed sequences start with a block.
+    // Column-major V, as the quantizer writes it: keys run along the box's rows, and every packed sequence
+    // starts with a block.
     __device__ void load_v_colmajor(KvState const& state, SeqlenInfo const& info, int batch, int head,
                                     int n_block) {
         uint64_t* const full = shared_.pipeline_v.acquire(state, Config::kBytesV);
@@ -120,7 +121,7 @@ class Producer {
         bool const packed = params_.sequences.cu_seqlens_k != nullptr;
         int const start = packed ? first_block(info, batch) * kScaleBlock : 0;
         int const first = start + n_block * Config::kBlockN;
-        // A cluster's CTAs load a share of the channels each.
+        // Each CTA of a cluster loads a share of the channels.
         constexpr int kShare = Config::kHeadDimV / Config::kClusterM;
         int const channel = Config::kClusterM == 1 ? 0 : ptx::cluster_rank() * kShare;
 #pragma unroll
@@ -130,8 +131,8 @@ class Producer {
         }
     }
 
-    // A KV tile of this CTA, of which a cluster's CTAs load a share each and send it to all. A stage is empty
-    // when the consumers of all of them have released it; it is full when all bytes have come.
+    // A KV tile. Each CTA of a cluster loads a share of it and multicasts that to all of them. A stage is
+    // empty once the consumers of all these CTAs have released it; it is full once all bytes have arrived.
     template <int kPanel, int kColumns>
     __device__ static void load_keys(Pipeline<Config::kStages>& pipeline, KvState const& state,
                                      Element* stages, TensorMap const* map, SeqlenInfo const& info, int head,
@@ -149,7 +150,7 @@ class Producer {
         }
     }
 
-    // To all CTAs of the cluster.
+    // Into all CTAs of the cluster.
     __device__ __forceinline__ static void load_box(Element* target, TensorMap const* map, uint64_t* full,
                                                     int c0, int c1, int c2, int c3) {
         if constexpr (Config::kClusterM == 1) {

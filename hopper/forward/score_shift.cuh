@@ -1,5 +1,5 @@
-// FP8 with a mean taken off K: every score of a row lacks softmax_scale * q . k_mean. No softmax notices, but
-// LSE does, and a sink.
+// FP8 with K - mean(K) (smooth_k): every score of a row is too small by softmax_scale * q . k_mean. That does
+// not change the softmax, but it changes LSE and the weight of a sink.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace flash8 {
 
-// What the scores of this thread's rows lack (natural log units), from Q in shared memory. All lanes of a
+// The difference for this thread's two rows, in natural log units, from Q in shared memory. All lanes of a
 // quad get it. tile_row: the first of the two rows in the tile. log2_scale: softmax_scale * log2(e) * Q's
 // descale.
 template <class Config>

@@ -1,13 +1,13 @@
-// FP8 products read both operands with the contraction contiguous, so V (key, channel) must become
-// (channel, key). Three warps of the producer warpgroup do that, tile by tile, between TMA and the consumers.
+// FP8 products need both operands K-major, so V (key, channel) must become (channel, key). Three warps of the
+// producer warpgroup transpose it, tile by tile, between TMA and the consumers.
 //
 //   TMA -> v_rows -> ldmatrix.trans, byte permutes, stmatrix -> v -> wgmma
 //
-// ldmatrix transposes pairs of bytes. Taking the pairs apart leaves two permutations, and both suit us:
+// ldmatrix transposes pairs of bytes. Splitting the pairs leaves two permutations, and both are useful:
 //   - Keys, within each 16: place 4 t + 2 j + c holds key 8 j + 2 t + c. A thread's scores, columns
 //     2 t + c of column group j, are then in the order in which the product P V wants its A operand.
-//   - Channels, within each 16: row 8 h + g holds channel 2 g + h. No stmatrix row shares a bank with
-//     another, and a thread's accumulators of two column groups are four neighbouring channels of O
+//   - Channels, within each 16: row 8 h + g holds channel 2 g + h. The rows of a stmatrix do not conflict in
+//     banks, and a thread's accumulators of two column groups are four neighbouring channels of O
 //     (epilogue.cuh).
 
 #pragma once
@@ -56,7 +56,7 @@ class Transposer {
     }
 
   private:
-    // Of the block that comes next.
+    // Of the next block, which is in the next stage.
     __device__ __forceinline__ void clear_hidden_keys(KeyBlocks const& blocks, int n_block) {
         SeenKeys const seen = SeenKeys::of<kBlockN>(blocks, n_block);
         if (seen.all<kBlockN>()) {
@@ -103,7 +103,7 @@ class Transposer {
 
     // In lane 4 g + t, words[i] holds channels 2 g and 2 g + 1 of keys 8 i + 2 t and 8 i + 2 t + 1.
     // Afterwards words[0] and words[1] hold channel 2 g and channel 2 g + 1 of keys {2 t, 2 t + 1, 8 + 2 t, 9
-    // + 2 t}, words[2] and words[3] those of the 16 keys behind them.
+    // + 2 t}, words[2] and words[3] those of the next 16 keys.
     __device__ __forceinline__ static void split_pairs(uint32_t (&words)[4]) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {

@@ -1,5 +1,5 @@
-// Rows of packed O and LSE before the first sequence and behind the last one: nobody's, and written all the
-// same.
+// Zeroes the rows of packed O and LSE that belong to no sequence: before the first and after the last one (O
+// = 0, LSE = -inf).
 
 #pragma once
 
@@ -8,8 +8,8 @@
 
 namespace flash8 {
 
-// O = 0 and LSE = -inf there. By all consumer warps of the grid, a row of one head each; `warp` counts them
-// from 0 to `warps`. end: of the last sequence, as the tile scheduler has found it.
+// By all consumer warps of the grid, each a row of one head at a time; `warp` is the warp's number among all
+// `warps`. end: the end of the last sequence, as the tile scheduler has found it.
 __device__ inline void zero_unused_rows(ForwardParams const& params, int end, int warp, int warps) {
     if (params.sequences.cu_seqlens_q == nullptr) {
         return;
@@ -18,10 +18,10 @@ __device__ inline void zero_unused_rows(ForwardParams const& params, int end, in
     int const before = clamped(params.sequences.cu_seqlens_q[0], 0, total);
     int64_t const count = static_cast<int64_t>(before + (total - end)) * params.heads_q;
     for (int64_t i = warp; i < count; i += warps) {
-        int const nobodys = static_cast<int>(i / params.heads_q);
-        int64_t const row = nobodys < before ? nobodys : nobodys - before + end;
+        int const unused = static_cast<int>(i / params.heads_q);
+        int64_t const row = unused < before ? unused : unused - before + end;
         int const head = static_cast<int>(i % params.heads_q);
-        // O has two bytes an element, and its rows are multiples of 16 bytes.
+        // An element of O has two bytes, and a row is a multiple of 16 bytes.
         uint16_t* const o =
             static_cast<uint16_t*>(params.o.ptr) + row * params.o.row_stride + head * params.o.head_stride;
         for (int column = threadIdx.x % 32 * 8; column < params.head_dim_v; column += 32 * 8) {

@@ -20,8 +20,8 @@ class ContextScope {
     bool pushed_ = false;
 };
 
-// While it lives, this thread may load kernels and set their limits although a stream captures: what these do
-// is no part of the graph. Copies and waits stay illegal.
+// While it lives, this thread may load kernels and set their limits even while a stream captures: neither
+// becomes part of the graph. Copies and waits stay illegal.
 class RelaxedCapture {
   public:
     explicit RelaxedCapture(const Driver& driver);
@@ -31,7 +31,7 @@ class RelaxedCapture {
 
   private:
     const Driver& driver_;
-    int mode_ = cu::kCaptureModeRelaxed;  // then the one before
+    int mode_ = cu::kCaptureModeRelaxed;  // after construction: the previous mode
 };
 
 }  // namespace flash8

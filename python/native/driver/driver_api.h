@@ -34,7 +34,7 @@ inline constexpr int kCaptureNone = 0;  // a stream runs what it is given
 // Of the CUstreamCaptureMode: a thread in this mode may load and allocate while a stream captures.
 inline constexpr int kCaptureModeRelaxed = 2;
 
-// The handle of the per-thread default stream, which stands for another stream in every thread.
+// The handle of the per-thread default stream, which is a different stream in every thread.
 inline constexpr std::uint64_t kStreamPerThread = 2;
 
 enum FunctionAttribute : int {

@@ -16,7 +16,7 @@ namespace {
 
 constexpr std::string_view kName = "kernel_info";
 
-// A cubin, nothing of which is read before it is known to lie within.
+// A cubin. Every read is checked against its size first.
 class Cubin {
   public:
     explicit Cubin(std::string_view image) : image_(image), header_(read<Elf64_Ehdr>(0, "header")) {
@@ -58,7 +58,7 @@ class Cubin {
         return std::nullopt;
     }
 
-    // A symbol's value counts from its section's address, which is 0 in a cubin.
+    // A symbol's value is relative to its section's address, which is 0 in a cubin.
     std::string_view initial_data(const Elf64_Shdr& owner, const Elf64_Sym& symbol) const {
         const std::string_view data = contents(owner);
         const std::uint64_t offset = symbol.st_value - owner.sh_addr;
@@ -87,7 +87,7 @@ class Cubin {
         return image_.substr(offset, bytes);
     }
 
-    // Copied out: nothing in a string need be aligned.
+    // Copied out, because the bytes of a string may be unaligned.
     template <class Struct>
     Struct read(std::uint64_t offset, const char* what) const {
         Struct found{};

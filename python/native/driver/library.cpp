@@ -12,7 +12,7 @@ namespace flash8 {
 
 namespace {
 
-// Without a request a cluster may have this many CTAs.
+// The cluster size that needs no non-portable request.
 constexpr int kPortableClusterCtas = 8;
 
 KernelInfo checked(const std::string& bytes) {
@@ -49,7 +49,7 @@ Library::Library(std::shared_ptr<const Driver> driver, const std::string& image)
 }
 
 Library::~Library() {
-    // The driver may be gone at the end of the process; there is nobody to tell.
+    // Errors are ignored: the driver may be gone at the end of the process.
     driver_->entries().library_unload.function(handle_);
 }
 
@@ -89,8 +89,7 @@ Kernel::OnDevice& Kernel::on_device(int device) {
 cu::Function Kernel::function(int device, const Needs& needs) {
     const std::lock_guard<std::mutex> lock(mutex_);
     OnDevice& state = on_device(device);
-    // Asked for in any case: without it a CTA may have 48 KB less the static memory, of which nothing is
-    // known here.
+    // Always set: without it the limit is 48 KB less the static shared memory, whose size is unknown here.
     if (needs.shared_bytes > state.max_shared_bytes) {
         const RelaxedCapture relaxed(driver());
         driver().call(&cu::Entries::func_set_attribute, state.function, cu::kMaxDynamicSharedSizeBytes,

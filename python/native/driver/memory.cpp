@@ -12,7 +12,7 @@ namespace {
 
 constexpr unsigned kStreamNonBlocking = 1;
 
-// Destructors have nobody to tell of an error: at the end of the process the driver may be gone already.
+// For destructors, which ignore errors: at the end of the process the driver may be gone already.
 template <class Release>
 void release_quietly(const Driver& driver, int device, Release release) noexcept {
     try {

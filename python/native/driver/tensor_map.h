@@ -22,11 +22,11 @@ struct TiledTensor {
 
 int element_bytes(ElementType type);
 
-// The stride in bytes, or a std::invalid_argument where it is none that TMA has.
+// The stride in bytes. Throws std::invalid_argument if TMA cannot have it.
 std::int64_t stride_in_bytes(std::int64_t elements, ElementType type);
 
-// Gives dimensions of one the stride of the dimension inside of them, or the size of a row: whoever made the
-// tensor may have given them any.
+// Gives dimensions of size one the stride of the next inner dimension, or the size of a row: frameworks give
+// them any stride.
 void settle_strides(TiledTensor& tensor);
 
 // box.box counts elements of every dimension that one TMA instruction moves; elements out of bounds read as

@@ -11,9 +11,9 @@ namespace flash8 {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896340736f;
-// Below 2^31 by more than any grid: every CTA draws one number behind the last tile.
+// Below 2^31 by more than any grid: every CTA claims one number past the last tile.
 constexpr std::int64_t kMaxTiles = 2147483647 - (1 << 20);
-// Rows of Q with query heads folded in, and those of Q and K together, with a tile of each behind them.
+// Limit of the rows of Q with query heads folded in, and of the rows of Q and K together, each plus a tile.
 constexpr std::int64_t kMaxRows = 2147483647 - 1024;
 constexpr std::int64_t kStoreBytes = 16;  // the epilogue stores O in units of this size
 
@@ -83,8 +83,8 @@ void check_descales(const ForwardParams& call, const KernelInfo& info) {
             "forward: leftpad_k is not supported with descales per block or transposed v");
 }
 
-// The (head_dim, row, head, batch) tensor behind a TensorRef. A tensor without rows has no address to speak
-// of, and none of it is read: it stands for one row somewhere in O.
+// A TensorRef as a (head_dim, row, head, batch) tensor. A tensor without rows may have no valid address. None
+// of it is read, so one row somewhere in O takes its place.
 TiledTensor tiled(const TensorRef& ref, std::int64_t head_dim, std::int64_t rows, std::int64_t heads,
                   std::int64_t batch, ElementType type, const TensorRef& somewhere) {
     const bool empty = rows == 0 || batch == 0;
@@ -111,7 +111,7 @@ TensorMap encode_folded_q(const Driver& driver, const KernelInfo& info, const Fo
     const std::int64_t ratio = params.heads_q / params.heads_kv;
     TmaBox box = info.tma[0];
     TensorRef by_kv_head = params.q;
-    // A product that overflows is none that TMA has.
+    // TMA has no stride as large as a product that overflows.
     if (__builtin_mul_overflow(params.q.head_stride, ratio, &by_kv_head.head_stride)) {
         by_kv_head.head_stride = -1;
     }
