@@ -106,9 +106,9 @@ class Run:
         return q, k, fp8.quantize(tensors[2], variant.scales, v_colmajor=variant.v_colmajor)
 
     def __call__(self) -> Tensor:
-        kernel, device, call, draws_tiles, _ = self._planned
+        kernel, device, call, dynamic_schedule, _ = self._planned
         stream = streams.current_stream(self.out)
-        if draws_tiles:
+        if dynamic_schedule:
             call.scheduler.tile_count = streams.get_tile_count(self.out.device, stream).data_ptr()
         _native.launch_forward(kernel, device, stream, call, 0)
         return self.out

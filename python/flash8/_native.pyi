@@ -292,7 +292,7 @@ class PlanCache:
         kernel: Kernel,
         device: int,
         sm_margin: int,
-        draws_tiles: bool,
+        dynamic_schedule: bool,
         params: ForwardParams,
         out_like: object,
         lse_like: object,

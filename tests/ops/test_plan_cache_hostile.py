@@ -213,7 +213,7 @@ def remember(call, **changes):
         "kernel": planned.kernel,
         "device": 0,
         "sm_margin": 0,
-        "draws_tiles": False,
+        "dynamic_schedule": False,
         "params": planned.call,
         "out_like": out,
         "lse_like": lse,

@@ -79,7 +79,7 @@ def insert(call: Call, options: Options, out: Tensor, lse: Tensor) -> None:
         kernel=planned.kernel,
         device=planned.device,
         sm_margin=options.sm_margin,
-        draws_tiles=planned.draws_tiles,
+        dynamic_schedule=planned.dynamic_schedule,
         params=planned.call,
         out_like=out_like,
         lse_like=lse_like,

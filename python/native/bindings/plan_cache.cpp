@@ -41,17 +41,17 @@ void bind_plan_cache(py::module_& module) {
     type.def(
         "insert",
         [](PlanCache& self, py::handle scope, py::tuple inputs, py::tuple options, py::object window,
-           std::shared_ptr<Kernel> kernel, int device, int sm_margin, bool draws_tiles,
+           std::shared_ptr<Kernel> kernel, int device, int sm_margin, bool dynamic_schedule,
            const ForwardParams& params, py::object out_like, py::object lse_like, py::object note,
            std::size_t most_plans) {
             CallPlan plan{std::move(kernel),   device,         sm_margin,
-                          draws_tiles,         params,         std::move(out_like),
+                          dynamic_schedule,    params,         std::move(out_like),
                           std::move(lse_like), std::move(note)};
             self.insert({scope, std::move(inputs), std::move(options), std::move(window)}, std::move(plan),
                         most_plans);
         },
         py::arg("scope"), py::arg("inputs"), py::arg("options"), py::arg("window"), py::kw_only(),
-        py::arg("kernel").none(false), py::arg("device"), py::arg("sm_margin"), py::arg("draws_tiles"),
+        py::arg("kernel").none(false), py::arg("device"), py::arg("sm_margin"), py::arg("dynamic_schedule"),
         py::arg("params"), py::arg("out_like"), py::arg("lse_like"), py::arg("note"), py::arg("most_plans"),
         "Keep the plan of a call, unless its launch points to anything but the arguments themselves.");
     type.def("clear", &PlanCache::clear);

@@ -138,7 +138,7 @@ py::object PlanCache::run(const CallArguments& arguments, bool want_lse, bool gr
     params.lse.ptr = lse.is_none() ? nullptr : reinterpret_cast<float*>(address_of(lse));
     const std::uint64_t stream = current_stream(call);
     py::object tile_count;
-    if (plan.draws_tiles) {
+    if (plan.dynamic_schedule) {
         tile_count = counter(call, plan, stream);
         params.scheduler.tile_count = reinterpret_cast<std::int32_t*>(address_of(tile_count));
     }

@@ -32,7 +32,7 @@ struct CallPlan {
     std::shared_ptr<Kernel> kernel;
     int device = 0;
     int sm_margin = 0;
-    bool draws_tiles = false;
+    bool dynamic_schedule = false;
     ForwardParams params{};
     // One element each, expanded to the shape of an output: empty_like of it is the quickest way to one.
     pybind11::object out_like;

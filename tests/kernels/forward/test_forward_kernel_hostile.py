@@ -28,7 +28,7 @@ MOST, LEAST = 2**31 - 1, -(2**31)
 LENGTHS = [130, 3, 0, 67]
 TOTAL = sum(LENGTHS)
 HEADS = 2
-#: Two CTAs: the counter of tiles is drawn from.
+#: Two CTAs: they claim tiles from the counter.
 SCHEDULE = Schedule(num_ctas=2)
 
 OFFSETS = {

@@ -122,7 +122,7 @@ def forward(
     planned = plan(q, k, v, s_aux, options, out, lse)
     stream = streams.current_stream(q)
     tile_count = None
-    if planned.draws_tiles:
+    if planned.dynamic_schedule:
         captured = planned.kernel.is_captured(planned.device, stream)
         tile_count = streams.get_tile_count(q.device, stream, captured)
     launch(planned, stream, tile_count, options.sm_margin)
@@ -154,7 +154,7 @@ class Plan(NamedTuple):
     kernel: _native.Kernel
     device: int
     call: _native.ForwardParams
-    draws_tiles: bool
+    dynamic_schedule: bool
     held: list[Tensor]  # what `call` points to besides the arguments of `plan`
 
 

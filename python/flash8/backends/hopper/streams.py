@@ -16,7 +16,7 @@ def current_stream(q: Tensor) -> int:
 
 
 def get_tile_count(device: torch.device, stream: int, captured: bool = False) -> Tensor:
-    """The counters of one launch, of tiles drawn and of CTAs done: zero before it and after it.
+    """The counters of one launch, of tiles claimed and of CTAs done: zero before it and after it.
 
     Launches that run at the same time must not share one. Those of one stream never do, so each
     stream has its own for ever. A captured launch may run again on any stream, next to anything:

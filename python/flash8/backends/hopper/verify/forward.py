@@ -79,7 +79,7 @@ def compare(o: Tensor, lse: Tensor, want: Tensor, want_lse: Tensor, allowed: Bou
 
 
 def _run(variant: ForwardVariant, problem: Problem) -> tuple[Tensor, Tensor, int]:
-    """O, LSE and the larger of the counters that tiles are drawn with, of the kernel."""
+    """O, LSE and the larger of the counters that tiles are claimed from, of the kernel."""
     q, k, v, s_aux, options, _, out_dtype, sm_margin = problem
     shape = (*q.shape[:-1], options.head_dim_v(v))
     out = torch.full(shape, math.nan, dtype=out_dtype, device=q.device)
@@ -87,9 +87,9 @@ def _run(variant: ForwardVariant, problem: Problem) -> tuple[Tensor, Tensor, int
     # Its own: a kernel that does not reset the counters must not leave that to the next call.
     tiles = streams.new_tile_count(q.device)
     planned = hopper.plan(q, k, v, s_aux, options, out, lse, variant)
-    drawn = tiles if planned.draws_tiles else None
+    claimed = tiles if planned.dynamic_schedule else None
     watchdog = Watchdog(q.device)
-    hopper.launch(planned, streams.current_stream(q), drawn, sm_margin)
+    hopper.launch(planned, streams.current_stream(q), claimed, sm_margin)
     watchdog.wait()
     return out, lse, int(tiles.abs().max())
 

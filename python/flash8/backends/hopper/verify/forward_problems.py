@@ -54,9 +54,9 @@ class Problem(NamedTuple):
 def problems(variant: ForwardVariant, device: torch.device) -> Iterator[Problem]:
     """Two: one by as many CTAs as there are tiles, one by a single one, or a single cluster.
 
-    The first is packed; the second is dense, and where no mask makes tiles uneven, without ragged
-    lengths, so that they are dealt and not drawn. Clusters serve such calls only. A problem is made
-    when the one before it has been passed.
+    The first is packed; the second is dense. Without a mask that makes tiles uneven it has no
+    ragged lengths either, so that its schedule is static. Clusters serve such calls only. A problem
+    is made when the one before it has been passed.
     """
     if variant.cluster:
         yield _Draw(variant, device, *_ODD, packed=False, seed=1).problem(0)
