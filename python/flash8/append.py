@@ -140,7 +140,7 @@ class NewKeys:
         return options._replace(seqused_k=lengths)
 
     def append(self, options: Options) -> None:
-        """Writes the new rows behind the used ones, quantized if the cache is and they are not."""
+        """Writes the new rows after the used ones, quantized if the cache is and they are not."""
         k, v = self._k, self._v
         if self._quantizes:
             from flash8.backends.cpu import append_quantized as portable_append

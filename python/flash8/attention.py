@@ -178,7 +178,7 @@ def flash_attn_varlen_func(
     v_mean: Tensor | None = None,
     v_channel_descale: Tensor | None = None,
 ) -> Output:
-    """Attention over sequences of different lengths, packed one behind the other.
+    """Attention over sequences of different lengths, packed one after the other.
 
     Args as in `flash_attn_func`, and:
         q: (total_q, heads, head_dim); with cu_seqlens_q=None (batch, seqlen_q, heads, head_dim).
@@ -190,7 +190,7 @@ def flash_attn_varlen_func(
             and below, are converted, without a wait.
         max_seqlen_q, max_seqlen_k: at least the longest sequence.
         seqused_q, seqused_k: int32 (batch,): only so many rows of each sequence are used. The rows
-            behind them are not read, get O = 0 and LSE = -inf, and zero gradients.
+            past them are not read, get O = 0 and LSE = -inf, and zero gradients.
         page_table: int32 (batch, max_pages): the pages of each sequence, in order; needs seqused_k.
             Of pages that the mask hides from every query neither number nor contents are looked at.
 

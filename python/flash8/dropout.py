@@ -1,4 +1,4 @@
-"""The mask of dropout as a tensor, for tests and for whoever computes attention another way."""
+"""The mask of dropout as a tensor, for tests and for code that computes attention another way."""
 
 import torch
 from torch import Tensor

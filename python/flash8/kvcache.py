@@ -85,8 +85,8 @@ def flash_attn_with_kvcache(
             wider q too.
         k, v: (batch, seqlen_new, heads_kv, head_dim[_v]) to append at cache_seqlens, or
             (total_new, heads_kv, head_dim[_v]) with cu_seqlens_k_new. For an e4m3 cache either
-            e4m3, written as they are, or wider: then k is rotated, k_mean and v_mean are taken
-            off, and both are quantized once with the cache's k_descale and v_descale.
+            e4m3, written as they are, or wider: then k is rotated, k_mean and v_mean are
+            subtracted, and both are quantized once with the cache's k_descale and v_descale.
         rotary_cos, rotary_sin: (seqlen_rotary, rotary_dim / 2), rotary_dim a multiple of 16; only
             with k and v. k is rotated at rotary_seqlens + 0, 1, ...; so is q if the call is causal
             or local, and otherwise all of q at rotary_seqlens.
@@ -94,7 +94,7 @@ def flash_attn_with_kvcache(
             all of it.
         cache_batch_idx: int32 (batch,): which row of the cache, or of the page table, each
             sequence has; -1 for a row without work: nothing is appended, O = 0, LSE = -inf. A row
-            that is appended to must stand there once (refused on CPU tensors).
+            that is appended to must be named once (refused on CPU tensors).
         cache_leftpad: int32 (batch,): the first used position of each row.
         page_table: int32 (batch or batch_cache, max_pages).
         rotary_seqlens: int32 (batch,): the rotary position of the first new token, default

@@ -23,7 +23,7 @@ from flash8.tensors.arguments import (
 
 _INT32_MAX = 2**31 - 1
 _VERSION = 1
-#: What stands in the tensor after the version, in this order; int32 each.
+#: What the tensor holds after the version, in this order; int32 each.
 _FIELDS = (
     "num_splits",
     "batch",

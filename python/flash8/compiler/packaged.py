@@ -57,7 +57,7 @@ def write_package(compiled: Sequence["Compiled"], folder: Path) -> None:
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, str]]:
-    """What the manifest says of each unit; nothing of those of which it says something else."""
+    """The manifest's entry of each unit; units with another entry are left out."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from flash8.compiler.files import open_root
 
-#: What is left behind by a process that was killed is removed after a day.
+#: Files of a killed process are removed after a day.
 OLD = 86400.0
 _BUILDS = "flash8-build-"
 #: nvcc hands names to a shell and to gcc's make rules; these characters mean nothing to them.
@@ -46,7 +46,7 @@ _stand_ins: dict[int, Path] = {}  # by process: what a fork has made belongs to 
 def private_root() -> Path:
     """A folder of this user's alone among the temporary files, shared by the user's processes.
 
-    Where somebody else has taken its name it is one of this process's own. Raises OSError when
+    Where its name is taken by another user it is one of this process's own. Raises OSError when
     there is no place for temporary files.
     """
     path = _private_path()

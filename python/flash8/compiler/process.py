@@ -1,4 +1,4 @@
-"""Runs a tool of the compiler: with a time limit, and never leaving one of its children behind."""
+"""Runs a tool of the compiler: with a time limit, and kills its children when it ends."""
 
 import contextlib
 import math

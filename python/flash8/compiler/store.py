@@ -37,7 +37,7 @@ class CacheUnusableError(OSError):
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for, and of which compiler; None is any that the cache knows of.
+    """What is asked for, and from which compiler; None is any that the cache knows.
 
     `key` does not depend on the compiler, so a cache can be asked where there is none.
     """
@@ -151,9 +151,9 @@ class Store:
     ) -> Iterator[None]:
         """Held by one thread of one process at a time; a process that dies lets go of it.
 
-        Whoever else wants it waits until `wait`, which is asked every second, says that there is no
-        need, and at most `limit` seconds: a process that hangs holds up nobody for longer, and two
-        that publish the same entry do each other no harm.
+        Another process that wants it waits until `wait`, which is asked every second, says that
+        there is no need, and at most `limit` seconds. So a process that hangs holds up no other
+        for longer, and two that publish the same entry do each other no harm.
 
         Raises CacheUnusableError when the cache cannot be written to.
         """

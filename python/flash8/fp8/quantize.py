@@ -1,6 +1,6 @@
 """From wider tensors to float8 and back: x ~ rotation^-1(descale * data + mean).
 
-The order is fixed: rotary embedding, then K's or V's mean is taken off, then the rotation, then
+The order is fixed: rotary embedding, then K's or V's mean is subtracted, then the rotation, then
 the scale. Each step before the last is exact for attention: K's mean shifts all scores of a row
 alike and comes back in LSE (SageAttention 2, arXiv 2411.10958), V's mean is added to O, and the
 rotations of q and k cancel.
@@ -230,7 +230,7 @@ def _check_outputs(x: Tensor, granularity: str, descale: Any, amax: Any, v_colma
 def _checked_mean(
     x: Tensor, smooth_k: Any, smooth_v: Any, granularity: str, cu_seqlens: Tensor | None
 ) -> tuple[bool, Tensor | None]:
-    """Whether to take x's own mean off, or the mean to take off."""
+    """Whether to subtract x's own mean, or the mean to subtract."""
     for name, value in (("smooth_k", smooth_k), ("smooth_v", smooth_v)):
         if not isinstance(value, Tensor):
             require_bool(name, value)

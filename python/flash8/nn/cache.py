@@ -48,7 +48,7 @@ class PageAllocator:
         return len(self._used)
 
     def allocate(self, count: int) -> list[int]:
-        """``count`` pages that nobody holds.
+        """``count`` free pages.
 
         Raises:
             OutOfPagesError: fewer are free.

@@ -25,7 +25,7 @@ _Result = TypeVar("_Result")
 
 
 def wrong_index(name: str, text: str) -> ValueError:
-    """For data of an index tensor that is refused where it is read: behind the torch op, which
+    """For data of an index tensor that is refused where it is read: inside the torch op, which
     knows the argument by the name in `Options`. `call_by` says the caller's."""
     error = ValueError(f"{name} {text}")
     error.argument = name, text  # type: ignore[attr-defined]

@@ -56,7 +56,7 @@ def block_offsets(cu_seqlens: Tensor) -> Tensor:
 def checked(descale: Tensor) -> Tensor:
     """The descale with NaN for every value that is none: not positive, too small or not finite.
 
-    So whoever reads what it scales sees that it is wrong, on devices where nobody has looked.
+    So what it scales is visibly wrong, on devices whose values the host does not read.
     """
     return torch.where(_fits(descale), descale, float("nan"))
 

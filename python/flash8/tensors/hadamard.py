@@ -20,7 +20,7 @@ MIN_BLOCK = 8
 
 @dataclass(frozen=True)
 class Rotation:
-    """The rotation of heads of `head_dim` elements that `seed` stands for.
+    """The rotation of heads of `head_dim` elements that `seed` determines.
 
     Raises ValueError for a head_dim that is not a multiple of 8.
     """

@@ -9,7 +9,7 @@ from flash8.tensors.arguments import require_contiguous_last
 
 
 def require_writable(name: str, tensor: Tensor) -> None:
-    """Contiguous in its last dimension, and no element stands at two indices."""
+    """Contiguous in its last dimension, and no element has two indices."""
     require_contiguous_last(name, tensor)
     pairs = [(n, stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
     if any(stride == 0 for _, stride in pairs):
@@ -84,6 +84,6 @@ def is_readable(x: Tensor) -> bool:
 
 
 def _span(x: Tensor) -> tuple[int, int]:
-    """The addresses of the first byte of x and of the first behind it."""
+    """The addresses of the first byte of x and of the first after it."""
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()

@@ -50,7 +50,7 @@ def token_positions(
 def token_sequences(tokens: Tensor, batch: int, cu_seqlens: Tensor | None) -> Tensor:
     """int64 (batch, seqlen) or (total,) with cu_seqlens: the sequence of every token.
 
-    Rows behind the last sequence count to it.
+    Rows after the last sequence count to it.
     """
     if cu_seqlens is None:
         return torch.arange(batch, device=tokens.device)[:, None].expand(tokens.shape[:2])
@@ -70,7 +70,7 @@ def apply_rotary(
     outside of the tables are the nearest row's.
     """
     if positions.device.type != "cpu":
-        # Where nobody has looked, a position without a row must not end the device's context.
+        # On a GPU nothing has checked this: a position without a row must not end the context.
         positions = positions.clamp(0, max(cos.shape[0] - 1, 0))
     return rotate(x, cos[positions], sin[positions], interleaved=interleaved)
 

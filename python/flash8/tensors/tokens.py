@@ -21,7 +21,7 @@ class Tokens:
     of (total, heads, d)."""
 
     cu_seqlens: Tensor | None = None  # int32 (batch + 1,)
-    seqused: Tensor | None = None  # int32 (batch,): rows behind these are nobody's
+    seqused: Tensor | None = None  # int32 (batch,): rows past these count for nothing
 
     def finite_amax(self, x: Tensor, granularity: str) -> Tensor:
         """The largest finite |x| of each group of used tokens, in x's dtype; 0 of nothing."""
@@ -70,7 +70,7 @@ class Tokens:
         return values[:, None] if self.cu_seqlens is None else values[self._sequences(x)]
 
     def used(self, x: Tensor) -> Tensor | None:
-        """bool (batch, seqlen) or (total,): whose tokens are somebody's; None if all are."""
+        """bool (batch, seqlen) or (total,): which tokens belong to a sequence; None if all do."""
         if self.cu_seqlens is None:
             if self.seqused is None:
                 return None
@@ -91,8 +91,8 @@ class Tokens:
         return token_sequences(x, self.cu_seqlens.shape[0] - 1, self.cu_seqlens)
 
     def places(self, x: Tensor) -> Tensor:
-        """The place of every packed token where sequences start with a block. Offsets that nobody
-        has looked at, on a CUDA device, give places that exist."""
+        """The place of every packed token where sequences start with a block. On a CUDA device,
+        where offsets are not checked, wrong ones give places that exist."""
         assert self.cu_seqlens is not None
         sequences = self._sequences(x)
         token = torch.arange(x.shape[0], device=x.device)

@@ -30,7 +30,7 @@ def colmajor_shape(shape: torch.Size, batch: int, packed: bool) -> tuple[int, ..
 
 
 def to_colmajor(data: Tensor, tokens: Tokens) -> Tensor:
-    """8-bit (batch, seqlen, heads, d) or (total, heads, d) by keys."""
+    """8-bit (batch, seqlen, heads, d) or (total, heads, d) with keys innermost."""
     raw = data.view(torch.uint8)
     used = tokens.used(data)
     if used is not None:
@@ -41,8 +41,8 @@ def to_colmajor(data: Tensor, tokens: Tokens) -> Tensor:
         places = tokens.places(data)
         rows = BLOCK * num_packed_blocks(data.shape[0], tokens.cu_seqlens.shape[0] - 1)
         raw = raw.new_zeros((rows, *raw.shape[1:])).index_copy(0, places, raw)
-    by_keys = _reordered(raw.movedim(-3, -1), KEY_ORDER)
-    return _channels_reordered(by_keys, CHANNEL_ORDER).view(data.dtype)
+    colmajor = _reordered(raw.movedim(-3, -1), KEY_ORDER)
+    return _channels_reordered(colmajor, CHANNEL_ORDER).view(data.dtype)
 
 
 def from_colmajor(data: Tensor, keys: int, tokens: Tokens) -> Tensor:

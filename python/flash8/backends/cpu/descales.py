@@ -20,7 +20,7 @@ from flash8.tensors.float8 import E4M3
 class KeyDescale:
     """A descale of K or V: one per head, or one per block of `block` keys.
 
-    The unit's first key stands `phase` keys behind the start of a block.
+    The unit's first key is `phase` keys past the start of a block.
     """
 
     values: Tensor  # (B or 1, heads_kv or 1, blocks or 1)

@@ -108,7 +108,7 @@ def _blocks_of_split(
 ) -> list[Tile]:
     """The visible KV blocks of one split, from right to left.
 
-    grid: the size of a block, and how far behind a block's start the first key stands.
+    grid: the size of a block, and how far past a block's start the first key is.
     """
     block_n, phase = grid
     begin, end = scores.mask.visible_range(m_begin, m_end)

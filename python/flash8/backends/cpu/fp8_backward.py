@@ -10,7 +10,7 @@ and the others from operands rounded to O's 16-bit type. D = rowsum(dO * O) come
 dO and O. An FP8 contraction is never longer than a tile: its sums are promoted to fp32.
 
 Rounding leaves rowsum(dS) different from what it is in exact arithmetic, and K's bias would carry
-that difference into dQ. The product uses K without its mean: rowsum(dS) * mean is taken off again,
+that difference into dQ. The product uses K without its mean: rowsum(dS) * mean is subtracted again,
 and the exact rowsum(dS) times the mean is added.
 """
 

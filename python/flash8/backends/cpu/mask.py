@@ -1,6 +1,6 @@
 """Which keys a query sees, as a policy with trip counts: whole tiles are skipped or left unmasked.
 
-In a sequence with seqlen_q queries and seqlen_k keys, query i stands at position
+In a sequence with seqlen_q queries and seqlen_k keys, query i has position
 p = i + seqlen_k - seqlen_q and sees keys from max(p - window_left, chunk_begin(p)) to
 min(p + window_right, chunk_begin(p) + attention_chunk - 1).
 """
@@ -87,8 +87,8 @@ def _outside_window(
     window: tuple[int | None, int | None],
     device: torch.device,
 ) -> Tensor:
-    """True where key n is outside the window of query m, in a tile whose first query stands
-    `relative` keys behind its first key. Tiles along a diagonal share one: never written to."""
+    """True where key n is outside the window of query m, in a tile whose first query is
+    `relative` keys past its first key. Tiles along a diagonal share one: never written to."""
     distance = torch.arange(shape[0], device=device)[:, None] + relative
     distance = distance - torch.arange(shape[1], device=device)  # query's position - key's
     left, right = window

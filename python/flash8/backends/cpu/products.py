@@ -29,8 +29,8 @@ def product(
 ) -> Tensor:
     """weights (..., M, N) @ values (..., N, d), or `matmul` of both, which may add to something.
 
-    hidden: bool, (M, N) or an M or N of which M or N is a multiple: heads of a group that are
-    stacked have one mask. Weights are zero there.
+    hidden: bool (M, N), or smaller with sides that divide M and N: stacked heads of a group share
+    a mask. Weights are zero there.
     """
     found = matmul(weights, values)
     if hidden is None or bool(found.isfinite().all()):

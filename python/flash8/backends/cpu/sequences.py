@@ -35,7 +35,7 @@ _PER_SEQUENCE = (
 
 @dataclass(frozen=True)
 class QueryRows:
-    """Where a unit's queries stand: rows [start, start + seqlen) of these batch entries."""
+    """Where a unit's queries are: rows [start, start + seqlen) of these batch entries."""
 
     batch: slice
     start: int
@@ -55,7 +55,7 @@ class QueryRows:
 
 @dataclass(frozen=True)
 class KeyRows:
-    """Where a unit's keys stand: rows [start, start + seqlen) of a batch slice or of pages."""
+    """Where a unit's keys are: rows [start, start + seqlen) of a batch slice or of pages."""
 
     batch: slice
     start: int

@@ -80,12 +80,12 @@ class OnlineSoftmax:
 
 
 class BlockLocalSoftmax:
-    """FP8: the reference belongs to the block, so P uses all of e4m3 wherever the maximum stands.
+    """FP8: the reference belongs to the block, so P uses all of e4m3 wherever the maximum is.
 
     In log2 units, per block: m_ref = max(m_block, m_running - 24), P = e4m3(2^8 * 2^(s - m_ref)),
     and what is accumulated is multiplied by 2^(m_ref_prev - m_ref), at most 2^24. row_sum adds the
     fp32 P, not the rounded one. Without growth the reference is the running maximum. The factor
-    2^8 stands apart: beside a large m_ref a sum would lose the 8.
+    2^8 is kept apart: beside a large m_ref a sum would lose the 8.
     """
 
     OFFSET = 8.0  # the largest P is 2^8, under e4m3's 448

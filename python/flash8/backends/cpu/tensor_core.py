@@ -1,7 +1,7 @@
 """Hopper's FP8 matrix product, bit by bit.
 
 A WGMMA adds 32 products to the accumulator C at a time. With E the largest exponent among the
-products (e_a + e_b, of the operands as they stand) and C, everything is truncated toward zero to a
+products (e_a + e_b, of the operands as given) and C, everything is truncated toward zero to a
 multiple of 2^(E - 13), summed exactly, and the sum is truncated to 13 bits of mantissa. So reported
 and measured by microsoft/MMA-Sim; nothing below is an approximation of it.
 

@@ -1,4 +1,4 @@
-"""FLASH8_KERNELS: whether calls on CUDA tensors go to the compiled kernels, and on whose word.
+"""FLASH8_KERNELS: whether calls on CUDA tensors go to the compiled kernels, checked or not.
 
 auto     on devices of compute capability 9.0, each kernel once it has passed its check there
 require  the same, and a call that has kernels, but not for it or not here, is an error
@@ -42,7 +42,7 @@ def fall_back(reason: str) -> None:
 
     Raises:
         KernelRequiredError: with FLASH8_KERNELS=require, so that no rank of a job is served by
-            something else than the others, or falls behind them, in silence.
+            something else than the others, or is slower than they are, in silence.
     """
     if kernels_mode() == "require":
         raise KernelRequiredError(f"FLASH8_KERNELS is 'require', and no kernel serves: {reason}")

@@ -1,6 +1,6 @@
 """The quantizer on compiled kernels (cutlass_kernels/quantize): which launches a call takes.
 
-    mean, mean_finish    where a mean is to be taken off that is not given
+    mean, mean_finish    where a mean is to be subtracted that is not given
     amax                 where the amax of a whole tensor or head must be known before the cast
     cast                 always, and the only one for descales per block or page, or given
 

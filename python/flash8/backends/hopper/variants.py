@@ -32,7 +32,7 @@ class ForwardVariant:
         scales: Granularity of the descales of e4m3: one per (batch, head), or one per block.
         alibi: Whether scores fall with the distance between query and key.
         cluster: Whether two CTAs load K and V together; without a mask only.
-        v_colmajor: Whether v of e4m3 comes by keys, as the quantizer transposes it.
+        v_colmajor: Whether v of e4m3 has keys innermost, as the quantizer writes it.
 
     Raises:
         ValueError: A choice is unknown, or the choices exclude each other.

@@ -66,7 +66,7 @@ class Dense(Layout):
 
 @dataclass(frozen=True, eq=False)
 class Cached(Layout):
-    """Dense queries over keys of which each row uses [leftpad, used); queries end at `used`."""
+    """Dense queries over keys: each row uses [leftpad, used), and its queries end at `used`."""
 
     used: Tensor  # int32 (batch,)
     leftpad: Tensor | None  # int32 (batch,)

@@ -123,7 +123,7 @@ def _layout(request: Request, pattern: Pattern, valid: Tensor | None) -> Layout:
 
 
 def _valid_slots(request: Request, attention_mask: Tensor) -> Tensor:
-    """The padding mask of the key slots, bool (batch, kv_length); slots behind it are invalid."""
+    """The padding mask of the key slots, bool (batch, kv_length); slots past it are invalid."""
     if attention_mask.dim() != 2:
         raise ValueError(
             "attention_mask must be a padding mask (batch, seqlen), got shape "

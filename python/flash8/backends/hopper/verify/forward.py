@@ -1,6 +1,6 @@
 """A forward kernel against the portable code, on problems that use everything it is compiled for.
 
-The portable code gets what the tensors stand for, in fp64, so that its own rounding (and TF32) is
+The portable code gets what the tensors represent, in fp64, so that its own rounding (and TF32) is
 none of the kernel's. Every row of the outputs is NaN before the launch.
 """
 
@@ -101,7 +101,7 @@ def _expected(problem: Problem) -> tuple[Tensor, Tensor]:
     # not to blame for.
     where = torch.device("cpu") if torch.are_deterministic_algorithms_enabled() else device
     q, k, v, s_aux = (x.to(where) for x in (*problem.real, problem.s_aux))
-    # What q, k and v stand for needs no descales and means.
+    # What q, k and v represent needs no descales and means.
     plain: dict[str, Any] = dict.fromkeys(_OF_FP8)
     options = problem.options._replace(v_colmajor_tokens=None, **plain)
     options = Options._make(x.to(where) if isinstance(x, Tensor) else x for x in options)

@@ -1,6 +1,6 @@
 """Small problems for a forward kernel, which use everything it is compiled for.
 
-Sequences are ragged, two query heads share a KV head, there are sinks, and what nobody may read is
+Sequences are ragged, two query heads share a KV head, there are sinks, and what must not be read is
 NaN.
 """
 
@@ -46,7 +46,7 @@ class Problem(NamedTuple):
     v: Tensor
     s_aux: Tensor
     options: Options
-    real: tuple[Tensor, Tensor, Tensor]  # what q, k, v stand for, in fp64
+    real: tuple[Tensor, Tensor, Tensor]  # what q, k, v represent, in fp64
     out_dtype: torch.dtype
     sm_margin: int
 

@@ -2,7 +2,7 @@
 
 Each job is checked in a whole quantization, with the jobs that belong to it. The mean that kernels
 compute themselves is a sum in another order: it is compared within a tolerance, and everything
-behind it bit by bit, given that mean.
+after it bit by bit, given that mean.
 """
 
 from collections.abc import Iterator

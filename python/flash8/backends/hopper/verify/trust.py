@@ -130,7 +130,7 @@ def is_captured(device: torch.device) -> bool:
 
 
 def _check(variant: Variant, place: _Place) -> str | None:
-    """Why not to use a kernel of which nothing is known yet, or None."""
+    """Why not to use a kernel that has not been checked yet, or None."""
     name, device = place
     _refuse_hung(device)
     if is_captured(device):
