@@ -41,3 +41,16 @@ def test_the_error_over_long_contexts_is_the_measured_one():
     quoted = re.search(r"131,072 keys the error of O is\s+([\d.]+), against ([\d.]+)", README)
     assert quoted is not None
     assert quoted.groups() == (f"{errors[128]:.2g}", f"{errors['never']:.2g}")
+
+
+def test_the_quick_start_runs():
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert names["out"].shape == (2, 512, 8, 64)
+
+
+def test_the_commands_are_targets_of_make():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([\w-]+)", README))
+    assert {"demo", "test"} <= named <= targets
