@@ -32,6 +32,7 @@ digest = $(shell find $(1) -type f ! -path '*/__pycache__/*' ! -name '*.so' -pri
 BASE := $(VENV)/.base-$(call digest,constraints.txt requirements/base.txt)
 TOOLS := $(VENV)/.tools-$(call digest,constraints.txt requirements/all.txt)
 COMPILER := $(VENV)/.compiler-$(call digest,requirements/compiler.txt)
+SIMULATOR := $(VENV)/.simulator-$(call digest,$(addprefix tests/simulator/,pyproject.toml CMakeLists.txt README.md flash8_sim runtime src))
 PACKAGE := $(VENV)/.package-$(call digest,pyproject.toml CMakeLists.txt README.md LICENSE hopper cutlass_kernels python)
 
 CXX_SOURCES := $(shell find hopper cutlass_kernels python/native tests bench -type f \
@@ -43,16 +44,16 @@ demo: $(PACKAGE)
 	$(BIN)/python examples/byte_gpt/demo.py
 
 # One torch thread per worker: the tensors of the tests are too small for more to pay.
-test: $(TOOLS) $(PACKAGE) $(COMPILER)
+test: $(TOOLS) $(PACKAGE) $(SIMULATOR) $(COMPILER)
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
-test-full: $(TOOLS) $(PACKAGE) $(COMPILER)
+test-full: $(TOOLS) $(PACKAGE) $(SIMULATOR) $(COMPILER)
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist worksteal -m "slow or not slow" $(PYTEST_ARGS)
 
 FUZZ_CALLS ?= 100000
 FUZZ_SEED ?= 0
 FUZZ_WORKERS ?= 2
-fuzz: $(TOOLS) $(PACKAGE) $(COMPILER)
+fuzz: $(TOOLS) $(PACKAGE) $(SIMULATOR) $(COMPILER)
 	OMP_NUM_THREADS=1 $(BIN)/python -P tests/support/fuzz/run.py \
 		--calls $(FUZZ_CALLS) --seed $(FUZZ_SEED) --workers $(FUZZ_WORKERS)
 
@@ -78,7 +79,7 @@ NATIVE_TESTS := $(filter-out %/test_driver_api.py,$(wildcard tests/native/test_*
 	tests/backends/hopper/test_launch_capture.py tests/backends/hopper/test_trust_troubles.py \
 	$(wildcard tests/ops/test_plan_cache*.py) tests/api/test_expanded.py tests/api/test_threads.py
 
-sanitize: $(TOOLS)
+sanitize: $(TOOLS) $(SIMULATOR)
 	PATH=$(abspath $(BIN)):$$PATH cmake -S . -B $(SANITIZED) -G Ninja -DFLASH8_SANITIZE=ON \
 		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	PATH=$(abspath $(BIN)):$$PATH cmake --build $(SANITIZED) --target _native
@@ -135,6 +136,13 @@ $(COMPILER): $(BASE)
 	@rm -f $(VENV)/.compiler-*
 	@echo "Installing the CUDA compiler that compiler.txt pins (once)"
 	$(HASHED) requirements/compiler.txt
+	@touch $@
+
+# A CUDA driver of the tests' own. The build folder is kept: an edit compiles what it touches.
+$(SIMULATOR): $(BASE)
+	@rm -f $(VENV)/.simulator-*
+	@echo "Building and installing the simulated device"
+	@$(PIP) install --quiet --no-deps --no-build-isolation --config-settings=build-dir=$(abspath build/simulator) tests/simulator
 	@touch $@
 
 # The hashes of every file of each pinned release, for all Pythons and platforms. BASE_NAMES: what the build and the

@@ -18,12 +18,11 @@ import flash8
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from flash8.compiler import CompileError, CompilerNotFoundError, MissingVariantError
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "simulator"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import pytest
-import timeline
 
+from flash8_sim import timeline
 from simulated_device import SimulatedDevice
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}

@@ -2,24 +2,18 @@
 
 import ctypes
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+import flash8_sim
 from flash8 import _native, backends
 from flash8.backends.hopper import kernels as hopper_kernels
 from flash8.backends.hopper import mode
 from flash8.backends.hopper.verify import trust, watchdog
 from flash8.compiler import CompilerNotFoundError, compile_unit, find_toolchain
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "simulator"))
-
-import sim
-
 from guarded import guard_outputs
 
 
@@ -27,7 +21,7 @@ class SimulatedDevice:
     """libcuda_sim.so as a driver of the native layer, and the kernels it has loaded."""
 
     def __init__(self) -> None:
-        library = sim.build()
+        library = flash8_sim.library_path()
         self.driver = _native.Driver(str(library))
         self._control = ctypes.CDLL(str(library))
         self._control.flash8_sim_last_error.restype = ctypes.c_char_p
@@ -36,8 +30,8 @@ class SimulatedDevice:
         self._registry = _native.Registry(self.driver, self._image)
 
     def configure(self, **settings: Any) -> None:
-        """The simulator's settings (tests/simulator/sim.py has them), `seed` above all."""
-        text = json.dumps({**sim.DEFAULTS, **settings}).encode()
+        """The simulator's settings (`flash8_sim.DEFAULTS`), `seed` above all."""
+        text = json.dumps({**flash8_sim.DEFAULTS, **settings}).encode()
         if self._control.flash8_sim_configure(text) != 0:
             raise ValueError(self._control.flash8_sim_last_error().decode())
 
@@ -46,7 +40,7 @@ class SimulatedDevice:
         return dict(json.loads(self._control.flash8_sim_report().decode()))
 
     def timeline(self) -> dict[str, Any]:
-        """Events of the last launch with `timeline` on; tests/simulator/timeline.py reads them."""
+        """Events of the last launch with `timeline` on; `flash8_sim.timeline` reads them."""
         return dict(json.loads(self._control.flash8_sim_timeline().decode()))
 
     def last_error(self) -> str:

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import sim
 
+import flash8_sim
 import gpu_check
 from flash8 import _native
 from gpu_steps import extension, pack, plan
@@ -65,7 +65,7 @@ def test_what_decides_most_comes_first_and_every_step_has_a_limit(packed, tmp_pa
 @pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 def test_a_dry_run_shows_every_step_and_runs_the_facts_on_the_simulated_device(packed, tmp_path):
     out = tmp_path / "out"
-    lines = check(packed, tmp_path, FLASH8_DRIVER=str(sim.build()), OUT=str(out))
+    lines = check(packed, tmp_path, FLASH8_DRIVER=str(flash8_sim.library_path()), OUT=str(out))
     record = json.loads((out / "gpu_check.json").read_text())
     assert record == json.loads((tmp_path / "gpu_check.json").read_text())
     assert record["dry_run"] and record["waiting"] == [] and record["pack"]["commit"] == "abc"

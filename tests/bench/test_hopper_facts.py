@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sim
 import torch
 
+import flash8_sim
 import machine_code
 from hopper_facts_fixtures import arithmetic, driver, facts, formats, rates, registers
 from simulated_device import missing_compiler
@@ -25,7 +25,7 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def library() -> str:
-    return str(sim.build())
+    return str(flash8_sim.library_path())
 
 
 @pytest.fixture

@@ -1,16 +1,16 @@
 """Every kernel without one piece of its synchronization at a time: its cases notice, or the list of
 survivors says why they cannot.
 
-`python -m mutate` (tests/simulator/mutate) is the engine, survivors/ has a list for each family.
+`python -m flash8_sim.mutate` is the engine, survivors/ has a list for each family.
 """
 
 from pathlib import Path
 
 import pytest
-from mutate import Known, compare, judge, load, mutations
 
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
 from flash8.backends.hopper.variants import SHIPPED
+from flash8_sim.mutate import Known, compare, judge, load, mutations
 from mutation_families import FAMILIES, Forward, Quantizer
 from simulated_device import missing_compiler
 

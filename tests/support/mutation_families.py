@@ -1,4 +1,4 @@
-"""Every family of kernels with the cases that its mutants must fail (tests/simulator/mutate).
+"""Every family of kernels with the cases that its mutants must fail (flash8_sim.mutate).
 
 A mutant fails where a launch has a finding, where results are not the bits of the unchanged kernel,
 and where another number of bytes is loaded: a tile that is computed twice gives the same bits. The
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from mutate import InvalidMutantError
 from torch import Tensor
 
 import flash8
@@ -22,6 +21,7 @@ from flash8 import _native, fp8
 from flash8.backends.hopper.kernels import variant_of
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
+from flash8_sim.mutate import InvalidMutantError
 from forward_cases import compare, device, draw, masks, packed, poisoned
 from forward_launch import Call, ForwardKernel, Schedule
 from fp8_forward_cases import descales
