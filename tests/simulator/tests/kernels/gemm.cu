@@ -3,6 +3,7 @@
 // (GEMM_CLUSTER CTAs along N) the tile of A is loaded once and multicast.
 //
 //   GEMM_FP8      0: bfloat16 operands, 1: e4m3
+//   GEMM_FP16     1: half operands
 //   GEMM_CLUSTER  CTAs of a cluster that share a tile of A: 1 or 2
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
@@ -13,9 +14,16 @@
 
 using namespace cute;
 
+#ifndef GEMM_CLUSTER
+#define GEMM_CLUSTER 1
+#endif
+
 #if GEMM_FP8
 using Element = cutlass::float_e4m3_t;
 using MmaAtom = SM90_64x128x32_F32E4M3E4M3_SS_TN<>;
+#elif GEMM_FP16
+using Element = cutlass::half_t;
+using MmaAtom = SM90_64x128x16_F32F16F16_SS<GMMA::Major::K, GMMA::Major::K>;
 #else
 using Element = cutlass::bfloat16_t;
 using MmaAtom = SM90_64x128x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::K>;
