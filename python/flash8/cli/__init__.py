@@ -1,19 +1,13 @@
 """The command line: `flash8 info`, `check`, `compile`, `sim` and `flash8 --version`."""
 
 import argparse
-import importlib.util
-import os
 import platform
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from flash8 import _native
 from flash8._version import __version__
 from flash8.cli import compile as compile_command
 from flash8.cli.table import format_table
-
-_SIM_COMMAND = "sim_command.py"
 
 
 def _driver_lines() -> list[str]:
@@ -52,30 +46,9 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _sim(options: argparse.Namespace) -> int:
-    """Hands the arguments to the simulator's own command, which is no part of this package."""
-    named = options.simulator or os.environ.get("FLASH8_SIMULATOR")
-    checkout = Path(__file__).resolve().parents[3]
-    folders = [Path(named)] if named else [Path.cwd() / "tests", checkout / "tests"]
-    file = next((path for folder in folders if (path := folder / _SIM_COMMAND).is_file()), None)
-    if file is None:
-        looked = " and ".join(str(folder) for folder in folders)
-        print(
-            f"flash8 sim: there is no {_SIM_COMMAND} in {looked}; the simulated device comes with "
-            f"flash8's sources: run this in a checkout, or name its folder tests/ by --simulator "
-            f"or FLASH8_SIMULATOR",
-            file=sys.stderr,
-        )
-        return 1
-    spec = importlib.util.spec_from_file_location("flash8_sim_command", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ImportError as error:
-        print(f"flash8 sim: {error}; it needs what flash8's tests need", file=sys.stderr)
-        return 1
-    status: int = module.main(options.rest)
-    return status
+    from flash8.cli import sim as sim_command
+
+    return sim_command.run(options.rest)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,9 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     compile_command.add_arguments(compile_parser)
     # No help of its own: --help is for the simulator's command, like all other arguments.
     sim = commands.add_parser(
-        "sim", add_help=False, help="run a kernel on the simulated device and draw its timeline"
+        "sim",
+        add_help=False,
+        help="run a kernel on the simulated device, if that is installed, and draw its timeline",
     )
-    sim.add_argument("--simulator", metavar="DIR")
     sim.set_defaults(run=_sim)
     return parser
 

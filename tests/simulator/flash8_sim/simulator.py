@@ -174,8 +174,7 @@ class Simulator:
         if result != 0:
             name = ctypes.c_char_p()
             self.library.cuGetErrorName(ctypes.c_int(result), ctypes.byref(name))
-            message = self.library.flash8_sim_last_error().decode()
-            raise SimulatorError((name.value or b"?").decode(), f"{entry}: {message}")
+            raise SimulatorError((name.value or b"?").decode(), f"{entry}: {self.last_error()}")
 
     def configure(self, **settings: Any) -> None:
         """Settings for all launches from here on; those that are not named stay as they are."""
@@ -197,6 +196,10 @@ class Simulator:
     def timeline(self) -> dict[str, Any]:
         """Of the last launch with `timeline` on, in the format of Chrome's trace viewer."""
         return dict(json.loads(self.library.flash8_sim_timeline().decode()))
+
+    def last_error(self) -> str:
+        """The words for the last driver entry that failed in this thread."""
+        return str(self.library.flash8_sim_last_error().decode())
 
     def load(self, ptx: str) -> Module:
         """Raises SimulatorError, with the PTX line, for what the simulator does not model."""

@@ -1,0 +1,99 @@
+"""A command that runs a kernel under all checks, counts, and draws its timeline.
+
+It knows no kernels. A program that has some lends them as `Kernels` and calls `main`; `flash8 sim`
+is this command with flash8's kernels, found by the entry point "sim" of the group
+"flash8.commands".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from . import timeline
+from .simulator import Simulator, library_path
+
+
+class Kernels(Protocol):
+    """What the program lends."""
+
+    prog: str
+    """How the command is called there."""
+
+    names: Sequence[str]
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Adds the options that shape the problem. `kernel` and `seed` are there already."""
+
+    def describe(self, options: argparse.Namespace) -> str:
+        """The problem in a few words."""
+
+    def run(self, options: argparse.Namespace, driver: Path) -> str:
+        """Launches `options.kernel` once, last of all launches, on the driver in that library.
+        Says how right the result is.
+
+        Raises RuntimeError, ImportError, OSError or ValueError where that is not possible.
+        """
+
+
+def _parser(kernels: Kernels) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=kernels.prog,
+        description="Run a kernel on the simulated device under its checks, and draw what "
+        "producer, consumers and tensor cores did. Times are logical, no speed.",
+        epilog="kernels: " + ", ".join(kernels.names),
+    )
+    parser.add_argument("kernel", choices=kernels.names, metavar="KERNEL")
+    kernels.add_arguments(parser)
+    parser.add_argument("--ctas", type=int, default=1, metavar="N", help="multiprocessors")
+    parser.add_argument("--cta", type=int, default=0, metavar="N", help="the CTA to draw")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="0: by logical time; others: adversarial schedules"
+    )
+    parser.add_argument("--output", type=Path, default=Path("timeline.png"), metavar="FILE.png")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE.json", help="the events, for Chrome's trace viewer"
+    )
+    return parser
+
+
+def _run(kernels: Kernels, options: argparse.Namespace) -> None:
+    sim = Simulator()
+    settings: dict[str, Any] = {
+        "seed": options.seed,
+        "multiprocessors": options.ctas,
+        "timeline": True,
+        "strict_global": False,  # tensors may lie in memory of this process
+    }
+    with sim.configured(**settings):
+        try:
+            result = kernels.run(options, library_path())
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\n{sim.last_error()}".rstrip()) from error
+        report, trace = sim.report(), sim.timeline()
+    rows = timeline.lanes(trace, cta=options.cta)
+    place = f"CTA {options.cta} of {options.ctas}, seed {options.seed}"
+    title = f"{options.kernel}: {kernels.describe(options)}, {place}"
+    timeline.draw(rows, options.output, title=title)
+    print(f"{title}\nno finding; {result}")
+    for name, counts in report["statistics"]["by_role"].items():
+        print(f"{name}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+    print(f"picture: {options.output}")
+    if options.trace:
+        options.trace.write_text(json.dumps(trace))
+        print(f"trace: {options.trace}")
+
+
+def main(arguments: Sequence[str], kernels: Kernels) -> int:
+    """Runs the command; 1 when there is a finding or something is missing."""
+    options = _parser(kernels).parse_args(arguments)
+    try:
+        _run(kernels, options)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f"{kernels.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
