@@ -102,9 +102,8 @@ def _run(
     nvcc, cutlass = find_nvcc(), find_cutlass()
     if nvcc is None:
         raise CompilerNotFoundError(
-            "there is no nvcc: install one (pip install nvidia-cuda-nvcc nvidia-nvvm "
-            "nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cutlass), or name it by "
-            "FLASH8_NVCC"
+            "there is no nvcc: install it (pip install nvidia-cuda-nvcc==13.0.88 and the packages "
+            "beside it in compiler.txt of flash8's sources), or name it by FLASH8_NVCC"
         )
     home = nvcc.resolve().parents[1] / "include"
     folders = [*map(Path, include)]
