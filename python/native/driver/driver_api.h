@@ -1,7 +1,7 @@
 // The part of the CUDA driver's ABI that flash8 uses, declared here so that the build needs no CUDA header.
 // Types and values are those of the public driver API; a driver (or a stand-in for one) that exports every
-// symbol of FLASH8_DRIVER_ENTRIES can run flash8. tests/native/test_driver_api.py compares all of it with cuda.h
-// where that header is installed.
+// symbol of FLASH8_DRIVER_ENTRIES can run flash8. tests/native/test_driver_api.py compares all of it with
+// cuda.h where that header is installed.
 
 #pragma once
 
