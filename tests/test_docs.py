@@ -10,8 +10,6 @@ from repository import ROOT
 MAX_COLUMNS = 120
 #: Where a path in backticks may start; shorter ones name a file of the folder at hand.
 TOPS = ("bench", "cutlass_kernels", "docs", "examples", "hopper", "python", "requirements", "tests")
-#: Documents whose lines are still to be wrapped.
-WIDE = ("docs/kernels.md", "docs/simulator.md")
 #: What a run writes.
 WRITTEN = ("bench/results/gpu_check.json", "examples/byte_gpt/out/")
 
@@ -81,8 +79,6 @@ def missing_files(text):
 def test_lines_fit(path):
     if path.parent.name == "results":
         pytest.skip("a script wrote it")
-    if str(path.relative_to(ROOT)) in WIDE:
-        pytest.skip("still to be wrapped")
     assert long_lines(path.read_text()) == []
 
 
