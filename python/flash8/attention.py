@@ -21,7 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from flash8.call import checks
-from flash8.call.autocast import cast_for_autocast, is_autocast_on
+from flash8.call.autocast import cast_for_autocast
+from flash8.call.observed import is_autocast_on
 from flash8.call.options import Options
 from flash8.call.unwrap import unwrap
 from flash8.ops import attention as ops

@@ -8,7 +8,8 @@ from torch import Tensor
 from flash8.append import NewKeys
 from flash8.attention import Window
 from flash8.call import checks, derivatives
-from flash8.call.autocast import cast_for_autocast, is_autocast_on
+from flash8.call.autocast import cast_for_autocast
+from flash8.call.observed import is_autocast_on
 from flash8.call.options import Options
 from flash8.call.unwrap import unwrap
 from flash8.ops import attention as ops

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _is_any_autocast_enabled as is_autocast_on
 
-__all__ = ["cast_for_autocast", "is_autocast_on", "unaffected"]
+from flash8.call.observed import is_autocast_on
 
 _DEVICES = ("cpu", "cuda")
 _WIDE = (torch.float32, torch.float16, torch.bfloat16)

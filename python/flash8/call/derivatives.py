@@ -4,15 +4,32 @@
 torch.func it refuses. What is registered here runs for the Autograd key, so it sees what the
 dispatcher sees: under grad, vjp and jvp the tensors of one level at a time, below which the next
 transform, or the kernel, is called. An op whose derivative nobody wrote says so.
+
+That takes private names of torch. Where one is missing there is reverse mode only, and tangents are
+refused.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
+
+from flash8.call import observed
+
+try:
+    from torch._C import _after_autograd_keyset, _AutoDispatchBelowAutograd
+    from torch._C._functorch import (
+        get_single_level_autograd_function_allowed,
+        set_single_level_autograd_function_allowed,
+    )
+    from torch.autograd.forward_ad import _set_fwd_grad_enabled
+    from torch.autograd.function import _SingleLevelFunction
+
+    _COMPLETE = observed.COMPLETE
+except ImportError:
+    _COMPLETE = False
 
 _FIRST_ORDER_ONLY = (
     "flash8 attention has first-order gradients only; got a double backward, or a tangent of a "
@@ -32,26 +49,49 @@ class Formulas(NamedTuple):
 def register(library: torch.library.Library, name: str, formulas: Formulas) -> None:
     """Makes the functional op `flash8::name` differentiable."""
     op = getattr(torch.ops.flash8, name).default
+    if not _COMPLETE:
+        torch.library.register_autograd(
+            op, formulas.backward, setup_context=formulas.setup, lib=library
+        )
+        return
     node = _node(op, formulas)
 
     def kernel(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
-        if not _is_watched() and not (torch.is_grad_enabled() and _any_requires_grad(inputs)):
+        if not observed.may_carry_tangents() and not (
+            torch.is_grad_enabled() and _any_requires_grad(inputs)
+        ):
             return _call_below(op, keyset, inputs)
-        if not torch._C._are_functorch_transforms_active():
+        if not observed.is_transformed():
             return node.apply(keyset, *inputs)
-        allowed = torch._C._functorch.get_single_level_autograd_function_allowed()
-        torch._C._functorch.set_single_level_autograd_function_allowed(True)
+        allowed = get_single_level_autograd_function_allowed()
+        set_single_level_autograd_function_allowed(True)
         try:
             return node.apply(keyset, *inputs)
         finally:
-            torch._C._functorch.set_single_level_autograd_function_allowed(allowed)
+            set_single_level_autograd_function_allowed(allowed)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def refuse_tangents(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel of an op that `register` can give no forward mode in this torch; else as it is."""
+    if _COMPLETE:
+        return kernel
+
+    @functools.wraps(kernel)
+    def run(*inputs: Any) -> Any:
+        if any(observed.tangent_of(x) is not None for x in inputs if isinstance(x, Tensor)):
+            raise RuntimeError(f"flash8 has no forward-mode AD with torch {torch.__version__}")
+        return kernel(*inputs)
+
+    return run
 
 
 def refuse(library: torch.library.Library, name: str, message: str) -> None:
     """Lets the op `flash8::name`, which writes to its arguments, say `message` to whoever
     differentiates through it, before it writes."""
+    if not _COMPLETE:  # the public functions ask before they call the op
+        return
     op = getattr(torch.ops.flash8, name).default
 
     def kernel(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
@@ -68,26 +108,9 @@ def is_differentiated(*tensors: Any) -> bool:
         return True
     if torch.compiler.is_compiling():  # the op asks when it is traced
         return False
-    return _is_watched() and any(_tangent(x) is not None for x in tensors if isinstance(x, Tensor))
-
-
-def _is_watched() -> bool:
-    """Whether a tensor may carry a tangent, which none of its attributes tells.
-
-    A trace (of torch.compile, say) enters levels that Python does not know of.
-    """
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
+    return observed.may_carry_tangents() and any(
+        observed.tangent_of(x) is not None for x in tensors if isinstance(x, Tensor)
     )
-
-
-def _tangent(x: Tensor) -> Tensor | None:
-    if torch._C._functorch.is_batchedtensor(x):  # the op asks below torch.vmap
-        return None
-    tangent: Tensor | None = torch._VF._unpack_dual(x, level=0)[1]
-    return tangent
 
 
 def _any_requires_grad(inputs: tuple[Any, ...]) -> bool:
@@ -95,17 +118,17 @@ def _any_requires_grad(inputs: tuple[Any, ...]) -> bool:
 
 
 def _call_below(op: Any, keyset: torch._C.DispatchKeySet, inputs: tuple[Any, ...]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+    with _AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & _after_autograd_keyset, *inputs)
 
 
 def _node(op: Any, formulas: Formulas) -> Any:
     def forward(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
-        if not torch._C._are_functorch_transforms_active():
+        if not observed.is_transformed():
             return _call_below(op, keyset, inputs)
         # A node turns both modes off for its forward. The levels below are not its own: what they
         # record is up to them.
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):
             return _call_below(op, keyset, inputs)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -7,12 +7,12 @@ dq, dk     = d(q M) M^T, d(k M) M^T   the quantizer rotates, so only gradients a
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flash8.backends import cpu
 from flash8.call import checks
-from flash8.call.autocast import cast_for_autocast, is_autocast_on
+from flash8.call.autocast import cast_for_autocast
+from flash8.call.observed import is_autocast_on, is_transformed
 from flash8.call.options import Options
 from flash8.fp8.recipes import BACKWARDS, CurrentScaling, Recipe, check_call
 from flash8.ops import fp8_attention as ops
@@ -90,7 +90,7 @@ def fp8_attention(
     )
     _, options = checks.attention(q, k, v, None, s_aux, None, options)
     check_call(chosen, options)
-    if chosen.gradient_amax() is not None and torch._C._are_functorch_transforms_active():
+    if chosen.gradient_amax() is not None and is_transformed():
         raise RuntimeError(
             "recipe DelayedScaling gathers amax in place, which torch.func's transforms do not "
             "allow: use CurrentScaling or BlockScaling there, or .eval() it"

@@ -317,7 +317,7 @@ def _register() -> None:
     }
     for name, (implementation, fake) in implementations.items():
         for key in ("CPU", "CUDA"):
-            _library.impl(name, unaffected(implementation), key)
+            _library.impl(name, unaffected(derivatives.refuse_tangents(implementation)), key)
         torch.library.register_fake(f"flash8::{name}", fake, lib=_library)
         batching.register(_library, name, merges=name in ("forward", "backward", "jvp"))
     for name, formulas in (

@@ -182,7 +182,7 @@ for _name, _implementation, _fake in (
     ("fp8_backward", _backward, _backward_fake),
 ):
     for _key in ("CPU", "CUDA"):
-        _library.impl(_name, unaffected(_implementation), _key)
+        _library.impl(_name, unaffected(derivatives.refuse_tangents(_implementation)), _key)
     torch.library.register_fake(f"flash8::{_name}", _fake, lib=_library)
     batching.register(_library, _name)
 derivatives.register(_library, "fp8_forward", derivatives.Formulas(_setup, _autograd, _jvp))

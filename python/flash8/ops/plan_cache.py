@@ -16,15 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, empty_like, is_grad_enabled
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 from torch.autograd.profiler import record_function
-from torch.compiler import is_compiling
 
 from flash8 import backends
 from flash8.backends import index_checks
+from flash8.call.observed import is_observed, is_profiled
 from flash8.call.options import Options
 from flash8.ops.autograd import Launched
 
@@ -43,13 +39,11 @@ Call = tuple[tuple[Any, Any, Any, Any, Any, Any], Options, Any]
 
 def run(call: Call, return_lse: bool) -> Any:
     """What a call like one before returns; None for any other, and nothing was done then."""
-    if is_compiling():
-        return None
     inputs, options, _ = call
     if not _may_be_launched(inputs[0]):
         return None
     launch = _plan_cache().run
-    if _profiler_enabled():
+    if is_profiled():
         launch = record_function("flash8::forward")(launch)
     done = launch(_hopper().kernels.registry(), *call, return_lse, is_grad_enabled())
     if done is None:
@@ -64,7 +58,7 @@ def run(call: Call, return_lse: bool) -> Any:
 
 def insert(call: Call, options: Options, out: Tensor, lse: Tensor) -> None:
     """Called after a call has succeeded, with its checked options and what it returned."""
-    if is_compiling() or not _may_be_launched(call[0][0]):
+    if not _may_be_launched(call[0][0]):
         return
     hopper = _hopper()
     planned = hopper.forward.take_served(out)
@@ -138,12 +132,8 @@ def _hopper() -> _Hopper:
 def _may_be_launched(q: Any) -> bool:
     """Whether the call is for kernels, and no mode, transform or trace has to see the op."""
     return (
-        isinstance(q, Tensor)
+        not is_observed()
+        and isinstance(q, Tensor)
         and backends.kernels_wanted(q)
         and not index_checks.wanted()
-        and not _len_torch_dispatch_stack()
-        and not _len_torch_function_stack()
-        and peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and _get_tracing_state() is None
     )

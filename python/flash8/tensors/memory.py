@@ -43,7 +43,7 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     A fake tensor and a subclass have no address here, and share memory with their aliases only."""
     if not (_has_memory(a) and _has_memory(b)):
         return False
-    return torch._C._is_alias_of(a, b) or spans_meet(a, b)  # type: ignore[attr-defined]
+    return a.untyped_storage() is b.untyped_storage() or spans_meet(a, b)
 
 
 def spans_meet(a: Tensor, b: Tensor) -> bool:
@@ -57,9 +57,7 @@ def spans_meet(a: Tensor, b: Tensor) -> bool:
 def _has_memory(x: Tensor) -> bool:
     """Empty and meta tensors have none, nor have those that a transform of torch.func maps over or
     differentiates."""
-    if x.numel() == 0 or x.device.type == "meta":
-        return False
-    return not _is_wrapped(x)
+    return x.numel() > 0 and x.device.type != "meta" and not _is_wrapped(x)
 
 
 def _has_address(x: Tensor) -> bool:
@@ -68,14 +66,23 @@ def _has_address(x: Tensor) -> bool:
 
 
 def _is_plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, torch.nn.Parameter) and not _is_wrapped(x)
+    return _is_exactly_tensor(x) and not _is_wrapped(x)
+
+
+def _is_exactly_tensor(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter)
 
 
 def _is_wrapped(x: Tensor) -> bool:
-    """Whether a transform of torch.func maps over it or differentiates it."""
-    if not torch._C._are_functorch_transforms_active():
+    """Whether a transform of torch.func maps over it or differentiates it: then torch refuses to
+    give its address. Fake tensors are not asked for theirs."""
+    if not _is_exactly_tensor(x):
         return False
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return True
+    return False
 
 
 def is_readable(x: Tensor) -> bool:

@@ -19,8 +19,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
 
 from flash8 import _native
 from flash8.backends.hopper import mode
@@ -28,6 +26,7 @@ from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.backends.hopper.verify import watchdog
 from flash8.backends.hopper.verify.watchdog import KernelHangsError
+from flash8.call import observed
 from flash8.compiler import CompileError, CompilerNotFoundError, MissingVariantError
 
 Variant = ForwardVariant | QuantizeVariant
@@ -74,7 +73,7 @@ def is_trusted(variant: Variant, device: torch.device) -> bool:
         reason = _findings[place]
     elif chosen == "require" and device.type == "cuda" and (missing := mode.unfit(device.index)):
         reason = missing
-    elif _is_watched():
+    elif observed.are_operations_observed():
         # This call does without the kernel.
         reason = "it is not checked yet, and a mode, a transform or a trace would see the check"
     else:
@@ -207,21 +206,14 @@ def _warn(text: str) -> None:
     )
 
 
-def _is_watched() -> bool:
-    """Whether a mode, a transform or a trace would see the operations of a check."""
-    return (
-        _len_torch_dispatch_stack() > 0
-        or peek_interpreter_stack() is not None
-        or _get_tracing_state() is not None
-    )
-
-
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
     """Inside, what the caller has set for its own operations has no effect."""
-    # A default device is a function mode, too.
-    disabled = torch._C.DisableTorchFunction()
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), disabled:
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        observed.without_function_modes(),
+    ):
         debugged = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
         if debugged:
             torch.cuda.set_sync_debug_mode("default")  # a check has to wait for what it compares
