@@ -2,10 +2,10 @@
 does nothing.
 
 What is left is flash8's own cost: argument conversion, checks, outputs, tensor maps, the context,
-the launch structure. On a GPU the driver's own time comes on top. Every call is like one before it
-except the first of its kind. Calls with gradients are timed with and without the node for autograd,
-which is built after the launch. Beside them the same of torch's SDPA for one query and one key on a
-CPU, kernel included. Writes bench/results/launch.json.
+the launch structure. On a GPU the driver's own time comes on top. Every call is a hit of the plan
+cache except the first of its kind. Calls with gradients are timed with and without the node for
+autograd, which is built after the launch. Beside them the same of torch's SDPA for one query and
+one key on a CPU, kernel included. Writes bench/results/launch.json.
 """
 
 import json

@@ -262,32 +262,15 @@ class PlanCache:
         empty_like: Callable[..., object],
         current_stream: Callable[..., int],
         tile_count: Callable[..., object],
-        option_names: Sequence[str],
     ) -> None: ...
     def run(
-        self,
-        scope: object,
-        inputs: tuple[Any, ...],
-        options: tuple[Any, ...],
-        window: object,
-        want_lse: bool,
-        grad_enabled: bool,
-        /,
+        self, scope: object, arguments: dict[str, Any], want_lse: bool, grad_enabled: bool, /
     ) -> tuple[Any, Any, Any] | None: ...
-    def contains(
-        self,
-        scope: object,
-        inputs: tuple[Any, ...],
-        options: tuple[Any, ...],
-        window: object,
-        /,
-    ) -> bool: ...
+    def has_key(self, scope: object, arguments: dict[str, Any], /) -> bool: ...
     def insert(
         self,
         scope: object,
-        inputs: tuple[Any, ...],
-        options: tuple[Any, ...],
-        window: object,
+        arguments: dict[str, Any],
         *,
         kernel: Kernel,
         device: int,
@@ -296,7 +279,7 @@ class PlanCache:
         params: ForwardParams,
         out_like: object,
         lse_like: object,
-        note: object,
+        options: object,
         most_plans: int,
     ) -> None: ...
     def clear(self) -> None: ...

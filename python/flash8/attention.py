@@ -1,8 +1,8 @@
 """The public attention functions: FlashAttention-3's names, argument order and defaults.
 
-Each one normalises its arguments into `Options`, has them checked, and calls one torch op, so
-autograd, torch.compile and the choice of a backend live in one place (`flash8.ops`). What FA3
-does not have is keyword-only.
+Each one names its arguments for `attend`. That launches by the plan cache, or has them checked into
+`Options` and calls one torch op, so autograd, torch.compile and the choice of a backend live in one
+place (`flash8.ops`). What FA3 does not have is keyword-only.
 
 The maths is that of Dao et al., "FlashAttention" (arXiv 2205.14135) and Shah et al.,
 "FlashAttention-3" (arXiv 2407.08608). For query i and key j of a sequence with sq queries and
@@ -23,7 +23,7 @@ from torch import Tensor
 from flash8.call import checks
 from flash8.call.autocast import cast_for_autocast
 from flash8.call.observed import is_autocast_on
-from flash8.call.options import Options
+from flash8.call.options import Arguments, Options
 from flash8.call.unwrap import unwrap
 from flash8.ops import attention as ops
 from flash8.ops import plan_cache
@@ -107,41 +107,32 @@ def flash_attn_func(
     Raises:
         TypeError, ValueError: naming the argument, its value and what is supported.
     """
-    # By position, several times as quick as by name.
-    options = Options._make(
-        (
-            q_descale,
-            k_descale,
-            v_descale,
-            k_mean,
-            v_mean,
-            v_channel_descale,
-            None,  # cu_seqlens_q
-            None,  # cu_seqlens_k
-            None,  # max_seqlen_q
-            None,  # max_seqlen_k
-            None,  # seqused_q
-            None,  # seqused_k
-            None,  # leftpad_k
-            None,  # page_table
-            None,  # kv_batch_idx
-            alibi_slopes,
-            None,  # dropout_seed
-            dropout_p,
-            softmax_scale,
-            causal,
-            -1,  # window_left
-            -1,  # window_right
-            attention_chunk,
-            softcap,
-            num_splits,
-            pack_gqa,
-            deterministic,
-            sm_margin,
-            None,  # v_colmajor_tokens
-        )
-    )
-    return attend(q, k, v, qv, s_aux, out, options, window_size, dropout_seed, return_attn_probs)
+    arguments: Arguments = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "qv": qv,
+        "s_aux": s_aux,
+        "out": out,
+        "q_descale": q_descale,
+        "k_descale": k_descale,
+        "v_descale": v_descale,
+        "k_mean": k_mean,
+        "v_mean": v_mean,
+        "v_channel_descale": v_channel_descale,
+        "alibi_slopes": alibi_slopes,
+        "dropout_p": dropout_p,
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window_size,
+        "attention_chunk": attention_chunk,
+        "softcap": softcap,
+        "num_splits": num_splits,
+        "pack_gqa": pack_gqa,
+        "deterministic": deterministic,
+        "sm_margin": sm_margin,
+    }
+    return attend(arguments, dropout_seed=dropout_seed, return_lse=return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -199,83 +190,80 @@ def flash_attn_varlen_func(
         O in q's layout with head_dim_v last; with return_attn_probs (O, LSE), LSE (heads, total_q)
         for packed q, (batch, heads, seqlen_q) otherwise.
     """
-    # By position, several times as quick as by name.
-    options = Options._make(
-        (
-            q_descale,
-            k_descale,
-            v_descale,
-            k_mean,
-            v_mean,
-            v_channel_descale,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            seqused_q,
-            seqused_k,
-            None,  # leftpad_k
-            page_table,
-            None,  # kv_batch_idx
-            alibi_slopes,
-            None,  # dropout_seed
-            dropout_p,
-            softmax_scale,
-            causal,
-            -1,  # window_left
-            -1,  # window_right
-            attention_chunk,
-            softcap,
-            num_splits,
-            pack_gqa,
-            deterministic,
-            sm_margin,
-            None,  # v_colmajor_tokens
-        )
-    )
-    return attend(q, k, v, qv, s_aux, out, options, window_size, dropout_seed, return_attn_probs)
+    arguments: Arguments = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "qv": qv,
+        "s_aux": s_aux,
+        "out": out,
+        "q_descale": q_descale,
+        "k_descale": k_descale,
+        "v_descale": v_descale,
+        "k_mean": k_mean,
+        "v_mean": v_mean,
+        "v_channel_descale": v_channel_descale,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "seqused_q": seqused_q,
+        "seqused_k": seqused_k,
+        "page_table": page_table,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "alibi_slopes": alibi_slopes,
+        "dropout_p": dropout_p,
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window_size,
+        "attention_chunk": attention_chunk,
+        "softcap": softcap,
+        "num_splits": num_splits,
+        "pack_gqa": pack_gqa,
+        "deterministic": deterministic,
+        "sm_margin": sm_margin,
+    }
+    return attend(arguments, dropout_seed=dropout_seed, return_lse=return_attn_probs)
 
 
 def attend(
-    q: Input,
-    k: Input,
-    v: Input,
-    qv: Tensor | None,
-    s_aux: Tensor | None,
-    out: Tensor | None,
-    options: Options,
-    window_size: Any,
-    dropout_seed: Any,
-    return_lse: bool,
-    names: Names = OWN_NAMES,
+    arguments: Arguments, *, dropout_seed: Any, return_lse: bool, names: Names = OWN_NAMES
 ) -> Output:
-    """Checks the call, completes its options and runs it. names: the caller's own."""
+    """Runs a call: by the plan cache, or checked. names: what the caller calls its arguments."""
     require_bool("return_attn_probs", return_lse)
     if is_autocast_on():
-        q, k, v, qv = cast_for_autocast(q, k, v, qv)
-    query, key, value, options = unwrap(q, k, v, options)
-    call: plan_cache.Call = ((query, key, value, qv, s_aux, out), options, window_size)
-    if dropout_seed is None:
-        done = plan_cache.run(call, return_lse)
-        if done is not None:
-            return done  # type: ignore[no-any-return]
-        narrow = checks.narrowed(options)
-        if narrow is not options:  # what is remembered points to int32 indices
-            call = (call[0], narrow, window_size)
-            options = narrow
-            done = plan_cache.run(call, return_lse)
+        arguments = _cast_for_autocast(arguments)
+    may_be_cached = dropout_seed is None
+    done = plan_cache.find(arguments, return_lse) if may_be_cached else None
+    if done is not None:
+        return done  # type: ignore[no-any-return]
+    for plain in (unwrap, checks.narrowed):  # a plan points to plain tensors and int32 indices
+        others = plain(arguments)
+        if others:
+            arguments = {**arguments, **others}
+            done = plan_cache.find(arguments, return_lse) if may_be_cached else None
             if done is not None:
                 return done  # type: ignore[no-any-return]
-    window_left, window_right = checks.window(window_size)
-    options = options._replace(window_left=window_left, window_right=window_right)
-    geometry, options = checks.attention(query, key, value, qv, s_aux, out, options, names)
+    q, k, v, qv = arguments["q"], arguments["k"], arguments["v"], arguments.get("qv")
+    s_aux, out = arguments.get("s_aux"), arguments.get("out")
+    window_left, window_right = checks.window(arguments["window_size"])
+    options = Options.of(arguments)._replace(window_left=window_left, window_right=window_right)
+    geometry, options = checks.attention(q, k, v, qv, s_aux, out, options, names)
     seed = None
     if dropout_seed is not None:
-        seed = checks.dropout_seed_tensor(dropout_seed, query.device)
+        seed = checks.dropout_seed_tensor(dropout_seed, q.device)
     if options.dropout_p > 0.0:
-        options = options._replace(dropout_seed=draw_seed(query.device) if seed is None else seed)
-    options = ops.resolve_num_splits(query, geometry, options)
-    o, lse, _, _ = call_by(names, ops.run_forward, query, key, value, qv, s_aux, out, options)
-    if dropout_seed is None:
-        plan_cache.insert(call, options, o, lse)
+        options = options._replace(dropout_seed=draw_seed(q.device) if seed is None else seed)
+    options = ops.resolve_num_splits(q, geometry, options)
+    if may_be_cached:
+        done = plan_cache.launch(arguments, options, return_lse)
+        if done is not None:
+            return done  # type: ignore[no-any-return]
+    o, lse, _, _ = call_by(names, ops.run_forward, q, k, v, qv, s_aux, out, options)
     return (o, lse) if return_lse else o
+
+
+def _cast_for_autocast(arguments: Arguments) -> Arguments:
+    q, k, v, qv = cast_for_autocast(
+        arguments["q"], arguments["k"], arguments["v"], arguments.get("qv")
+    )
+    return {**arguments, "q": q, "k": k, "v": v, "qv": qv}

@@ -10,7 +10,7 @@ from flash8.attention import Window
 from flash8.call import checks, derivatives
 from flash8.call.autocast import cast_for_autocast
 from flash8.call.observed import is_autocast_on
-from flash8.call.options import Options
+from flash8.call.options import Arguments, Options
 from flash8.call.unwrap import unwrap
 from flash8.ops import attention as ops
 from flash8.scheduler import num_splits_of
@@ -128,30 +128,35 @@ def flash_attn_with_kvcache(
     if is_autocast_on():
         q, k, v, qv = _cast_for_autocast(k_cache, q, k, v, qv)
     window_left, window_right = checks.window(window_size)
-    options = Options(
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        k_mean=k_mean,
-        v_mean=v_mean,
-        cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q,
-        leftpad_k=cache_leftpad,
-        page_table=page_table,
-        kv_batch_idx=cache_batch_idx,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_left=window_left,
-        window_right=window_right,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        sm_margin=sm_margin,
-        alibi_slopes=alibi_slopes,
-    )
     rotated = getattr(k_cache, "rotation", None) is not None
-    query, keys, values, options = unwrap(q, k_cache, v_cache, options)
+    arguments: Arguments = {
+        "q": q,
+        "k": k_cache,
+        "v": v_cache,
+        "q_descale": q_descale,
+        "k_descale": k_descale,
+        "v_descale": v_descale,
+        "k_mean": k_mean,
+        "v_mean": v_mean,
+        "cu_seqlens_q": cu_seqlens_q,
+        "max_seqlen_q": max_seqlen_q,
+        "leftpad_k": cache_leftpad,
+        "page_table": page_table,
+        "kv_batch_idx": cache_batch_idx,
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_left": window_left,
+        "window_right": window_right,
+        "attention_chunk": attention_chunk,
+        "softcap": softcap,
+        "num_splits": num_splits,
+        "pack_gqa": pack_gqa,
+        "sm_margin": sm_margin,
+        "alibi_slopes": alibi_slopes,
+    }
+    arguments |= unwrap(arguments)
+    query, keys, values = arguments["q"], arguments["k"], arguments["v"]
+    options = Options.of(arguments)
     if options.v_colmajor_tokens is not None or options.v_channel_descale is not None:
         raise ValueError(
             "v_cache must lie by token and have no descale per channel: new tokens are written "

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from flash8.attention import Output, Window, attend
 from flash8.call import checks
-from flash8.call.options import Options
 from flash8.tensors.arguments import Names, describe, require_int, require_rank, require_tensor
 
 
@@ -227,28 +226,17 @@ def _attend(
     tensors: tuple[Tensor, Tensor, Tensor],
     extras: Extras,
     *,
-    window_size: Window,
     return_attn_probs: bool,
-    **options: Any,
+    **arguments: Any,
 ) -> Output:
-    """`flash8.attention.attend` of the options of a call and of what it takes by keyword only."""
-    given: dict[str, Any] = dict(extras)
-    s_aux, out, seed = (given.pop(name, None) for name in ("s_aux", "out", "dropout_seed"))
-    unknown = given.keys() - Extras.__annotations__.keys()
+    """`flash8.attention.attend` of a call's arguments, and of those that are keyword-only."""
+    unknown = extras.keys() - Extras.__annotations__.keys()
     if unknown:
         raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}")
-    options |= given
-    return attend(
-        *tensors,
-        None,
-        s_aux,
-        out,
-        Options(**options),
-        window_size,
-        seed,
-        return_attn_probs,
-        names,
-    )
+    q, k, v = tensors
+    arguments = {"q": q, "k": k, "v": v, **arguments, **extras}
+    seed = arguments.pop("dropout_seed", None)
+    return attend(arguments, dropout_seed=seed, return_lse=return_attn_probs, names=names)
 
 
 def _unpack_qkv(

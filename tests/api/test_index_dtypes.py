@@ -1,4 +1,4 @@
-"""int64 indices, rows without work, and what a plan remembers of both."""
+"""int64 indices, rows without work, and what a plan keeps of both."""
 
 import pytest
 import torch
@@ -86,20 +86,18 @@ def test_values_beyond_int32_do_not_wrap():
     assert to_int32(narrow) is narrow and to_int32(None) is None
 
 
-def test_a_kernel_gets_int32_and_a_call_like_one_before_is_remembered(
-    on_fake_driver, whole_ways, fake
-):
+def test_a_kernel_gets_int32_and_a_second_call_is_a_hit(on_fake_driver, misses, fake):
     """An int64 index is never read as int32, and costs no second way through the checks."""
     q, k, v = (x.flatten(0, 1) for x in draw())
     fields = ("sequences.cu_seqlens_q", "sequences.cu_seqlens_k")
     for turn in range(3):
         ends = ENDS.long()
         flash8.flash_attn_varlen_func(q, k, v, ends, ends, 67, 67, causal=True)
-        assert len(whole_ways) == 1, turn
+        assert len(misses) == 1, turn
         given = addresses(fake.parameter(turn), *fields)
         assert 0 not in given and ends.data_ptr() not in given
     flash8.flash_attn_varlen_func(q, k, v, ENDS, ENDS, 67, 67, causal=True)
-    assert len(whole_ways) == 1  # an int32 call is like it
+    assert len(misses) == 1  # an int32 call has its key
 
 
 def rows_without_work(paged, new, sink=None):

@@ -77,17 +77,18 @@ KEYWORD_ONLY = {
 
 @pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func"])
 def test_every_argument_is_the_option_of_its_name(name, monkeypatch):
-    """They are handed on by position."""
+    """They are handed on by name, all of them."""
     seen = []
-    monkeypatch.setattr(attention, "attend", lambda *args: seen.append(args))
+    monkeypatch.setattr(attention, "attend", lambda *args, **others: seen.append((args, others)))
     names = inspect.signature(getattr(flash8, name)).parameters
     getattr(flash8, name)(**{x: f"<{x}>" for x in names})
-    (_, _, _, _, _, _, options, window, seed, lse), inputs = seen[0], seen[0][:6]
-    assert inputs == ("<q>", "<k>", "<v>", "<qv>", "<s_aux>", "<out>")
-    assert (window, seed, lse) == ("<window_size>", "<dropout_seed>", "<return_attn_probs>")
-    given = {field: f"<{field}>" for field in Options._fields if field in names}
-    given.pop("dropout_seed")
-    assert options == Options()._replace(**given)
+    (((arguments,), others),) = seen
+    assert others == {"dropout_seed": "<dropout_seed>", "return_lse": "<return_attn_probs>"}
+    assert arguments == {
+        x: f"<{x}>" for x in names if x not in ("dropout_seed", "return_attn_probs")
+    }
+    options = Options.of(arguments)
+    assert all(getattr(options, x) == arguments[x] for x in arguments if x in Options._fields)
 
 
 def parameters(name):

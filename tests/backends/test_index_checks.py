@@ -119,8 +119,8 @@ def test_an_append_of_quantized_rows(wanted):
         flash8.flash_attn_with_kvcache(new, *cache, new, new, cache_seqlens=int32([0, 7, 0]))
 
 
-def test_a_repeated_call_is_checked_too(wanted):
-    assert not plan_cache._may_be_launched(rows(1, 4))
+def test_no_call_is_a_hit_meanwhile(wanted):
+    assert not plan_cache._may_launch(rows(1, 4))
 
 
 def test_nothing_is_read_where_it_is_not_wanted(monkeypatch):

@@ -1,4 +1,4 @@
-"""Calls like one before on the Hopper backend: what is remembered, and what never is."""
+"""The plan cache: which calls are hits, which are misses, and that both launch the same."""
 
 import gc
 import math
@@ -19,19 +19,19 @@ from flash8.backends.hopper import forward as hopper
 from flash8.call.options import Options
 from flash8.ops import attention as ops
 from flash8.ops import plan_cache
-from plan_cache_cases import CALLS, ENDS, addresses, draw, forget, without_addresses
+from plan_cache_cases import CALLS, ENDS, addresses, clear, draw, without_addresses
 from simulated_device import missing_compiler
 
 pytest_plugins = ["driver_fixtures", "plan_cache_fixtures"]
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_second_launch_is_that_of_the_whole_way(name, fake, on_fake_driver, whole_ways):
+def test_a_hit_launches_what_a_miss_does(name, fake, on_fake_driver, misses):
     first, second = draw(0), draw(1)
     CALLS[name](*first)
     CALLS[name](*second)
-    assert len(whole_ways) == 1 and len(fake.launches) == 2
-    forget()
+    assert len(misses) == 1 and len(fake.launches) == 2
+    clear()
     whole = CALLS[name](*second)
     launches, parameters = fake.launches, [fake.parameter(i) for i in range(3)]
     assert launches[1] == launches[2]
@@ -44,11 +44,11 @@ def test_the_second_launch_is_that_of_the_whole_way(name, fake, on_fake_driver, 
         assert addresses(fake.parameter(3), "q") == [second[0].data_ptr()]
 
 
-def test_lse_is_returned_as_by_the_whole_way(on_fake_driver, whole_ways):
+def test_a_hit_returns_lse_as_a_miss_does(on_fake_driver, misses):
     tensors = draw()
     out, lse = flash_attn_func(*tensors, return_attn_probs=True)
     again, lse_again = flash_attn_func(*tensors, return_attn_probs=True)
-    assert len(whole_ways) == 1
+    assert len(misses) == 1
     for a, b in ((out, again), (lse, lse_again)):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
@@ -69,23 +69,23 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_another_call_goes_the_whole_way(name, on_fake_driver, whole_ways):
+def test_another_call_is_a_miss(name, on_fake_driver, misses):
     tensors = draw()
     flash_attn_func(*tensors, causal=True)
     changed, options = CHANGES[name](*tensors)
     flash_attn_func(*changed, **{"causal": True, **options})
-    assert len(whole_ways) == 2
+    assert len(misses) == 2
 
 
 @pytest.mark.filterwarnings("ignore:flash8 has no compiled kernel")
-def test_an_unaligned_tensor_goes_the_whole_way(monkeypatch, on_fake_driver, whole_ways):
+def test_an_unaligned_tensor_is_a_miss(monkeypatch, on_fake_driver, misses):
     """As bfloat16, 2 bytes further on: TMA could not read it, the portable code can."""
     q, k, v = draw()
     flash_attn_func(q, k, v)
     further = torch.empty(q.numel() + 1).bfloat16()[1:].view(q.shape).copy_(q)
     assert further.stride() == q.stride()
     flash_attn_func(further, k, v)
-    assert len(whole_ways) == 2
+    assert len(misses) == 2
 
 
 BAD = {
@@ -105,7 +105,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_equals_a_good_value_is_still_refused(name, on_fake_driver):
-    """True == 1 == 1.0: types are part of what a call is known by."""
+    """True == 1 == 1.0: types are part of a key."""
     tensors = draw()
     good = {
         "softmax_scale": 1.0,
@@ -143,14 +143,14 @@ class Overriding(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("watcher", [Watching, Overriding, forward_mode])
-def test_who_watches_sees_the_op(watcher, on_fake_driver, whole_ways):
+def test_who_watches_sees_the_op(watcher, on_fake_driver, misses):
     tensors = draw()
     flash_attn_func(*tensors)
     with watcher():
         flash_attn_func(*tensors)
-    assert len(whole_ways) == 2
+    assert len(misses) == 2
     flash_attn_func(*tensors)
-    assert len(whole_ways) == 2
+    assert len(misses) == 2
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -162,7 +162,7 @@ def test_sparse_and_nested_tensors_are_refused_as_before(on_fake_driver):
             flash_attn_func(bad, k, v)
 
 
-def test_memory_of_calls_is_bounded(monkeypatch, on_fake_driver):
+def test_the_cache_is_bounded(monkeypatch, on_fake_driver):
     monkeypatch.setattr(plan_cache, "_MOST_PLANS", 3)
     for rows in range(20, 30):
         flash_attn_func(*draw(rows=rows))
@@ -249,10 +249,10 @@ COPIES = {
 
 
 @pytest.mark.parametrize("name", COPIES)
-def test_what_is_copied_for_the_launch_goes_the_whole_way(name, on_fake_driver, whole_ways):
+def test_what_is_copied_for_the_launch_is_a_miss(name, on_fake_driver, misses):
     for _ in range(3):
         COPIES[name](*draw())
-    assert len(whole_ways) == 3
+    assert len(misses) == 3
 
 
 UNKNOWN = {
@@ -262,40 +262,57 @@ UNKNOWN = {
 }
 
 
+WITHOUT_KEY = {
+    **UNKNOWN,
+    "a pending negation": lambda q, k, v: flash_attn_func(torch._neg_view(q), k, v),
+    "a subclass": lambda q, k, v: flash_attn_func(q.as_subclass(Named), k, v),
+    "no elements": lambda q, k, v: flash_attn_func(q[:, :0], k, v),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_KEY)
+def test_a_call_without_a_key_goes_through_the_op(name, on_fake_driver, misses):
+    flash_attn_func(*draw())
+    assert misses == ["launch"]
+    for _ in range(2):
+        WITHOUT_KEY[name](*draw())
+    assert misses == ["launch", "op", "op"]
+
+
 @pytest.mark.parametrize("name", {**COPIES, **UNKNOWN})
-def test_a_call_is_planned_once(name, on_fake_driver, whole_ways, monkeypatch):
+def test_a_call_is_planned_once(name, on_fake_driver, misses, monkeypatch):
     plans, plan = [], hopper.plan
     monkeypatch.setattr(hopper, "plan", lambda *args: plans.append(1) or plan(*args))
     for _ in range(3):
         (COPIES | UNKNOWN)[name](*draw())
-    assert len(whole_ways) == len(plans) == 3
+    assert len(misses) == len(plans) == 3
 
 
-def test_a_profiler_sees_the_name_of_the_op(on_fake_driver, whole_ways):
+def test_a_profiler_sees_the_name_of_the_op(on_fake_driver, misses):
     flash_attn_func(*draw())
     with torch.profiler.profile() as profile:
         flash_attn_func(*draw())
-    assert len(whole_ways) == 1
+    assert len(misses) == 1
     assert "flash8::forward" in {event.name for event in profile.events()}
 
 
-def test_a_pending_negation_goes_the_whole_way(on_fake_driver, whole_ways):
+def test_a_pending_negation_is_a_miss(on_fake_driver, misses):
     q, k, v = draw()
     for _ in range(2):
         flash_attn_func(q, k, v)
     flash_attn_func(torch._neg_view(q), k, v)
-    assert len(whole_ways) == 2
+    assert len(misses) == 2
 
 
-def test_parameters_and_no_other_subclass_are_known(on_fake_driver, whole_ways):
+def test_parameters_and_no_other_subclass_are_hits(on_fake_driver, misses):
     q, k, v = draw()
     sinks = torch.zeros(4)
     flash_attn_func(q, k, v, s_aux=sinks)
     with torch.no_grad():
         flash_attn_func(q, k, v, s_aux=torch.nn.Parameter(sinks))
-    assert len(whole_ways) == 1
+    assert len(misses) == 1
     flash_attn_func(q, k, v, s_aux=sinks.as_subclass(Named))
-    assert len(whole_ways) == 2
+    assert len(misses) == 2
 
 
 class Named(torch.Tensor):
@@ -313,7 +330,7 @@ def test_a_plan_is_kept_for_no_call_that_it_did_not_serve(fake, on_fake_driver):
     assert len(fake.launches) == 1
 
 
-def test_a_launch_that_fails_leaves_nothing_behind(fake, on_fake_driver, whole_ways):
+def test_a_launch_that_fails_leaves_nothing_behind(fake, on_fake_driver, misses):
     q, k, v = draw()
     flash_attn_func(q, k, v, causal=True)
     held = [sys.getrefcount(x) for x in (q, k, v)]
@@ -323,11 +340,11 @@ def test_a_launch_that_fails_leaves_nothing_behind(fake, on_fake_driver, whole_w
             flash_attn_func(q, k, v, causal=True)
     fake.fail("cuLaunchKernelEx", 0)
     flash_attn_func(q, k, v, causal=True)
-    assert len(whole_ways) == 1 and fake.context_depth == 0
+    assert len(misses) == 1 and fake.context_depth == 0
     assert held == [sys.getrefcount(x) for x in (q, k, v)]
 
 
-def test_threads_may_call_at_once(fake, on_fake_driver, whole_ways):
+def test_threads_may_call_at_once(fake, on_fake_driver, misses):
     def call(thread):
         q, k, v = draw(rows=40 + thread % 2)
         outs = [flash_attn_func(q, k, v, causal=True) for _ in range(200)]
@@ -338,7 +355,7 @@ def test_threads_may_call_at_once(fake, on_fake_driver, whole_ways):
     with ThreadPoolExecutor(4) as pool:
         wanted = set().union(*pool.map(call, range(4)))
     launched = [fake.parameter(i) for i in range(2, len(fake.launches))]
-    assert len(launched) == 800 and len(whole_ways) == 2
+    assert len(launched) == 800 and len(misses) == 2
     assert wanted <= {tuple(addresses(parameters, "q", "o")) for parameters in launched}
 
 
@@ -372,12 +389,12 @@ def resident_bytes():
     "name",
     ["causal", "packed", "strided", "sinks", "sinks in bf16", "slopes", "used", "output", "scaled"],
 )
-def test_results_are_those_of_the_whole_way(name, on_simulated_device, whole_ways):
+def test_a_hit_gives_the_results_of_a_miss(name, on_simulated_device, misses):
     first, second = draw(0), draw(1)
     CALLS[name](*first)
     got = CALLS[name](*second)
-    assert len(whole_ways) == 1
-    forget()
+    assert len(misses) == 1
+    clear()
     want = CALLS[name](*second)
-    assert len(whole_ways) == 2
+    assert len(misses) == 2
     assert torch.equal(got, want) and math.isfinite(got.float().sum())

@@ -1,4 +1,4 @@
-"""Gradients of calls like one before: the launch does not wait for autograd, which sees it all."""
+"""Gradients through the plan cache: a launch does not wait for autograd, which sees it all."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash8 import flash_attn_func, flash_attn_varlen_func
 from flash8.call.options import Options
-from plan_cache_cases import ENDS, draw, forget
+from plan_cache_cases import ENDS, clear, draw
 from simulated_device import missing_compiler
 
 pytest_plugins = ["driver_fixtures", "plan_cache_fixtures"]
@@ -29,15 +29,15 @@ def packed(q, k, v, sinks, **options):
     return flash_attn_varlen_func(q, k, v, ends, ends, 7, 7, causal=True, s_aux=sinks, **options)
 
 
-def both_ways(whole_ways, make):
-    """What `make` gives by a launch of its own and by the whole way, after a call like it."""
+def hit_and_miss(misses, make):
+    """What `make` gives as a hit and as a miss, after a call with its key."""
     make()
-    seen = len(whole_ways)
+    seen = len(misses)
     short = make()
-    assert len(whole_ways) == seen
-    forget()
+    assert len(misses) == seen
+    clear()
     whole = make()
-    assert len(whole_ways) > seen
+    assert len(misses) > seen
     return short, whole
 
 
@@ -50,7 +50,7 @@ def assert_equal(short, whole):
 @needs_compiler
 @pytest.mark.parametrize("call", [attend, packed])
 @pytest.mark.parametrize("sinks_dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_those_of_the_whole_way(call, sinks_dtype, on_simulated_device, whole_ways):
+def test_a_hit_has_the_gradients_of_a_miss(call, sinks_dtype, on_simulated_device, misses):
     def make():
         inputs = leaves(1, sinks_dtype)
         out, lse = call(*inputs, return_attn_probs=True)
@@ -58,11 +58,11 @@ def test_gradients_are_those_of_the_whole_way(call, sinks_dtype, on_simulated_de
         (out.float().square().sum() + lse.sin().sum()).backward()
         return [out, lse, *(x.grad for x in inputs)]
 
-    assert_equal(*both_ways(whole_ways, make))
+    assert_equal(*hit_and_miss(misses, make))
 
 
 @needs_compiler
-def test_gradients_of_some_inputs_through_one_output(on_simulated_device, whole_ways):
+def test_gradients_of_some_inputs_through_one_output(on_simulated_device, misses):
     def make():
         q, k, v, sinks = leaves(2)
         k = k.detach()
@@ -71,11 +71,11 @@ def test_gradients_of_some_inputs_through_one_output(on_simulated_device, whole_
         by_out = torch.autograd.grad(out.float().sum(), [q, v])
         return [*by_lse, *by_out]
 
-    assert_equal(*both_ways(whole_ways, make))
+    assert_equal(*hit_and_miss(misses, make))
 
 
 @needs_compiler
-def test_hooks_are_called(on_simulated_device, whole_ways):
+def test_hooks_are_called(on_simulated_device, misses):
     def make():
         inputs, seen = leaves(3), []
         inputs[0].register_hook(lambda grad: 2 * grad)
@@ -85,23 +85,23 @@ def test_hooks_are_called(on_simulated_device, whole_ways):
         assert len(seen) == 1
         return [seen[0], *(x.grad for x in inputs)]
 
-    assert_equal(*both_ways(whole_ways, make))
+    assert_equal(*hit_and_miss(misses, make))
 
 
 @needs_compiler
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoints_run_it_again(use_reentrant, on_simulated_device, whole_ways):
+def test_checkpoints_run_it_again(use_reentrant, on_simulated_device, misses):
     def make():
         inputs = leaves(4)
         out = checkpoint(attend, *inputs, use_reentrant=use_reentrant)
         out.float().square().sum().backward()
         return [out, *(x.grad for x in inputs)]
 
-    assert_equal(*both_ways(whole_ways, make))
+    assert_equal(*hit_and_miss(misses, make))
 
 
 @needs_compiler
-def test_saved_tensors_may_be_packed(on_simulated_device, whole_ways):
+def test_saved_tensors_may_be_packed(on_simulated_device, misses):
     def make():
         inputs, packed = leaves(5), []
         pack = lambda x: packed.append(x) or len(packed) - 1  # noqa: E731
@@ -111,15 +111,15 @@ def test_saved_tensors_may_be_packed(on_simulated_device, whole_ways):
         out.float().sum().backward()
         return [torch.tensor(saved), *(x.grad for x in inputs)]
 
-    assert_equal(*both_ways(whole_ways, make))
+    assert_equal(*hit_and_miss(misses, make))
 
 
 @pytest.fixture
-def inputs(on_fake_driver, whole_ways):
-    """Of calls whose likes are remembered, on a driver that does nothing."""
+def inputs(on_fake_driver, misses):
+    """Of calls that are hits, on a driver that does nothing."""
     attend(*leaves())
     yield leaves()
-    assert len(whole_ways) == 1
+    assert len(misses) == 1
 
 
 def test_what_changes_before_the_backward_is_an_error(inputs):
@@ -156,26 +156,26 @@ def test_nothing_is_recorded_without_gradients(inputs):
     assert attend(*(x.detach() for x in inputs)).grad_fn is None
 
 
-def test_what_is_remembered_without_gradients_serves_with_them(on_fake_driver, whole_ways):
+def test_a_plan_made_without_gradients_serves_with_them(on_fake_driver, misses):
     with torch.inference_mode():
         attend(*leaves())
     out, lse = attend(*leaves(), return_attn_probs=True)
     assert not out.is_inference() and not lse.is_inference()
     (out.float().sum() + lse.sum()).backward()
-    assert len(whole_ways) == 1
+    assert len(misses) == 1
 
 
-def test_raw_float8_has_no_backward(on_fake_driver, whole_ways):
+def test_raw_float8_has_no_backward(on_fake_driver, misses):
     for _ in range(2):
         q, k, v = (x.to(torch.float8_e4m3fn) for x in draw())
         out = flash_attn_func(q.requires_grad_(), k, v)
         with pytest.raises(ValueError, match=r"call flash8\.fp8_attention"):
             out.float().sum().backward()
-    assert len(whole_ways) == 1
+    assert len(misses) == 1
 
 
-def test_options_reach_the_backward(on_fake_driver, whole_ways, monkeypatch):
-    """As the whole way hands them on, checked, with the tensors of this call."""
+def test_options_reach_the_backward(on_fake_driver, misses, monkeypatch):
+    """As a miss hands them on, checked, with the tensors of this call."""
     seen, at = [], Options._fields.index("cu_seqlens_q")
     backward = torch.ops.flash8.backward
     monkeypatch.setattr(
@@ -189,7 +189,7 @@ def test_options_reach_the_backward(on_fake_driver, whole_ways, monkeypatch):
         )
         out.float().sum().backward()
         assert seen[-1][at].data_ptr() == ends.data_ptr()
-    assert len(whole_ways) == 1
+    assert len(misses) == 1
     without_tensors = [[x for x in options if not isinstance(x, torch.Tensor)] for options in seen]
     assert without_tensors[0] == without_tensors[1]
     assert [type(x) for x in without_tensors[0]] == [type(x) for x in without_tensors[1]]

@@ -100,13 +100,13 @@ def test_what_an_index_raises_comes_through(fake, on_fake_driver):
     assert fake.launches == []
 
 
-def test_an_index_that_forgets_every_plan(fake, on_fake_driver, whole_ways):
+def test_an_index_that_forgets_every_plan(fake, on_fake_driver, misses):
     """While the call that it is an argument of is under way."""
     window = (Index(lambda: plan_cache._plan_cache().clear() or 3), 3)
     for _ in range(3):
         flash_attn_func(*draw())
         flash_attn_func(*draw(), window_size=window)
-    assert len(fake.launches) == len(whole_ways) == 6
+    assert len(fake.launches) == len(misses) == 6
 
 
 def test_a_list_that_shrinks_while_it_is_read(on_fake_driver):
@@ -139,33 +139,37 @@ def test_numbers_out_of_range_are_documented_errors(name, on_fake_driver):
 # ------------------------------------------------------------- the plan cache, without its checks
 
 
-def arguments(recall_for=None):
+def arguments(**others):
     q, k, v = draw()
-    return (q, k, v, None, None, None), tuple(Options()), (-1, -1)
+    return {"q": q, "k": k, "v": v, "causal": True, **others}
+
+
+def run(call):
+    return plan_cache._plan_cache().run(kernels.registry(), call, False, False)
+
+
+def has_key(call):
+    return plan_cache._plan_cache().has_key(kernels.registry(), call)
 
 
 @pytest.fixture
-def recall(on_fake_driver):
-    """A plan cache that knows one call, asked past everything that checks its arguments."""
-    flash_attn_func(*draw())
+def find(on_fake_driver):
+    """A plan cache that has the plan of one call, asked past everything that checks arguments."""
+    insert(arguments())
     assert len(plan_cache._plan_cache()) == 1
-    return lambda *call: plan_cache._plan_cache().run(kernels.registry(), *call, False, False)
+    return run
 
 
-def replaced(call, place, value):
-    """The call with another argument: (0, i) is an input, (1, i) an option, (2,) the window."""
-    inputs, options, window = ([*call[0]], [*call[1]], call[2])
-    if place[0] == 2:
-        return tuple(inputs), tuple(options), value
-    (inputs, options)[place[0]][place[1]] = value
-    return tuple(inputs), tuple(options), window
+def test_it_serves_the_call_whose_plan_it_has(find):
+    assert find(arguments()) is not None
+    assert find({**arguments(), "window_size": (3, 4)}) is None
+    assert find({**arguments(), "causal": 1}) is None
 
 
-def test_it_serves_the_call_that_it_knows(recall):
-    assert recall(*arguments()) is not None
-
-
-PLACES = [*((0, i) for i in range(6)), *((1, i) for i in range(len(Options._fields))), (2,)]
+NAMES = [
+    *("q", "k", "v", "qv", "s_aux", "out", "window_size", "no name of an argument"),
+    *Options._fields,
+]
 ODD = {
     "tensor": torch.ones(4),
     "scalar tensor": torch.ones(()),
@@ -187,27 +191,57 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_any_argument_in_any_place_is_known_or_not(name, fake, recall):
+def test_any_argument_of_any_name_is_a_miss(name, fake, find):
     before = len(fake.launches)
-    for place in PLACES:
-        call = replaced(arguments(), place, ODD[name])
-        assert recall(*call) is None, place
-        assert not plan_cache._plan_cache().contains(kernels.registry(), *call)
+    for argument in NAMES:
+        assert find(arguments(**{argument: ODD[name]})) is None, argument
     assert len(fake.launches) == before
 
 
-@pytest.mark.parametrize("inputs", [0, 1, 5, 7, 30])
-@pytest.mark.parametrize("options", [0, 1, len(Options._fields) + 1, 60])
-def test_a_call_of_another_length_is_unknown(inputs, options, recall):
-    q = draw()[0]
-    assert recall((q,) * inputs, (q,) * options, q) is None
+KEYLESS = {
+    "no arguments": {},
+    "no q": {"k": draw()[1], "causal": True},
+    "q is no tensor": arguments(q=None),
+    "a tensor that no launch points to": arguments(page_table=ENDS),
+    "qv": arguments(qv=draw()[0]),
+    "a name that is no text": {**arguments(), 7: True},
+    "a name of a subclass of text": {**arguments(), type("Text", (str,), {})("name"): True},
+    "many names": arguments(**{f"name {i}": i for i in range(1000)}),
+    "many q": {f"q{i}": draw()[0] for i in range(60)},
+}
 
 
-def remember(call, **changes):
+@pytest.mark.parametrize("name", KEYLESS)
+def test_a_call_without_a_key_is_a_miss(name, find):
+    for _ in range(2):
+        assert find(KEYLESS[name]) is None and not has_key(KEYLESS[name])
+    insert(KEYLESS[name])
+    assert len(plan_cache._plan_cache()) == 1
+    assert find(arguments()) is not None
+
+
+def test_names_are_told_apart_by_their_text(find):
+    """Not by the object that has the text, nor by their order alone."""
+    other = "".join(["cau", "sal"])
+    assert find({other if name == "causal" else name: x for name, x in arguments().items()})
+    swapped = {{"k": "v", "v": "k"}.get(name, name): x for name, x in arguments().items()}
+    assert find(swapped) is None  # another order of the names is another key
+    assert find({**arguments(), "deterministic": None}) is None
+    assert find(arguments(causal=None, deterministic=True)) is None
+
+
+def test_only_a_dict_is_a_call(find):
+    for call in (None, (), [("q", draw()[0])], tuple(arguments().items())):
+        with pytest.raises(TypeError):
+            find(call)
+
+
+def insert(call, **changes):
     """Keeps a plan for a call, whatever it is."""
-    q, k, v = draw()
-    out = torch.empty_like(q)
-    lse = torch.empty(2, 4, 40)
+    q, k, v = (call.get(name) for name in "qkv")
+    if not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (q, k, v)):
+        q, k, v = draw()
+    out, lse = torch.empty_like(q), torch.empty(2, 4, 40)
     planned = hopper.plan(q, k, v, None, Options(), out, lse)
     given = {
         "kernel": planned.kernel,
@@ -217,43 +251,39 @@ def remember(call, **changes):
         "params": planned.call,
         "out_like": out,
         "lse_like": lse,
-        "note": (),
+        "options": (),
         "most_plans": 10,
         **changes,
     }
-    plan_cache._plan_cache().insert(kernels.registry(), *call, **given)
+    plan_cache._plan_cache().insert(kernels.registry(), call, **given)
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_whatever_is_remembered_is_bounded(name, recall):
-    """As if a check had let it through: the cache keeps no call whose tensors have no place."""
-    for place in PLACES:
-        call = replaced(arguments(), place, ODD[name])
-        remember(call)
-        assert recall(*call) is None, place
+def test_no_plan_of_an_odd_call_serves(name, find):
+    """As if a check had let it through: its parameters do not point to the tensors."""
+    for argument in NAMES:
+        call = arguments(**{argument: ODD[name]})
+        insert(call, params=_native.ForwardParams())
+        assert find(call) is None, argument
 
 
 @pytest.mark.parametrize("like", [torch.ones(()), torch.empty(0), torch.ones(2).to_sparse()])
-def test_an_output_without_memory_is_an_error(like, fake, recall):
+def test_an_output_without_memory_is_an_error(like, fake, find):
     plan_cache._plan_cache().clear()
-    q, k, v = draw()
-    inputs = (q, k, v, None, None, None)
-    out = torch.empty_like(q)
-    planned = hopper.plan(q, k, v, None, Options(), out, torch.empty(2, 4, 40))
-    call = (inputs, tuple(Options()), (-1, -1))
-    remember(call, params=planned.call, out_like=like)
+    call = arguments()
+    insert(call, out_like=like)
     before = len(fake.launches)
     if like.layout is torch.strided and like.numel():
-        recall(*call)  # wrong, and still inside of nothing that is not there
+        find(call)  # wrong, and still inside of nothing that is not there
     else:
         with pytest.raises(RuntimeError, match="torch gave a tensor without memory"):
-            recall(*call)
+            find(call)
         assert len(fake.launches) == before
 
 
-def test_no_kernel_is_no_plan(recall):
+def test_no_kernel_is_no_plan(find):
     with pytest.raises(TypeError):
-        remember(arguments(), kernel=None)
+        insert(arguments(), kernel=None)
 
 
 @pytest.mark.parametrize(
@@ -281,18 +311,19 @@ def test_a_registry_needs_a_resolver(driver):
 def test_tensors_whose_attributes_answer_oddly(monkeypatch, on_fake_driver):
     """Read through attributes, which anybody may replace."""
     flash_attn_func(*draw())
-    recall = plan_cache.new_plan_cache(None)
-    monkeypatch.setattr(plan_cache, "_plan_cache", lambda: recall)
-    flash_attn_func(*draw())
+    cache = plan_cache.new_plan_cache(None)
+    monkeypatch.setattr(plan_cache, "_plan_cache", lambda: cache)
+    insert(arguments())
+    assert run(arguments()) is not None
     answers = [(1,) * 9, (1,) * 3, (), [2, 40, 4, 128], None, ("a",) * 4, (2**70,) * 4, 5]
     for answer in answers:
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "stride", lambda self, answer=answer: answer)
-            assert recall.run(kernels.registry(), *arguments(), False, False) is None
+            assert run(arguments()) is None
 
 
 def test_an_interrupt_while_tensors_are_read_comes_through(monkeypatch, on_fake_driver):
-    recall = plan_cache.new_plan_cache(None)
+    cache = plan_cache.new_plan_cache(None)
 
     def interrupt(self):
         raise KeyboardInterrupt
@@ -300,7 +331,7 @@ def test_an_interrupt_while_tensors_are_read_comes_through(monkeypatch, on_fake_
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "stride", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            recall.run(kernels.registry(), *arguments(), False, False)
+            cache.run(kernels.registry(), arguments(), False, False)
 
 
 def test_a_storage_that_goes_before_the_call(fake, on_fake_driver):
@@ -343,13 +374,13 @@ def test_an_output_over_an_argument_is_refused_again(shift, name, fake, on_fake_
     assert len(fake.launches) == before
 
 
-def test_an_output_next_to_an_argument_is_remembered(fake, on_fake_driver, whole_ways):
+def test_an_output_next_to_an_argument_is_a_hit(fake, on_fake_driver, misses):
     q, k, v = draw(heads_kv=4)
     flash_attn_func(q, k, v, out=torch.empty_like(q))
     buffer = torch.zeros(3 * q.numel()).bfloat16()
     before, out, after = (foreign(buffer, i * q.numel(), q) for i in range(3))
     flash_attn_func(before, after, v, out=out)
-    assert (len(fake.launches), len(whole_ways)) == (2, 1)
+    assert (len(fake.launches), len(misses)) == (2, 1)
 
 
 # ----------------------------------------------------------------------------- threads that remain

@@ -108,12 +108,13 @@ def guard_quantizer(patch: Any, guards: Guards) -> None:
 
 def guard_outputs(patch: Any, device: Any) -> None:
     """Forward, quantizer and append fill tensors with guards, compared after every launch, whose
-    values the caller's own get then. Not so the launches of repeated calls."""
+    values the caller's own get then. Not so the launches of the plan cache."""
     guards = Guards(device)
     guard_quantizer(patch, guards)
     patch.setattr(quantizer, "quantize", functools.partial(_quantize, quantizer.quantize, guards))
     patch.setattr(appender, "append", functools.partial(_append, appender.append, device))
-    patch.setattr(hopper, "forward", functools.partial(_forward, hopper.forward, device))
+    launch = functools.partial(_launch, hopper.plan_and_launch, device)
+    patch.setattr(hopper, "plan_and_launch", launch)
 
 
 def _quantize(
@@ -137,31 +138,28 @@ def _append(append: Callable[[Appended], None], device: Any, appended: Appended)
     _assign(cache, copy)
 
 
-def _forward(
-    forward: Callable[..., None],
+def _launch(
+    launch: Callable[..., hopper.Plan],
     device: Any,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    qv: Tensor | None,
     s_aux: Tensor | None,
     options: Any,
     out: Tensor,
     lse: Tensor,
-    *partial: Tensor,
-) -> None:
+) -> hopper.Plan:
     if _is_sparse(out) or _is_sparse(lse):
-        forward(q, k, v, qv, s_aux, options, out, lse, *partial)
-        return
+        return launch(q, k, v, s_aux, options, out, lse)
     with Guards(device) as guards:
         o, row_lse = guards.add(Guarded.like(out)), guards.add(Guarded.like(lse))
-        forward(q, k, v, qv, s_aux, options, o, row_lse, *partial)
+        plan = launch(q, k, v, s_aux, options, o, row_lse)
         guards.check()
     _assign(out, o)
     _assign(lse, row_lse)
-    call = hopper._served.last.call  # by which calls like this one are launched again
-    call.o = (out.data_ptr(), *call.o[1:])
-    call.lse = (lse.data_ptr(), *call.lse[1:])
+    plan.call.o = (out.data_ptr(), *plan.call.o[1:])  # of which the plan cache will hear
+    plan.call.lse = (lse.data_ptr(), *plan.call.lse[1:])
+    return plan
 
 
 def _is_sparse(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Calls that are remembered, and what their launches were given."""
+"""Calls that leave plans, and what their launches were given."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from flash8.tensors.tokens import Tokens
 from flash8.tensors.v_colmajor import to_colmajor
 
 
-def forget() -> None:
+def clear() -> None:
     plan_cache._plan_cache().clear()
 
 
@@ -65,7 +65,7 @@ def _by_keys(v: Tensor) -> ScaledTensor:
 ENDS = _lengths(0, 13, 80)
 SINKS = torch.linspace(-1.0, 2.0, 4)
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
-#: Calls of three bf16 tensors of `draw`, of every kind that is remembered.
+#: Calls of three bf16 tensors of `draw`, of every kind that leaves a plan.
 CALLS: dict[str, Call] = {
     "causal": lambda q, k, v: flash_attn_func(q, k, v, causal=True),
     "no mask": lambda q, k, v: flash_attn_func(q, k, v),

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of calls like one before (`flash8.ops.plan_cache`)."""
+"""Fixtures of the tests of the plan cache (`flash8.ops.plan_cache`)."""
 
 import functools
 from collections.abc import Iterator
@@ -17,15 +17,19 @@ READERS = ("DLPack", "attributes")
 
 
 @pytest.fixture(params=READERS)
-def forgetful(request, monkeypatch):
-    """Nothing is remembered from or for other tests. Tensors are read in either of two ways."""
-    api = torch.Tensor.__dlpack_c_exchange_api__ if request.param == "DLPack" else None
-    recall = functools.cache(lambda: plan_cache.new_plan_cache(api))
-    monkeypatch.setattr(plan_cache, "_plan_cache", recall)
+def own_cache(request, monkeypatch):
+    """A plan cache of the test's own. Tensors are read in either of two ways."""
+    api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if request.param == "attributes":
+        api = None
+    elif api is None:
+        pytest.skip("this torch has no table of DLPack functions")
+    cache = functools.cache(lambda: plan_cache.new_plan_cache(api))
+    monkeypatch.setattr(plan_cache, "_plan_cache", cache)
 
 
 @pytest.fixture
-def on_fake_driver(monkeypatch, driver, forgetful):
+def on_fake_driver(monkeypatch, driver, own_cache):
     """CPU tensors take the Hopper backend on a driver that does nothing."""
     registry = _native.Registry(driver, forward_cubin)
     monkeypatch.setattr(backends, "kernels_wanted", lambda tensor: True)
@@ -34,16 +38,24 @@ def on_fake_driver(monkeypatch, driver, forgetful):
 
 
 @pytest.fixture
-def on_simulated_device(monkeypatch, forgetful) -> Iterator[None]:
+def on_simulated_device(monkeypatch, own_cache) -> Iterator[None]:
     """CPU tensors take the Hopper backend on the simulated device."""
     with SimulatedDevice().serving_cpu_tensors(monkeypatch, seed=5):
         yield
 
 
 @pytest.fixture
-def whole_ways(monkeypatch) -> list[int]:
-    """A list that grows with every call that goes through the op."""
-    seen: list[int] = []
-    run_forward = ops.run_forward
-    monkeypatch.setattr(ops, "run_forward", lambda *args: seen.append(1) or run_forward(*args))
+def misses(monkeypatch) -> list[str]:
+    """A list that grows with every call that the plan cache has no launch for: "launch" where the
+    call was planned and launched, "op" where the torch op served it."""
+    seen: list[str] = []
+    launch, run_forward = plan_cache.launch, ops.run_forward
+
+    def launch_once(*args):
+        done = launch(*args)
+        seen.extend(["launch"] * (done is not None))
+        return done
+
+    monkeypatch.setattr(plan_cache, "launch", launch_once)
+    monkeypatch.setattr(ops, "run_forward", lambda *args: seen.append("op") or run_forward(*args))
     return seen

@@ -53,7 +53,6 @@ def forward_backend(
         tell_about_refusal(reason)
     elif trust.is_trusted(hopper.choose(q, k, v, options), q.device):
         return hopper
-    hopper.forget_served()
     return cpu
 
 

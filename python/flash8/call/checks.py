@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flash8.call import check_descales, derivatives
 from flash8.call.geometry import Geometry
-from flash8.call.options import Options
+from flash8.call.options import Arguments, Options
 from flash8.tensors import descales, memory
 from flash8.tensors.arguments import (
     INDEX_DTYPES,
@@ -54,7 +54,7 @@ def attention(
     names: Names = OWN_NAMES,
 ) -> tuple[Geometry, Options]:
     """Checks one attention call. `options` may hold raw user values; the result is normalised."""
-    options = narrowed(options)
+    options = options._replace(**narrowed(options._asdict()))
     geometry = qkv(q, k, v, options, names)
     if qv is not None:
         _check_qv(q, k, qv, geometry, names)
@@ -67,18 +67,19 @@ def attention(
         others = [x for x in options if isinstance(x, Tensor)]
         _check_out(out, (q, k, v, qv, s_aux), others, geometry)
     options = scalars(options, names)
-    check_descales.check(q, k, geometry, options)
+    if options.is_scaled:
+        check_descales.check(q, k, geometry, options)
     return geometry, options
 
 
-def narrowed(options: Options) -> Options:
-    """The options with int32 indices for int64 ones; the same object if there are none."""
-    changed = {}
+def narrowed(arguments: Arguments) -> Arguments:
+    """int32 indices for those that are int64. Empty if there are none."""
+    indices = {}
     for name in _INDEX_FIELDS:
-        index = getattr(options, name)
+        index = arguments.get(name)
         if isinstance(index, Tensor) and index.dtype == torch.int64:
-            changed[name] = to_int32(index)
-    return options._replace(**changed) if changed else options
+            indices[name] = to_int32(index)
+    return indices
 
 
 def qkv(q: Any, k: Any, v: Any, options: Options, names: Names = OWN_NAMES) -> Geometry:

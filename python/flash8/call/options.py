@@ -5,9 +5,14 @@ The order of the fields here is the order of the arguments of `flash8::forward`,
 schema, fake, autograd and backends can never disagree.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+#: An attention call by name, as the caller made it: q, k, v, and any of qv, s_aux, out, window_size
+#: and raw values of `Options`. Nothing in it has to be valid.
+Arguments = dict[str, Any]
 
 
 class Options(NamedTuple):
@@ -43,10 +48,21 @@ class Options(NamedTuple):
     sm_margin: int = 0
     v_colmajor_tokens: int | None = None  # of a v as `flash8.tensors.v_colmajor` has it
 
+    @classmethod
+    def of(cls, arguments: Arguments) -> "Options":
+        """Those of a call; what it does not give has its default."""
+        return cls(**{name: arguments[name] for name in cls._fields if name in arguments})
+
     @property
     def is_local(self) -> bool:
         """Whether the mask is a band or chunks rather than none or causal."""
         return self.window_left >= 0 or self.window_right >= 0 or self.attention_chunk > 0
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether a descale or a mean is given."""
+        descales = (self.q_descale, self.k_descale, self.v_descale, self.v_channel_descale)
+        return any(x is not None for x in (*descales, self.k_mean, self.v_mean))
 
     def head_dim_v(self, v: Tensor) -> int:
         """The channels of v, whichever way it lies."""
@@ -63,13 +79,27 @@ _SCHEMA_TYPES: dict[object, str] = {
     bool: "bool",
 }
 
-#: The options that are tensors, and those that are not, in order.
-TENSOR_FIELDS, NUMBER_FIELDS = (
-    tuple(x for x, kind in Options.__annotations__.items() if (kind == Tensor | None) is tensors)
-    for tensors in (True, False)
-)
+#: The options that are tensors, in order.
+TENSOR_FIELDS = tuple(x for x, kind in Options.__annotations__.items() if kind == Tensor | None)
 
 #: "Tensor? q_descale, ..., SymInt? v_colmajor_tokens": the tail of every attention op's schema.
 SCHEMA = ", ".join(
     f"{_SCHEMA_TYPES[annotation]} {name}" for name, annotation in Options.__annotations__.items()
 )
+
+
+class WithoutTensors(NamedTuple):
+    """Options that keep no tensor alive, as a plan and a node of autograd have them."""
+
+    tensors: tuple[str, ...]  # the names of those that are tensors
+    numbers: Options  # the others; those are None here
+
+    def with_tensors(self, tensors: Iterable[Any]) -> Options:
+        """The options, with tensors in the order of their names."""
+        return self.numbers._replace(**dict(zip(self.tensors, tensors, strict=True)))
+
+
+def without_tensors(options: Options) -> WithoutTensors:
+    names = tuple(name for name in TENSOR_FIELDS if getattr(options, name) is not None)
+    nothing: dict[str, Any] = dict.fromkeys(names)
+    return WithoutTensors(names, options._replace(**nothing))

@@ -14,7 +14,7 @@ from flash8.backends import backend_for, choose_num_splits, forward_backend, ind
 from flash8.call import checks, derivatives
 from flash8.call.autocast import unaffected
 from flash8.call.geometry import Geometry
-from flash8.call.options import SCHEMA, Options
+from flash8.call.options import SCHEMA, Options, without_tensors
 from flash8.ops import autograd, batching
 
 
@@ -70,7 +70,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, s_aux: Tensor | None, *options: Any
 ) -> ForwardResult:
     opts = Options(*options)
-    result = _empty_forward(q, k, v, opts)
+    result = _empty_forward(q, v, opts)
     forward_backend(q, k, v, qv, opts).forward(q, k, v, qv, s_aux, opts, *result)
     return result
 
@@ -85,7 +85,7 @@ def _forward_out(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     opts = Options(*options)
-    lse, out_partial, lse_partial = _empty_lse_and_partials(q, k, v, opts)
+    lse, out_partial, lse_partial = _empty_lse_and_partials(q, v, opts)
     backend = forward_backend(q, k, v, qv, opts, out)
     backend.forward(q, k, v, qv, s_aux, opts, out, lse, out_partial, lse_partial)
     return lse, out_partial, lse_partial
@@ -160,23 +160,29 @@ def _combine_jvp(
     return tangents
 
 
-def _empty_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> ForwardResult:
-    out = q.new_empty((*q.shape[:-1], options.head_dim_v(v)), dtype=checks.output_dtype(q))
-    return ForwardResult(out, *_empty_lse_and_partials(q, k, v, options))
+def empty_out(q: Tensor, v: Tensor, options: Options) -> Tensor:
+    """Memory for the O of a forward."""
+    return q.new_empty((*q.shape[:-1], options.head_dim_v(v)), dtype=checks.output_dtype(q))
+
+
+def empty_lse(q: Tensor) -> Tensor:
+    """Memory for the LSE of a forward."""
+    *batch, rows, heads, _ = q.shape
+    return q.new_empty((*batch, heads, rows), dtype=checks.lse_dtype(q))
+
+
+def _empty_forward(q: Tensor, v: Tensor, options: Options) -> ForwardResult:
+    return ForwardResult(empty_out(q, v, options), *_empty_lse_and_partials(q, v, options))
 
 
 def _empty_lse_and_partials(
-    q: Tensor, k: Tensor, v: Tensor, options: Options
+    q: Tensor, v: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = checks.lse_dtype(q)
-    *batch, rows, heads, _ = q.shape
-    shape = (*batch, heads, rows)
-    lse = q.new_empty(shape, dtype=dtype)
+    lse = empty_lse(q)
     if options.num_splits == 1:
-        return lse, q.new_empty((0,), dtype=dtype), q.new_empty((0,), dtype=dtype)
-    splits = (options.num_splits, *shape)
-    out_partial = q.new_empty((*splits, options.head_dim_v(v)), dtype=dtype)
-    return lse, out_partial, q.new_empty(splits, dtype=dtype)
+        return lse, lse.new_empty((0,)), lse.new_empty((0,))
+    splits = (options.num_splits, *lse.shape)
+    return lse, lse.new_empty((*splits, options.head_dim_v(v))), lse.new_empty(splits)
 
 
 def _empty_gradients(
@@ -195,7 +201,7 @@ def _empty_tangents(q: Tensor, v: Tensor, lse: Tensor, options: Options) -> tupl
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, s_aux: Tensor | None, *options: Any
 ) -> ForwardResult:
-    return _empty_forward(q, k, v, Options(*options))
+    return _empty_forward(q, v, Options(*options))
 
 
 def _forward_out_fake(
@@ -207,7 +213,7 @@ def _forward_out_fake(
     out: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_lse_and_partials(q, k, v, Options(*options))
+    return _empty_lse_and_partials(q, v, Options(*options))
 
 
 def _backward_fake(
@@ -264,10 +270,13 @@ def _combine_jvp_fake(
 
 
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: ForwardResult) -> None:
-    q, k, v, qv, s_aux, *options = inputs
+    q, k, v, qv, s_aux, *rest = inputs
     out, lse, out_partial, lse_partial = output
     ctx.mark_non_differentiable(out_partial, lse_partial)
-    ctx.save_for_forward(*autograd.save(ctx, (q, k, v, qv, s_aux), (out, lse), tuple(options)))
+    options = Options(*rest)
+    kept = without_tensors(options)
+    saved = autograd.save(ctx, (q, k, v, qv, s_aux), (out, lse), options._asdict(), kept)
+    ctx.save_for_forward(*saved)
 
 
 def _forward_autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> Any:

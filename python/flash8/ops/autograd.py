@@ -3,17 +3,14 @@
 What is saved and how gradients come of it is written once; the two differ in who asks for it.
 """
 
-from operator import itemgetter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash8.call.options import NUMBER_FIELDS, TENSOR_FIELDS, Options
+from flash8.call.options import Arguments, Options, WithoutTensors
 from flash8.tensors.float8 import E4M3
-
-_tensors_of = itemgetter(*map(Options._fields.index, TENSOR_FIELDS))
-_numbers_of = itemgetter(*map(Options._fields.index, NUMBER_FIELDS))
 
 InputGradients = tuple[Tensor | None, ...]
 
@@ -22,14 +19,15 @@ def save(
     ctx: Any,
     inputs: tuple[Tensor | None, ...],
     outputs: tuple[Tensor, Tensor],
-    options: tuple[Any, ...],
+    arguments: Arguments,
+    options: WithoutTensors,
 ) -> tuple[Any, ...]:
-    """Saves q, k, v, qv and s_aux, O and LSE, and the options for `gradients`, and returns the
-    tensors, which `tangents` wants saved for forward."""
+    """Saves q, k, v, qv and s_aux, O and LSE, and the options for `gradients`, those that are
+    tensors from `arguments`. Returns the tensors, which `tangents` wants saved for forward."""
     ctx.set_materialize_grads(False)
-    saved = (*inputs, *outputs, *_tensors_of(options))
+    saved = (*inputs, *outputs, *[arguments[name] for name in options.tensors])
     ctx.save_for_backward(*saved)
-    ctx.numbers = _numbers_of(options)
+    ctx.options = options
     return saved
 
 
@@ -37,7 +35,7 @@ def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> InputGradie
     """Those of q, k, v, qv and s_aux."""
     if dout is None and dlse is None:
         return (None,) * 5
-    (q, k, v, qv, s_aux, out, lse), options = _saved(ctx)
+    q, k, v, qv, s_aux, out, lse, options = _saved(ctx)
     dq, dk, dv, dqv, ds_aux = torch.ops.flash8.backward(
         dout, dlse, q, k, v, qv, s_aux, out, lse, *options
     )
@@ -46,29 +44,30 @@ def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> InputGradie
 
 def tangents(ctx: Any, given: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
     """Those of O and LSE, from those of all arguments."""
-    for name, tangent in zip(Options._fields, given[5:], strict=True):
-        if tangent is not None:
-            raise RuntimeError(f"{name} is not differentiable, got a tangent of it; detach it")
-    (q, k, v, qv, s_aux, _, lse), options = _saved(ctx)
-    found: tuple[Tensor, Tensor] = torch.ops.flash8.jvp(
-        *given[:5], q, k, v, qv, s_aux, lse, *options
-    )
+    q_tangent, k_tangent, v_tangent, qv_tangent, s_aux_tangent, *others = given
+    refuse_tangents(others)
+    q, k, v, qv, s_aux, _, lse, options = _saved(ctx)
+    inputs = (q_tangent, k_tangent, v_tangent, qv_tangent, s_aux_tangent)
+    found: tuple[Tensor, Tensor] = torch.ops.flash8.jvp(*inputs, q, k, v, qv, s_aux, lse, *options)
     return found
 
 
-def _saved(ctx: Any) -> tuple[tuple[Any, ...], Options]:
-    """What `save` got."""
-    saved = ctx.saved_tensors
-    inputs, tensors = saved[:7], saved[7:]
-    if inputs[1].dtype == E4M3:
+def refuse_tangents(tangents: Iterable[Any]) -> None:
+    """Of all options: they have none."""
+    for name, tangent in zip(Options._fields, tangents, strict=True):
+        if tangent is not None:
+            raise RuntimeError(f"{name} is not differentiable, got a tangent of it; detach it")
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """q, k, v, qv and s_aux, O and LSE, and the options, as `save` got them."""
+    q, k, v, qv, s_aux, out, lse, *tensors = ctx.saved_tensors
+    if k.dtype == E4M3:
         raise ValueError(
             f"attention on raw {E4M3} inputs has no backward: call flash8.fp8_attention on "
             "16-bit tensors, which quantizes inside and is differentiable"
         )
-    return inputs, Options(
-        **dict(zip(TENSOR_FIELDS, tensors, strict=True)),
-        **dict(zip(NUMBER_FIELDS, ctx.numbers, strict=True)),
-    )
+    return q, k, v, qv, s_aux, out, lse, ctx.options.with_tensors(tensors)
 
 
 class Launched(torch.autograd.Function):
@@ -86,12 +85,13 @@ class Launched(torch.autograd.Function):
         v: Tensor,
         s_aux: Tensor | None,
         outputs: tuple[Tensor, Tensor],
-        options: tuple[Any, ...],
+        arguments: Arguments,
+        options: WithoutTensors,
     ) -> tuple[Tensor, Tensor]:
-        save(ctx, (q, k, v, None, s_aux), outputs, options)
+        save(ctx, (q, k, v, None, s_aux), outputs, arguments, options)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> InputGradients:
         dq, dk, dv, _, ds_aux = gradients(ctx, dout, dlse)
-        return dq, dk, dv, ds_aux, None, None
+        return dq, dk, dv, ds_aux, None, None, None

@@ -1,15 +1,16 @@
-"""Forward calls like one before, on the Hopper kernels: not checked, planned or dispatched again.
+"""The plan cache: forward calls on the Hopper kernels that are checked and planned once.
 
-A call is known by the types, sizes, strides and devices of its tensors and by its options, with
-their types: everything that the checks, the choice of a kernel and its parameters look at, but for
-addresses. The first one takes the whole way and leaves its plan here;
-`python/native/plan_cache/plan_cache.cpp` serves the others. A call that is none such, or that a
-mode, a transform or a trace watches, takes the whole way every time. Autograd gets a node of its
-own for what was launched already.
+The key of a call is its arguments by name: of a tensor type, sizes, strides and device, of anything
+else type and value. That is all that the checks, the choice of a kernel and its parameters look at,
+but for addresses. `find` launches by the plan of a key (`python/native/plan_cache/plan_cache.cpp`).
+On a miss the call is checked, and `launch` plans it, launches it and keeps the plan. Neither goes
+through the torch op, so neither is asked where a mode, a transform or a trace watches. Autograd
+gets a node of its own for what has been launched.
 
-This is the host's hot path, a few microseconds.
+`find` is the host's hot path, a few microseconds.
 """
 
+import contextlib
 import functools
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,65 +22,87 @@ from torch.autograd.profiler import record_function
 from flash8 import backends
 from flash8.backends import index_checks
 from flash8.call.observed import is_observed, is_profiled
-from flash8.call.options import Options
+from flash8.call.options import Arguments, Options, WithoutTensors, without_tensors
+from flash8.ops.attention import empty_lse, empty_out
 from flash8.ops.autograd import Launched
 
 if TYPE_CHECKING:
     from flash8 import _native
 
 _MOST_PLANS = 4096
-#: From here on options are numbers that are checked and normalised: a plan holds the result.
-_TENSOR_OPTIONS = Options._fields.index("dropout_p")
+_OP = "flash8::forward"  # what profilers call a launch
 
 
-#: A call as the caller made it, ScaledTensors taken apart: (q, k, v, qv, s_aux, out), the options
-#: and window_size. Nothing in it has to be valid.
-Call = tuple[tuple[Any, Any, Any, Any, Any, Any], Options, Any]
+def _may_launch(q: Any) -> bool:
+    """Whether a call with this q is for kernels, and nobody has to see the torch op."""
+    return (
+        isinstance(q, Tensor)
+        and not is_observed()
+        and backends.kernels_wanted(q)
+        and not index_checks.wanted()
+    )
 
 
-def run(call: Call, return_lse: bool) -> Any:
-    """What a call like one before returns; None for any other, and nothing was done then."""
-    inputs, options, _ = call
-    if not _may_be_launched(inputs[0]):
+def find(arguments: Arguments, return_lse: bool) -> Any:
+    """A hit: what the call returns, launched. None on a miss, and nothing was done."""
+    if not _may_launch(arguments["q"]):
         return None
-    launch = _plan_cache().run
+    run = _plan_cache().run
     if is_profiled():
-        launch = record_function("flash8::forward")(launch)
-    done = launch(_hopper().kernels.registry(), *call, return_lse, is_grad_enabled())
+        run = record_function(_OP)(run)
+    done = run(_hopper().kernels.registry(), arguments, return_lse, is_grad_enabled())
     if done is None:
         return None
-    out, lse, numbers = done
-    if numbers is not None:
-        q, k, v, _, s_aux, _ = inputs
-        checked = (*options[:_TENSOR_OPTIONS], *numbers)
-        out, lse = Launched.apply(q, k, v, s_aux, (out, lse), checked)
+    out, lse, options = done
+    if options is not None:
+        out, lse = _with_node(arguments, out, lse, options)
     return (out, lse) if return_lse else out
 
 
-def insert(call: Call, options: Options, out: Tensor, lse: Tensor) -> None:
-    """Called after a call has succeeded, with its checked options and what it returned."""
-    if not _may_be_launched(call[0][0]):
-        return
-    hopper = _hopper()
-    planned = hopper.forward.take_served(out)
-    if planned is None or _plan_cache().contains(hopper.kernels.registry(), *call):
-        return
+def launch(arguments: Arguments, options: Options, return_lse: bool) -> Any:
+    """After a miss: plans the call, launches it, keeps the plan and returns what the call does.
+    `options` are its own, checked. None where no kernel serves it, and nothing was done."""
+    if not _may_launch(arguments["q"]):
+        return None
+    hopper, cache = _hopper(), _plan_cache()
+    registry = hopper.kernels.registry()
+    if not cache.has_key(registry, arguments):
+        return None
+    q, k, v = arguments["q"], arguments["k"], arguments["v"]
+    s_aux, out = arguments.get("s_aux"), arguments.get("out")
+    profiled = record_function(_OP) if is_profiled() else contextlib.nullcontext()
+    with torch.no_grad(), profiled:
+        if backends.forward_backend(q, k, v, None, options, out) is not hopper.forward:
+            return None
+        if out is None:
+            out = empty_out(q, v, options)
+        lse = empty_lse(q)
+        plan = hopper.forward.plan_and_launch(q, k, v, s_aux, options, out, lse)
+    kept = without_tensors(options)
     out_like, lse_like = _like(out), _like(lse)
-    if not (empty_like(out_like).is_contiguous() and empty_like(lse_like).is_contiguous()):
-        return
-    _plan_cache().insert(
-        hopper.kernels.registry(),
-        *call,
-        kernel=planned.kernel,
-        device=planned.device,
-        sm_margin=options.sm_margin,
-        dynamic_schedule=planned.dynamic_schedule,
-        params=planned.call,
-        out_like=out_like,
-        lse_like=lse_like,
-        note=options[_TENSOR_OPTIONS:],
-        most_plans=_MOST_PLANS,
-    )
+    if empty_like(out_like).is_contiguous() and empty_like(lse_like).is_contiguous():
+        cache.insert(
+            registry,
+            arguments,
+            kernel=plan.kernel,
+            device=plan.device,
+            sm_margin=options.sm_margin,
+            dynamic_schedule=plan.dynamic_schedule,
+            params=plan.call,
+            out_like=out_like,
+            lse_like=lse_like,
+            options=kept,
+            most_plans=_MOST_PLANS,
+        )
+    if is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, s_aux)):
+        out, lse = _with_node(arguments, out, lse, kept)
+    return (out, lse) if return_lse else out
+
+
+def _with_node(arguments: Arguments, out: Tensor, lse: Tensor, options: WithoutTensors) -> Any:
+    """O and LSE of a launch as outputs of a node."""
+    q, k, v = arguments["q"], arguments["k"], arguments["v"]
+    return Launched.apply(q, k, v, arguments.get("s_aux"), (out, lse), arguments, options)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -98,8 +121,8 @@ def _plan_cache() -> "_native.PlanCache":
 
 
 def new_plan_cache(exchange_api: object | None) -> "_native.PlanCache":
-    """A memory of calls. Without torch's DLPack table, which an older torch lacks, it reads tensors
-    by their attributes."""
+    """An empty one. Without torch's DLPack table, which an older torch lacks, it reads tensors by
+    their attributes."""
     from flash8 import _native
 
     hopper = _hopper()
@@ -110,7 +133,6 @@ def new_plan_cache(exchange_api: object | None) -> "_native.PlanCache":
         empty_like=empty_like,
         current_stream=hopper.streams.current_stream,
         tile_count=hopper.streams.get_tile_count,
-        option_names=Options._fields,
     )
 
 
@@ -127,13 +149,3 @@ def _hopper() -> _Hopper:
     from flash8.backends.hopper import forward, kernels, streams
 
     return _Hopper(forward, kernels, streams)
-
-
-def _may_be_launched(q: Any) -> bool:
-    """Whether the call is for kernels, and no mode, transform or trace has to see the op."""
-    return (
-        not is_observed()
-        and isinstance(q, Tensor)
-        and backends.kernels_wanted(q)
-        and not index_checks.wanted()
-    )

@@ -10,6 +10,6 @@ void bind_driver(pybind11::module_& module);      // errors, the driver, memory,
 void bind_kernel(pybind11::module_& module);      // tensor maps, libraries, kernels, the registry
 void bind_calls(pybind11::module_& module);       // attention calls
 void bind_quantize(pybind11::module_& module);    // quantizer calls
-void bind_plan_cache(pybind11::module_& module);  // attention calls like one before
+void bind_plan_cache(pybind11::module_& module);  // the plans of attention calls
 
 }  // namespace flash8

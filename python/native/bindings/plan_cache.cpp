@@ -1,59 +1,69 @@
-#include <pybind11/stl.h>
-
-#include "bindings/bindings.h"
 #include "plan_cache/plan_cache.h"
+#include "bindings/bindings.h"
 
 namespace py = pybind11;
 
 namespace flash8 {
 
+namespace {
+
+PlanCache::Torch torch_of(py::object exchange_api, py::object tensor, py::object parameter,
+                          py::object empty_like, py::object current_stream, py::object tile_count) {
+    PlanCache::Torch torch;
+    torch.exchange_api = std::move(exchange_api);
+    torch.tensor_types = {std::move(tensor), std::move(parameter)};
+    torch.empty_like = std::move(empty_like);
+    torch.current_stream = std::move(current_stream);
+    torch.tile_count = std::move(tile_count);
+    return torch;
+}
+
+void insert(PlanCache& self, py::handle scope, py::dict arguments, std::shared_ptr<Kernel> kernel, int device,
+            int sm_margin, bool dynamic_schedule, const ForwardParams& params, py::object out_like,
+            py::object lse_like, py::object options, std::size_t most_plans) {
+    CallPlan plan;
+    plan.kernel = std::move(kernel);
+    plan.device = device;
+    plan.sm_margin = sm_margin;
+    plan.dynamic_schedule = dynamic_schedule;
+    plan.params = params;
+    plan.out_like = std::move(out_like);
+    plan.lse_like = std::move(lse_like);
+    plan.options = std::move(options);
+    self.insert({scope, std::move(arguments)}, std::move(plan), most_plans);
+}
+
+}  // namespace
+
 void bind_plan_cache(py::module_& module) {
     py::class_<PlanCache> type(module, "PlanCache",
-                               "Forward calls that are like one before, and the plans of their launches.");
+                               "The plans of forward calls, by all but their addresses.");
     type.def(py::init([](py::object exchange_api, py::object tensor, py::object parameter,
-                         py::object empty_like, py::object current_stream, py::object tile_count,
-                         const std::vector<std::string>& option_names) {
-                 PlanCache::Torch torch{std::move(exchange_api),
-                                        {std::move(tensor), std::move(parameter)},
-                                        std::move(empty_like),
-                                        std::move(current_stream),
-                                        std::move(tile_count)};
-                 return std::make_unique<PlanCache>(std::move(torch), option_names);
+                         py::object empty_like, py::object current_stream, py::object tile_count) {
+                 return std::make_unique<PlanCache>(
+                     torch_of(std::move(exchange_api), std::move(tensor), std::move(parameter),
+                              std::move(empty_like), std::move(current_stream), std::move(tile_count)));
              }),
              py::kw_only(), py::arg("exchange_api").none(true), py::arg("tensor"), py::arg("parameter"),
-             py::arg("empty_like"), py::arg("current_stream"), py::arg("tile_count"),
-             py::arg("option_names"));
+             py::arg("empty_like"), py::arg("current_stream"), py::arg("tile_count"));
     type.def(
         "run",
-        [](PlanCache& self, py::handle scope, py::tuple inputs, py::tuple options, py::object window,
-           bool want_lse, bool grad_enabled) {
-            return self.run({scope, std::move(inputs), std::move(options), std::move(window)}, want_lse,
-                            grad_enabled);
+        [](PlanCache& self, py::handle scope, py::dict arguments, bool want_lse, bool grad_enabled) {
+            return self.run({scope, std::move(arguments)}, want_lse, grad_enabled);
         },
-        "(O, LSE or None, note or None) of a call that is like a cached one, or None.\n"
-        "LSE is there if it is wanted; it and the note are where autograd has to know of the call.");
+        "On a hit launches and gives (O, LSE or None, options or None); None on a miss.\n"
+        "LSE is there if it is wanted; it and the options are where autograd has to know of the call.");
     type.def(
-        "contains",
-        [](const PlanCache& self, py::handle scope, py::tuple inputs, py::tuple options, py::object window) {
-            return self.contains({scope, std::move(inputs), std::move(options), std::move(window)});
+        "has_key",
+        [](PlanCache& self, py::handle scope, py::dict arguments) {
+            return self.has_key({scope, std::move(arguments)});
         },
-        "Whether a call like this one has been given to remember.");
-    type.def(
-        "insert",
-        [](PlanCache& self, py::handle scope, py::tuple inputs, py::tuple options, py::object window,
-           std::shared_ptr<Kernel> kernel, int device, int sm_margin, bool dynamic_schedule,
-           const ForwardParams& params, py::object out_like, py::object lse_like, py::object note,
-           std::size_t most_plans) {
-            CallPlan plan{std::move(kernel),   device,         sm_margin,
-                          dynamic_schedule,    params,         std::move(out_like),
-                          std::move(lse_like), std::move(note)};
-            self.insert({scope, std::move(inputs), std::move(options), std::move(window)}, std::move(plan),
-                        most_plans);
-        },
-        py::arg("scope"), py::arg("inputs"), py::arg("options"), py::arg("window"), py::kw_only(),
-        py::arg("kernel").none(false), py::arg("device"), py::arg("sm_margin"), py::arg("dynamic_schedule"),
-        py::arg("params"), py::arg("out_like"), py::arg("lse_like"), py::arg("note"), py::arg("most_plans"),
-        "Keep the plan of a call, unless its launch points to anything but the arguments themselves.");
+        "Whether the plan of such a call can be kept.");
+    type.def("insert", &insert, py::arg("scope"), py::arg("arguments"), py::kw_only(),
+             py::arg("kernel").none(false), py::arg("device"), py::arg("sm_margin"),
+             py::arg("dynamic_schedule"), py::arg("params"), py::arg("out_like"), py::arg("lse_like"),
+             py::arg("options"), py::arg("most_plans"),
+             "Keep the plan of a call. It is a miss still if its launch points to more than the arguments.");
     type.def("clear", &PlanCache::clear);
     type.def("__len__", &PlanCache::size);
 }

@@ -15,32 +15,19 @@ namespace flash8 {
 
 namespace {
 
-// Positions of arguments: those of the inputs, then the options.
-constexpr std::size_t kQ = 0;
-constexpr std::size_t kV = 2;
-constexpr std::size_t kSinks = 4;
-constexpr std::size_t kOut = 5;
-constexpr std::size_t kInputs = 6;
-
-constexpr std::size_t kNowhere = ~std::size_t{0};
 constexpr std::uintptr_t kAddressUnit = 16;
-constexpr std::int64_t kSinkBytes = sizeof(float);
+constexpr std::int64_t kFloat32Bytes = sizeof(float);
 
-struct Place {
-    const char* argument;
-    std::size_t offset;
-};
+using Argument = TensorArgument;
 
-// Where the launch takes the address of an argument from. Calls with any other tensor are not cached.
-constexpr std::array<Place, kInputs> kInputPlaces{{
-    {"q", offsetof(ForwardParams, q.ptr)},
-    {"k", offsetof(ForwardParams, k.ptr)},
-    {"v", offsetof(ForwardParams, v.ptr)},
-    {"qv", kNowhere},
-    {"s_aux", offsetof(ForwardParams, scores.sinks)},
-    {"out", offsetof(ForwardParams, o.ptr)},
-}};
-constexpr Place kOptionPlaces[] = {
+// Every tensor that a launch points to. A call with any other has no key.
+constexpr Argument kTensors[] = {
+    {"q", offsetof(ForwardParams, q.ptr),
+     Argument::kGivesDevice | Argument::kAligned | Argument::kDifferentiable},
+    {"k", offsetof(ForwardParams, k.ptr), Argument::kAligned | Argument::kDifferentiable},
+    {"v", offsetof(ForwardParams, v.ptr), Argument::kAligned | Argument::kDifferentiable},
+    {"s_aux", offsetof(ForwardParams, scores.sinks), Argument::kDifferentiable | Argument::kReadInFloat32},
+    {"out", offsetof(ForwardParams, o.ptr), Argument::kAligned | Argument::kWritten},
     {"q_descale", offsetof(ForwardParams, q_descale.ptr)},
     {"k_descale", offsetof(ForwardParams, k_descale.ptr)},
     {"v_descale", offsetof(ForwardParams, v_descale.ptr)},
@@ -54,46 +41,25 @@ constexpr Place kOptionPlaces[] = {
     {"alibi_slopes", offsetof(ForwardParams, scores.alibi_slopes)},
 };
 
-std::size_t option_place(const std::string& name) {
-    const auto* const found = std::find_if(std::begin(kOptionPlaces), std::end(kOptionPlaces),
-                                           [&](const Place& place) { return name == place.argument; });
-    return found == std::end(kOptionPlaces) ? kNowhere : found->offset;
+void put_address(ForwardParams& params, std::size_t place, std::uintptr_t address) {
+    std::memcpy(reinterpret_cast<char*>(&params) + place, &address, sizeof(address));
 }
 
-bool is_within(std::size_t offset) {
-    return offset <= sizeof(ForwardParams) - sizeof(std::uintptr_t);
-}
-
-void put_address(ForwardParams& params, std::size_t offset, std::uintptr_t address) {
-    if (!is_within(offset)) {
-        throw std::logic_error("forward: a cached call has a tensor without a place");
-    }
-    std::memcpy(reinterpret_cast<char*>(&params) + offset, &address, sizeof(address));
-}
-
-std::uintptr_t address_at(const ForwardParams& params, std::size_t offset) {
+std::uintptr_t address_at(const ForwardParams& params, std::size_t place) {
     std::uintptr_t address = 0;
-    if (!is_within(offset)) {
-        return address;
-    }
-    std::memcpy(&address, reinterpret_cast<const char*>(&params) + offset, sizeof(address));
+    std::memcpy(&address, reinterpret_cast<const char*>(&params) + place, sizeof(address));
     return address;
 }
 
-// Whether TMA can read q, k and v from where they lie, and the epilogue can write `out`.
-bool is_aligned(const CallKey& call) {
-    return std::all_of(call.begin(), call.end(), [](const CallKey::Tensor& tensor) {
-        return (tensor.argument > kV && tensor.argument != kOut) || tensor.view.address % kAddressUnit == 0;
+bool is_aligned(const CallKey& key) {
+    return std::all_of(key.begin(), key.end(), [](const CallKey::Tensor& tensor) {
+        return !tensor.argument->has(Argument::kAligned) || tensor.view.address % kAddressUnit == 0;
     });
 }
 
-// The kernel reads sinks in fp32; they may come in the type of q.
+// Whether the kernel reads a copy in fp32, which is made for each launch.
 bool is_converted(const CallKey::Tensor& tensor) {
-    return tensor.argument == kSinks && tensor.view.element_bytes != kSinkBytes;
-}
-
-bool is_differentiable(const CallKey::Tensor& tensor) {
-    return tensor.argument < kOut;
+    return tensor.argument->has(Argument::kReadInFloat32) && tensor.view.element_bytes != kFloat32Bytes;
 }
 
 // Whether a byte between the first and the last of one is also that of the other: so do tensors meet whose
@@ -102,118 +68,98 @@ bool spans_meet(const TensorView& a, const TensorView& b) {
     return a.address < b.end_address() && b.address < a.end_address();
 }
 
-const CallKey::Tensor* find_out(const CallKey& call) {
-    return std::find_if(call.begin(), call.end(), [](const auto& tensor) { return tensor.argument == kOut; });
-}
-
 }  // namespace
 
-PlanCache::PlanCache(Torch torch, const std::vector<std::string>& option_names)
-    : torch_(std::move(torch)), reader_(torch_.exchange_api) {
-    for (const Place& place : kInputPlaces) {
-        places_.push_back(place.offset);
-    }
-    for (const std::string& name : option_names) {
-        places_.push_back(option_place(name));
-    }
-}
+PlanCache::PlanCache(Torch torch)
+    : torch_(std::move(torch)), reader_(torch_.exchange_api), names_(kTensors) {}
 
-py::object PlanCache::run(const CallArguments& arguments, bool want_lse, bool grad_enabled) {
-    CallKey call = new_key();
-    // Shared: other threads may forget it while torch's functions, called below, let them run.
-    const std::shared_ptr<const CachedPlan> cached = read(call, arguments) ? find(call) : nullptr;
+py::object PlanCache::run(const CallArguments& call, bool want_lse, bool grad_enabled) {
+    CallKey key = new_key();
+    // Shared: other threads may drop it while torch's functions, called below, let them run.
+    const std::shared_ptr<const CachedPlan> cached = read(key, call) ? find(key) : nullptr;
     bool graph = false;
-    if (cached == nullptr || !cached->repeatable || !is_aligned(call) ||
-        !needs_graph(call, grad_enabled, graph) || !can_write_out(call)) {
+    if (cached == nullptr || !cached->by_address || !is_aligned(key) ||
+        !needs_graph(key, grad_enabled, graph) || !can_write_out(key)) {
         return py::none();
     }
     const CallPlan& plan = cached->plan;
+    const CallKey::Tensor& q = *key.find(Argument::kGivesDevice);
 
     ForwardParams params = plan.params;
-    const py::object sinks = put_arguments(call, graph, params);
-    py::object out = make_out(call, plan);
+    const py::object converted = put_arguments(key, graph, params);
+    py::object out = make_out(key, plan);
     params.o.ptr = reinterpret_cast<void*>(address_of(out));
     // The kernel leaves LSE out where there is none.
     py::object lse = want_lse || graph ? torch_.empty_like(plan.lse_like) : py::none();
     params.lse.ptr = lse.is_none() ? nullptr : reinterpret_cast<float*>(address_of(lse));
-    const std::uint64_t stream = current_stream(call);
+    const std::uint64_t stream = current_stream(q);
     py::object tile_count;
     if (plan.dynamic_schedule) {
-        tile_count = counter(call, plan, stream);
+        tile_count = counter(q, plan, stream);
         params.scheduler.tile_count = reinterpret_cast<std::int32_t*>(address_of(tile_count));
     }
     {
         const GilRelease release;
         launch_forward(*plan.kernel, plan.device, stream, params, plan.sm_margin);
     }
-    return py::make_tuple(std::move(out), std::move(lse), graph ? plan.note : py::none());
+    return py::make_tuple(std::move(out), std::move(lse), graph ? plan.options : py::none());
 }
 
-bool PlanCache::contains(const CallArguments& arguments) const {
-    CallKey call = new_key();
-    return read(call, arguments) && find(call) != nullptr;
+bool PlanCache::has_key(const CallArguments& call) {
+    CallKey key = new_key();
+    return read(key, call);
 }
 
-void PlanCache::insert(const CallArguments& arguments, CallPlan plan, std::size_t most_plans) {
-    CallKey call = new_key();
-    if (!read(call, arguments)) {
+void PlanCache::insert(const CallArguments& call, CallPlan plan, std::size_t most_plans) {
+    CallKey key = new_key();
+    if (!read(key, call) || find(key) != nullptr) {
         return;
     }
-    const bool points_to_arguments =
-        std::all_of(call.begin(), call.end(), [&](const CallKey::Tensor& tensor) {
-            const std::size_t place = place_of(tensor);
-            return place != kNowhere &&
-                   (is_converted(tensor) || address_at(plan.params, place) == tensor.view.address);
-        });
+    const bool by_address = std::all_of(key.begin(), key.end(), [&](const CallKey::Tensor& tensor) {
+        return is_converted(tensor) || address_at(plan.params, tensor.argument->place) == tensor.view.address;
+    });
     if (plans_.size() >= most_plans) {
         clear();
     }
-    auto scope = py::reinterpret_borrow<py::object>(arguments.scope);
-    plans_[call.bytes()] = std::make_shared<const CachedPlan>(
-        CachedPlan{std::move(plan), points_to_arguments, std::move(scope)});
+    auto scope = py::reinterpret_borrow<py::object>(call.scope);
+    plans_[key.bytes()] =
+        std::make_shared<const CachedPlan>(CachedPlan{std::move(plan), by_address, std::move(scope)});
 }
 
 void PlanCache::clear() {
     // What they hold may run Python code as it goes, which must find the table in order.
-    const auto forgotten = std::exchange(plans_, {});
-}
-
-std::size_t PlanCache::place_of(const CallKey::Tensor& tensor) const {
-    return tensor.argument < places_.size() ? places_[tensor.argument] : kNowhere;
+    const auto dropped = std::exchange(plans_, {});
 }
 
 CallKey PlanCache::new_key() const {
     return {reader_, {torch_.tensor_types[0].ptr(), torch_.tensor_types[1].ptr()}};
 }
 
-bool PlanCache::read(CallKey& call, const CallArguments& arguments) const {
-    const auto inputs = static_cast<std::size_t>(PyTuple_GET_SIZE(arguments.inputs.ptr()));
-    const auto options = static_cast<std::size_t>(PyTuple_GET_SIZE(arguments.options.ptr()));
-    if (inputs != kInputs || inputs + options != places_.size()) {
-        return false;
-    }
-    call.add_identity(arguments.scope.ptr());
-    for (const py::tuple* const part : {&arguments.inputs, &arguments.options}) {
-        const Py_ssize_t count = PyTuple_GET_SIZE(part->ptr());
-        for (Py_ssize_t i = 0; i < count; ++i) {
-            if (!call.add(PyTuple_GET_ITEM(part->ptr(), i))) {
-                return false;
-            }
+// False: the call has no key.
+bool PlanCache::read(CallKey& key, const CallArguments& call) {
+    key.add_identity(call.scope.ptr());
+    std::size_t number = ArgumentNames::kNone;
+    Py_ssize_t position = 0;
+    PyObject* name = nullptr;
+    PyObject* value = nullptr;
+    while (PyDict_Next(call.arguments.ptr(), &position, &name, &value) != 0) {
+        number = names_.number(name, number);
+        if (number == ArgumentNames::kNone || !key.add(number, names_.tensor(number), value)) {
+            return false;
         }
     }
-    // Every launch takes its device and its stream from q, the first of all tensors.
-    return call.add_plain(arguments.window.ptr()) && call.size() > 0 && call.begin()->argument == kQ;
+    return key.find(Argument::kGivesDevice) != nullptr;
 }
 
-std::shared_ptr<const PlanCache::CachedPlan> PlanCache::find(const CallKey& call) const {
-    const auto found = plans_.find(call.bytes());
+std::shared_ptr<const PlanCache::CachedPlan> PlanCache::find(const CallKey& key) const {
+    const auto found = plans_.find(key.bytes());
     return found == plans_.end() ? nullptr : found->second;
 }
 
-// False where the whole way has to say what is wrong: with a gradient for a tensor that has none.
-bool PlanCache::needs_graph(const CallKey& call, bool grad_enabled, bool& needed) const {
-    for (const CallKey::Tensor& tensor : call) {
-        const bool differentiable = is_differentiable(tensor);
+// False where the checks of a miss have to say what is wrong: with a gradient for a tensor that has none.
+bool PlanCache::needs_graph(const CallKey& key, bool grad_enabled, bool& needed) const {
+    for (const CallKey::Tensor& tensor : key) {
+        const bool differentiable = tensor.argument->has(Argument::kDifferentiable);
         if (differentiable && (needed || !grad_enabled)) {
             continue;
         }
@@ -224,46 +170,45 @@ bool PlanCache::needs_graph(const CallKey& call, bool grad_enabled, bool& needed
             needed = true;
         }
     }
-    return !needed || find_out(call) == call.end();
+    return !needed || key.find(Argument::kWritten) == nullptr;
 }
 
 // Whether there is no `out`, or it shares memory with no other tensor of the call: neither a storage nor
 // bytes.
-bool PlanCache::can_write_out(const CallKey& call) const {
-    const CallKey::Tensor* const out = find_out(call);
-    if (out == call.end()) {
+bool PlanCache::can_write_out(const CallKey& key) const {
+    const CallKey::Tensor* const out = key.find(Argument::kWritten);
+    if (out == nullptr) {
         return true;
     }
     const std::uintptr_t written = reader_.storage(out->object, out->view);
-    return std::none_of(call.begin(), call.end(), [&](const CallKey::Tensor& tensor) {
+    return std::none_of(key.begin(), key.end(), [&](const CallKey::Tensor& tensor) {
         return &tensor != out &&
                (spans_meet(tensor.view, out->view) || reader_.storage(tensor.object, tensor.view) == written);
     });
 }
 
 // Gives what the parameters point to besides the arguments, to be held until the launch.
-py::object PlanCache::put_arguments(const CallKey& call, bool graph, ForwardParams& params) const {
-    py::object sinks;
-    for (const CallKey::Tensor& tensor : call) {
+py::object PlanCache::put_arguments(const CallKey& key, bool graph, ForwardParams& params) const {
+    py::object converted;
+    for (const CallKey::Tensor& tensor : key) {
         std::uintptr_t address = tensor.view.address;
         if (is_converted(tensor)) {
-            sinks = py::reinterpret_borrow<py::object>(tensor.object);
-            sinks = (graph ? sinks.attr("detach")() : sinks).attr("float")();
-            address = address_of(sinks);
+            converted = py::reinterpret_borrow<py::object>(tensor.object);
+            converted = (graph ? converted.attr("detach")() : converted).attr("float")();
+            address = address_of(converted);
         }
-        put_address(params, place_of(tensor), address);
+        put_address(params, tensor.argument->place, address);
     }
-    return sinks;
+    return converted;
 }
 
-py::object PlanCache::make_out(const CallKey& call, const CallPlan& plan) const {
-    const CallKey::Tensor* const given = find_out(call);
-    return given != call.end() ? py::reinterpret_borrow<py::object>(given->object)
-                               : torch_.empty_like(plan.out_like);
+py::object PlanCache::make_out(const CallKey& key, const CallPlan& plan) const {
+    const CallKey::Tensor* const given = key.find(Argument::kWritten);
+    return given != nullptr ? py::reinterpret_borrow<py::object>(given->object)
+                            : torch_.empty_like(plan.out_like);
 }
 
-std::uint64_t PlanCache::current_stream(const CallKey& call) const {
-    const CallKey::Tensor& q = *call.begin();
+std::uint64_t PlanCache::current_stream(const CallKey::Tensor& q) const {
     if (reader_.has_streams()) {
         return reader_.stream(q.view.device);
     }
@@ -271,8 +216,7 @@ std::uint64_t PlanCache::current_stream(const CallKey& call) const {
 }
 
 // A launch that runs uses its stream's counter, which never changes; one that is captured gets its own.
-py::object PlanCache::counter(const CallKey& call, const CallPlan& plan, std::uint64_t stream) {
-    const CallKey::Tensor& q = *call.begin();
+py::object PlanCache::counter(const CallKey::Tensor& q, const CallPlan& plan, std::uint64_t stream) {
     const auto ask = [&](bool captured) {
         return torch_.tile_count(py::handle(q.object).attr("device"), stream, captured);
     };

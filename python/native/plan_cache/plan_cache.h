@@ -1,4 +1,4 @@
-// Forward calls that are like one before: their launch is known, and only addresses change.
+// Plans of forward calls: where a call has the key of one before, only the addresses of its launch change.
 
 #pragma once
 
@@ -10,7 +10,6 @@
 #include <string>
 #include <tuple>
 #include <unordered_map>
-#include <vector>
 
 #include "driver/library.h"
 #include "forward/params.h"
@@ -19,15 +18,13 @@
 
 namespace flash8 {
 
-// The arguments of an attention call as the caller gave them.
+// An attention call as the caller made it.
 struct CallArguments {
-    pybind11::handle scope;   // whose kernels serve it; told apart by identity
-    pybind11::tuple inputs;   // (q, k, v, qv, s_aux, out)
-    pybind11::tuple options;  // flash8.call.options.Options
-    pybind11::object window;
+    pybind11::handle scope;    // whose kernels serve it; told apart by identity
+    pybind11::dict arguments;  // by name
 };
 
-// What the whole way made of a call.
+// What a miss made of a call.
 struct CallPlan {
     std::shared_ptr<Kernel> kernel;
     int device = 0;
@@ -37,7 +34,7 @@ struct CallPlan {
     // One element each, expanded to the shape of an output: empty_like of it is the quickest way to one.
     pybind11::object out_like;
     pybind11::object lse_like;
-    pybind11::object note;  // comes back with the outputs of a call that autograd has to know of
+    pybind11::object options;  // come back where autograd has to know of the call
 };
 
 // The plans of calls. Everything here runs with the GIL, which guards it too, but for the launch itself.
@@ -52,20 +49,20 @@ class PlanCache {
         pybind11::object tile_count;      // (device, stream, captured) -> int32 tensor of two elements
     };
 
-    // option_names: the fields of Options, in order.
-    PlanCache(Torch torch, const std::vector<std::string>& option_names);
+    explicit PlanCache(Torch torch);
 
-    // (O, LSE or None, note or None) of a call that is like one before; None if there is none, or if
-    // something about its tensors keeps it from going the same way. LSE is made if it is wanted; it and the
-    // note come where autograd, when it is enabled, has to know of the call.
-    pybind11::object run(const CallArguments& arguments, bool want_lse, bool grad_enabled);
+    // A hit launches: (O, LSE or None, options or None). None on a miss, which is every call too whose
+    // tensors cannot be launched by the plan that is there. LSE is made if it is wanted; it and the options
+    // come where autograd, when it is enabled, has to know of the call.
+    pybind11::object run(const CallArguments& call, bool want_lse, bool grad_enabled);
 
-    // Whether a call like this one has been cached.
-    bool contains(const CallArguments& arguments) const;
+    // Whether the call has a key: its tensors are plain ones, and the rest are plain values.
+    bool has_key(const CallArguments& call);
 
-    // Keeps the plan of a call that went well, and forgets all others if there are most_plans. If its launch
-    // points to anything but the arguments, to copies of them, `run` will let calls like it go the whole way.
-    void insert(const CallArguments& arguments, CallPlan plan, std::size_t most_plans);
+    // Keeps the plan of a call that went well, unless there is one, and drops all others if there are
+    // most_plans. If its launch points to anything but the arguments, to copies of them, calls with this key
+    // will be misses.
+    void insert(const CallArguments& call, CallPlan plan, std::size_t most_plans);
 
     void clear();
     std::size_t size() const { return plans_.size(); }
@@ -73,28 +70,26 @@ class PlanCache {
   private:
     struct CachedPlan {
         CallPlan plan;
-        bool repeatable;         // by new addresses alone
+        bool by_address;         // new addresses are all that another launch needs
         pybind11::object scope;  // kept alive: its identity is in the key
     };
 
     using CounterKey = std::tuple<int, int, std::uint64_t, unsigned long>;  // device, stream, thread
 
-    std::size_t place_of(const CallKey::Tensor& tensor) const;
     CallKey new_key() const;
-    bool read(CallKey& call, const CallArguments& arguments) const;
-    std::shared_ptr<const CachedPlan> find(const CallKey& call) const;
-    bool needs_graph(const CallKey& call, bool grad_enabled, bool& needed) const;
-    bool can_write_out(const CallKey& call) const;
-    pybind11::object put_arguments(const CallKey& call, bool graph, ForwardParams& params) const;
-    pybind11::object make_out(const CallKey& call, const CallPlan& plan) const;
-    pybind11::object counter(const CallKey& call, const CallPlan& plan, std::uint64_t stream);
-    std::uint64_t current_stream(const CallKey& call) const;
+    bool read(CallKey& key, const CallArguments& call);
+    std::shared_ptr<const CachedPlan> find(const CallKey& key) const;
+    bool needs_graph(const CallKey& key, bool grad_enabled, bool& needed) const;
+    bool can_write_out(const CallKey& key) const;
+    pybind11::object put_arguments(const CallKey& key, bool graph, ForwardParams& params) const;
+    pybind11::object make_out(const CallKey& key, const CallPlan& plan) const;
+    pybind11::object counter(const CallKey::Tensor& q, const CallPlan& plan, std::uint64_t stream);
+    std::uint64_t current_stream(const CallKey::Tensor& q) const;
     std::uintptr_t address_of(const pybind11::object& tensor) const;
 
     Torch torch_;
     TensorReader reader_;
-    std::vector<std::size_t>
-        places_;  // of inputs and options: where in the parameters an address goes, or kNowhere
+    ArgumentNames names_;
     std::unordered_map<std::string, std::shared_ptr<const CachedPlan>> plans_;
     std::map<CounterKey, pybind11::object> counters_;
 };

@@ -5,7 +5,7 @@ import pytest
 from fake_driver.cubin import LAYOUT, fake_cubin
 from flash8 import _native, flash_attn_func
 from flash8.backends.hopper import streams
-from plan_cache_cases import CALLS, addresses, draw, forget
+from plan_cache_cases import CALLS, addresses, clear, draw
 
 pytest_plugins = ["driver_fixtures", "plan_cache_fixtures"]
 
@@ -14,12 +14,12 @@ def count(fake):
     return fake.count("cuLaunchKernelEx")
 
 
-@pytest.mark.parametrize("way", ["like one before", "whole"])
+@pytest.mark.parametrize("way", ["hit", "miss"])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_captured_call_is_one_launch_and_nothing_illegal(name, way, fake, on_fake_driver):
     CALLS[name](*draw(0))
-    if way == "whole":
-        forget()
+    if way == "miss":
+        clear()
     before = count(fake)
     fake.capture(True)
     CALLS[name](*draw(1))
@@ -50,18 +50,18 @@ def test_a_first_quantization_may_be_captured(fake, driver, monkeypatch):
     assert count(fake) == 1
 
 
-@pytest.mark.parametrize("way", ["like one before", "whole"])
+@pytest.mark.parametrize("way", ["hit", "miss"])
 def test_with_gradients_too(way, fake, on_fake_driver):
     tensors = [x.requires_grad_() for x in draw()]
     flash_attn_func(*tensors, causal=True)
-    if way == "whole":
-        forget()
+    if way == "miss":
+        clear()
     fake.capture(True)
     flash_attn_func(*tensors, causal=True)
     assert count(fake) == 2
 
 
-@pytest.mark.parametrize("way", ["like one before", "whole"])
+@pytest.mark.parametrize("way", ["hit", "miss"])
 def test_a_captured_launch_has_a_counter_of_its_own(way, fake, monkeypatch, on_fake_driver):
     """Kept alive here, so that no two of them can have the same address one after the other."""
     counters = []
@@ -75,8 +75,8 @@ def test_a_captured_launch_has_a_counter_of_its_own(way, fake, monkeypatch, on_f
     for captured in (False, False, True, True, False):
         fake.capture(captured)
         flash_attn_func(*draw(), causal=True)
-        if way == "whole":
-            forget()
+        if way == "miss":
+            clear()
     launches = range(len(fake.launches))
     used = [addresses(fake.parameter(i), "scheduler.tile_count")[0] for i in launches]
     first, again, graph, other_graph, last = used

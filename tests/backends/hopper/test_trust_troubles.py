@@ -49,10 +49,10 @@ def checks(driver, monkeypatch):
     """CPU tensors take the Hopper backend as with FLASH8_KERNELS=auto."""
     made = Checks()
     registry = _native.Registry(driver, forward_cubin)
-    recall = plan_cache.new_plan_cache(None)
+    cache = plan_cache.new_plan_cache(None)
     monkeypatch.setattr(backends, "kernels_wanted", lambda tensor: True)
     monkeypatch.setattr(kernels, "registry", lambda: registry)
-    monkeypatch.setattr(plan_cache, "_plan_cache", lambda: recall)
+    monkeypatch.setattr(plan_cache, "_plan_cache", lambda: cache)
     monkeypatch.setattr(mode, "kernels_mode", lambda: "auto")
     monkeypatch.setattr(check_forward, "find_fault", made.find_fault)
     for kept in ("_findings", "_troubles", "_locks"):

@@ -19,7 +19,7 @@ from flash8 import _native, backends
 from flash8.backends.hopper import kernels, mode
 from fuzz import damage, targets
 from fuzz.harness import attempt, shown
-from plan_cache_cases import CALLS, draw, forget, without_addresses
+from plan_cache_cases import CALLS, clear, draw, without_addresses
 
 _RECORDS = 512  # launches after which the driver forgets what it has recorded
 
@@ -49,13 +49,13 @@ class Driver:
 
 
 class Leg:
-    """Calls on one driver. What is remembered of calls stays from one to the next, mostly."""
+    """Calls on one driver. Plans stay from one to the next, mostly."""
 
     def __init__(self, library: Path) -> None:
         self.driver = Driver(library)
         self._tensors = draw()
         with self.driver.serving():
-            forget()
+            clear()
             self._right = {name: self._launches(name) for name in CALLS}
         assert all(self._right.values())
 
@@ -63,13 +63,13 @@ class Leg:
         rng = random.Random(f"driver {seed}")
         with self.driver.serving():
             if rng.random() < 0.05:
-                forget()
+                clear()
             function, arguments = good(rng)
             times = rng.choice([0, 1, 1, 2, 3])
             spoilt = damage.spoil(rng, arguments, times)
             verdict, _ = attempt(function, spoilt)
             assert times or verdict == "returned", f"refused: {shown(arguments)}"
-            if rng.random() < 0.2:  # once more: by now it may be remembered
+            if rng.random() < 0.2:  # once more: by now it may be a hit
                 again, _ = attempt(function, spoilt)
                 assert again == verdict, f"{verdict}, then {again}: {shown(spoilt)}"
             self._expect_right_launches(rng, f"{function.__name__}({shown(spoilt)})")

@@ -5,7 +5,6 @@ are: the kernel gets their addresses and strides.
 """
 
 import functools
-import threading
 from typing import NamedTuple
 
 import torch
@@ -119,6 +118,19 @@ def forward(
     lse_partial: Tensor,
 ) -> None:
     """Fills out and lse on q's stream, without a synchronisation."""
+    plan_and_launch(q, k, v, s_aux, options, out, lse)
+
+
+def plan_and_launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+) -> "Plan":
+    """Does it, and returns the plan by which it was done."""
     planned = plan(q, k, v, s_aux, options, out, lse)
     stream = streams.current_stream(q)
     tile_count = None
@@ -127,25 +139,7 @@ def forward(
         tile_count = streams.get_tile_count(q.device, stream, captured)
     launch(planned, stream, tile_count, options.sm_margin)
     # What the call points to may go: freed memory is not reused before the kernel on this stream.
-    _served.last = planned._replace(held=[])
-
-
-#: The plan of each thread's last forward.
-_served = threading.local()
-
-
-def take_served(out: Tensor) -> "Plan | None":
-    """The plan by which this thread's last forward filled `out`, if it did, and only once."""
-    planned: Plan | None = getattr(_served, "last", None)
-    _served.last = None
-    if planned is None or planned.call.o[0] != out.data_ptr():
-        return None
-    return planned
-
-
-def forget_served() -> None:
-    """What is filled next is not filled by the last plan, wherever it lies."""
-    _served.last = None
+    return planned._replace(held=[])
 
 
 class Plan(NamedTuple):
