@@ -14,9 +14,10 @@ from torch import Tensor
 from flash8.backends import backend_for
 from flash8.call import derivatives
 from flash8.call.autocast import unaffected
-from flash8.call.options import SCHEMA, Options
+from flash8.call.options import SCHEMA, Options, without_tensors
 from flash8.ops import batching
 from flash8.ops import fp8_backward16 as backward16
+from flash8.ops.autograd import refuse_tangents
 from flash8.tensors.hadamard import Rotation
 from flash8.tensors.tokens import Tokens
 
@@ -32,7 +33,8 @@ _library.define(
     f"int fp8_products, ScalarType gradient_dtype, Tensor? gradient_descale, {SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-_FORWARD_INPUTS = 12  # before the options
+#: Of what fp8_forward takes after q, k, v and s_aux.
+_NO_GRADIENTS = (None,) * (len(torch.ops.flash8.fp8_forward.default._schema.arguments) - 4)
 
 
 def _forward(
@@ -118,12 +120,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     q, k, v, s_aux, q8, k8, v8, seed, products, gradient_dtype, descale, amax, *options = inputs
     out, lse = output
     ctx.set_materialize_grads(False)
-    tensors = [x for x in options if isinstance(x, Tensor)]
+    given = Options(*options)
+    ctx.options = without_tensors(given)
+    tensors = [getattr(given, name) for name in ctx.options.tensors]
     saved = (q8, k8, v8, s_aux, out, lse, descale, *tensors)
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)
-    ctx.options = [None if isinstance(x, Tensor) else x for x in options]
-    ctx.tensor_fields = [i for i, x in enumerate(options) if isinstance(x, Tensor)]
     ctx.dtypes = (q.dtype, k.dtype, v.dtype)
     ctx.how = (products, gradient_dtype)
     ctx.gradient_amax = amax
@@ -131,10 +133,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
-    nothing = (None,) * (_FORWARD_INPUTS - 4 + len(Options._fields))
     if dout is None and dlse is None:
-        return (None,) * 4 + nothing
-    (q8, k8, v8, s_aux, out, lse, descale), options = _saved(ctx)
+        return (None, None, None, None, *_NO_GRADIENTS)
+    q8, k8, v8, s_aux, out, lse, descale, options = _saved(ctx)
     if ctx.gradient_amax is not None and dout is not None:
         amax = Tokens(options.cu_seqlens_q).finite_amax(dout.float(), "tensor")
         ctx.gradient_amax.copy_(torch.maximum(ctx.gradient_amax, amax))
@@ -144,30 +145,33 @@ def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         gradients = torch.ops.flash8.fp8_backward(
             dout, dlse, q8, k8, v8, s_aux, out, lse, *ctx.how, descale, *options
         )
-    dq, dk, dv = (
-        gradient.to(dtype) for gradient, dtype in zip(gradients[:3], ctx.dtypes, strict=True)
-    )
+    *widened, ds_aux = gradients
+    dq, dk, dv = (x.to(dtype) for x, dtype in zip(widened, ctx.dtypes, strict=True))
     if ctx.rotation is not None:
         dq, dk = (_widened(x, ctx.rotation.invert) for x in (dq, dk))
-    return (dq, dk, dv, None if s_aux is None else gradients[3], *nothing)
+    return (dq, dk, dv, None if s_aux is None else ds_aux, *_NO_GRADIENTS)
 
 
-def _saved(ctx: Any) -> tuple[tuple[Any, ...], Options]:
-    saved = ctx.saved_tensors
-    fields = list(ctx.options)
-    for field, tensor in zip(ctx.tensor_fields, saved[7:], strict=True):
-        fields[field] = tensor
-    return saved[:7], Options(*fields)
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """q8, k8, v8 and s_aux, O and LSE, the gradient's descale, and the options."""
+    q8, k8, v8, s_aux, out, lse, descale, *tensors = ctx.saved_tensors
+    return q8, k8, v8, s_aux, out, lse, descale, ctx.options.with_tensors(tensors)
 
 
-def _jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, sink = tangents[:4]
+def _jvp(
+    ctx: Any,
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    sink: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, Tensor]:
+    """Of tangents of what `_forward` takes, in its order."""
     if ctx.rotation is not None:
         q, k = (None if x is None else _widened(x, ctx.rotation.apply) for x in (q, k))
-    for name, tangent in zip(Options._fields, tangents[_FORWARD_INPUTS:], strict=True):
-        if tangent is not None:
-            raise RuntimeError(f"{name} is not differentiable, got a tangent of it; detach it")
-    (q8, k8, v8, s_aux, out, lse, _), options = _saved(ctx)
+    _q8, _k8, _v8, _seed, _products, _dtype, _descale, _amax, *options = others
+    refuse_tangents(options)
+    q8, k8, v8, s_aux, out, lse, _, options = _saved(ctx)
     o, row = backward16.tangents((q, k, v, sink), q8, k8, v8, s_aux, lse, options)
     return o.to(out.dtype), row
 
