@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../arch/convert.cuh"
+#include "../arch/quad.cuh"
 #include "../attention/pack_gqa.cuh"
 #include "../attention/softmax.cuh"
 #include "../attention/tile_scheduler.cuh"
@@ -150,23 +151,6 @@ class Epilogue {
             }
             *reinterpret_cast<uint2*>(row + column) =
                 make_uint2(channels.round(values[0], values[1]), channels.round(values[2], values[3]));
-        }
-    }
-
-    // words[i] of lane j becomes words[j] of lane i: a butterfly over the two bits of the lane.
-    __device__ static void transpose_quad(uint32_t (&words)[4], int lane) {
-#pragma unroll
-        for (int bit = 1; bit <= 2; bit *= 2) {
-            bool const upper = (lane & bit) != 0;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if ((i & bit) == 0) {
-                    uint32_t const sent = upper ? words[i] : words[i + bit];
-                    uint32_t const received = __shfl_xor_sync(0xffffffff, sent, bit);
-                    words[i] = upper ? received : words[i];
-                    words[i + bit] = upper ? words[i + bit] : received;
-                }
-            }
         }
     }
 };
