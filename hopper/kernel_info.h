@@ -8,6 +8,9 @@ namespace flash8 {
 
 enum class KernelKind : std::uint32_t {
     kForward = 1,
+    kBackwardPreprocess = 2,
+    kBackward = 3,
+    kBackwardPostprocess = 4,
     kQuantize = 6,
     kQuantizeAmax = 7,
     kQuantizeMean = 8,
