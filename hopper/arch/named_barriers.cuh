@@ -13,6 +13,8 @@ enum class NamedBarrier : int {
     kHiddenKeysCleared = 4,
     // The threads of consumer warpgroup i vote: WarpgroupVote + i.
     kWarpgroupVote = 5,  // and 6, 7
+    // Backward: all consumer warpgroups have subtracted their share of K's mean.
+    kKeyMeanSubtracted = 8,
 };
 
 // Ping-pong scheduling: the warpgroups take turns to issue their products, so that the softmax of one

@@ -99,6 +99,57 @@ __device__ __forceinline__ void tma_multicast_4d(void* target, void const* map, 
         : "memory");
 }
 
+// Contiguous bytes, which count on `barrier`. Addresses and size are multiples of 16.
+__device__ __forceinline__ void bulk_load(void* target, void const* source, int bytes, uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(target)),
+        "l"(source), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// Adds contiguous floats in shared memory to those in global memory. A thread's reductions since its last
+// commit are a group.
+__device__ __forceinline__ void bulk_reduce_add(float* target, float const* source, int bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target),
+                 "r"(shared_address(source)), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until all groups of this thread have read shared memory; what they add may not be there yet.
+__device__ __forceinline__ void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Until all groups of this thread are complete.
+__device__ __forceinline__ void bulk_wait() {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+__device__ __forceinline__ void reduce_add(float4* target, float x, float y, float z, float w) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(x), "f"(y), "f"(z), "f"(w)
+                 : "memory");
+}
+
+__device__ __forceinline__ int load_acquire(int const* address) {
+    int value;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void add_release(int* address, int value) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+// Orders this thread's generic accesses to any memory with its asynchronous ones.
+__device__ __forceinline__ void fence_proxy_async_all() {
+    asm volatile("fence.proxy.async;" ::: "memory");
+}
+
 __device__ __forceinline__ void prefetch_tensor_map(void const* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -151,7 +202,14 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&words)[4], u
                  : "memory");
 }
 
-// The matching store, not transposed.
+// The matching store, transposed.
+__device__ __forceinline__ void store_matrices_transposed(uint32_t row, uint32_t const (&words)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+}
+
+// Not transposed.
 __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t const (&words)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(words[0]),
                  "r"(words[1]), "r"(words[2]), "r"(words[3])
