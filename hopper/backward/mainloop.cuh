@@ -1,0 +1,230 @@
+// The mainloop of a consumer warpgroup: 64 keys of the CTA's block, over blocks of queries.
+//
+//   S^T = K Q^T    P^T = exp(S^T - LSE)    dV += P^T dO    dP^T = V dO^T    dS^T = P^T * (dP^T - D)
+//   dK += dS^T Q   dQ = dS K
+//
+// P^T and dS^T are operands in registers. dS goes through shared memory for dQ only, of which each warpgroup
+// makes a part, over the keys of both. dK and dQ are one iteration late: they fill the tensor core while the
+// exponentials run. No product is in flight over the loop's back edge, where ptxas would serialise it.
+
+#pragma once
+
+#include "../arch/convert.cuh"
+#include "../arch/swizzled_tile.cuh"
+#include "config.cuh"
+#include "dq_store.cuh"
+#include "operands.cuh"
+#include "probabilities.cuh"
+
+namespace flash8 {
+
+template <class Config>
+class Mainloop {
+    using Element = typename Config::Element;
+    using Tiles = typename Config::Tiles;
+    using State = PipelineState<Config::kStages>;
+    using AccumulatorS =
+        decltype(cute::make_tensor<float>(typename Config::template LayoutC<Config::kBlockM>{}));
+    // dP and dQ are never there together. They share registers where they are of one size; ptxas would
+    // serialise products whose accumulators overlap in part.
+    static constexpr bool kShare = Config::kBlockDp == Config::kDqColumns;
+    static constexpr int kDqAt = kShare ? 0 : Config::kBlockDp / 2;
+    static constexpr int kPool = kDqAt + Config::kDqColumns / 2;
+    using Pool = decltype(cute::make_tensor<float>(cute::Shape<cute::Int<kPool>>{}));
+    using OperandP = decltype(cute::make_tensor<Element>(typename Config::LayoutP{}));
+
+  public:
+    __device__ __forceinline__ Mainloop(BackwardParams const& params, SharedStorage<Config>& shared,
+                                        int warpgroup)
+        : params_(params),
+          shared_(shared),
+          operands_(params, shared, warpgroup),
+          dq_store_(params, shared, warpgroup) {
+        int const thread = threadIdx.x % 128;
+        int const warp = thread / 32;
+        int const lane = thread % 32;
+        // Where stmatrix puts dS^T as [query][key]: a warp's 16 keys are 32 bytes of its warpgroup's panel.
+        ds_rows_ = ptx::shared_address(shared.ds) +
+                   SwizzledTile<Config::kBlockM, 128>::offset(
+                       lane / 16 * 8 + lane % 8, warpgroup * 128 + warp * 32 + lane / 8 % 2 * 16);
+    }
+
+    // The pipelines run through the query heads of the KV head.
+    template <class Dk, class Dv>
+    __device__ __forceinline__ void run(Dk& dk, Dv& dv) {
+        AccumulatorS s;
+        Pool pool;
+        OperandP p;
+        KeyTile const& tile = shared_.tile;
+        shared_.pipeline_kv.wait(PipelineState<1>{});
+        int m_block = tile.blocks.begin;
+        slope_ = Probabilities<Config>::slope(params_, tile, 0);
+        int const end = tile.blocks.end;
+        int const unmasked_end = Config::kMask == MaskMode::kLocal ? tile.blocks.right_begin : end;
+        step<true, true>(m_block, s, pool, p, dk, dv);
+        ++m_block;
+#pragma unroll 1
+        for (int g = tile.group;;) {
+#pragma unroll 1
+            for (; m_block < tile.blocks.left_end; ++m_block) {
+                step<true, false>(m_block, s, pool, p, dk, dv);
+            }
+#pragma unroll 1
+            for (; m_block < unmasked_end; ++m_block) {
+                step<false, false>(m_block, s, pool, p, dk, dv);
+            }
+            if constexpr (Config::kMask == MaskMode::kLocal) {
+#pragma unroll 1
+                for (; m_block < end; ++m_block) {
+                    step<true, false>(m_block, s, pool, p, dk, dv);
+                }
+            }
+            if (--g == 0) {
+                break;
+            }
+            m_block = read_again(tile.blocks.begin);
+            slope_ = Probabilities<Config>::slope(params_, tile, tile.group - g);
+            dq_store_.next_head(end - m_block);
+        }
+        finish(pool, p, dk);
+    }
+
+  private:
+    template <bool kMasked, bool kFirst, class Dk, class Dv>
+    __device__ __forceinline__ void step(int m_block, AccumulatorS& s, Pool& pool, OperandP& p, Dk& dk,
+                                         Dv& dv) {
+        auto dq =
+            cute::make_tensor(pool.data() + kDqAt, typename Config::template LayoutC<Config::kDqColumns>{});
+        State const before = former();
+        shared_.pipeline_q.wait(now_);
+        operands_.issue_s(now_.stage, s);
+        if constexpr (kFirst) {
+            cute::warpgroup_wait<0>();
+        } else {
+            operands_.issue_dk(before.stage, p, dk);
+            shared_.pipeline_ds.wait(before);
+            operands_.issue_dq(before.stage, dq);
+            cute::warpgroup_wait<2>();
+        }
+        cute::warpgroup_fence_operand(s);
+        auto const finish_dk = [&]() __attribute__((always_inline)) {
+            if constexpr (!kFirst) {
+                cute::warpgroup_wait<1>();
+                cute::warpgroup_fence_operand(dk);
+                cute::warpgroup_fence_operand(p);
+                shared_.pipeline_q.release(before);
+            }
+        };
+        int const first_query = m_block * Config::kBlockM;
+        float const* const lse = shared_.stats[now_.stage].lse;
+        if constexpr (Config::kSoftcap) {
+            shared_.pipeline_do.wait(now_);
+            finish_dk();  // P goes where dS still is: there are no registers for the factors of both
+            Probabilities<Config>::template make_capped<kMasked>(s, p, shared_, lse, first_query,
+                                                                 params_.scores, slope_);
+        } else {
+            Probabilities<Config>::template make<kMasked>(s, shared_, lse, first_query, params_.scores,
+                                                          slope_);
+            // dO is needed below. Asking here ends the block: ptxas would move the wait for dK, which touches
+            // no memory, above the exponentials that are to run under it.
+            shared_.pipeline_do.wait(now_);
+            finish_dk();
+            convert_p(s, p);
+        }
+        operands_.issue_dv(now_.stage, p, dv);
+        if constexpr (!kFirst) {
+            cute::warpgroup_wait<1>();
+            cute::warpgroup_fence_operand(dq);
+            dq_store_.store(dq, 0, before.stage);
+        }
+        make_ds(s, pool, p, dv);
+        shared_.pipeline_ds.commit(now_);
+        now_.advance();
+    }
+
+    // dP and dS of the present block. dV is done when the first half of dP is.
+    template <class Dv>
+    __device__ __forceinline__ void make_ds(AccumulatorS const& s, Pool& pool, OperandP& p, Dv& dv) {
+        constexpr int kParts = Config::kBlockM / Config::kBlockDp;
+        auto dp = cute::make_tensor(pool.data(), typename Config::template LayoutC<Config::kBlockDp>{});
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            operands_.issue_dp(now_.stage, part, dp);
+            cute::warpgroup_wait<0>();
+            cute::warpgroup_fence_operand(dp);
+            if (part == 0) {
+                cute::warpgroup_fence_operand(dv);
+                cute::warpgroup_fence_operand(p);
+            }
+            if (part == kParts - 1) {
+                shared_.pipeline_do.release(now_);
+            }
+            differences(s, dp, p, part);
+        }
+    }
+
+    // dS^T in P's place, and as dS in shared memory.
+    template <class Dp>
+    __device__ __forceinline__ void differences(AccumulatorS const& s, Dp const& dp, OperandP& p, int part) {
+        constexpr int kEights = Config::kBlockDp / 8;
+        float const* const d = shared_.stats[now_.stage].d + 2 * (threadIdx.x % 4);
+        auto words = cute::recast<uint32_t>(p);
+#pragma unroll
+        for (int i = 0; i < kEights; ++i) {
+            int const eight = part * kEights + i;
+            float2 const two = *reinterpret_cast<float2 const*>(d + 8 * eight);
+#pragma unroll
+            for (int r = 0; r < kRowsPerThread; ++r) {
+                words(2 * eight + r) =
+                    pack<Element>((dp(4 * i + 2 * r) - two.x) * s(4 * eight + 2 * r),
+                                  (dp(4 * i + 2 * r + 1) - two.y) * s(4 * eight + 2 * r + 1));
+            }
+        }
+        uint32_t const rows = ds_rows_ + now_.stage * (Config::kElementsDs * sizeof(Element));
+#pragma unroll
+        for (int i = part * kEights / 2; i < (part + 1) * kEights / 2; ++i) {
+            ptx::store_matrices_transposed(
+                rows + i * (16 * 128), {words(4 * i), words(4 * i + 1), words(4 * i + 2), words(4 * i + 3)});
+        }
+    }
+
+    // dK and dQ of the last block.
+    template <class Dk>
+    __device__ __forceinline__ void finish(Pool& pool, OperandP& p, Dk& dk) {
+        auto dq =
+            cute::make_tensor(pool.data() + kDqAt, typename Config::template LayoutC<Config::kDqColumns>{});
+        State const before = former();
+        shared_.pipeline_ds.wait(before);
+        operands_.issue_dk(before.stage, p, dk);
+        operands_.issue_dq(before.stage, dq);
+        cute::warpgroup_wait<0>();
+        cute::warpgroup_fence_operand(dk);
+        cute::warpgroup_fence_operand(dq);
+        dq_store_.store(dq, 0, before.stage);
+        shared_.pipeline_q.release(before);
+    }
+
+    __device__ __forceinline__ State former() const {
+        static_assert(Config::kStages == 2);
+        int const stage = now_.stage ^ 1;
+        return {stage, now_.parity ^ static_cast<uint32_t>(stage)};
+    }
+
+    __device__ __forceinline__ static void convert_p(AccumulatorS const& s, OperandP& p) {
+        auto words = cute::recast<uint32_t>(p);
+#pragma unroll
+        for (int i = 0; i < cute::size(words); ++i) {
+            words(i) = pack<Element>(s(2 * i), s(2 * i + 1));
+        }
+    }
+
+    BackwardParams const& params_;
+    SharedStorage<Config>& shared_;
+    Operands<Config> operands_;
+    DqStore<Config> dq_store_;
+    uint32_t ds_rows_;
+    State now_;  // of Q, dO and dS
+    float slope_ = 0.0f;
+};
+
+}  // namespace flash8

@@ -1,0 +1,144 @@
+// After the kernel: dQ of a block of queries, from fp32 sums in the order of the accumulators to 16-bit rows.
+// One CTA per block of a query head; memory bound. The first CTAs also add up the gradients of the sinks.
+
+#include "../attention/seqlen_info.cuh"
+#include "../attention/tile_scheduler.cuh"
+#include "key_mean.cuh"
+#include "row_stats.cuh"
+#include "store_rows.cuh"
+#include "variant.cuh"
+
+namespace flash8 {
+
+struct Config : BackwardVariant {
+    static constexpr int kThreads = 128 * Tiles::kWarpgroups;
+};
+
+// rowsum(dS), which dQ = dS (K - c) lacks times c (key_mean.cuh). d: of the row's statistics.
+__device__ inline float sum_of_ds(BackwardParams const& params, SeqlenInfo const& info, int head, int query,
+                                  float d) {
+    auto const value = [&](RowRef const& rows) {
+        return rows.ptr[info.batch_q * rows.batch_stride + head * rows.head_stride + info.offset_q +
+                        static_cast<int64_t>(query)];
+    };
+    float const lse = value(params.lse);
+    if (lse == -INFINITY) {
+        return 0.0f;
+    }
+    float sum = params.dlse.ptr != nullptr ? value(params.dlse) : 0.0f;
+    if (params.scores.sinks != nullptr) {
+        sum += d * ptx::exp2((params.scores.sinks[head] - lse) * kLog2E);
+    }
+    return sum;
+}
+
+// Every query of the sequence in this block is written: zero where it is not used. The threads stand for
+// those of the warpgroups that have made the sums.
+__device__ inline void store_dq(BackwardParams const& params, WorkTile const& tile) {
+    using Tiles = Config::Tiles;
+    SeqlenInfo const info = SeqlenInfo::read(params.sequences, tile.batch, tile.offset_q);
+    int const part = threadIdx.x / 128;
+    int const thread = threadIdx.x % 128;
+    int64_t const block = tile.head * params.query_blocks +
+                          first_query_block<Tiles::kBlockM>(params, tile.batch, tile.offset_q) + tile.m_block;
+    float const* const sums = params.dq_accum + block * Tiles::kDqFloats + part * Tiles::kDqPart;
+    constexpr int kVectors = Tiles::kDqColumns / 8;
+    float dq[4 * kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+        float4 const four = reinterpret_cast<float4 const*>(sums)[i * 128 + thread];
+        dq[4 * i] = four.x;
+        dq[4 * i + 1] = four.y;
+        dq[4 * i + 2] = four.z;
+        dq[4 * i + 3] = four.w;
+    }
+    KeyMean<Config::Element> const mean(params, tile.batch, tile.head / (params.heads_q / params.heads_kv));
+    int const first_row = Tiles::kSplitDqRows ? part * 64 : 0;
+    int const first_column = Tiles::kSplitDqRows ? 0 : part * Tiles::kDqColumns;
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+        int const row = first_row + thread / 32 * 16 + thread % 32 / 4 + 8 * r;
+        int const query = tile.m_block * Tiles::kBlockM + row;
+        int64_t const target = info.offset_q + static_cast<int64_t>(query);
+        if (mean.given() && query < info.seqlen_q) {
+            float const d = params.row_stats[(2 * block + 1) * Tiles::kBlockM + row];
+            float const sum = sum_of_ds(params, info, tile.head, query, d);
+#pragma unroll
+            for (int i = 0; i < kVectors; ++i) {
+                float2 const m = mean.at(first_column + 8 * i + 2 * (thread % 4));
+                dq[4 * i + 2 * r] += sum * m.x;
+                dq[4 * i + 2 * r + 1] += sum * m.y;
+            }
+        }
+        store_row<Config::Element, Tiles::kDqColumns>(
+            row_of(params.dq, info.batch_q, target, tile.head) + first_column, query < info.rows_q,
+            query < info.seqlen_q, [&](int i) { return dq[i]; }, r, params.scores.softmax_scale,
+            params.head_dim - first_column);
+    }
+}
+
+// What a thread adds up of a head's blocks. Between packed sequences there may be blocks without queries,
+// which nobody has written: there a warp goes through the blocks of a sequence.
+__device__ inline float part_of_dsink(BackwardParams const& params, float const* blocks) {
+    SequenceParams const& sequences = params.sequences;
+    float sum = 0.0f;
+    if (sequences.cu_seqlens_q == nullptr) {
+        for (int64_t block = threadIdx.x; block < params.query_blocks; block += Config::kThreads) {
+            sum += blocks[block];
+        }
+        return sum;
+    }
+    constexpr int kBlockM = Config::Tiles::kBlockM;
+    for (int batch = threadIdx.x / 32; batch < sequences.batch; batch += Config::kThreads / 32) {
+        RowRange const rows = packed_rows(sequences.cu_seqlens_q, batch, sequences.total_q);
+        int64_t const first = first_query_block<kBlockM>(params, batch, rows.begin);
+        int const count = rows.size() / kBlockM + (rows.size() % kBlockM != 0);
+        for (int i = threadIdx.x % 32; i < count; i += 32) {
+            sum += blocks[first + i];
+        }
+    }
+    return sum;
+}
+
+// The sum of a head's blocks, in an order that never changes. By the whole CTA.
+__device__ inline void store_dsink(BackwardParams const& params, int head) {
+    __shared__ float sums[Config::kThreads];
+    float const mine = part_of_dsink(params, params.dsinks_partial + head * params.query_blocks);
+    sums[threadIdx.x] = mine;
+    __syncthreads();
+#pragma unroll
+    for (int half = Config::kThreads / 2; half > 0; half /= 2) {
+        if (threadIdx.x < half) {
+            sums[threadIdx.x] += sums[threadIdx.x + half];
+        }
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) {
+        params.dsinks[head] = sums[0];
+    }
+}
+
+}  // namespace flash8
+
+extern "C" __constant__ flash8::KernelInfo kernel_info = flash8::Config::describe(
+    flash8::KernelKind::kBackwardPostprocess, "flash8_backward_postprocess", flash8::Config::kThreads);
+
+extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads)
+    flash8_backward_postprocess(flash8::BackwardParams const __grid_constant__ params) {
+    using namespace flash8;
+    __shared__ WorkTile shared_tile;
+    if (threadIdx.x < 32) {
+        WorkTile const found =
+            TileScheduler<BackwardParams, Config::Tiles::kBlockM, false, 1>(params).first();
+        if (threadIdx.x == 0) {
+            shared_tile = found;
+        }
+    }
+    __syncthreads();
+    if (shared_tile.valid()) {
+        store_dq(params, shared_tile);
+    }
+    if (params.dsinks != nullptr && static_cast<int>(blockIdx.x) < params.heads_q) {
+        store_dsink(params, static_cast<int>(blockIdx.x));
+    }
+}

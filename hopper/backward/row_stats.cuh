@@ -1,0 +1,25 @@
+// What the kernel knows of the queries of a block, beside Q and dO.
+
+#pragma once
+
+#include "params.h"
+
+namespace flash8 {
+
+template <int kBlockM>
+struct RowStats {
+    float lse[kBlockM];  // in log2 units, +inf where P is zero
+    float d[kBlockM];    // rowsum(dO * O) - dLSE
+};
+
+// The first block of queries of a sequence in the workspace. Those of packed sequences do not overlap:
+// rounding down cu_seqlens loses less than one block, and every sequence before this one adds one.
+template <int kBlockM>
+__device__ __forceinline__ int64_t first_query_block(BackwardParams const& params, int batch, int offset_q) {
+    if (params.sequences.cu_seqlens_q != nullptr) {
+        return offset_q / kBlockM + static_cast<int64_t>(batch);
+    }
+    return static_cast<int64_t>(batch) * params.scheduler.max_m_blocks;
+}
+
+}  // namespace flash8

@@ -1,0 +1,30 @@
+// The tiles of the backward, and how a block of dQ lies in the workspace: what its kernels agree on.
+
+#pragma once
+
+namespace flash8 {
+
+template <int kHeadDim, int kHeadDimV>
+struct BackwardTiles {
+    static constexpr int kWidestHead = kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV;
+    static constexpr int kWarpgroups = 2;  // that compute
+    // Up to 128 channels the warpgroups share out a block's keys. Wider dK and dV of 64 keys do not fit the
+    // registers of one: then each makes half the channels of all keys.
+    static constexpr bool kSplitChannels = kWidestHead > 128;
+    static constexpr int kBlockM = kWidestHead <= 64 ? 128 : 64;
+    static constexpr int kBlockN = kSplitChannels ? 64 : 64 * kWarpgroups;
+
+    // Each warpgroup makes 64 queries x kDqColumns of a block of dQ: all channels of half the queries, or
+    // half the channels of all queries.
+    static constexpr bool kSplitDqRows = kBlockM == 128;
+    static constexpr int kDqColumns = kSplitDqRows ? kHeadDim : kHeadDim / kWarpgroups;
+    // A part is what one warpgroup makes. Thread t's i-th four accumulators are its vector 128 i + t.
+    static constexpr int kDqPart = 64 * kDqColumns;
+    static constexpr int kDqFloats = kWarpgroups * kDqPart;
+    static_assert(kDqFloats == kBlockM * kHeadDim);
+    // A warpgroup makes its part in so many slices of columns, one after the other.
+    static constexpr int kDqSlices = kWidestHead > 192 ? 2 : 1;
+    static constexpr int kStagesDo = kWidestHead > 192 ? 1 : 2;  // what shared memory has room for
+};
+
+}  // namespace flash8
