@@ -1,0 +1,182 @@
+"""The backward kernels on the simulated device: shapes, sequences, masks and numbers.
+
+A finding of the simulator fails the launch; backward_cases.py says what else a case must fulfil.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tolerances
+from backward_cases import Problem, Variant, check, draw, expected, launch, same_bits, saved
+from forward_cases import int32, packed
+from simulated_device import missing_compiler
+
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+
+CAUSAL = Variant("bf16", 128, 128, mask="causal")
+ORDERED = Variant("bf16", 128, 128, deterministic=True)
+LOCAL = Variant("fp16", 64, 64, mask="local")
+NARROW = Variant("bf16", 96, 96, mask="causal")
+MLA = Variant("bf16", 192, 128, mask="causal")
+WIDE = Variant("bf16", 256, 256, mask="local", deterministic=True)
+DEFAULT = (CAUSAL, ORDERED, LOCAL, NARROW, MLA, WIDE)
+SLOW = (
+    Variant("bf16", 128, 128),
+    Variant("fp16", 128, 128, mask="causal", dq="reduced"),
+    Variant("bf16", 128, 128, mask="local", softcap=True, alibi=True),
+    Variant("bf16", 128, 128, mask="causal", softcap=True),
+    Variant("bf16", 64, 64, mask="causal", deterministic=True),
+    Variant("bf16", 64, 64, alibi=True),
+    Variant("fp16", 96, 96, mask="local", deterministic=True),
+    Variant("bf16", 128, 64, mask="causal"),
+    Variant("fp16", 192, 192, dq="reduced"),
+    Variant("bf16", 256, 256, mask="causal", dq="reduced"),
+    Variant("fp16", 256, 256, softcap=True, alibi=True),
+)
+VARIANTS = [pytest.param(v, id=v.name) for v in DEFAULT] + [
+    pytest.param(v, id=v.name, marks=pytest.mark.slow) for v in SLOW
+]
+#: (batch, seqlen_q, seqlen_k, heads, heads_kv): one row, both sides of a tile, primes, no key.
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (1, 127, 129, 1, 1),
+    (2, 193, 131, 2, 2),
+    (1, 65, 257, 3, 1),
+    (1, 200, 50, 1, 1),
+    (2, 3, 0, 1, 1),
+]
+
+
+def options(variant: Variant, heads: int) -> dict:
+    """What gives a variant's compiled choices something to do."""
+    return {"alibi_slopes": torch.linspace(0.02, 0.3, heads)} if variant.alibi else {}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dense(variant, shape):
+    batch, seqlen_q, seqlen_k, heads, heads_kv = shape
+    given = options(variant, heads)
+    check(variant, draw(variant, seqlen_q, seqlen_k, heads, heads_kv, batch=batch, **given))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_with_used_lengths(variant):
+    """Some sequences have no query, no key or neither, and rows at both ends belong to none."""
+    indices = {
+        "cu_seqlens_q": packed([5, 0, 130, 1, 64]) + 3,
+        "cu_seqlens_k": packed([7, 40, 141, 1, 64]) + 2,
+        "seqused_q": int32([5, 0, 99, 1, 64]),
+        "seqused_k": int32([3, 11, 137, 0, 64]),
+    }
+    lengths = {"max_seqlen_q": 130, "max_seqlen_k": 141}
+    given = options(variant, 2)
+    check(
+        variant, draw(variant, 211, 260, 2, 1, indices=indices, **lengths, with_dlse=True, **given)
+    )
+
+
+@pytest.mark.parametrize("variant", DEFAULT, ids=lambda v: v.name)
+def test_gradient_of_lse(variant):
+    check(variant, draw(variant, 140, 150, 2, 1, batch=1, with_dlse=True))
+
+
+@pytest.mark.parametrize("variant", DEFAULT, ids=lambda v: v.name)
+def test_sinks(variant):
+    sinks = torch.tensor([0.5, 9.0])
+    check(variant, draw(variant, 140, 130, 2, 1, batch=2, s_aux=sinks, with_dlse=True))
+
+
+def test_sinks_of_packed_sequences():
+    """Between sequences there are blocks of the workspace that nobody writes."""
+    offsets = packed([5, 0, 130, 1, 64])
+    indices = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
+    lengths = {"max_seqlen_q": 130, "max_seqlen_k": 130}
+    sinks = torch.tensor([0.5, 3.0])
+    check(CAUSAL, draw(CAUSAL, 200, 200, 2, 1, indices=indices, **lengths, s_aux=sinks))
+
+
+@pytest.mark.parametrize("given", [{"attention_chunk": 64}, {"window": (0, 0)}], ids=str)
+def test_other_windows(given):
+    given = {"window": (-1, -1), **given}
+    check(LOCAL, draw(LOCAL, 150, 260, 1, 1, batch=1, **given))
+
+
+@pytest.mark.parametrize("variant", [ORDERED, LOCAL], ids=lambda v: v.name)
+def test_low_logits_with_a_ragged_block_of_keys(variant):
+    """exp(0 - LSE) is infinite: keys that are not there have to be hidden, zeros are not enough."""
+    problem = draw(variant, 70, 150, 1, 1, batch=1, window=(-1, -1))
+    q, k = problem.call.q.clone(), problem.call.k.clone()
+    q[..., 0], k[..., 0] = 100 * variant.head_dim**0.5, -1.0
+    call = replace(problem.call, q=q, k=k)
+    check(variant, replace(problem, call=call))
+
+
+def test_keys_that_no_query_sees():
+    """Left of every window K and V may hold anything."""
+    problem = draw(LOCAL, 40, 150, 1, 1, batch=1)
+    first = 150 - 40 - 37
+    given = saved(problem)
+    for x in (given.call.k, given.call.v):
+        x[:, :first] = torch.nan
+    got = launch(LOCAL, given, seed=1)
+    assert not got.dq.isnan().any()
+    assert not got.dk[:, :first].any() and not got.dv[:, :first].any()
+
+
+def test_heads_narrower_than_the_tiles():
+    problem = draw(NARROW, 70, 90, 1, 1, batch=1)
+    call = problem.call
+    q, k, v = (x[..., :80].contiguous() for x in (call.q, call.k, call.v))
+    narrow = Problem(replace(call, q=q, k=k, v=v), problem.dout[..., :80].contiguous())
+    check(NARROW, narrow)
+
+
+def biased(variant: Variant, **options) -> Problem:
+    """Keys whose channels have means far from zero."""
+    problem = draw(variant, 140, 300, 2, 1, batch=2, **options)
+    bias = torch.linspace(-8, 8, variant.head_dim)
+    k = (problem.call.k.float() + bias).to(problem.call.k.dtype)
+    return replace(problem, call=replace(problem.call, k=k))
+
+
+@pytest.mark.parametrize("variant", [CAUSAL, LOCAL, MLA], ids=lambda v: v.name)
+@pytest.mark.parametrize("given", [{}, {"with_dlse": True, "s_aux": torch.tensor([0.5, 3.0])}])
+def test_keys_with_a_bias(variant, given):
+    """dQ = dS (K - mean) + rowsum(dS) mean is as precise as without the bias, dS K is not."""
+    problem = biased(variant, **given)
+    exact = expected(problem).dq
+    rough = launch(variant, saved(problem), seed=1).dq
+    mean = problem.call.k.float().mean(dim=1)
+    got = check(variant, replace(problem, k_mean=mean), seeds=(1, 2))
+    # What dLSE and the sink add to dQ is exact either way, and large.
+    gain = 3.0 if not given else 1.3
+    assert tolerances.rel_l2(got.dq, exact) < tolerances.rel_l2(rough, exact) / gain
+
+
+def test_a_mean_with_packed_sequences():
+    offsets = packed([5, 0, 130, 1, 64])
+    indices = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
+    lengths = {"max_seqlen_q": 130, "max_seqlen_k": 130}
+    problem = draw(CAUSAL, 200, 200, 2, 1, indices=indices, **lengths, with_dlse=True)
+    mean = torch.randn(5, 1, 128)
+    check(CAUSAL, replace(problem, k_mean=mean), seeds=(0, 1))
+
+
+def test_more_heads_than_a_section():
+    check(CAUSAL, draw(CAUSAL, 65, 129, 6, 3, batch=1))
+
+
+def test_one_bit_pattern_under_thirty_seeds():
+    problem = draw(ORDERED, 130, 700, 1, 1, batch=1)
+    check(ORDERED, problem, seeds=range(30))
+
+
+def test_without_an_order_the_bits_of_dq_differ():
+    """So the test above can fail."""
+    problem = draw(CAUSAL, 130, 700, 1, 1, batch=1)
+    given = saved(problem)
+    sums = [launch(CAUSAL, given, seed=seed).dq_sums for seed in range(4)]
+    assert not all(same_bits(sums[0], other) for other in sums[1:])

@@ -1,0 +1,259 @@
+"""Calls of the backward kernels on the simulated device, and what float64 attention makes of them.
+
+`check` is the whole of a case: everything that nobody may read is NaN, outputs and workspace are
+poisoned, the launches are repeated under several adversarial schedules, and every row of every
+gradient is compared.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import tolerances
+from backward_launch import BackwardKernels, Gradients, Images
+from flash8.compiler import Unit, compile_unit, enumerator, kernel_root
+from forward_cases import DTYPES, poisoned, reference, sequences
+from forward_launch import Call
+from simulated_device import SimulatedDevice
+
+#: Of random tensors, relative to float64: what 16-bit P, dS and results cost, twice.
+REL_L2 = {torch.bfloat16: 6e-3, torch.float16: 1e-3}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of the kernels of hopper/backward."""
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    mask: str = "none"
+    softcap: bool = False
+    alibi: bool = False
+    dq: str = "staged"
+    deterministic: bool = False
+
+    @property
+    def name(self) -> str:
+        same = self.head_dim == self.head_dim_v
+        parts = [
+            self.dtype,
+            f"d{self.head_dim}" + ("" if same else f"v{self.head_dim_v}"),
+            self.mask,
+        ]
+        choices = ("softcap", "alibi", "deterministic")
+        parts += [choice for choice in choices if getattr(self, choice)]
+        return "_".join(parts + ([self.dq] if self.dq != "staged" else []))
+
+    def units(self, root: Path | None = None) -> tuple[Unit, Unit, Unit]:
+        """preprocess, kernel, postprocess."""
+        shared = [
+            ("FLASH8_DTYPE", enumerator(self.dtype)),
+            ("FLASH8_HEAD_DIM", str(self.head_dim)),
+            ("FLASH8_HEAD_DIM_V", str(self.head_dim_v)),
+        ]
+        own = [
+            ("FLASH8_MASK", enumerator(self.mask)),
+            ("FLASH8_SOFTCAP", str(int(self.softcap))),
+            ("FLASH8_ALIBI", str(int(self.alibi))),
+            ("FLASH8_DQ", enumerator(self.dq)),
+            ("FLASH8_DETERMINISTIC", str(int(self.deterministic))),
+        ]
+        folder = (root or kernel_root()) / "backward"
+        return (
+            Unit(folder / "preprocess.cu", tuple(shared)),
+            Unit(folder / "kernel.cu", tuple(shared + own)),
+            Unit(folder / "postprocess.cu", tuple(shared)),
+        )
+
+
+@functools.cache
+def device() -> SimulatedDevice:
+    return SimulatedDevice()
+
+
+@functools.cache
+def kernels(variant: Variant, root: Path | None = None) -> BackwardKernels:
+    """Compiled, from another copy of hopper/ where one is given: what is the same there is not."""
+    units = [
+        changed if _differs(changed.source, unit.source) else unit
+        for changed, unit in zip(variant.units(root), variant.units(), strict=True)
+    ]
+    images = (compile_unit(unit).ptx.read_bytes() + b"\0" for unit in units)
+    return BackwardKernels(device().driver, Images(*images))
+
+
+def _differs(source: Path, original: Path) -> bool:
+    """Whether a source, or a header that it includes, has another text."""
+    if source == original:
+        return False
+    if source.read_bytes() != original.read_bytes():
+        return True
+    included = re.findall(r'#include "(.*)"', source.read_text())
+    return any(_differs(source.parent / name, original.parent / name) for name in included)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A forward call and what comes back from behind it."""
+
+    call: Call
+    dout: Tensor
+    dlse: Tensor | None = None
+    k_mean: Tensor | None = None  # (batch, heads_kv, head_dim) in fp32
+
+
+def draw(
+    variant: Variant,
+    rows_q: int,
+    rows_k: int,
+    heads: int,
+    heads_kv: int,
+    *,
+    batch: int | None = None,
+    seed: int = 0,
+    with_dlse: bool = False,
+    **options,
+) -> Problem:
+    """Normal q, k, v and dout; packed without `batch`."""
+    generator = torch.Generator().manual_seed(seed)
+    lead = () if batch is None else (batch,)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn((*lead, *shape), generator=generator)
+
+    dtype = DTYPES[variant.dtype]
+    q, k, v, dout = (
+        tensor(rows, n, d).to(dtype)
+        for rows, n, d in (
+            (rows_q, heads, variant.head_dim),
+            (rows_k, heads_kv, variant.head_dim),
+            (rows_k, heads_kv, variant.head_dim_v),
+            (rows_q, heads, variant.head_dim_v),
+        )
+    )
+    window = (37, 21) if variant.mask == "local" else (-1, -1)
+    given = {
+        "softmax_scale": variant.head_dim**-0.5,
+        "causal": variant.mask == "causal",
+        "window": window,
+        "softcap": 3.0 if variant.softcap else 0.0,
+        **options,
+    }
+    dlse = tensor(heads, rows_q) if with_dlse else None
+    return Problem(Call(q, k, v, **given), dout, dlse)
+
+
+@functools.cache
+def expected(problem: Problem, dtype: torch.dtype = torch.float64) -> Gradients:
+    """Gradients of every row in this precision; zero in rows that are not used."""
+    call = problem.call
+    leaves = {name: getattr(call, name).to(dtype).requires_grad_() for name in "qkv"}
+    if call.s_aux is not None:
+        leaves["s_aux"] = call.s_aux.double().requires_grad_()
+    o, lse = reference(replace(call, **leaves), dtype)
+    outputs, gradients = [o], [problem.dout.to(dtype)]
+    if problem.dlse is not None:
+        finite = torch.isfinite(lse)
+        outputs.append(torch.where(finite, lse, torch.zeros_like(lse)))
+        gradients.append(torch.where(finite, problem.dlse, torch.zeros_like(lse)).double())
+    got = torch.autograd.grad(outputs, list(leaves.values()), gradients, allow_unused=True)
+    zeros = (torch.zeros_like(x) for x in leaves.values())
+    return Gradients(*(z if g is None else g for g, z in zip(got, zeros, strict=True)))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the forward leaves to the backward, with NaN in rows that nobody may read."""
+
+    call: Call
+    o: Tensor
+    lse: Tensor
+    dout: Tensor
+    dlse: Tensor | None
+    k_mean: Tensor | None
+
+
+@functools.cache
+def saved(problem: Problem) -> Saved:
+    call = problem.call
+    o, lse = reference(call)
+    given_o = torch.full(o.shape, math.nan, dtype=call.q.dtype)
+    given_dout = torch.full(o.shape, math.nan, dtype=call.q.dtype)
+    given_lse = torch.full(lse.shape, math.nan, dtype=torch.float32)
+    given_dlse = None if problem.dlse is None else torch.full_like(given_lse, math.nan)
+    for used in sequences(call):
+        rows = (*used.queries[:-1], slice(None), used.queries[-1])
+        given_o[used.queries] = o[used.queries].to(call.q.dtype)
+        given_dout[used.queries] = problem.dout[used.queries]
+        given_lse[rows] = lse[rows].float()
+        if given_dlse is not None:
+            given_dlse[rows] = problem.dlse[rows]
+    return Saved(poisoned(call), given_o, given_lse, given_dout, given_dlse, problem.k_mean)
+
+
+def launch(variant: Variant, given: Saved, *, seed: int = 0, root: Path | None = None) -> Gradients:
+    device().configure(seed=seed)
+    try:
+        return kernels(variant, root)(
+            given.call, given.o, given.lse, given.dout, given.dlse, given.k_mean
+        )
+    except RuntimeError as error:
+        raise AssertionError(f"seed {seed}: {error}\n{device().last_error()}") from error
+
+
+def compare(problem: Problem, got: Gradients) -> None:
+    """FA3's rule for every gradient, and a bound on the error as a whole."""
+    exact = expected(problem)
+    dtype = problem.call.q.dtype
+    emulation = expected(problem, dtype)
+    factor = tolerances.FA3_FACTOR_SOFTCAP if problem.call.softcap else tolerances.FA3_FACTOR
+    for name in ("dq", "dk", "dv"):
+        actual, wanted = getattr(got, name), getattr(exact, name)
+        assert not actual.isnan().any(), f"a row of {name} was not written, or NaN leaked"
+        rough = getattr(emulation, name)
+        if not wanted.any():
+            # With one key dP - D is zero, but for the order in which fp32 adds up the two.
+            assert actual.abs().max() <= 1e-5 if actual.numel() else True, f"{name} is not zero"
+            continue
+        tolerances.check_fa3(name, actual, wanted, rough, factor=factor, ulps=1.0)
+        if wanted.count_nonzero() >= tolerances.MANY:
+            error = tolerances.rel_l2(actual, wanted)
+            assert error <= REL_L2[dtype], f"{name}: relL2 {error:.2e}"
+    if exact.dsinks is not None:
+        torch.testing.assert_close(got.dsinks.double(), exact.dsinks, rtol=1e-2, atol=1e-2)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Of sums in the workspace, where blocks between sequences are never written."""
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+def check(
+    variant: Variant,
+    problem: Problem,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    root: Path | None = None,
+) -> Gradients:
+    """Gradients of a correct call: close to float64 under every schedule, dK and dV the same, and
+    dQ too where the kernel is deterministic."""
+    given = saved(problem)
+    got = launch(variant, given, seed=seeds[0], root=root)
+    compare(problem, got)
+    for seed in seeds[1:]:
+        again = launch(variant, given, seed=seed, root=root)
+        for name in ("dk", "dv"):
+            same = torch.equal(getattr(got, name), getattr(again, name))
+            assert same, f"{name} differs between the seeds {seeds[0]} and {seed}"
+        if variant.deterministic:
+            assert same_bits(again.dq_sums, got.dq_sums), f"dQ has other bits with seed {seed}"
+        difference = tolerances.rel_l2(again.dq, got.dq.double())
+        assert difference <= 1e-3, f"dQ differs by {difference:.1e} between seeds"
+    return got
