@@ -196,7 +196,6 @@ class DqReducer {
                 }
             }
         }
-        ptx::bulk_wait();  // shared memory must not go while it is read
     }
 
   private:

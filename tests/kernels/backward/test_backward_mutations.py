@@ -40,9 +40,8 @@ class Fault:
 FAULTS = (
     # Waits of the producer warpgroup.
     Fault("q_early", CAUSAL, (PRODUCER, "shared_.pipeline_q.wait_empty(state);", "")),
-    Fault("dout_early", CAUSAL, (PRODUCER, "shared_.pipeline_do.wait_empty(state_do);", "")),
+    Fault("dout_early", WIDE, (PRODUCER, "shared_.pipeline_do.wait_empty(state_do);", "")),
     Fault("staged_dq_reused", CAUSAL, (PRODUCER, "ptx::bulk_wait_read();", "")),
-    Fault("shared_memory_gone", CAUSAL, (PRODUCER, "ptx::bulk_wait();  // shared", "//")),
     Fault("cleared_unseen", CAUSAL, (PRODUCER, "ptx::fence_proxy_async();\n", "\n")),
     Fault("nothing_cleared", CAUSAL, (PRODUCER, "vectors[i] = make_uint4(0, 0, 0, 0);", "")),
     Fault("one_head_cleared", CAUSAL, (PRODUCER, "parities ^= 1u << stage;", "")),
