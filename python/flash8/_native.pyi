@@ -207,6 +207,38 @@ class ForwardParams:
     @property
     def scheduler(self) -> SchedulerParams: ...
 
+class BackwardParams:
+    q: tuple[int, int, int, int]
+    k: tuple[int, int, int, int]
+    v: tuple[int, int, int, int]
+    o: tuple[int, int, int, int]
+    dout: tuple[int, int, int, int]
+    dq: tuple[int, int, int, int]
+    dk: tuple[int, int, int, int]
+    dv: tuple[int, int, int, int]
+    lse: tuple[int, int, int]
+    dlse: tuple[int, int, int]
+    k_mean: tuple[int, int, int]
+    row_stats: int
+    dq_accum: int
+    dq_semaphore: int
+    dsinks_partial: int
+    dsinks: int
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    @property
+    def sequences(self) -> SequenceParams: ...
+    @property
+    def scores(self) -> ScoreParams: ...
+    @property
+    def scheduler(self) -> SchedulerParams: ...
+
+WORKSPACE_UNIT: int
+
+def backward_workspace(kernel: Kernel, call: BackwardParams) -> dict[str, int]: ...
+
 class AppendParams:
     cache_seqlens: int
     page_table: int
@@ -250,6 +282,14 @@ class QuantizeParams:
 def launch_quantize(kernel: Kernel, device: int, stream: int, call: QuantizeParams) -> None: ...
 def launch_forward(
     kernel: Kernel, device: int, stream: int, call: ForwardParams, sm_margin: int = 0
+) -> None: ...
+def launch_backward(
+    preprocess: Kernel,
+    kernel: Kernel,
+    postprocess: Kernel,
+    device: int,
+    stream: int,
+    call: BackwardParams,
 ) -> None: ...
 
 class PlanCache:

@@ -16,6 +16,7 @@ HEADERS = (
     HOPPER / "params.h",
     HOPPER / "attention" / "params.h",
     HOPPER / "forward" / "params.h",
+    HOPPER / "backward" / "params.h",
     HOPPER / "kernel_info.h",
     ROOT / "cutlass_kernels" / "quantize" / "quantize_params.h",
 )
@@ -80,6 +81,7 @@ def test_layout_of_abi_version_5():
         "ScoreParams": (48, 8),
         "SchedulerParams": (24, 8),
         "ForwardParams": (896, 64),
+        "BackwardParams": (1088, 64),
         "GroupRef": (32, 8),
         "AppendParams": (48, 8),
         "QuantizeParams": (360, 8),
@@ -88,8 +90,9 @@ def test_layout_of_abi_version_5():
     }
 
 
-def test_tensor_maps_are_aligned_for_tma():
-    fields = LAYOUT["ForwardParams"]["fields"]
+@pytest.mark.parametrize("name", ["ForwardParams", "BackwardParams"])
+def test_tensor_maps_are_aligned_for_tma(name):
+    fields = LAYOUT[name]["fields"]
     maps = [at for field, (at, _) in fields.items() if field.startswith("tma_")]
     assert maps == [128 * i for i in range(len(maps))]
 

@@ -5,17 +5,13 @@
 #include "driver/launch.h"
 #include "driver/require.h"
 #include "driver/tensor_map.h"
+#include "kernels/attention_checks.h"
 
 namespace flash8 {
 
 namespace {
 
-constexpr float kLog2E = 1.44269504088896340736f;
-// Below 2^31 by more than any grid: every CTA claims one number past the last tile.
-constexpr std::int64_t kMaxTiles = 2147483647 - (1 << 20);
-// Limit of the rows of Q with query heads folded in, and of the rows of Q and K together, each plus a tile.
-constexpr std::int64_t kMaxRows = 2147483647 - 1024;
-constexpr std::int64_t kStoreBytes = 16;  // the epilogue stores O in units of this size
+constexpr const char* kCall = "forward";
 
 void check_kernel(const Kernel& kernel) {
     require(kernel.info().has_value(), "forward: ", kernel.name(), " exports no kernel_info");
@@ -23,46 +19,11 @@ void check_kernel(const Kernel& kernel) {
             " is not a forward kernel");
 }
 
-void check_heads(const ForwardParams& call, const KernelInfo& info) {
-    require(call.heads_kv >= 1, "forward: heads_kv is ", call.heads_kv, "; it must be positive");
-    require(call.heads_q >= 1 && call.heads_q % call.heads_kv == 0, "forward: heads_q is ", call.heads_q,
-            "; it must be a multiple of heads_kv, ", call.heads_kv);
-    require(call.head_dim >= 1 && call.head_dim <= info.kHeadDim, "forward: head_dim is ", call.head_dim,
-            "; this kernel supports 1 to ", info.kHeadDim);
-    require(call.head_dim_v >= 1 && call.head_dim_v <= info.kHeadDimV, "forward: head_dim_v is ",
-            call.head_dim_v, "; this kernel supports 1 to ", info.kHeadDimV);
+void check_folding(const ForwardParams& call, const KernelInfo& info) {
     const int ratio = call.heads_q / call.heads_kv;
     require(!info.pack_gqa || info.kBlockM % ratio == 0, "forward: heads_q is ", call.heads_q, ", ", ratio,
             " times heads_kv; this kernel folds heads into tiles of ", info.kBlockM,
             " rows, which that does not divide");
-}
-
-void check_sequences(const SequenceParams& sequences) {
-    const auto check = [](const char* name, std::int64_t value) {
-        require(value >= 0 && value < (std::int64_t{1} << 31), "forward: ", name, " is ", value,
-                "; supported are 0 to 2^31 - 1");
-    };
-    check("batch", sequences.batch);
-    check("batch_k", sequences.batch_k);
-    check("max_seqlen_q", sequences.max_seqlen_q);
-    check("max_seqlen_k", sequences.max_seqlen_k);
-    check("total_q", sequences.total_q);
-    check("total_k", sequences.total_k);
-}
-
-void check_output(const ForwardParams& call) {
-    constexpr std::int64_t unit = kStoreBytes / 2;  // in elements
-    const auto check = [&](const char* name, std::int64_t elements) {
-        require(elements % unit == 0, "forward: ", name, " is ", elements,
-                " elements; it must be a multiple of ", kStoreBytes, " bytes");
-    };
-    const auto address = reinterpret_cast<std::uintptr_t>(call.o.ptr);
-    require(address != 0 && address % kStoreBytes == 0, "forward: o is at address ", address,
-            "; it must be a multiple of ", kStoreBytes, " and not null");
-    check("head_dim_v", call.head_dim_v);
-    check("the batch stride of o", call.o.batch_stride);
-    check("the row stride of o", call.o.row_stride);
-    check("the head stride of o", call.o.head_stride);
 }
 
 void check_descales(const ForwardParams& call, const KernelInfo& info) {
@@ -83,27 +44,6 @@ void check_descales(const ForwardParams& call, const KernelInfo& info) {
             "forward: leftpad_k is not supported with descales per block or transposed v");
 }
 
-// A TensorRef as a (head_dim, row, head, batch) tensor. A tensor without rows may have no valid address. None
-// of it is read, so one row somewhere in O takes its place.
-TiledTensor tiled(const TensorRef& ref, std::int64_t head_dim, std::int64_t rows, std::int64_t heads,
-                  std::int64_t batch, ElementType type, const TensorRef& somewhere) {
-    const bool empty = rows == 0 || batch == 0;
-    const void* address = empty ? somewhere.ptr : ref.ptr;
-    if (empty) {
-        rows = heads = batch = 1;
-    }
-    const auto stride = [&](std::int64_t dim, std::int64_t elements) {
-        return dim == 1 ? 0 : stride_in_bytes(elements, type);  // settled below
-    };
-    TiledTensor tensor{
-        type,
-        reinterpret_cast<std::uintptr_t>(address),
-        {head_dim, rows, heads, batch},
-        {stride(rows, ref.row_stride), stride(heads, ref.head_stride), stride(batch, ref.batch_stride)}};
-    settle_strides(tensor);
-    return tensor;
-}
-
 // Q as (head_dim, ratio, row, KV head, batch); a box holds all query heads of a KV head for as many rows as
 // fit a tile.
 TensorMap encode_folded_q(const Driver& driver, const KernelInfo& info, const ForwardParams& params,
@@ -116,7 +56,7 @@ TensorMap encode_folded_q(const Driver& driver, const KernelInfo& info, const Fo
         by_kv_head.head_stride = -1;
     }
     TiledTensor tensor =
-        tiled(by_kv_head, params.head_dim, rows, params.heads_kv, batch, box.element_type, params.o);
+        tiled(by_kv_head, params.head_dim, rows, params.heads_kv, batch, box.element_type, params.o.ptr);
     tensor.dims.insert(tensor.dims.begin() + 1, ratio);
     tensor.strides.insert(tensor.strides.begin(),
                           ratio == 1 ? 0 : stride_in_bytes(params.q.head_stride, box.element_type));
@@ -136,8 +76,8 @@ void encode_maps(const Driver& driver, const KernelInfo& info, ForwardParams& pa
     const std::int64_t batch_k = packed_k ? 1 : sequences.batch_k;
     const auto encode = [&](const TensorRef& ref, std::int64_t head_dim, std::int64_t rows,
                             std::int64_t heads, std::int64_t batch, const TmaBox& box) {
-        return encode_tensor_map(driver, tiled(ref, head_dim, rows, heads, batch, box.element_type, params.o),
-                                 box);
+        return encode_tensor_map(
+            driver, tiled(ref, head_dim, rows, heads, batch, box.element_type, params.o.ptr), box);
     };
     if (info.pack_gqa) {
         params.tma_q = encode_folded_q(driver, info, params, rows_q, batch_q);
@@ -198,8 +138,9 @@ void launch_forward(Kernel& kernel, int device, std::uint64_t stream, const Forw
                     int sm_margin) {
     check_kernel(kernel);
     const KernelInfo& info = *kernel.info();
-    check_heads(call, info);
-    check_sequences(call.sequences);
+    check_heads(kCall, {call.heads_q, call.heads_kv, call.head_dim, call.head_dim_v}, info);
+    check_folding(call, info);
+    check_sequences(kCall, call.sequences);
     require(sm_margin >= 0, "forward: sm_margin is ", sm_margin, "; it must not be negative");
     const bool packed = call.sequences.cu_seqlens_q != nullptr;
     if (packed ? call.sequences.total_q == 0
@@ -208,7 +149,8 @@ void launch_forward(Kernel& kernel, int device, std::uint64_t stream, const Forw
     }
     check_rows(call, info);
     const TileCounts counts = count_tiles(call, info);
-    check_output(call);
+    check_rows_of(kCall, "o", call.o);
+    check_row_unit(kCall, "head_dim_v", call.head_dim_v);
     check_descales(call, info);
 
     ForwardParams params = call;

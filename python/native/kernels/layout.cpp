@@ -1,5 +1,6 @@
 #include "kernels/layout.h"
 
+#include "backward/params.h"
 #include "forward/params.h"
 #include "kernel_info.h"
 #include "quantize_params.h"
@@ -91,6 +92,41 @@ StructLayout forward_params() {
                                        FIELD(reserved)});
 }
 
+StructLayout backward_params() {
+    using T = BackwardParams;
+    return layout<T>("BackwardParams", {FIELD(tma_q),
+                                        FIELD(tma_k),
+                                        FIELD(tma_v),
+                                        FIELD(tma_dout),
+                                        FIELD(q),
+                                        FIELD(k),
+                                        FIELD(v),
+                                        FIELD(o),
+                                        FIELD(dout),
+                                        FIELD(dq),
+                                        FIELD(dk),
+                                        FIELD(dv),
+                                        FIELD(lse),
+                                        FIELD(dlse),
+                                        FIELD(k_mean),
+                                        FIELD(row_stats),
+                                        FIELD(dq_accum),
+                                        FIELD(dq_semaphore),
+                                        FIELD(dsinks_partial),
+                                        FIELD(dsinks),
+                                        FIELD(sequences),
+                                        FIELD(scores),
+                                        FIELD(scheduler),
+                                        FIELD(query_blocks),
+                                        FIELD(max_n_blocks),
+                                        FIELD(heads_q),
+                                        FIELD(heads_kv),
+                                        FIELD(head_dim),
+                                        FIELD(head_dim_v),
+                                        FIELD(zero),
+                                        FIELD(reserved)});
+}
+
 StructLayout group_ref() {
     using T = GroupRef;
     return layout<T>("GroupRef", {FIELD(ptr), FIELD(batch_stride), FIELD(head_stride), FIELD(block_stride)});
@@ -168,9 +204,9 @@ StructLayout kernel_info() {
 }  // namespace
 
 std::vector<StructLayout> struct_layouts() {
-    return {tensor_map(),      tensor_ref(),      descale_ref(),      row_ref(),        channel_ref(),
-            sequence_params(), score_params(),    scheduler_params(), forward_params(), group_ref(),
-            append_params(),   quantize_params(), tma_box(),          kernel_info()};
+    return {tensor_map(),      tensor_ref(),    descale_ref(),      row_ref(),        channel_ref(),
+            sequence_params(), score_params(),  scheduler_params(), forward_params(), backward_params(),
+            group_ref(),       append_params(), quantize_params(),  tma_box(),        kernel_info()};
 }
 
 }  // namespace flash8

@@ -103,6 +103,35 @@ def forward_cubin(variant: str, kind: str = "cubin") -> bytes:
     return fake_cubin(tma=tma_boxes(box, box, box), scale_block=128 if dtype == "e4m3" else 0)
 
 
+#: Of the kernels of the backward.
+_KINDS = {"preprocess": 2, "kernel": 3, "postprocess": 4}
+
+
+def backward_cubin(
+    variant: str = "backward_bf16_d128", **values: int | str | tuple[int, ...]
+) -> bytes:
+    """A kernel for the calls of the backward variant, or step, of this name."""
+    step = next((step for step in _KINDS if f"_{step}_" in variant), "kernel")
+    width, element_type = _TILES[next(dtype for dtype in _TILES if dtype in variant)]
+    head_dim = next(d for d in (64, 96, 128, 192, 256) if f"_d{d}" in variant)
+    block_m, block_n = 128 if head_dim == 64 else 64, 128 if head_dim <= 128 else 64
+    rows = (block_m, block_n, block_n, block_m) if step == "kernel" else ()
+    boxes = [(4, (width, n, 1, 1), element_type, _native.Swizzle.B128) for n in rows]
+    given: dict[str, int | str | tuple[int, ...]] = {
+        "kind": _KINDS[step],
+        "entry": "backward" if step == "kernel" else step,
+        "params_bytes": LAYOUT["BackwardParams"]["size"],
+        "kBlockM": block_m,
+        "kBlockN": block_n,
+        "kHeadDim": head_dim,
+        "kHeadDimV": head_dim,
+        "tma": tma_boxes(*boxes),
+        "threads": 384 if step == "kernel" else 256,
+        "shared_bytes": 200_000 if step == "kernel" else 0,
+    }
+    return fake_cubin(**{**given, **values})
+
+
 _JOBS = {"cast": 6, "amax": 7, "mean": 8, "mean_finish": 9, "append": 10}
 
 
@@ -117,5 +146,8 @@ def quantize_cubin(variant: str) -> bytes:
 
 def any_cubin(variant: str, kind: str = "cubin") -> bytes:
     """A kernel for the calls of any variant; a Registry asks for it so."""
-    is_quantizer = variant.startswith("quantize_")
-    return quantize_cubin(variant) if is_quantizer else forward_cubin(variant, kind)
+    if variant.startswith("quantize_"):
+        return quantize_cubin(variant)
+    if variant.startswith("backward_"):
+        return backward_cubin(variant)
+    return forward_cubin(variant, kind)
