@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
-from flash8.backends.hopper import forward_fp8, heuristics, kernels, streams
+from flash8.backends.hopper import attention_params, forward_fp8, heuristics, kernels, streams
 from flash8.backends.hopper.variants import Element, ForwardVariant, Mask, Scales
 from flash8.call.options import Options
 from flash8.tensors.float8 import E4M3
@@ -23,18 +23,6 @@ _DTYPES: dict[torch.dtype, Element] = {
 }
 #: The head dimensions that tiles are made for; others are filled up with zeros by TMA.
 _HEAD_DIMS = (64, 96, 128, 192, 256)
-_TMA_UNIT = 16  # bytes: of addresses and strides
-_TMA_MAX_STRIDE = 1 << 40  # bytes
-_STORE_BYTES = 16  # the epilogue writes rows of O in units of this size
-_INT32_MAX = 2**31 - 1
-_INDEX_FIELDS = (
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "seqused_q",
-    "seqused_k",
-    "leftpad_k",
-    "kv_batch_idx",
-)
 
 
 def refusal(
@@ -59,50 +47,18 @@ def refusal(
     ):
         if given:
             return f"{name} has no kernel yet"
-    if any(n > _INT32_MAX for x in (q, k, v) for n in x.shape):
+    if any(n > attention_params.INT32_MAX for x in (q, k, v) for n in x.shape):
         return "q, k or v has a dimension above 2^31 - 1"
-    if not all(_overlaps(x) or _tma_can_read(x) for x in (q, k, v)):
+    if not all(attention_params.overlaps(x) or attention_params.tma_can_read(x) for x in (q, k, v)):
         return "q, k or v is not aligned to 16 bytes in address and strides, or a stride is 2^40"
-    if out is not None and not _can_be_stored(out):
+    if out is not None and not attention_params.can_be_stored(out):
         return "out is not aligned to 16 bytes in address and strides"
     return forward_fp8.refusal(v, options) if q.dtype == E4M3 else None
 
 
-def _tma_can_read(x: Tensor) -> bool:
-    inner_is_contiguous = x.shape[-1] == 1 or x.stride(-1) == 1
-    return (
-        inner_is_contiguous
-        and x.data_ptr() % _TMA_UNIT == 0
-        and all(step % _TMA_UNIT == 0 and step < _TMA_MAX_STRIDE for step in _steps(x))
-    )
-
-
-def _overlaps(x: Tensor) -> bool:
-    """Whether rows of x share memory: it is expanded, or a window that slides over a tensor.
-
-    The driver describes no such tensor to TMA. The kernel gets a copy: that takes far less than
-    attention does, and much less than the portable code.
-    """
-    row = x.shape[-1] * x.element_size()
-    return any(step < row for step in _steps(x))
-
-
 def _apart(x: Tensor) -> Tensor:
     """x, or a copy whose rows share no memory."""
-    return x.contiguous() if _overlaps(x) else x
-
-
-def _can_be_stored(out: Tensor) -> bool:
-    return out.data_ptr() % _STORE_BYTES == 0 and all(
-        step % _STORE_BYTES == 0 for step in _steps(out)
-    )
-
-
-def _steps(x: Tensor) -> list[int]:
-    """The strides in bytes of all dimensions but the last, without those of one element."""
-    size = x.element_size()
-    outer = zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    return [stride * size for n, stride in outer if n > 1]
+    return x.contiguous() if attention_params.overlaps(x) else x
 
 
 def forward(
@@ -181,7 +137,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> ForwardVariant:
         q.dtype,
         q.shape[-1],
         head_dim_v,
-        _mask(options),
+        attention_params.mask_of(options),
         options.softcap > 0.0,
         options.alibi_slopes is not None,
         pack_gqa,
@@ -204,8 +160,7 @@ def plan(
     """The kernel and the parameters of a call. `variant` is `choose`'s unless given."""
     variant = choose(q, k, v, options) if variant is None else variant
     q, k, v = (_apart(x) for x in (q, k, v))
-    given = {name: getattr(options, name) for name in _INDEX_FIELDS}
-    indices = {name: x.contiguous() for name, x in given.items() if x is not None}
+    indices = attention_params.indices_of(options)
     held = [q, k, v, *indices.values()]
     device = q.device.index or 0
     uneven = heuristics.has_uneven_tiles(options)
@@ -219,22 +174,8 @@ def plan(
         )
     if q.dtype == E4M3:
         held += forward_fp8.describe(call, q, k, out, options)
-    if s_aux is not None:
-        sinks = s_aux.float().contiguous()
-        held.append(sinks)
-        call.scores.sinks = sinks.data_ptr()
-    if options.alibi_slopes is not None:
-        slopes = options.alibi_slopes.float().contiguous()
-        held.append(slopes)
-        call.scores.alibi_slopes = slopes.data_ptr()
-        call.scores.alibi_batch_stride = slopes.shape[-1] if slopes.dim() == 2 else 0
+    held += attention_params.describe_scores(call, s_aux, options)
     return Plan(kernels.kernel(variant), device, call, uneven, held)
-
-
-def _mask(options: Options) -> Mask:
-    if options.window_left >= 0 or options.window_right > 0 or options.attention_chunk > 0:
-        return "local"
-    return "causal" if options.window_right == 0 else "none"
 
 
 def _tile_head_dim(head_dim: int) -> int:
@@ -251,35 +192,13 @@ def _describe(
     lse: Tensor,
 ) -> _native.ForwardParams:
     call = _native.ForwardParams()
-    call.q, call.k, call.o = (_tensor_ref(x) for x in (q, k, out))
-    call.v = _tensor_ref(v if options.v_colmajor_tokens is None else v.transpose(-3, -2))
-    call.lse = (lse.data_ptr(), 0 if lse.dim() == 2 else lse.stride(0), lse.stride(-2))
-    call.heads_q, call.heads_kv = q.shape[-2], k.shape[-2]
-    call.head_dim, call.head_dim_v = q.shape[-1], options.head_dim_v(v)
-    sequences, scores = call.sequences, call.scores
-    for name, index in indices.items():
-        setattr(sequences, name, index.data_ptr())
-    if options.cu_seqlens_q is None:
-        sequences.batch, sequences.max_seqlen_q = q.shape[:2]
-    else:
-        sequences.batch = options.cu_seqlens_q.shape[0] - 1
-        sequences.max_seqlen_q, sequences.total_q = options.max_seqlen_q or 0, q.shape[0]
-    if options.cu_seqlens_k is None:
-        sequences.batch_k, sequences.max_seqlen_k = k.shape[:2]
-    else:
-        sequences.max_seqlen_k, sequences.total_k = options.max_seqlen_k or 0, k.shape[0]
-    scale = options.softmax_scale
-    scores.softmax_scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores.softcap = options.softcap
-    scores.window_left, scores.window_right = options.window_left, options.window_right
-    scores.attention_chunk = options.attention_chunk
+    tensor_ref = attention_params.tensor_ref
+    call.q, call.k, call.o = (tensor_ref(x) for x in (q, k, out))
+    call.v = tensor_ref(v if options.v_colmajor_tokens is None else v.transpose(-3, -2))
+    call.lse = attention_params.row_ref(lse)
+    call.head_dim_v = options.head_dim_v(v)
+    attention_params.describe(call, q, k, indices, options)
     return call
-
-
-def _tensor_ref(x: Tensor) -> tuple[int, int, int, int]:
-    """Address and strides. torch gives a dimension of one any stride; here it is 0."""
-    *batch, rows, heads, _ = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), batch[0] if batch else 0, rows, heads
 
 
 @functools.cache

@@ -1,0 +1,119 @@
+"""What the parameters of all attention kernels tell alike: tensors, sequences and scores."""
+
+import torch
+from torch import Tensor
+
+from flash8 import _native
+from flash8.backends.hopper.variants import Mask
+from flash8.call.options import Options
+
+INT32_MAX = 2**31 - 1
+_TMA_UNIT = 16  # bytes: of addresses and strides
+_TMA_MAX_STRIDE = 1 << 40  # bytes
+_ROW_BYTES = 16  # kernels read and write rows of 16-bit tensors in units of this size
+_INDEX_FIELDS = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "leftpad_k",
+    "kv_batch_idx",
+)
+
+Call = _native.ForwardParams | _native.BackwardParams
+
+
+def tma_can_read(x: Tensor) -> bool:
+    """Whether the driver describes x to TMA as it lies, but for `overlaps`."""
+    inner_is_contiguous = x.shape[-1] == 1 or x.stride(-1) == 1
+    return (
+        inner_is_contiguous
+        and x.data_ptr() % _TMA_UNIT == 0
+        and all(step % _TMA_UNIT == 0 and step < _TMA_MAX_STRIDE for step in _steps(x))
+    )
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether rows of x share memory: it is expanded, or a window that slides over a tensor.
+
+    The driver describes no such tensor to TMA. The kernel gets a copy: that takes far less than
+    attention does, and much less than the portable code.
+    """
+    row = x.shape[-1] * x.element_size()
+    return any(step < row for step in _steps(x))
+
+
+def can_be_stored(out: Tensor) -> bool:
+    """Whether kernels can write rows of out where they are."""
+    return out.data_ptr() % _ROW_BYTES == 0 and all(step % _ROW_BYTES == 0 for step in _steps(out))
+
+
+def _steps(x: Tensor) -> list[int]:
+    """The strides in bytes of all dimensions but the last, without those of one element."""
+    size = x.element_size()
+    outer = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    return [stride * size for n, stride in outer if n > 1]
+
+
+def tensor_ref(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides. torch gives a dimension of one any stride; here it is 0."""
+    *batch, rows, heads, _ = (0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), batch[0] if batch else 0, rows, heads
+
+
+def row_ref(lse: Tensor) -> tuple[int, int, int]:
+    """Address and strides of values by row, (batch, heads, rows) or (heads, rows)."""
+    return lse.data_ptr(), 0 if lse.dim() == 2 else lse.stride(0), lse.stride(-2)
+
+
+def mask_of(options: Options) -> Mask:
+    """The mask that a kernel is compiled for."""
+    if options.window_left >= 0 or options.window_right > 0 or options.attention_chunk > 0:
+        return "local"
+    return "causal" if options.window_right == 0 else "none"
+
+
+def indices_of(options: Options) -> dict[str, Tensor]:
+    """The index tensors of a call, as kernels read them."""
+    given = {name: getattr(options, name) for name in _INDEX_FIELDS}
+    return {name: x.contiguous() for name, x in given.items() if x is not None}
+
+
+def describe(
+    call: Call, q: Tensor, k: Tensor, indices: dict[str, Tensor], options: Options
+) -> None:
+    """Head counts, sequences and scores of a call, but for `describe_scores`."""
+    call.heads_q, call.heads_kv = q.shape[-2], k.shape[-2]
+    call.head_dim = q.shape[-1]
+    sequences, scores = call.sequences, call.scores
+    for name, index in indices.items():
+        setattr(sequences, name, index.data_ptr())
+    if options.cu_seqlens_q is None:
+        sequences.batch, sequences.max_seqlen_q = q.shape[:2]
+    else:
+        sequences.batch = options.cu_seqlens_q.shape[0] - 1
+        sequences.max_seqlen_q, sequences.total_q = options.max_seqlen_q or 0, q.shape[0]
+    if options.cu_seqlens_k is None:
+        sequences.batch_k, sequences.max_seqlen_k = k.shape[:2]
+    else:
+        sequences.max_seqlen_k, sequences.total_k = options.max_seqlen_k or 0, k.shape[0]
+    scale = options.softmax_scale
+    scores.softmax_scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores.softcap = options.softcap
+    scores.window_left, scores.window_right = options.window_left, options.window_right
+    scores.attention_chunk = options.attention_chunk
+
+
+def describe_scores(call: Call, s_aux: Tensor | None, options: Options) -> list[Tensor]:
+    """Sinks and slopes; returns what the call points to then."""
+    held = []
+    if s_aux is not None:
+        sinks = s_aux.to(torch.float32).contiguous()
+        held.append(sinks)
+        call.scores.sinks = sinks.data_ptr()
+    if options.alibi_slopes is not None:
+        slopes = options.alibi_slopes.to(torch.float32).contiguous()
+        held.append(slopes)
+        call.scores.alibi_slopes = slopes.data_ptr()
+        call.scores.alibi_batch_stride = slopes.shape[-1] if slopes.dim() == 2 else 0
+    return held
