@@ -17,6 +17,8 @@ import torch
 from attention_cases import Case, gpu_cases
 from bench_choices import choices
 from flash8.backends.hopper import forward as hopper
+from flash8.backends.hopper.backward_variants import SHIPPED_BACKWARDS, BackwardVariant
+from flash8.backends.hopper.kernels import Variant, kernels_of
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS, QuantizeVariant
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from flash8.call.options import Options
@@ -27,18 +29,19 @@ from .pack import ROOT, gpu_tests
 _E4M3 = torch.float8_e4m3fn
 
 
-def shipped() -> list[ForwardVariant | QuantizeVariant]:
-    return [*SHIPPED, *SHIPPED_QUANTIZERS]
+def shipped() -> list[Variant]:
+    return [*SHIPPED, *SHIPPED_BACKWARDS, *SHIPPED_QUANTIZERS]
 
 
 def units() -> list[Unit]:
     """Each once, the shipped ones first."""
-    found = [variant.unit() for variant in (*shipped(), *_attention(), *_of_tests())]
+    variants = (*shipped(), *_attention(), *_of_tests())
+    found = [part.unit() for variant in variants for part in kernels_of(variant)]
     found += [choice.unit() for choice in choices()]
     return list(dict.fromkeys(found))
 
 
-def _attention() -> Iterator[ForwardVariant | QuantizeVariant]:
+def _attention() -> Iterator[Variant]:
     """What bench_attention.py runs, at its own lengths and at those of its comparison."""
     for case in gpu_cases():
         for same in (case, case.checked()):
@@ -81,9 +84,9 @@ def _choose(case: Case, dtype: torch.dtype, options: Options) -> ForwardVariant:
     return hopper.choose(q, k, v, options)
 
 
-def _of_tests() -> Iterator[ForwardVariant | QuantizeVariant]:
+def _of_tests() -> Iterator[Variant]:
     """Those of the GPU tests, which run on the CPU for it (tests/support/gpu_recorder.py)."""
-    kinds = {kind.__name__: kind for kind in (ForwardVariant, QuantizeVariant)}
+    kinds = {kind.__name__: kind for kind in (ForwardVariant, BackwardVariant, QuantizeVariant)}
     with tempfile.TemporaryDirectory() as folder:
         recorded = Path(folder) / "recorded.json"
         command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "gpu_recorder", "-m", "gpu"]

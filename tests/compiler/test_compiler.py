@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import light_process
-from flash8.backends.hopper import quantize_variants, variants
+from flash8.backends.hopper import backward_variants, quantize_variants, variants
 from flash8.cli import main
 from flash8.compiler import (
     CompileError,
@@ -332,6 +332,7 @@ def test_all_compiles_what_ships_and_goes_on_after_a_failure(workshop, monkeypat
     broken.write_text("REFUSE\n")
     rows = [Row(workshop.unit(A="1")), Row(Unit(broken)), Row(workshop.unit(A="2"))]
     monkeypatch.setattr(variants, "SHIPPED", rows)
+    monkeypatch.setattr(backward_variants, "SHIPPED_BACKWARDS", ())
     monkeypatch.setattr(quantize_variants, "SHIPPED_QUANTIZERS", [Row(workshop.unit(A="3"))])
     assert main(["compile", "--all"]) == 1
     captured = capsys.readouterr()

@@ -55,7 +55,7 @@ class SimulatedDevice:
         if x.numel():
             self._control.flash8_sim_unregister_memory(_span(x)[0])
 
-    def ptx(self, variant: hopper_kernels.Variant) -> bytes:
+    def ptx(self, variant: hopper_kernels.KernelVariant) -> bytes:
         return compile_unit(variant.unit()).ptx.read_bytes() + b"\0"
 
     def _image(self, key: str, kind: str) -> bytes:

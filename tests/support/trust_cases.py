@@ -10,14 +10,14 @@ from flash8.backends.hopper import kernels
 from flash8.compiler import Unit, compile_unit, cutlass_root, kernel_root
 from fp8_forward_cases import changed_sources
 
-Image = Callable[[kernels.Variant], bytes]
+Image = Callable[[kernels.KernelVariant], bytes]
 
 
 def changed_image(folder: Path, *edits: tuple[str, str, str]) -> Image:
     """Forward kernels compiled from sources with (file, old, new) edits."""
     root = changed_sources(folder, *edits)
 
-    def image(variant: kernels.Variant) -> bytes:
+    def image(variant: kernels.KernelVariant) -> bytes:
         unit = variant.unit()
         source = root / unit.source.relative_to(kernel_root())
         changed = Unit(source, unit.defines, f"changed {variant.name}")
@@ -34,7 +34,7 @@ def changed_quantizers(folder: Path, name: str, old: str, new: str) -> Image:
     assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
     (root / name).write_text(text.replace(old, new))
 
-    def image(variant: kernels.Variant) -> bytes:
+    def image(variant: kernels.KernelVariant) -> bytes:
         unit = variant.unit()
         changed = Unit(root / unit.source.name, unit.defines, f"changed {variant.name}")
         return compile_unit(changed).ptx.read_bytes() + b"\0"

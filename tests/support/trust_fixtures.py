@@ -21,7 +21,7 @@ def checked(monkeypatch) -> Checked:
     the kernels, by variant, in the place of sound ones."""
 
     @contextmanager
-    def serving(image: Callable[[kernels.Variant], bytes] | None = None) -> Iterator[None]:
+    def serving(image: Callable[[kernels.KernelVariant], bytes] | None = None) -> Iterator[None]:
         with (
             device().serving_cpu_tensors(monkeypatch, kernels="auto"),
             monkeypatch.context() as patch,

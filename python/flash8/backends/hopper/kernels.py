@@ -3,25 +3,36 @@
 import functools
 
 from flash8 import _native
+from flash8.backends.hopper.backward_variants import BackwardStep, BackwardVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.compiler import kernel_image
 
-Variant = ForwardVariant | QuantizeVariant
+#: What serves a call. A backward takes three kernels.
+Variant = ForwardVariant | BackwardVariant | QuantizeVariant
+#: What is compiled and loaded.
+KernelVariant = Variant | BackwardStep
 
 
-def kernel(variant: Variant) -> _native.Kernel:
+def kernel(variant: KernelVariant) -> _native.Kernel:
     """The kernel of a variant, loaded, and compiled before where it has to be."""
     _VARIANTS.setdefault(variant.name, variant)
     return registry().get(variant.name)
 
 
-def variant_of(key: str) -> Variant:
+def kernels_of(variant: Variant) -> tuple[KernelVariant, ...]:
+    """What is launched for a variant, in the order of the launches."""
+    if isinstance(variant, BackwardVariant):
+        return variant.preprocess, variant, variant.postprocess
+    return (variant,)
+
+
+def variant_of(key: str) -> KernelVariant:
     """The variant that was asked of the registry by this key."""
     return _VARIANTS[key]
 
 
-_VARIANTS: dict[str, Variant] = {}
+_VARIANTS: dict[str, KernelVariant] = {}
 
 
 @functools.cache
