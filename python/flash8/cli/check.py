@@ -8,6 +8,7 @@ import torch
 
 from flash8.backends.hopper import kernels as hopper_kernels
 from flash8.backends.hopper import mode
+from flash8.backends.hopper.backward_variants import SHIPPED_BACKWARDS
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
 from flash8.backends.hopper.variants import SHIPPED
 from flash8.backends.hopper.verify import trust
@@ -16,9 +17,9 @@ from flash8.backends.hopper.verify.watchdog import KernelHangsError
 _MAX_DETAIL = 400  # characters of what the compiler or the driver said
 
 
-def kernels() -> dict[str, trust.Variant]:
+def kernels() -> dict[str, hopper_kernels.Variant]:
     """All shipped kernels by name, in the order in which they are checked."""
-    shipped: tuple[trust.Variant, ...] = (*SHIPPED, *SHIPPED_QUANTIZERS)
+    shipped: list[hopper_kernels.Variant] = [*SHIPPED, *SHIPPED_BACKWARDS, *SHIPPED_QUANTIZERS]
     return {variant.name: variant for variant in shipped}
 
 
@@ -55,7 +56,7 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def check(device: torch.device, variants: Sequence[trust.Variant] | None = None) -> int:
+def check(device: torch.device, variants: Sequence[hopper_kernels.Variant] | None = None) -> int:
     """Checks kernels on `device`, by default all shipped ones, and prints the table."""
     if variants is None:
         variants = list(kernels().values())
@@ -72,10 +73,11 @@ def check(device: torch.device, variants: Sequence[trust.Variant] | None = None)
     return int(failed > 0)
 
 
-def _check(variant: trust.Variant, device: torch.device) -> tuple[str | None, float]:
+def _check(variant: hopper_kernels.Variant, device: torch.device) -> tuple[str | None, float]:
     """The finding and the milliseconds of the check, without those of compiling and loading."""
     try:
-        hopper_kernels.kernel(variant)
+        for part in hopper_kernels.kernels_of(variant):
+            hopper_kernels.kernel(part)
     except Exception as error:
         return f"{type(error).__name__}: {error}", 0.0
     start = time.perf_counter()

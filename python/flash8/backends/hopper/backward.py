@@ -1,0 +1,222 @@
+"""The backward on compiled kernels (hopper/backward): three launches, dQ, dK, dV and d(s_aux).
+
+`refusal` says why a call is not for them; `backward` serves those that are. The kernels get the
+addresses and strides of what the call has; what TMA cannot read is copied first, which takes far
+less than attention does. The workspace is linear in the tokens of q, and needs no initial value.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash8 import _native
+from flash8.backends.hopper import attention_params, heuristics, kernels, streams
+from flash8.backends.hopper.backward_variants import TILES, BackwardVariant, Element
+from flash8.backends.hopper.variants import Mask
+from flash8.call.options import Options
+
+_DTYPES: dict[torch.dtype, Element] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_MAX_HEAD_DIM = TILES[-1][0]
+_FP8_FIELDS = ("q_descale", "k_descale", "v_descale", "k_mean", "v_mean", "v_channel_descale")
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: Options) -> str | None:
+    """Why no backward kernel serves this call, or None."""
+    if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"there is no backward kernel for {q.dtype} q, {k.dtype} k and {v.dtype} v"
+    for name, size in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
+        if size > _MAX_HEAD_DIM or size % 8 != 0:
+            return f"{name} is {size}; backward kernels take multiples of 8 up to {_MAX_HEAD_DIM}"
+    for name, given in (
+        ("qv", qv is not None),
+        ("page_table", options.page_table is not None),
+        ("leftpad_k", options.leftpad_k is not None),
+        ("kv_batch_idx", options.kv_batch_idx is not None),
+        ("dropout_p", options.dropout_p > 0.0),
+        *((name, getattr(options, name) is not None) for name in _FP8_FIELDS),
+    ):
+        if given:
+            return f"{name} has no backward kernel yet"
+    if any(n > attention_params.INT32_MAX for x in (q, k, v) for n in x.shape):
+        return "q, k or v has a dimension above 2^31 - 1"
+    return None
+
+
+def backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dqv: Tensor,
+    ds_aux: Tensor,
+) -> None:
+    """Fills dq, dk, dv (every row of them), and ds_aux where the forward had s_aux, on q's stream,
+    without a synchronisation."""
+    sinks = None if s_aux is None else (s_aux, ds_aux)
+    if q.numel() == 0:  # there may be nothing to launch then
+        ds_aux.zero_()
+        sinks = None
+    given = Given(torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, out, lse)
+    planned = plan(given, sinks, options, dq, dk, dv)
+    launch(planned, streams.current_stream(q))
+    if planned.dsinks is not None and planned.dsinks is not ds_aux:
+        ds_aux.copy_(planned.dsinks)
+
+
+class Given(NamedTuple):
+    """What a backward reads."""
+
+    dout: Tensor
+    dlse: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+class Plan(NamedTuple):
+    """The launches, but for the stream."""
+
+    kernels: tuple[_native.Kernel, _native.Kernel, _native.Kernel]
+    device: int
+    call: _native.BackwardParams
+    dsinks: Tensor | None  # in fp32
+    held: list[Tensor]  # what `call` points to besides the arguments of `plan`
+
+
+def launch(planned: Plan, stream: int) -> None:
+    """Enqueues them. Memory of `held` that is freed then is not reused before they have run."""
+    _native.launch_backward(*planned.kernels, planned.device, stream, planned.call)
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> BackwardVariant:
+    """The variant that serves a call."""
+    return _variant(
+        _DTYPES[q.dtype],
+        q.shape[-1],
+        v.shape[-1],
+        attention_params.mask_of(options),
+        options.softcap > 0.0,
+        options.alibi_slopes is not None,
+        options.deterministic or torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+@functools.cache
+def _variant(
+    dtype: Element,
+    head_dim: int,
+    head_dim_v: int,
+    mask: Mask,
+    softcap: bool,
+    alibi: bool,
+    deterministic: bool,
+) -> BackwardVariant:
+    """The variant for these choices, made once per process."""
+    tile = next(tile for tile in TILES if head_dim <= tile[0] and head_dim_v <= tile[1])
+    return BackwardVariant(dtype, *tile, mask, softcap, alibi, deterministic=deterministic)
+
+
+def plan(
+    given: Given,
+    sinks: tuple[Tensor, Tensor] | None,
+    options: Options,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    variant: BackwardVariant | None = None,
+) -> Plan:
+    """The kernels and the parameters of a call, with a workspace of its own.
+
+    `sinks` are s_aux and its gradient. `variant` is `choose`'s unless given.
+    """
+    variant = choose(given.q, given.k, given.v, options) if variant is None else variant
+    first, kernel, last = (kernels.kernel(part) for part in kernels.kernels_of(variant))
+    q, k, v, out, dout = (_plain(x) for x in (given.q, given.k, given.v, given.out, given.dout))
+    lse = _in_float(given.lse)
+    indices = attention_params.indices_of(options)
+    held = [q, k, v, out, dout, lse, *indices.values()]
+    call = _native.BackwardParams()
+    tensor_ref = attention_params.tensor_ref
+    call.q, call.k, call.v, call.o, call.dout = (tensor_ref(x) for x in (q, k, v, out, dout))
+    call.dq, call.dk, call.dv = (tensor_ref(x) for x in (dq, dk, dv))
+    call.lse = attention_params.row_ref(lse)
+    if given.dlse is not None:
+        dlse = _in_float(given.dlse)
+        held.append(dlse)
+        call.dlse = attention_params.row_ref(dlse)
+    call.head_dim_v = v.shape[-1]
+    attention_params.describe(call, q, k, indices, options)
+    call.scheduler.heads_per_section = _heads_per_section(call, variant, options)
+    held += attention_params.describe_scores(call, None if sinks is None else sinks[0], options)
+    dsinks = None
+    if sinks is not None:
+        dsinks = _float_like(sinks[1])
+        held.append(dsinks)
+        call.dsinks = dsinks.data_ptr()
+    held.append(_give_workspace(call, kernel, q))
+    return Plan((first, kernel, last), q.device.index or 0, call, dsinks, held)
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A tensor that kernels fill."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """x, or a copy that kernels can read."""
+    if attention_params.tma_can_read(x) and not attention_params.overlaps(x):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _in_float(lse: Tensor) -> Tensor:
+    """LSE, or its gradient, in fp32 and without gaps."""
+    return lse.to(torch.float32).contiguous()
+
+
+def _float_like(ds_aux: Tensor) -> Tensor:
+    """Where the kernels leave the gradient of s_aux."""
+    if ds_aux.dtype == torch.float32 and ds_aux.is_contiguous():
+        return ds_aux
+    return allocate(tuple(ds_aux.shape), torch.float32, ds_aux)
+
+
+def _heads_per_section(
+    call: _native.BackwardParams, variant: BackwardVariant, options: Options
+) -> int:
+    """How many KV heads may run side by side with all that they read again and again in L2: Q, dO
+    and the sums of dQ of their query heads."""
+    if not heuristics.has_uneven_tiles(options):
+        return 1
+    row = 2 * (call.head_dim + call.head_dim_v) + 4 * variant.head_dim
+    group = call.heads_q // call.heads_kv
+    return heuristics.heads_per_section(call.sequences.max_seqlen_q, row * group, 1)
+
+
+def _give_workspace(call: _native.BackwardParams, kernel: _native.Kernel, like: Tensor) -> Tensor:
+    """Memory for all parts of the workspace, one behind the other."""
+    unit, end = _native.WORKSPACE_UNIT, 0
+    offsets = {}
+    for name, size in _native.backward_workspace(kernel, call).items():
+        offsets[name] = -(-end // unit) * unit
+        end = offsets[name] + size
+    workspace = allocate((end,), torch.uint8, like)
+    if workspace.data_ptr() % unit != 0:  # as memory of the CPU may lie
+        workspace = allocate((end + unit,), torch.uint8, like)
+    start = -(-workspace.data_ptr() // unit) * unit
+    for name, offset in offsets.items():
+        setattr(call, name, start + offset)
+    return workspace
