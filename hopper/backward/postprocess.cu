@@ -78,7 +78,8 @@ __device__ inline void store_dq(BackwardParams const& params, WorkTile const& ti
 }
 
 // What a thread adds up of a head's blocks. Between packed sequences there may be blocks without queries,
-// which nobody has written: there a warp goes through the blocks of a sequence.
+// which nobody has written: there a warp goes through the blocks of a sequence, which starts at the largest
+// offset so far.
 __device__ inline float part_of_dsink(BackwardParams const& params, float const* blocks) {
     SequenceParams const& sequences = params.sequences;
     float sum = 0.0f;
@@ -89,11 +90,20 @@ __device__ inline float part_of_dsink(BackwardParams const& params, float const*
         return sum;
     }
     constexpr int kBlockM = Config::Tiles::kBlockM;
-    for (int batch = threadIdx.x / 32; batch < sequences.batch; batch += Config::kThreads / 32) {
-        RowRange const rows = packed_rows(sequences.cu_seqlens_q, batch, sequences.total_q);
-        int64_t const first = first_query_block<kBlockM>(params, batch, rows.begin);
-        int const count = rows.size() / kBlockM + (rows.size() % kBlockM != 0);
-        for (int i = threadIdx.x % 32; i < count; i += 32) {
+    constexpr int kWarps = Config::kThreads / 32;
+    int const total = static_cast<int>(sequences.total_q);
+    int const lane = threadIdx.x % 32;
+    int begin = 0;
+    for (int batch = threadIdx.x / 32; batch < sequences.batch; batch += kWarps) {
+        // Offsets since the warp's last sequence, a lane each.
+        int const index = batch - lane;
+        bool const is_new = lane < kWarps && index >= 0;
+        int const offset = is_new ? clamped(sequences.cu_seqlens_q[index], 0, total) : 0;
+        begin = max(begin, __reduce_max_sync(0xffffffff, offset));
+        int const queries = clamped(sequences.cu_seqlens_q[batch + 1], begin, total) - begin;
+        int64_t const first = first_query_block<kBlockM>(params, batch, begin);
+        int const count = queries / kBlockM + (queries % kBlockM != 0);
+        for (int i = lane; i < count; i += 32) {
             sum += blocks[first + i];
         }
     }
