@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 import flash8
 from flash8 import backends, fp8
+from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.backends.hopper.verify import trust
@@ -33,11 +34,11 @@ Call = Callable[[], Any]
 
 
 class Row(NamedTuple):
-    """Calls of one kind. `kernel` is the variant whose kernels would serve them; None: the backward
-    of what the calls return."""
+    """Calls of one kind, and the kind of variant whose kernels would serve them: of the backward,
+    if it is BackwardVariant, of what they return."""
 
     label: str
-    kernel: type[ForwardVariant] | type[QuantizeVariant] | None
+    kernel: type[ForwardVariant] | type[BackwardVariant] | type[QuantizeVariant]
     calls: list[Call]
 
 
@@ -51,9 +52,9 @@ def dense(dtype: torch.dtype = torch.bfloat16, dim: int = 64, **options: Any) ->
     return lambda: flash8.flash_attn_func(*tensors(dtype, dim), **options)
 
 
-def packed(**options: Any) -> Call:
+def packed(leaf: bool = False, **options: Any) -> Call:
     def call() -> Any:
-        q, k, v = (x[0] for x in tensors())
+        q, k, v = (x[0].requires_grad_(leaf) for x in tensors())
         offsets = torch.tensor([0, 20, 32], dtype=torch.int32)
         sizes = (offsets, offsets, 20, 20)
         return flash8.flash_attn_varlen_func(q, k, v, *sizes, **options)
@@ -107,8 +108,17 @@ def appended(dtype: torch.dtype, **options: Any) -> Call:
     return call
 
 
-def trained(function: Callable[..., Tensor], *recipe: Any) -> Call:
-    return lambda: function(*(x.requires_grad_() for x in tensors()), *recipe, causal=True)
+def trained(dtype: torch.dtype = BF16, dim: int = 64, **options: Any) -> Call:
+    """A call with gradients."""
+    return lambda: flash8.flash_attn_func(
+        *(x.requires_grad_() for x in tensors(dtype, dim)), causal=True, **options
+    )
+
+
+def trained_fp8(recipe: Any) -> Call:
+    return lambda: flash8.fp8_attention(
+        *(x.requires_grad_() for x in tensors()), recipe, causal=True
+    )
 
 
 def ints(values: Any) -> Tensor:
@@ -186,12 +196,21 @@ ROWS = (
         [cached(E4M3, BF16, **per_head()), cached(E4M3, FP16, **per_head())],
     ),
     Row(
-        "backward: 16-bit, and of `fp8_attention` in 16 bits or FP8",
-        None,
+        "backward, 16-bit: dense, packed, masks, softcap, ALiBi, sinks, deterministic",
+        BackwardVariant,
         [
-            trained(flash8.flash_attn_func),
-            trained(flash8.fp8_attention, fp8.CurrentScaling()),
-            trained(flash8.fp8_attention, fp8.CurrentScaling(backward="fp8")),
+            *(trained(), trained(softcap=2.0), trained(window_size=(8, 2)), trained(dim=256)),
+            *(trained(dim=72), trained(deterministic=True), trained(alibi_slopes=torch.ones(4))),
+            *(trained(s_aux=torch.ones(4)), packed(leaf=True)),
+            trained_fp8(fp8.CurrentScaling()),
+        ],
+    ),
+    Row(
+        "backward: head_dim above 256, fp32, fp64; dropout; `fp8_attention` with FP8 products",
+        BackwardVariant,
+        [
+            *(trained(dim=264), trained(dtype=FP32), trained(dropout_p=0.5, dropout_seed=1)),
+            trained_fp8(fp8.CurrentScaling(backward="fp8")),
         ],
     ),
     Row(
@@ -235,13 +254,16 @@ def is_served(row: Row) -> bool:
     return served.pop()
 
 
-def _asks_for_kernel(kind: type | None, call: Call) -> bool:
+def _asks_for_kernel(kind: type, call: Call) -> bool:
     with as_on_hopper() as asked:
-        result = call()
-        if kind is None:
-            asked.clear()
-            result.sum().backward()
-    return any(kind is None or isinstance(variant, kind) for variant in asked)
+        _run(kind, call)
+    return any(isinstance(variant, kind) for variant in asked)
+
+
+def _run(kind: type, call: Call) -> None:
+    result = call()
+    if kind is BackwardVariant:
+        result.sum().backward()
 
 
 class _Mode(TorchFunctionMode):
@@ -271,9 +293,7 @@ def table() -> str:
     lines = ["| | CPU tensors | CUDA tensors on Hopper |", "|---|---|---|"]
     for row in ROWS:
         for call in row.calls:
-            result = call()
-            if row.kernel is None:
-                result.sum().backward()
+            _run(row.kernel, call)
         served = "kernel" if is_served(row) else "tiled PyTorch"
         lines.append(f"| {row.label} | yes | {served} |")
     return "\n".join(lines) + "\n"

@@ -10,15 +10,18 @@ from flash8 import backends
 from flash8.backends import cpu, protocol
 from flash8.backends.cpu import append_quantized as cpu_append
 from flash8.backends.cpu import quantize as cpu_quantize
-from flash8.backends.hopper import append_quantized, forward, quantize
+from flash8.backends.hopper import append_quantized, backward, forward, quantize
 
 IMPLEMENTATIONS = (
     (protocol.Forward, cpu),
+    (protocol.Backward, cpu),
     (protocol.Backend, cpu),
     (protocol.Quantizer, cpu_quantize),
     (protocol.Append, cpu_append),
     (protocol.Forward, forward),
     (protocol.KernelForward, forward),
+    (protocol.Backward, backward),
+    (protocol.KernelBackward, backward),
     (protocol.Quantizer, quantize),
     (protocol.KernelQuantizer, quantize),
     (protocol.KernelAppend, append_quantized),
@@ -62,10 +65,10 @@ def test_every_contract_has_an_implementation():
 
 
 def test_breaches_are_found():
-    def backward(dout, dlse, k, q):  # q and k change places
+    def swapped(dout, dlse, k, q):  # q and k change places
         raise NotImplementedError
 
-    planted = types.SimpleNamespace(**{**vars(cpu), "backward": backward})
+    planted = types.SimpleNamespace(**{**vars(cpu), "backward": swapped})
     del planted.combine
     assert breaches(protocol.Backend, planted) == ["backward", "combine"]
 

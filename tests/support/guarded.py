@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flash8.backends.hopper import append_quantized as appender
+from flash8.backends.hopper import backward as hopper_backward
 from flash8.backends.hopper import forward as hopper
 from flash8.backends.hopper import quantize as quantizer
 from flash8.call.request import Appended, Request
@@ -15,6 +16,7 @@ from flash8.call.request import Appended, Request
 #: On either side, and more than a row of any test.
 GUARD_BYTES = 4096
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ALIGNMENT = 128
 _MOST_BYTES = 1 << 26  # tensors of memory that is mostly not there have no guards
 
 
@@ -26,7 +28,9 @@ class Guarded:
         self._shape, self._strides = shape, strides
         size = span(shape, strides) * dtype.itemsize
         # Ones, as an integer or a float, are less than an atomic maximum.
-        self._raw = torch.ones(size + 2 * GUARD_BYTES, dtype=torch.int8)
+        raw = torch.ones(size + 2 * GUARD_BYTES + _ALIGNMENT, dtype=torch.int8)
+        first = -raw.data_ptr() % _ALIGNMENT  # as the memory of a GPU
+        self._raw = raw[first : first + size + 2 * GUARD_BYTES]
         self._view(self._raw, _WORDS[dtype.itemsize]).fill_(-1)
         self._beside = self._raw == 1
         self.tensor = self._view(self._raw, dtype)
@@ -107,14 +111,16 @@ def guard_quantizer(patch: Any, guards: Guards) -> None:
 
 
 def guard_outputs(patch: Any, device: Any) -> None:
-    """Forward, quantizer and append fill tensors with guards, compared after every launch, whose
-    values the caller's own get then. Not so the launches of the plan cache."""
+    """Forward, backward, quantizer and append fill tensors with guards, compared after every
+    launch, whose values the caller's own get then. Not so the launches of the plan cache."""
     guards = Guards(device)
     guard_quantizer(patch, guards)
     patch.setattr(quantizer, "quantize", functools.partial(_quantize, quantizer.quantize, guards))
     patch.setattr(appender, "append", functools.partial(_append, appender.append, device))
     launch = functools.partial(_launch, hopper.plan_and_launch, device)
     patch.setattr(hopper, "plan_and_launch", launch)
+    backward = functools.partial(_backward, hopper_backward.backward, patch, device)
+    patch.setattr(hopper_backward, "backward", backward)
 
 
 def _quantize(
@@ -160,6 +166,22 @@ def _launch(
     plan.call.o = (out.data_ptr(), *plan.call.o[1:])  # of which the plan cache will hear
     plan.call.lse = (lse.data_ptr(), *plan.call.lse[1:])
     return plan
+
+
+def _backward(backward: Callable[..., None], patch: Any, device: Any, *given: Any) -> None:
+    """The workspace has guards, too."""
+    *inputs, dq, dk, dv, dqv, ds_aux = given
+    outputs = (dq, dk, dv, ds_aux)
+    if any(_is_sparse(x) for x in outputs):
+        backward(*given)
+        return
+    with Guards(device) as guards, patch.context() as inner:
+        inner.setattr(hopper_backward, "allocate", guards.allocate)
+        dq, dk, dv, ds_aux = (guards.add(Guarded.like(x)) for x in outputs)
+        backward(*inputs, dq, dk, dv, dqv, ds_aux)
+        guards.check()
+        for x, values in zip(outputs, (dq, dk, dv, ds_aux), strict=True):
+            _assign(x, values)
 
 
 def _is_sparse(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from flash8 import _native
-from flash8.backends.hopper import forward as hopper
+from flash8.backends.hopper import backward, forward
 from flash8.backends.hopper.kernels import variant_of
 from flash8.tensors import memory
 from guarded import Guards, guard_quantizer
@@ -32,7 +32,8 @@ def changed_kernels(folder: Path, file: str, old: str, new: str) -> _native.Regi
 def quantizers_only(monkeypatch: Any, *, seed: int = 0) -> Iterator[None]:
     """Inside, quantizers run on kernels and attention does not."""
     with device().serving_cpu_tensors(monkeypatch, seed=seed), monkeypatch.context() as patch:
-        patch.setattr(hopper, "refusal", lambda *_: "only quantizers are under test")
+        for attention in (forward, backward):
+            patch.setattr(attention, "refusal", lambda *_: "only quantizers are under test")
         yield
 
 

@@ -1,7 +1,8 @@
 """Which backend serves which call.
 
 `protocol` says what a backend is. The CPU backend serves every op; the Hopper backend has the
-forward and the quantizer, for the calls that it does not refuse. `describe` is for `flash8 info`.
+forward, the backward and the quantizer, for the calls that it does not refuse. `describe` is for
+`flash8 info`.
 """
 
 import functools
@@ -15,7 +16,7 @@ from flash8.backends import cpu
 from flash8.backends.hopper import mode
 
 if TYPE_CHECKING:
-    from flash8.backends.protocol import Backend, Forward
+    from flash8.backends.protocol import Backend, Backward, Forward
     from flash8.call.geometry import Geometry
     from flash8.call.options import Options
 
@@ -49,6 +50,26 @@ def forward_backend(
 
     index_checks.check_attention(q, k, options)
     reason = hopper.refusal(q, k, v, qv, options, out)
+    if reason is not None:
+        tell_about_refusal(reason)
+    elif trust.is_trusted(hopper.choose(q, k, v, options), q.device):
+        return hopper
+    return cpu
+
+
+def backward_backend(
+    q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: "Options"
+) -> "Backward":
+    """The backend that serves one backward call.
+
+    Raises: as `forward_backend`.
+    """
+    if not kernels_wanted(q):
+        return backend_for(q)
+    from flash8.backends.hopper import backward as hopper
+    from flash8.backends.hopper.verify import trust
+
+    reason = hopper.refusal(q, k, v, qv, options)
     if reason is not None:
         tell_about_refusal(reason)
     elif trust.is_trusted(hopper.choose(q, k, v, options), q.device):

@@ -52,11 +52,12 @@ def _describe_cuda(name: str) -> list[Service]:
         return [Service("CUDA tensors, every call", "cpu", f"{portable}; {reason}")]
     if chosen == "require" and (missing := mode.unfit(index)) is not None:
         needs = f"FLASH8_KERNELS=require: an error, since {missing}"
-        return [Service("CUDA tensors, forward and fp8.quantize", "none", needs)]
+        return [Service("CUDA tensors, forward, backward and fp8.quantize", "none", needs)]
     checked = "unchecked" if chosen == "on" else "checked once per process"
     kernel = f"{name}: FLASH8_KERNELS={chosen}; compiled when first used, {checked}"
     return [
         Service("CUDA tensors, fp16 / bf16 / e4m3 forward, no pages or splits", "hopper", kernel),
+        Service("CUDA tensors, fp16 / bf16 backward, no dropout", "hopper", kernel),
         Service("CUDA tensors, fp8.quantize, append to e4m3 caches", "hopper", kernel),
         Service("CUDA tensors, every other call", "cpu", portable),
     ]

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from flash8.backends.cpu import append_quantized as _cpu_append
     from flash8.backends.cpu import quantize as _cpu_quantize
     from flash8.backends.hopper import append_quantized as _hopper_append
+    from flash8.backends.hopper import backward as _hopper_backward
     from flash8.backends.hopper import forward as _hopper_forward
     from flash8.backends.hopper import quantize as _hopper_quantize
+    from flash8.backends.hopper.backward_variants import BackwardVariant
     from flash8.backends.hopper.quantize_variants import QuantizeVariant
     from flash8.backends.hopper.variants import ForwardVariant
     from flash8.call.options import Options
@@ -42,8 +44,8 @@ class Forward(Protocol):
         """The partials are empty unless options.num_splits > 1."""
 
 
-class Backend(Forward, Protocol):
-    """Serves every op. The CPU backend does, on the tensors of any device."""
+class Backward(Protocol):
+    """Fills the gradients of q, k, v, qv and s_aux."""
 
     def backward(
         self,
@@ -64,6 +66,10 @@ class Backend(Forward, Protocol):
         ds_aux: Tensor,
     ) -> None:
         """dqv and ds_aux are empty where the forward had no qv or s_aux. No gradient: zero."""
+
+
+class Backend(Forward, Backward, Protocol):
+    """Serves every op. The CPU backend does, on the tensors of any device."""
 
     def fp8_backward(
         self,
@@ -164,6 +170,18 @@ class KernelForward(Forward, Protocol):
         """The variant that serves a call which is not refused."""
 
 
+class KernelBackward(Backward, Protocol):
+    """A backward on compiled kernels, which may refuse a call; the CPU backend then serves it."""
+
+    def refusal(
+        self, q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: "Options"
+    ) -> str | None:
+        """Why no kernels serve the call, or None."""
+
+    def choose(self, q: Tensor, k: Tensor, v: Tensor, options: "Options") -> "BackwardVariant":
+        """The variant that serves a call which is not refused."""
+
+
 class Quantizer(Protocol):
     """Serves `fp8.quantize`."""
 
@@ -205,6 +223,7 @@ class KernelAppend(Protocol):
 if TYPE_CHECKING:
     _backends: tuple[Backend, ...] = (_cpu,)
     _forwards: tuple[KernelForward, ...] = (_hopper_forward,)
+    _backwards: tuple[KernelBackward, ...] = (_hopper_backward,)
     _quantizers: tuple[Quantizer, ...] = (_cpu_quantize,)
     _kernel_quantizers: tuple[KernelQuantizer, ...] = (_hopper_quantize,)
     _appends: tuple[Append, ...] = (_cpu_append,)

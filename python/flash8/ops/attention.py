@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash8.backends import backend_for, choose_num_splits, forward_backend, index_checks
+from flash8.backends import (
+    backend_for,
+    backward_backend,
+    choose_num_splits,
+    forward_backend,
+    index_checks,
+)
 from flash8.call import checks, derivatives
 from flash8.call.autocast import unaffected
 from flash8.call.geometry import Geometry
@@ -103,8 +109,10 @@ def _backward(
     lse: Tensor,
     *options: Any,
 ) -> Gradients:
+    opts = Options(*options)
     gradients = _empty_gradients(q, k, v, qv, s_aux)
-    backend_for(q).backward(dout, dlse, q, k, v, qv, s_aux, out, lse, Options(*options), *gradients)
+    backend = backward_backend(q, k, v, qv, opts)
+    backend.backward(dout, dlse, q, k, v, qv, s_aux, out, lse, opts, *gradients)
     return gradients
 
 

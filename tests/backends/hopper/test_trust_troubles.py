@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fake_driver.cubin import forward_cubin
+from fake_driver.cubin import any_cubin
 from flash8 import _native, backends, flash_attn_func, fp8
 from flash8.backends.hopper import kernels, mode
 from flash8.backends.hopper.variants import ForwardVariant
@@ -48,7 +48,7 @@ class Checks:
 def checks(driver, monkeypatch):
     """CPU tensors take the Hopper backend as with FLASH8_KERNELS=auto."""
     made = Checks()
-    registry = _native.Registry(driver, forward_cubin)
+    registry = _native.Registry(driver, any_cubin)
     cache = plan_cache.new_plan_cache(None)
     monkeypatch.setattr(backends, "kernels_wanted", lambda tensor: True)
     monkeypatch.setattr(kernels, "registry", lambda: registry)
