@@ -49,7 +49,7 @@ def peers(device: str) -> Iterator[Peer | Absent]:
     import attention_peers_fp8  # which needs what is defined here
 
     on_gpu = device == "cuda"
-    yield Peer("flash8", _flash8, backward=not on_gpu)
+    yield Peer("flash8", _flash8)
     yield from attention_peers_fp8.peers(on_gpu)
     for name, backend in (
         ("cudnn", SDPBackend.CUDNN_ATTENTION),

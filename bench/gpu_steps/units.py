@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from attention_cases import Case, gpu_cases
 from bench_choices import choices
+from flash8.backends.hopper import backward as hopper_backward
 from flash8.backends.hopper import forward as hopper
 from flash8.backends.hopper.backward_variants import SHIPPED_BACKWARDS, BackwardVariant
 from flash8.backends.hopper.kernels import Variant, kernels_of
@@ -45,10 +47,12 @@ def _attention() -> Iterator[Variant]:
     """What bench_attention.py runs, at its own lengths and at those of its comparison."""
     for case in gpu_cases():
         for same in (case, case.checked()):
-            yield _choose(same, torch.bfloat16, Options())
+            call = _call(same, torch.bfloat16, Options())
+            yield hopper.choose(*call)
             if case.kind != "decode":
+                yield hopper_backward.choose(*call)
                 for granularity, by_keys in itertools.product(("head", "block"), (False, True)):
-                    yield _choose(same, _E4M3, _fp8(granularity, by_keys))
+                    yield hopper.choose(*_call(same, _E4M3, _fp8(granularity, by_keys)))
     for head_dim in (64, 128, 256):
         for job, v_colmajor in (("cast", False), ("cast", True), ("amax", False)):
             yield QuantizeVariant(job, "bf16", head_dim, v_colmajor=v_colmajor)
@@ -64,7 +68,10 @@ def _fp8(granularity: str, by_keys: bool) -> Options:
     )
 
 
-def _choose(case: Case, dtype: torch.dtype, options: Options) -> ForwardVariant:
+def _call(
+    case: Case, dtype: torch.dtype, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Options]:
+    """What a kernel is chosen by."""
     packed = case.kind == "packed"
     shapes = [
         ((rows,) if packed else (case.batch, seqlen)) + (heads, case.head_dim)
@@ -81,7 +88,7 @@ def _choose(case: Case, dtype: torch.dtype, options: Options) -> ForwardVariant:
     options = options._replace(
         window_right=0 if case.causal else -1, cu_seqlens_q=ends, cu_seqlens_k=ends
     )
-    return hopper.choose(q, k, v, options)
+    return q, k, v, options
 
 
 def _of_tests() -> Iterator[Variant]:
