@@ -28,10 +28,10 @@ _OUTPUT_IN_FP8 = 0.15  # O is rounded to three bits, and much of it is near e4m3
 
 
 def peers(on_gpu: bool) -> Iterator[Peer | Absent]:
-    for granularity, by_keys in itertools.product(("head", "block"), (False, True)):
-        name = f"flash8 e4m3 {granularity}" + (", v by keys" if by_keys else "")
-        prepare = functools.partial(_flash8, by_keys=by_keys)
-        for peer in _with_and_without_quantization(name, prepare, granularity, by_keys):
+    for granularity, v_colmajor in itertools.product(("head", "block"), (False, True)):
+        name = f"flash8 e4m3 {granularity}" + (", v_colmajor" if v_colmajor else "")
+        prepare = functools.partial(_flash8, v_colmajor=v_colmajor)
+        for peer in _with_and_without_quantization(name, prepare, granularity, v_colmajor):
             yield peer if on_gpu else Absent(peer.name, _ON_A_CPU)
     for name, module, prepare_with, kinds, tolerance in (
         ("flash_attn_3 e4m3", "flash_attn_interface", _flash_attention_3, _DENSE_AND_PACKED, 0.1),
@@ -60,10 +60,10 @@ def _make(
 
 
 def _with_and_without_quantization(
-    name: str, prepare: Callable[[Call, Any], Attend], granularity: str, by_keys: bool
+    name: str, prepare: Callable[[Call, Any], Attend], granularity: str, v_colmajor: bool
 ) -> Iterator[Peer]:
     for inside in (False, True):
-        quantized = functools.partial(_quantized, prepare, granularity, by_keys, inside)
+        quantized = functools.partial(_quantized, prepare, granularity, v_colmajor, inside)
         full_name = name + (_INSIDE if inside else "")
         yield Peer(full_name, quantized, _DENSE_AND_PACKED, backward=False, tolerance=0.1)
 
@@ -71,17 +71,17 @@ def _with_and_without_quantization(
 def _quantized(
     prepare: Callable[[Call, Any], Attend],
     granularity: str,
-    by_keys: bool,
+    v_colmajor: bool,
     inside: bool,
     call: Call,
 ) -> Attention:
-    """`by_keys`: the quantizer transposes v. `inside`: quantization is part of what is timed."""
+    """`v_colmajor`: the quantizer transposes v. `inside`: quantization is part of what is timed."""
     from flash8 import fp8
 
     def quantize(*tensors: Tensor) -> list[Any]:
         ends = call.cu_seqlens
         return [
-            fp8.quantize(x, granularity, cu_seqlens=ends, v_colmajor=by_keys and name == "v")
+            fp8.quantize(x, granularity, cu_seqlens=ends, v_colmajor=v_colmajor and name == "v")
             for name, x in zip("qkv", tensors, strict=True)
         ]
 
@@ -92,7 +92,7 @@ def _quantized(
     return lambda q, k, v: attend(*ready)
 
 
-def _flash8(call: Call, ready: list[Any], *, by_keys: bool) -> Attend:
+def _flash8(call: Call, ready: list[Any], *, v_colmajor: bool) -> Attend:
     import flash8
 
     refuse_without_kernel(call, *(x.by_token() for x in ready))

@@ -63,9 +63,9 @@ def choices() -> Iterator[Choice]:
     masks = ("none", "causal")
     for head_dim, mask in itertools.product((128, 256), masks):
         yield Choice(ForwardVariant("bf16", head_dim, head_dim, mask=mask))
-        for scales, by_keys in itertools.product(("head", "block"), (False, True)):
+        for scales, v_colmajor in itertools.product(("head", "block"), (False, True)):
             variant = ForwardVariant(
-                "e4m3", head_dim, head_dim, mask=mask, scales=scales, v_colmajor=by_keys
+                "e4m3", head_dim, head_dim, mask=mask, scales=scales, v_colmajor=v_colmajor
             )
             for every in (0, 8, 4) if head_dim == 128 else (0,):
                 yield Choice(variant, every)

@@ -137,12 +137,12 @@ def calls_in_8_bits() -> Calls:
 
     rotated = [fp8.quantize(x, hadamard=1) for x in bf16[:2]]
     scaled = [*rotated, fp8.quantize(bf16[2])]
-    by_keys = [*rotated, fp8.quantize(bf16[2], v_colmajor=True)]
+    v_colmajor = [*rotated, fp8.quantize(bf16[2], v_colmajor=True)]
     return {
         **{f"e4m3, descales by {name}": call(name) for name in factors},
         "e4m3, descales by head, k_mean, v_mean": call("head", k_mean=mean, v_mean=mean),
         "e4m3, ScaledTensors": lambda: flash_attn_func(*scaled, causal=True),
-        "e4m3, ScaledTensors, v by keys": lambda: flash_attn_func(*by_keys, causal=True),
+        "e4m3, ScaledTensors, v_colmajor": lambda: flash_attn_func(*v_colmajor, causal=True),
     }
 
 

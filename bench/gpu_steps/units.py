@@ -51,20 +51,20 @@ def _attention() -> Iterator[Variant]:
             yield hopper.choose(*call)
             if case.kind != "decode":
                 yield hopper_backward.choose(*call)
-                for granularity, by_keys in itertools.product(("head", "block"), (False, True)):
-                    yield hopper.choose(*_call(same, _E4M3, _fp8(granularity, by_keys)))
+                for granularity, v_colmajor in itertools.product(("head", "block"), (False, True)):
+                    yield hopper.choose(*_call(same, _E4M3, _fp8(granularity, v_colmajor)))
     for head_dim in (64, 128, 256):
         for job, v_colmajor in (("cast", False), ("cast", True), ("amax", False)):
             yield QuantizeVariant(job, "bf16", head_dim, v_colmajor=v_colmajor)
 
 
-def _fp8(granularity: str, by_keys: bool) -> Options:
+def _fp8(granularity: str, v_colmajor: bool) -> Options:
     descale = torch.ones((1, 1) if granularity == "head" else (1, 1, 1))
     return Options(
         q_descale=descale,
         k_descale=descale,
         v_descale=descale,
-        v_colmajor_tokens=1 if by_keys else None,
+        v_colmajor_tokens=1 if v_colmajor else None,
     )
 
 

@@ -31,5 +31,5 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads)
     if (tile.valid()) {
         Preprocess<Config>(params, tile).run(sums);
     }
-    zero_rows_of_nobody<Config>(params);
+    zero_unused_rows<Config>(params);
 }

@@ -170,8 +170,8 @@ class Preprocess {
 // Zeros in the rows before the first sequence and past the last one of a packed tensor, by all warps of the
 // grid.
 template <class Config>
-__device__ inline void zero_rows_of_nobody(TensorRef const& tensor, int32_t const* cu_seqlens, int batch,
-                                           int64_t total, int heads, int head_dim) {
+__device__ inline void zero_unused_rows(TensorRef const& tensor, int32_t const* cu_seqlens, int batch,
+                                        int64_t total, int heads, int head_dim) {
     if (cu_seqlens == nullptr) {
         return;
     }
@@ -185,8 +185,8 @@ __device__ inline void zero_rows_of_nobody(TensorRef const& tensor, int32_t cons
     int64_t const count = static_cast<int64_t>(before + (rows - end)) * heads;
     int64_t const warps = static_cast<int64_t>(gridDim.x) * kWarps;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; i < count; i += warps) {
-        int const nobodys = static_cast<int>(i / heads);
-        int64_t const row = nobodys < before ? nobodys : nobodys - before + end;
+        int const unused = static_cast<int>(i / heads);
+        int64_t const row = unused < before ? unused : unused - before + end;
         uint16_t* const target =
             static_cast<uint16_t*>(tensor.ptr) + row * tensor.row_stride + i % heads * tensor.head_stride;
         for (int column = threadIdx.x % 32 * 8; column < head_dim; column += 32 * 8) {
@@ -196,14 +196,12 @@ __device__ inline void zero_rows_of_nobody(TensorRef const& tensor, int32_t cons
 }
 
 template <class Config>
-__device__ inline void zero_rows_of_nobody(BackwardParams const& params) {
+__device__ inline void zero_unused_rows(BackwardParams const& params) {
     SequenceParams const& s = params.sequences;
-    zero_rows_of_nobody<Config>(params.dq, s.cu_seqlens_q, s.batch, s.total_q, params.heads_q,
-                                params.head_dim);
-    zero_rows_of_nobody<Config>(params.dk, s.cu_seqlens_k, s.batch, s.total_k, params.heads_kv,
-                                params.head_dim);
-    zero_rows_of_nobody<Config>(params.dv, s.cu_seqlens_k, s.batch, s.total_k, params.heads_kv,
-                                params.head_dim_v);
+    zero_unused_rows<Config>(params.dq, s.cu_seqlens_q, s.batch, s.total_q, params.heads_q, params.head_dim);
+    zero_unused_rows<Config>(params.dk, s.cu_seqlens_k, s.batch, s.total_k, params.heads_kv, params.head_dim);
+    zero_unused_rows<Config>(params.dv, s.cu_seqlens_k, s.batch, s.total_k, params.heads_kv,
+                             params.head_dim_v);
 }
 
 }  // namespace flash8

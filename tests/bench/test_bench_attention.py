@@ -235,7 +235,7 @@ GPU_PEERS = {
     "cudnn e4m3": ("dense",),
     "cudnn e4m3, with quantization": ("dense",),
     "flash8 e4m3 head": ("dense", "packed"),
-    "flash8 e4m3 block, v by keys": ("dense", "packed"),
+    "flash8 e4m3 block, v_colmajor": ("dense", "packed"),
     "flash8 e4m3 head, with quantization": ("dense", "packed"),
     "flash8 e4m3 block": ("dense", "packed"),
     "flash8 e4m3 block, with quantization": ("dense", "packed"),

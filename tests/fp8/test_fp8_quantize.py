@@ -192,7 +192,7 @@ CHANNELS_OF_ROWS = [2 * g + h for h in range(2) for g in range(8)]
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "head", "block"])
-def test_transposed_is_by_keys_in_the_order_of_the_accumulators(granularity):
+def test_v_colmajor_has_the_order_of_the_accumulators(granularity):
     x = torch.randn(2, 150, 3, 16)
     used = int32((150, 20))
     plain = fp8.quantize(x, granularity, seqused=used)
@@ -238,12 +238,12 @@ def test_transposed_and_packed_is_dense_sequence_by_sequence():
 def test_attention_takes_a_transposed_v(width):
     q, k = (fp8.quantize(torch.randn(2, 140, 2, 32), "block") for _ in range(2))
     v = fp8.quantize(torch.randn(2, 140, 2, width), "block")
-    by_keys = fp8.quantize(fp8.dequantize(v), descale=v.descale, v_colmajor=True)
+    v_colmajor = fp8.quantize(fp8.dequantize(v), descale=v.descale, v_colmajor=True)
     expected = flash8.flash_attn_func(q, k, v, causal=True)
     assert expected.shape == (2, 140, 2, width)
-    assert torch.equal(flash8.flash_attn_func(q, k, by_keys, causal=True), expected)
+    assert torch.equal(flash8.flash_attn_func(q, k, v_colmajor, causal=True), expected)
     with pytest.raises(ValueError, match="k must not be v_colmajor"):
-        flash8.flash_attn_func(q, by_keys, v)
+        flash8.flash_attn_func(q, v_colmajor, v)
 
 
 def test_a_transposed_v_must_be_of_the_keys():

@@ -49,7 +49,7 @@ MIXES = {
     "rotated": (("block",) * 3, dict(hadamard=11), PLAIN),
     "smooth": (("head",) * 3, {}, SMOOTH),
     "channels": (("block", "block", "channel"), {}, SMOOTH),
-    "channels by keys": (("head", "head", "channel"), {}, ({}, dict(v_colmajor=True))),
+    "channels, v_colmajor": (("head", "head", "channel"), {}, ({}, dict(v_colmajor=True))),
     "all": (("block",) * 3, dict(hadamard=True), SMOOTH),
 }
 

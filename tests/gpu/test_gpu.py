@@ -56,12 +56,12 @@ def test_packed_sequences_match_the_cpu() -> None:
     assert relative_error(actual, expected) < 1e-2
 
 
-@pytest.mark.parametrize("by_keys", [False, True])
+@pytest.mark.parametrize("v_colmajor", [False, True])
 @pytest.mark.parametrize("granularity", ["head", "block"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_fp8_matches_the_cpu(head_dim: int, granularity: str, by_keys: bool) -> None:
+def test_fp8_matches_the_cpu(head_dim: int, granularity: str, v_colmajor: bool) -> None:
     q, k, v = (draw(2, 300, heads, head_dim, seed=s).float() for s, heads in enumerate((4, 2, 2)))
-    choices = ({}, {"smooth_k": True}, {"smooth_v": True, "v_colmajor": by_keys})
+    choices = ({}, {"smooth_k": True}, {"smooth_v": True, "v_colmajor": v_colmajor})
     inputs = list(zip((q, k, v), choices, strict=True))
     scaled = [fp8.quantize(x, granularity, **chosen) for x, chosen in inputs]
     expected, expected_lse = flash8.flash_attn_func(*scaled, causal=True, return_attn_probs=True)

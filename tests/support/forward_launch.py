@@ -26,7 +26,7 @@ class Call:
 
     q: Tensor
     k: Tensor
-    v: Tensor  # by token; a kernel that takes it by keys gets it so
+    v: Tensor  # by token; a kernel that takes it v_colmajor gets it so
     softmax_scale: float
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
@@ -34,7 +34,7 @@ class Call:
     attention_chunk: int = 0
     alibi_slopes: Tensor | None = None  # (heads) or (batch, heads)
     indices: dict[str, Tensor] = field(default_factory=dict)  # cu_seqlens_q, seqused_k, ...: int32
-    v_offsets: Tensor | None = None  # by which V goes by keys, where it is not cu_seqlens_k
+    v_offsets: Tensor | None = None  # by which V becomes v_colmajor, where it is not cu_seqlens_k
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
     s_aux: Tensor | None = None
@@ -101,7 +101,7 @@ class ForwardKernel:
         lse = torch.full((*call.q.shape[:-3], heads, rows), float("nan"), dtype=torch.float32)
         for name in ("q", "k"):
             self._tensor(params, name, getattr(call, name))
-        self._tensor(params, "v", _by_keys(call) if self.info.v_colmajor else call.v)
+        self._tensor(params, "v", _colmajor(call) if self.info.v_colmajor else call.v)
         o_memory, lse_memory = self._tensor(params, "o", o), self._upload(lse)
         params.lse = (lse_memory.address, heads * rows, rows)
         params.heads_q, params.heads_kv = heads, call.k.shape[-2]
@@ -179,7 +179,7 @@ class ForwardKernel:
         return memory
 
 
-def _by_keys(call: Call) -> Tensor:
+def _colmajor(call: Call) -> Tensor:
     """V as the quantizer would write it, but with NaN where it writes zeros; (..., d, heads, keys)
     as the struct has it."""
     offsets = call.indices.get("cu_seqlens_k") if call.v_offsets is None else call.v_offsets

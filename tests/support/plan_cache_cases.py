@@ -57,7 +57,7 @@ def _scaled(q: Tensor, k: Tensor, v: Tensor) -> list[ScaledTensor]:
     ]
 
 
-def _by_keys(v: Tensor) -> ScaledTensor:
+def _colmajor(v: Tensor) -> ScaledTensor:
     data = to_colmajor(v.to(torch.float8_e4m3fn), Tokens())
     return ScaledTensor(data, _factors(2, 2, 128), "channel", v_colmajor_tokens=v.shape[1])
 
@@ -108,7 +108,7 @@ CALLS: dict[str, Call] = {
         *_e4m3(q, k, v), v_channel_descale=_factors(2, 2, 128), k_mean=_factors(2, 128)
     ),
     "scaled": lambda q, k, v: flash_attn_func(*_scaled(q, k, v), causal=True),
-    "scaled, by keys": lambda q, k, v: flash_attn_func(*_scaled(q, k, v)[:2], _by_keys(v)),
+    "scaled, v_colmajor": lambda q, k, v: flash_attn_func(*_scaled(q, k, v)[:2], _colmajor(v)),
 }
 
 

@@ -157,7 +157,7 @@ def _check_sizes(
             f"{k_name} must have {q_name}'s head_dim {head_dim}, got shape {tuple(k.shape)}"
         )
     if options.v_colmajor_tokens is not None:
-        _check_v_by_keys(k, v, geometry, options, names)
+        _check_v_colmajor(k, v, geometry, options, names)
     elif differ(k.shape[:-1], v.shape[:-1]):
         raise ValueError(
             f"{v_name} must have {k_name}'s shape but for its last dimension, "
@@ -180,7 +180,7 @@ def _check_sizes(
         )
 
 
-def _check_v_by_keys(
+def _check_v_colmajor(
     k: Tensor, v: Tensor, geometry: Geometry, options: Options, names: Names
 ) -> None:
     """A v_colmajor v, (batch, heads_kv, head_dim_v, 128 * blocks), belongs to k's tokens."""

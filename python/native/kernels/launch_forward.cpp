@@ -106,7 +106,7 @@ void check_rows(const ForwardParams& call, const KernelInfo& info) {
             ratio, " folded heads and k has ", rows_k, "; supported are less than 2^31 in all");
     const std::int64_t blocks =
         sequences.cu_seqlens_k ? sequences.total_k / kScaleBlock + sequences.batch : 0;
-    require(info.v_colmajor == 0 || blocks * kScaleBlock <= kMaxRows, "forward: v by keys has ", blocks,
+    require(info.v_colmajor == 0 || blocks * kScaleBlock <= kMaxRows, "forward: v_colmajor has ", blocks,
             " blocks of ", kScaleBlock, " keys; supported are less than 2^31 keys");
 }
 

@@ -21,11 +21,11 @@ def rows(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("offsets", OFFSETS, ids=str)
-def test_values_by_keys(offsets):
+def test_v_colmajor_values(offsets):
     data = rows(200).to(E4M3)
     tokens = Tokens(int32(offsets))
-    by_keys = v_colmajor.to_colmajor(data, tokens)
-    assert v_colmajor.from_colmajor(by_keys, 200, tokens).shape == data.shape
+    transposed = v_colmajor.to_colmajor(data, tokens)
+    assert v_colmajor.from_colmajor(transposed, 200, tokens).shape == data.shape
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "head", "block"])

@@ -286,7 +286,7 @@ def test_quantizers_without_kernels_are_portable_bit_by_bit(checked):
         "mean, rotated": {"smooth_k": mean, "hadamard": 3},
         "its own mean": {"smooth_k": True},
         "descale": {"granularity": "tensor", "descale": torch.tensor(0.02)},
-        "by keys": {"v_colmajor": True},
+        "v_colmajor": {"v_colmajor": True},
     }
     for options in calls.values():
         want = fp8.quantize(x, **{"granularity": "block", **options})

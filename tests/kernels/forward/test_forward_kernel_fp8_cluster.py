@@ -1,4 +1,4 @@
-"""FP8: two CTAs that load K and V together, with V by token and by keys."""
+"""FP8: two CTAs that load K and V together, with V by token and v_colmajor."""
 
 from dataclasses import replace
 
@@ -16,9 +16,9 @@ from simulated_device import missing_compiler
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
 BY_TOKEN = ForwardVariant("e4m3", 192, 192, scales="head", cluster=True)
-BY_KEYS = ForwardVariant("e4m3", 128, 128, scales="block", cluster=True, v_colmajor=True)
+V_COLMAJOR = ForwardVariant("e4m3", 128, 128, scales="block", cluster=True, v_colmajor=True)
 BLOCKS = ForwardVariant("e4m3", 64, 64, scales="block", cluster=True)
-VARIANTS = by_default([BY_TOKEN, BY_KEYS, BLOCKS], [BY_TOKEN, BY_KEYS])
+VARIANTS = by_default([BY_TOKEN, V_COLMAJOR, BLOCKS], [BY_TOKEN, V_COLMAJOR])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -29,18 +29,18 @@ def test_dense(variant, seqlen_q, seqlen_k):
     check(variant, dense_call(variant, 1, seqlen_q, seqlen_k, 2, 1), Schedule(num_ctas=4))
 
 
-@pytest.mark.parametrize("variant", [BY_TOKEN, BY_KEYS], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [BY_TOKEN, V_COLMAJOR], ids=lambda v: v.name)
 def test_lengths_on_the_device(variant):
     indices = {"seqused_q": int32([300, 100, 0]), "seqused_k": int32([0, 399, 177])}
     check(variant, dense_call(variant, 3, 300, 400, 2, 1, indices=indices), Schedule(num_ctas=4))
 
 
-@pytest.mark.parametrize("variant", [BY_TOKEN, BY_KEYS], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [BY_TOKEN, V_COLMAJOR], ids=lambda v: v.name)
 def test_many_seeds_give_the_same_bits(variant):
     check(variant, dense_call(variant, 1, 200, 800, 1, 1), seeds=range(12))
 
 
-@pytest.mark.parametrize("variant", by_default([BY_TOKEN, BY_KEYS], [BY_KEYS]))
+@pytest.mark.parametrize("variant", by_default([BY_TOKEN, V_COLMAJOR], [V_COLMAJOR]))
 def test_a_cluster_computes_what_one_cta_does(variant):
     call = dense_call(variant, 1, 256, 500, 1, 1)
     o, lse = launch(variant, call)
@@ -54,9 +54,9 @@ def test_the_bounds_catch_shares_of_the_same_cta(tmp_path):
         "full,\n                     first + key, channel,",
         "full,\n first + key, 0,",
     )
-    changed = changed_kernel(tmp_path, BY_KEYS, edit)  # fmt: skip
-    call = dense_call(BY_KEYS, 1, 200, 448, 1, 1)
-    compare(call, *launch(BY_KEYS, call))
+    changed = changed_kernel(tmp_path, V_COLMAJOR, edit)  # fmt: skip
+    call = dense_call(V_COLMAJOR, 1, 200, 448, 1, 1)
+    compare(call, *launch(V_COLMAJOR, call))
     with pytest.raises(AssertionError):
         compare(call, *changed(call, Schedule()))
 

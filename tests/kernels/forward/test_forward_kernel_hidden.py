@@ -28,15 +28,15 @@ CASES = {
     ),
     "e4m3 window": (LOCAL8, {"window": (140, 21), "softcap": 3.0}),
     "e4m3 chunks": (LOCAL8, {"attention_chunk": 150, "softcap": 3.0}),
-    "e4m3 causal by keys": (
+    "e4m3 causal v_colmajor": (
         ForwardVariant("e4m3", 128, 128, mask="causal", scales="block", v_colmajor=True),
         {"causal": True},
     ),
-    "e4m3 window by keys": (
+    "e4m3 window v_colmajor": (
         replace(LOCAL8, v_colmajor=True),
         {"window": (140, 21), "softcap": 3.0},
     ),
-    "e4m3 chunks by keys": (
+    "e4m3 chunks v_colmajor": (
         replace(LOCAL8, v_colmajor=True),
         {"attention_chunk": 150, "softcap": 3.0},
     ),

@@ -19,9 +19,9 @@ pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missi
 
 CAUSAL = ForwardVariant("bf16", 128, 128, mask="causal")
 BLOCKS = ForwardVariant("e4m3", 128, 128, mask="causal", scales="block")
-BY_KEYS = replace(BLOCKS, v_colmajor=True)
+V_COLMAJOR = replace(BLOCKS, v_colmajor=True)
 FOLDED = replace(CAUSAL, pack_gqa=True)
-PARAMETERS = [pytest.param(v, id=v.name) for v in (CAUSAL, BY_KEYS)] + [
+PARAMETERS = [pytest.param(v, id=v.name) for v in (CAUSAL, V_COLMAJOR)] + [
     pytest.param(v, id=v.name, marks=pytest.mark.slow) for v in (BLOCKS, FOLDED)
 ]
 MOST, LEAST = 2**31 - 1, -(2**31)
@@ -105,7 +105,7 @@ def test_offsets_of_queries(variant, offsets):
 def test_offsets_of_keys(variant, offsets):
     right(variant)
     o, lse = launch(variant, packed_call(variant, cu_seqlens_k=int32(offsets)), SCHEDULE)
-    # Between the sequences of a V by keys there is NaN here, which such offsets may let in.
+    # Between the sequences of a v_colmajor V there is NaN here, which such offsets may let in.
     written(torch.zeros_like(o) if variant.v_colmajor else o, lse)
     check_next(variant)
 

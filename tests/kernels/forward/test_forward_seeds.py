@@ -31,7 +31,7 @@ LOCAL = ForwardVariant("bf16", 64, 64, mask="local")
 WIDE = ForwardVariant("fp16", 192, 192)
 PAIR = ForwardVariant("bf16", 128, 128, cluster=True)
 FP8 = ForwardVariant("e4m3", 128, 128, mask="causal", scales="block")
-FP8_BY_KEYS = ForwardVariant("e4m3", 128, 128, mask="causal", scales="block", v_colmajor=True)
+FP8_V_COLMAJOR = ForwardVariant("e4m3", 128, 128, mask="causal", scales="block", v_colmajor=True)
 FORWARD = {
     "causal": (CAUSAL, dense(CAUSAL, 1, 193, 300, 2, 1), 2),
     "local": (LOCAL, dense(LOCAL, 1, 193, 300, 2, 1), 2),
@@ -39,7 +39,7 @@ FORWARD = {
     "varlen": (CAUSAL, varlen(CAUSAL), 3),
     "cluster": (PAIR, dense(PAIR, 1, 200, 400, 1, 1), 4),
     "fp8": (FP8, dense_call(FP8, 1, 193, 300, 2, 1), 2),
-    "fp8, values by keys": (FP8_BY_KEYS, dense_call(FP8_BY_KEYS, 1, 193, 300, 2, 1), 2),
+    "fp8, values v_colmajor": (FP8_V_COLMAJOR, dense_call(FP8_V_COLMAJOR, 1, 193, 300, 2, 1), 2),
 }
 
 

@@ -1,4 +1,4 @@
-"""The FP8 forward kernel on values that come by keys, as the quantizer transposes them."""
+"""The FP8 forward kernel on v_colmajor values, as the quantizer makes them."""
 
 import math
 from dataclasses import replace
