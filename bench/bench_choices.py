@@ -89,8 +89,10 @@ class Run:
     ) -> None:
         self.call = inputs(case, device, torch.bfloat16, seed=seed)
         q, k, v = self._operands(choice)
-        query, key, value, options = unwrap(q, k, v, Options(causal=case.causal))
-        options = options._replace(window_right=0 if case.causal else -1)
+        given = {"q": q, "k": k, "v": v, "causal": case.causal}
+        given |= unwrap(given)
+        query, key, value = given["q"], given["k"], given["v"]
+        options = Options.of(given)._replace(window_right=0 if case.causal else -1)
         self.out = torch.empty_like(self.call.q)
         rows = (*self.out.shape[:1], case.heads, case.seqlen_q)
         self._lse = self.out.new_empty(rows, dtype=torch.float32)
