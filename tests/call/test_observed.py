@@ -79,6 +79,12 @@ def test_a_compiled_function_is_a_watched_one():
     assert compiled(X).tolist() == [2.0] * 3
 
 
+def test_a_compiled_function_is_no_transformed_one():
+    ask = lambda x: x + observed.is_transformed()  # noqa: E731
+    assert torch.compile(ask, backend="eager", fullgraph=True)(X).tolist() == [1.0] * 3
+    assert torch.func.vmap(ask)(X).tolist() == [2.0] * 3
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_who_only_says_what_is_recorded_does_not_watch(context):
     with context():

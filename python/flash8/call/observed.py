@@ -17,6 +17,7 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 try:
     from torch._C import (
         DisableTorchFunction,
+        _are_functorch_transforms_active,
         _is_any_autocast_enabled,
         _len_torch_dispatch_stack,
         _len_torch_function_stack,
@@ -62,7 +63,7 @@ def may_carry_tangents() -> bool:
     return (
         not COMPLETE
         or forward_ad._current_level >= 0
-        or peek_interpreter_stack() is not None
+        or _are_functorch_transforms_active()
         or _len_torch_dispatch_stack() > 0
     )
 
@@ -77,8 +78,9 @@ def tangent_of(x: Tensor) -> Tensor | None:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func is active."""
-    return not COMPLETE or peek_interpreter_stack() is not None
+    """Whether a transform of torch.func is active. torch.compile follows this name; to it the stack
+    of interpreters seems never empty."""
+    return not COMPLETE or _are_functorch_transforms_active()
 
 
 def _may_be_profiled() -> bool:
