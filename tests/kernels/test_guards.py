@@ -9,7 +9,9 @@ import flash8
 from cases import int32
 from flash8 import _native, fp8
 from flash8.backends.hopper import append_quantized as appender
+from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
 from flash8.backends.hopper.variants import ForwardVariant
+from flash8.backends.hopper.verify import trust
 from flash8.call.request import Appended
 from flash8.tensors.float8 import E4M3
 from forward_cases import device, draw, kernel, launch
@@ -114,14 +116,26 @@ def test_append(monkeypatch, strict, side):
         appender.append(Appended(cache, x, starts))
 
 
-@pytest.mark.parametrize("name", ["launch_forward", "launch_quantize"])
-def test_a_refused_launch_leaves_no_memory_known(monkeypatch, name):
-    """It would be another tensor's by the next call, and a store there would pass."""
-    known = set()
+@pytest.fixture
+def known(monkeypatch):
+    """Addresses that the device knows. Left there they would be another tensor's by the next call,
+    and a store there would pass."""
+    found = set()
     simulated = type(quantizer_device())
-    monkeypatch.setattr(simulated, "register", lambda _, x: known.add(x.data_ptr()))
-    monkeypatch.setattr(simulated, "unregister", lambda _, x: known.remove(x.data_ptr()))
+    monkeypatch.setattr(simulated, "register", lambda _, x: found.add(x.data_ptr()))
+    monkeypatch.setattr(simulated, "unregister", lambda _, x: found.discard(x.data_ptr()))
+    return found
 
+
+def test_a_quantizer_that_is_verified_leaves_no_memory_known(monkeypatch, known):
+    with device().serving_cpu_tensors(monkeypatch):
+        assert trust.find_fault(SHIPPED_QUANTIZERS[0], torch.device("cpu")) is None
+        assert known
+    assert not known
+
+
+@pytest.mark.parametrize("name", ["launch_forward", "launch_quantize"])
+def test_a_refused_launch_leaves_no_memory_known(monkeypatch, known, name):
     def refuse(*_, **__):
         assert known
         raise _native.DriverError("refused")

@@ -1,7 +1,8 @@
 """Tensors with guards around them, for what a kernel writes: a store beside one is found out."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,11 +111,17 @@ def guard_quantizer(patch: Any, guards: Guards) -> None:
     patch.setattr(quantizer.Launcher, "launch", launch_and_check)
 
 
-def guard_outputs(patch: Any, device: Any) -> None:
-    """Forward, backward, quantizer and append fill tensors with guards, compared after every
-    launch, whose values the caller's own get then. Not so the launches of the plan cache."""
-    guards = Guards(device)
-    guard_quantizer(patch, guards)
+@contextmanager
+def guard_outputs(patch: Any, device: Any) -> Iterator[None]:
+    """Inside, forward, backward, quantizer and append fill tensors with guards, compared after
+    every launch, whose values the caller's own get then. Not so the launches of the plan cache."""
+    with Guards(device) as guards:  # those of a quantizer's check live until the end
+        guard_quantizer(patch, guards)
+        _guard_calls(patch, device, guards)
+        yield
+
+
+def _guard_calls(patch: Any, device: Any, guards: Guards) -> None:
     patch.setattr(quantizer, "quantize", functools.partial(_quantize, quantizer.quantize, guards))
     patch.setattr(appender, "append", functools.partial(_append, appender.append, device))
     launch = functools.partial(_launch, hopper.plan_and_launch, device)

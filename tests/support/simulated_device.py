@@ -78,9 +78,9 @@ class SimulatedDevice:
                 patch.setattr(trust, kept, {})
             patch.setattr(watchdog, "hung", {})
             patch.setattr(hopper_kernels, "registry", lambda: self._registry)
-            guard_outputs(patch, self)
             self.configure(seed=seed, strict_global=False)
-            yield
+            with guard_outputs(patch, self):
+                yield
         self.configure()
 
 
