@@ -54,7 +54,7 @@ FUZZ_CALLS ?= 100000
 FUZZ_SEED ?= 0
 FUZZ_WORKERS ?= 2
 fuzz: $(TOOLS) $(PACKAGE) $(SIMULATOR) $(COMPILER)
-	OMP_NUM_THREADS=1 $(BIN)/python -P tests/support/fuzz/run.py \
+	OMP_NUM_THREADS=1 $(BIN)/python tests/support/run_fuzz.py \
 		--calls $(FUZZ_CALLS) --seed $(FUZZ_SEED) --workers $(FUZZ_WORKERS)
 
 bench: $(PACKAGE)

@@ -15,12 +15,12 @@ from fuzz import cpu, driver, harness
 from repository import SUPPORT
 from simulated_device import missing_compiler
 
-RUN = SUPPORT / "fuzz" / "run.py"
+RUN = SUPPORT / "run_fuzz.py"
 
 
 def fuzz(*arguments: str) -> str:
     """What the command prints. In a process of its own, which has a limit of memory."""
-    command = [sys.executable, "-P", str(RUN), *arguments]
+    command = [sys.executable, str(RUN), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -40,7 +40,7 @@ def test_a_fault_is_told_with_the_command_that_repeats_it():
 
     tally = harness.run({"parity": (1.0, odd)}, range(10), most_faults=3)
     assert tally.verdicts == {"parity: even": 3, "parity: fault": 3}
-    assert "python tests/support/fuzz/run.py --leg parity --seed 5 --calls 1" in str(
+    assert "python tests/support/run_fuzz.py --leg parity --seed 5 --calls 1" in str(
         tally.faults[-1]
     )
 
@@ -138,7 +138,7 @@ def test_a_process_that_dies_is_a_fault(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert re.search(
-        r"driver \d+: the process ended with 9\n  python tests/support/fuzz/run", done.stdout
+        r"driver \d+: the process ended with 9\n  python tests/support/run_fuzz", done.stdout
     )
 
 

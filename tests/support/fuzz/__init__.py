@@ -1,4 +1,4 @@
-"""Random calls, good and hostile mixed, that replay by their seeds (run.py).
+"""Random calls, good and hostile mixed, that replay by their seeds (run_fuzz.py).
 
 Every call ends right or in a documented exception, and after every hostile one a correct call gives
 the right bits. Three legs: the CPU backend against the float64 oracle (`cpu`), kernels on a driver

@@ -35,7 +35,7 @@ class Fault:
     text: str
 
     def __str__(self) -> str:
-        again = f"python tests/support/fuzz/run.py --leg {self.leg} --seed {self.seed} --calls 1"
+        again = f"python tests/support/run_fuzz.py --leg {self.leg} --seed {self.seed} --calls 1"
         return f"{self.leg} {self.seed}: {self.text}\n  {again}"
 
 

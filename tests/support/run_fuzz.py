@@ -1,4 +1,4 @@
-"""`run.py --calls N --seed S --workers W`: calls N seeds from S on, and tells.
+"""`run_fuzz.py --calls N --seed S --workers W`: calls N seeds from S on, and tells.
 
 Ends with 1 if anything went wrong; every fault comes with the command that repeats it.
 """
@@ -11,9 +11,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from pathlib import Path
 
-SUPPORT = Path(__file__).resolve().parent.parent
 #: How often each leg is drawn.
 WEIGHTS = {"cpu": 60.0, "driver": 39.0, "device": 1.0}
 
@@ -42,7 +40,6 @@ def main() -> int:
 
 
 def _here(options: argparse.Namespace) -> tuple[dict[str, int], list[str]]:
-    sys.path.insert(0, str(SUPPORT))
     import torch
 
     from fuzz import harness, legs
@@ -64,7 +61,7 @@ def _spread(options: argparse.Namespace) -> tuple[dict[str, int], list[str]]:
     processes = []
     for start in range(0, options.calls, step):
         at = tempfile.NamedTemporaryFile(prefix="flash8-fuzz-")  # noqa: SIM115
-        command = [sys.executable, "-P", __file__, f"--json={at.name}"]
+        command = [sys.executable, __file__, f"--json={at.name}"]
         command += [f"--seed={options.seed + start}"]
         command += [f"--calls={min(step, options.calls - start)}"]
         command += [f"--most-faults={options.most_faults}"]
@@ -78,7 +75,7 @@ def _spread(options: argparse.Namespace) -> tuple[dict[str, int], list[str]]:
             leg, _, seed = at.read().decode().strip().partition(" ")
             faults.append(
                 f"{leg} {seed}: the process ended with {process.returncode}\n"
-                f"  python tests/support/fuzz/run.py --leg {leg} --seed {seed} --calls 1"
+                f"  python tests/support/run_fuzz.py --leg {leg} --seed {seed} --calls 1"
             )
             continue
         *notes, counted = said.splitlines()
