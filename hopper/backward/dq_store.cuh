@@ -48,15 +48,16 @@ class DqStore {
                                 dq(4 * i + 2), dq(4 * i + 3));
             }
             if (slice == Tiles::kDqSlices - 1) {
-                target_ += Tiles::kDqFloats / 4;
+                target_ += Tiles::kDqFloats / 4 + to_next_head_;
+                to_next_head_ = 0;
             }
         }
     }
 
-    // From the last block of a query head to the first one, `blocks` before it, of the next head.
+    // The next store is the last of a query head, whose blocks are so many: dQ is one iteration late.
     __device__ __forceinline__ void next_head(int blocks) {
         if constexpr (!Config::kStageDq) {
-            target_ += (params_.query_blocks - blocks) * (Tiles::kDqFloats / 4);
+            to_next_head_ = (params_.query_blocks - blocks) * (Tiles::kDqFloats / 4);
         }
     }
 
@@ -65,6 +66,7 @@ class DqStore {
     SharedStorage<Config>& shared_;
     int warpgroup_;
     float4* target_;  // kReduced: where this thread's part of the next dQ goes
+    int64_t to_next_head_ = 0;
 };
 
 }  // namespace flash8

@@ -40,8 +40,8 @@ class Bounds(NamedTuple):
 #: About three times what sound kernels show on the simulated device (test_trust_backward.py). P, dS
 #: and the gradients are rounded to the type, and so is O, which D is made of.
 _BOUNDS: dict[Element, Bounds] = {
-    "fp16": Bounds(1.2e-3, 6e-3, 2e-3),
-    "bf16": Bounds(9e-3, 4e-2, 1e-2),
+    "fp16": Bounds(1.2e-3, 1.5e-2, 2e-3),
+    "bf16": Bounds(9e-3, 0.12, 1e-2),
 }
 #: What the device's tanh, whose error is up to 2^-11, adds to the weights of keys and to their
 #: derivative.
