@@ -49,13 +49,26 @@ class Instruction:
     def registers(self) -> frozenset[int]:
         """The general registers that it names, those that wide operands reach among them."""
         operands = re.sub(r"^(@!?U?P\w+\s+)?\S+", "", self.text)
+        if ".WIDE" in self.operation:
+            return _of_wide_sum(operands)
         wide = 4 if re.search(r"\.128|SM\.\S*\.4\b", self.operation) else 1
-        wide = 2 if wide == 1 and re.search(r"\.64\b|\.WIDE", self.operation) else wide
+        wide = 2 if wide == 1 and re.search(r"\.64\b", self.operation) else wide
         addresses = " ".join(_ADDRESS.findall(operands))
         named = {(int(n), 2 if pair else 1) for n, pair in _REGISTER.findall(addresses)}
         data = _REGISTER.findall(_ADDRESS.sub("", operands))
         named |= {(int(n), max(wide, 2 if pair else 1)) for n, pair in data}
         return frozenset(first + i for first, count in named for i in range(count))
+
+
+def _of_wide_sum(operands: str) -> frozenset[int]:
+    """The registers of IMAD.WIDE: result and addend, the first and the last, are pairs."""
+    words = [word.strip() for word in operands.split(",")]
+    words = [word for word in words if not re.match(r"!?U?P(T|\d)", word)]
+    found = set()
+    for i, word in enumerate(words):
+        for n, _ in _REGISTER.findall(word):
+            found |= {int(n), int(n) + (i in (0, len(words) - 1))}
+    return frozenset(found)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,10 @@ def test_registers_that_wait_for_their_product():
         "LDS.128 R57, [R5]",  # R57 to R60
         "LDG.E.64 R42, desc[UR4][R6.64]",
         "STG.E desc[UR4][R60.64], R1",
+        "IMAD.WIDE.U32 R42, R6, R7, RZ",
+        "IMAD.WIDE.U32 R59, P1, R6, R7, R8",  # the result's second half is R60
+        "IMAD.WIDE R8, R6, 0x4, R59",
+        "IMAD.WIDE.U32.X R8, R6, R43, R10, P1",
         "QGMMA.64x8x32.F32.E4M3.E4M3 R60, gdesc[UR8], RZ, !UPT, gsb0",
         "QGMMA.64x8x32.F32.E4M3.E4M3 R80, R40, gdesc[UR8], R80, gsb0",
     ],
@@ -80,7 +84,13 @@ def test_a_register_of_a_product_in_flight(planted):
     assert planted in found
 
 
-@pytest.mark.parametrize("harmless", ["LDS.128 R56, [R5]", "FMUL R44, R39, R1", "MOV R64, R59"])
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        *("LDS.128 R56, [R5]", "FMUL R44, R39, R1", "MOV R64, R59"),
+        "IMAD.WIDE.U32 R12, R6, R39, R58, P1",  # factors are single registers
+    ],
+)
 def test_a_neighbour_of_a_product_in_flight(harmless):
     assert machine_order.touched_in_flight(loop(QK, PV, WAIT_ONE, harmless, WAIT_ALL)) == []
 
