@@ -204,6 +204,12 @@ __device__ __forceinline__ PipelineState<kStages> in_ring_of(PipelineState<2> co
     }
 }
 
+// The place before this one.
+__device__ __forceinline__ PipelineState<2> former(PipelineState<2> const& state) {
+    int const stage = state.stage ^ 1;
+    return {stage, state.parity ^ static_cast<uint32_t>(stage)};
+}
+
 constexpr int kSharedBytes = sizeof(SharedStorage<BackwardConfig>);
 static_assert(kSharedBytes <= 227 * 1024, "the tiles do not fit shared memory");
 

@@ -15,6 +15,7 @@
 #include "dq_store.cuh"
 #include "operands.cuh"
 #include "probabilities.cuh"
+#include "query_walk.cuh"
 
 namespace flash8 {
 
@@ -57,35 +58,15 @@ class Mainloop {
         OperandP p;
         KeyTile const& tile = shared_.tile;
         shared_.pipeline_kv.wait(PipelineState<1>{});
-        int m_block = tile.blocks.begin;
         slope_ = Probabilities<Config>::slope(params_, tile, 0);
-        int const end = tile.blocks.end;
-        int const unmasked_end = Config::kMask == MaskMode::kLocal ? tile.blocks.right_begin : end;
-        step<true, true>(m_block, s, pool, p, dk, dv);
-        ++m_block;
-#pragma unroll 1
-        for (int g = tile.group;;) {
-#pragma unroll 1
-            for (; m_block < tile.blocks.left_end; ++m_block) {
-                step<true, false>(m_block, s, pool, p, dk, dv);
-            }
-#pragma unroll 1
-            for (; m_block < unmasked_end; ++m_block) {
-                step<false, false>(m_block, s, pool, p, dk, dv);
-            }
-            if constexpr (Config::kMask == MaskMode::kLocal) {
-#pragma unroll 1
-                for (; m_block < end; ++m_block) {
-                    step<true, false>(m_block, s, pool, p, dk, dv);
-                }
-            }
-            if (--g == 0) {
-                break;
-            }
-            m_block = read_again(tile.blocks.begin);
-            slope_ = Probabilities<Config>::slope(params_, tile, tile.group - g);
-            dq_store_.next_head(end - m_block);
-        }
+        walk_query_blocks<Config::kMask>(
+            tile,
+            [&](auto masked, auto first, int m_block)
+                __attribute__((always_inline)) { step<masked, first>(m_block, s, pool, p, dk, dv); },
+            [&](int head, int blocks) __attribute__((always_inline)) {
+                slope_ = Probabilities<Config>::slope(params_, tile, head);
+                dq_store_.next_head(blocks);
+            });
         finish(pool, p, dk);
     }
 
@@ -95,7 +76,7 @@ class Mainloop {
                                          Dv& dv) {
         auto dq =
             cute::make_tensor(pool.data() + kDqAt, typename Config::template LayoutC<Config::kDqColumns>{});
-        State const before = former();
+        State const before = former(now_);
         shared_.pipeline_q.wait(now_);
         operands_.issue_s(now_.stage, s);
         if constexpr (kFirst) {
@@ -193,7 +174,7 @@ class Mainloop {
     __device__ __forceinline__ void finish(Pool& pool, OperandP& p, Dk& dk) {
         auto dq =
             cute::make_tensor(pool.data() + kDqAt, typename Config::template LayoutC<Config::kDqColumns>{});
-        State const before = former();
+        State const before = former(now_);
         shared_.pipeline_ds.wait(before);
         operands_.issue_dk(before.stage, p, dk);
         operands_.issue_dq(before.stage, dq);
@@ -202,12 +183,6 @@ class Mainloop {
         cute::warpgroup_fence_operand(dq);
         dq_store_.store(dq, 0, before.stage);
         shared_.pipeline_q.release(before);
-    }
-
-    __device__ __forceinline__ State former() const {
-        static_assert(Config::kStages == 2);
-        int const stage = now_.stage ^ 1;
-        return {stage, now_.parity ^ static_cast<uint32_t>(stage)};
     }
 
     __device__ __forceinline__ static void convert_p(AccumulatorS const& s, OperandP& p) {

@@ -13,6 +13,7 @@
 #include "dq_store.cuh"
 #include "operands_split.cuh"
 #include "probabilities.cuh"
+#include "query_walk.cuh"
 
 namespace flash8 {
 
@@ -50,35 +51,15 @@ class MainloopSplit {
         AccumulatorDq dq;
         KeyTile const& tile = shared_.tile;
         shared_.pipeline_kv.wait(PipelineState<1>{});
-        int m_block = tile.blocks.begin;
         slope_ = Probabilities<Config>::slope(params_, tile, 0);
-        int const end = tile.blocks.end;
-        int const unmasked_end = Config::kMask == MaskMode::kLocal ? tile.blocks.right_begin : end;
-        step<true, true>(m_block, s, dp, dq, dk, dv);
-        ++m_block;
-#pragma unroll 1
-        for (int g = tile.group;;) {
-#pragma unroll 1
-            for (; m_block < tile.blocks.left_end; ++m_block) {
-                step<true, false>(m_block, s, dp, dq, dk, dv);
-            }
-#pragma unroll 1
-            for (; m_block < unmasked_end; ++m_block) {
-                step<false, false>(m_block, s, dp, dq, dk, dv);
-            }
-            if constexpr (Config::kMask == MaskMode::kLocal) {
-#pragma unroll 1
-                for (; m_block < end; ++m_block) {
-                    step<true, false>(m_block, s, dp, dq, dk, dv);
-                }
-            }
-            if (--g == 0) {
-                break;
-            }
-            m_block = read_again(tile.blocks.begin);
-            slope_ = Probabilities<Config>::slope(params_, tile, tile.group - g);
-            dq_store_.next_head(end - m_block);
-        }
+        walk_query_blocks<Config::kMask>(
+            tile,
+            [&](auto masked, auto first, int m_block)
+                __attribute__((always_inline)) { step<masked, first>(m_block, s, dp, dq, dk, dv); },
+            [&](int head, int blocks) __attribute__((always_inline)) {
+                slope_ = Probabilities<Config>::slope(params_, tile, head);
+                dq_store_.next_head(blocks);
+            });
         finish(dq, dk);
     }
 
@@ -86,7 +67,7 @@ class MainloopSplit {
     template <bool kMasked, bool kFirst, class Dk, class Dv>
     __device__ __forceinline__ void step(int m_block, AccumulatorS& s, AccumulatorS& dp, AccumulatorDq& dq,
                                          Dk& dk, Dv& dv) {
-        State const before = former();
+        State const before = former(now_);
         auto const once = in_ring_of<1>(now_);
         auto const state_do = in_ring_of<Config::kStagesDo>(now_);
         shared_.pipeline_q.wait(now_);
@@ -191,7 +172,7 @@ class MainloopSplit {
     // dK and dQ of the last block.
     template <class Dk>
     __device__ __forceinline__ void finish(AccumulatorDq& dq, Dk& dk) {
-        State const before = former();
+        State const before = former(now_);
         shared_.pipeline_ds.wait(before);
         operands_.issue_dk(before.stage, dk);
 #pragma unroll
@@ -203,12 +184,6 @@ class MainloopSplit {
             dq_store_.store(dq, slice, before.stage);
         }
         shared_.pipeline_q.release(before);
-    }
-
-    __device__ __forceinline__ State former() const {
-        static_assert(Config::kStages == 2);
-        int const stage = now_.stage ^ 1;
-        return {stage, now_.parity ^ static_cast<uint32_t>(stage)};
     }
 
     BackwardParams const& params_;

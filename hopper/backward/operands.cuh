@@ -4,6 +4,7 @@
 
 #include "../arch/wgmma.cuh"
 #include "config.cuh"
+#include "made_anew.cuh"
 
 namespace flash8 {
 
@@ -30,7 +31,7 @@ class Operands {
         Tensor sK = make_tensor(make_smem_ptr(shared_.k), typename Config::SmemK{});
         Tensor keys = local_tile(sK, Box<64, Config::kHeadDim, 1>{}, make_coord(warpgroup_, 0, 0));
         Tensor sQ = make_tensor(make_smem_ptr(shared_.q), typename Config::SmemQ{});
-        Tensor a = made_anew(thread.partition_fragment_A(keys), stage);
+        Tensor a = made_anew(thread.partition_fragment_A(keys), stage * params_.zero);
         Tensor b = thread.partition_fragment_B(sQ);
         multiply<true>(mma, a, b(_, _, _, stage), s);
     }
@@ -46,7 +47,7 @@ class Operands {
         Tensor sDo = make_tensor(make_smem_ptr(shared_.dout), typename Config::SmemDo{});
         Tensor queries =
             local_tile(sDo, Box<Config::kBlockDp, Config::kHeadDimV, kStages>{}, make_coord(part, 0, 0));
-        Tensor a = made_anew(thread.partition_fragment_A(keys), stage);
+        Tensor a = made_anew(thread.partition_fragment_A(keys), stage * params_.zero);
         Tensor b = thread.partition_fragment_B(queries);
         multiply<true>(mma, a, b(_, _, _, stage), dp);
     }
@@ -82,20 +83,12 @@ class Operands {
         Tensor a =
             thread.partition_fragment_A(local_tile(sDs, Box<64, kBlockN, kStages>{}, make_coord(rows, 0, 0)));
         Tensor channels = local_tile(sKt, Box<Config::kDqColumns, kBlockN, 1>{}, make_coord(columns, 0, 0));
-        Tensor b = made_anew(thread.partition_fragment_B(channels), stage);
+        Tensor b = made_anew(thread.partition_fragment_B(channels), stage * params_.zero);
         Tensor ds = a(_, _, _, stage);
         multiply<true>(mma, ds, b, dq);
     }
 
   private:
-    // The descriptors of a tile that all iterations read. The compiler must not know that they are always the
-    // same: it would make them once, and keep dozens of registers for them.
-    template <class Fragment>
-    __device__ __forceinline__ auto made_anew(Fragment const& fragment, int stage) const {
-        auto const whole = fragment(cute::_, cute::_, cute::_, 0);
-        return cute::make_tensor(whole.data() + stage * params_.zero, whole.layout());
-    }
-
     BackwardParams const& params_;
     SharedStorage<Config>& shared_;
     int warpgroup_;

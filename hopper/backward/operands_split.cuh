@@ -5,6 +5,7 @@
 
 #include "../arch/wgmma.cuh"
 #include "config.cuh"
+#include "made_anew.cuh"
 
 namespace flash8 {
 
@@ -32,7 +33,7 @@ class OperandsSplit {
         Tensor sQ = make_tensor(make_smem_ptr(shared_.q), typename Config::SmemQ{});
         Tensor queries =
             local_tile(sQ, Box<Config::kQueries, Config::kHeadDim, kStages>{}, make_coord(warpgroup_, 0, 0));
-        Tensor a = made_anew(thread.partition_fragment_A(sK), stage);
+        Tensor a = made_anew(thread.partition_fragment_A(sK), stage * params_.zero);
         Tensor b = thread.partition_fragment_B(queries);
         multiply<true>(mma, a, b(_, _, _, stage), s);
     }
@@ -47,7 +48,7 @@ class OperandsSplit {
         Tensor sDo = make_tensor(make_smem_ptr(shared_.dout), typename Config::SmemDo{});
         Tensor queries = local_tile(sDo, Box<Config::kQueries, Config::kHeadDimV, kStagesDo>{},
                                     make_coord(warpgroup_, 0, 0));
-        Tensor a = made_anew(thread.partition_fragment_A(sV), stage);
+        Tensor a = made_anew(thread.partition_fragment_A(sV), stage * params_.zero);
         Tensor b = thread.partition_fragment_B(queries);
         multiply<true>(mma, a, of_ring(b, stage, stage_do), dp);
     }
@@ -93,25 +94,17 @@ class OperandsSplit {
                                      make_coord(warpgroup_ * Tiles::kDqSlices + slice, 0, 0));
         Tensor a = thread.partition_fragment_A(sDs);
         Tensor ds = a(_, _, _, stage);
-        Tensor b = made_anew(thread.partition_fragment_B(channels), stage);
+        Tensor b = made_anew(thread.partition_fragment_B(channels), stage * params_.zero);
         multiply<true>(mma, ds, b, dq);
     }
 
   private:
-    // As in Operands.
-    template <class Fragment>
-    __device__ __forceinline__ auto made_anew(Fragment const& fragment, int stage,
-                                              int stage_of_ring = 0) const {
-        auto const whole = fragment(cute::_, cute::_, cute::_, stage_of_ring);
-        return cute::make_tensor(whole.data() + stage * params_.zero, whole.layout());
-    }
-
     // A stage of a ring. With one stage of dO that never changes, either, and registers are short; with two
     // it would only cost instructions.
     template <class Fragment>
     __device__ __forceinline__ auto of_ring(Fragment const& fragment, int stage, int stage_of_ring) const {
         if constexpr (kStagesDo == 1) {
-            return made_anew(fragment, stage, stage_of_ring);
+            return made_anew(fragment, stage * params_.zero, stage_of_ring);
         } else {
             return fragment(cute::_, cute::_, cute::_, stage_of_ring);
         }

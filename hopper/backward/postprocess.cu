@@ -2,8 +2,8 @@
 // One CTA per block of a query head; memory bound. The first CTAs also add up the gradients of the sinks.
 
 #include "../attention/seqlen_info.cuh"
-#include "../attention/tile_scheduler.cuh"
 #include "key_mean.cuh"
+#include "query_tile.cuh"
 #include "row_stats.cuh"
 #include "store_rows.cuh"
 #include "variant.cuh"
@@ -17,15 +17,11 @@ struct Config : BackwardVariant {
 // rowsum(dS), which dQ = dS (K - c) lacks times c (key_mean.cuh). d: of the row's statistics.
 __device__ inline float sum_of_ds(BackwardParams const& params, SeqlenInfo const& info, int head, int query,
                                   float d) {
-    auto const value = [&](RowRef const& rows) {
-        return rows.ptr[info.batch_q * rows.batch_stride + head * rows.head_stride + info.offset_q +
-                        static_cast<int64_t>(query)];
-    };
-    float const lse = value(params.lse);
+    float const lse = row_value(params.lse, info, head, query);
     if (lse == -INFINITY) {
         return 0.0f;
     }
-    float sum = params.dlse.ptr != nullptr ? value(params.dlse) : 0.0f;
+    float sum = params.dlse.ptr != nullptr ? row_value(params.dlse, info, head, query) : 0.0f;
     if (params.scores.sinks != nullptr) {
         sum += d * ptx::exp2((params.scores.sinks[head] - lse) * kLog2E);
     }
@@ -136,17 +132,9 @@ extern "C" __constant__ flash8::KernelInfo kernel_info = flash8::Config::describ
 extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads)
     flash8_backward_postprocess(flash8::BackwardParams const __grid_constant__ params) {
     using namespace flash8;
-    __shared__ WorkTile shared_tile;
-    if (threadIdx.x < 32) {
-        WorkTile const found =
-            TileScheduler<BackwardParams, Config::Tiles::kBlockM, false, 1>(params).first();
-        if (threadIdx.x == 0) {
-            shared_tile = found;
-        }
-    }
-    __syncthreads();
-    if (shared_tile.valid()) {
-        store_dq(params, shared_tile);
+    WorkTile const tile = query_tile<Config::Tiles::kBlockM>(params);
+    if (tile.valid()) {
+        store_dq(params, tile);
     }
     if (params.dsinks != nullptr && static_cast<int>(blockIdx.x) < params.heads_q) {
         store_dsink(params, static_cast<int>(blockIdx.x));

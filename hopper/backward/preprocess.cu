@@ -2,8 +2,8 @@
 // per block of a query head; memory bound. Rows of dQ, dK and dV that belong to no sequence become zero here,
 // too.
 
-#include "../attention/tile_scheduler.cuh"
 #include "preprocess.cuh"
+#include "query_tile.cuh"
 
 namespace flash8 {
 
@@ -17,17 +17,8 @@ extern "C" __constant__ flash8::KernelInfo kernel_info = flash8::Config::describ
 extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads)
     flash8_backward_preprocess(flash8::BackwardParams const __grid_constant__ params) {
     using namespace flash8;
-    __shared__ WorkTile shared_tile;
     __shared__ float sums[Config::kThreads / 32];
-    if (threadIdx.x < 32) {
-        WorkTile const found =
-            TileScheduler<BackwardParams, Config::Tiles::kBlockM, false, 1>(params).first();
-        if (threadIdx.x == 0) {
-            shared_tile = found;
-        }
-    }
-    __syncthreads();
-    WorkTile const tile = shared_tile;
+    WorkTile const tile = query_tile<Config::Tiles::kBlockM>(params);
     if (tile.valid()) {
         Preprocess<Config>(params, tile).run(sums);
     }

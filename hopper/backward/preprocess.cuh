@@ -99,9 +99,10 @@ class Preprocess {
     // and no gradient; one that is not used has LSE = -inf.
     __device__ float finish_row(RowStats<kBlockM>& stats, int row, int query, bool used, float product,
                                 float shift) const {
-        float const lse = used ? row_value(params_.lse, query) : -INFINITY;
+        float const lse = used ? row_value(params_.lse, info_, tile_.head, query) : -INFINITY;
         bool const empty = lse == -INFINITY;
-        float const dlse = params_.dlse.ptr != nullptr && !empty ? row_value(params_.dlse, query) : 0.0f;
+        float const dlse =
+            params_.dlse.ptr != nullptr && !empty ? row_value(params_.dlse, info_, tile_.head, query) : 0.0f;
         float const d = empty ? 0.0f : product - dlse;
         stats.lse[row] = empty ? INFINITY : (lse - params_.scores.softmax_scale * shift) * kLog2E;
         stats.d[row] = d;
@@ -146,11 +147,6 @@ class Preprocess {
         return static_cast<uint16_t const*>(tensor.ptr) + info_.batch_q * tensor.batch_stride +
                (info_.offset_q + static_cast<int64_t>(query)) * tensor.row_stride +
                tile_.head * tensor.head_stride;
-    }
-
-    __device__ float row_value(RowRef const& rows, int query) const {
-        return rows.ptr[info_.batch_q * rows.batch_stride + tile_.head * rows.head_stride + info_.offset_q +
-                        static_cast<int64_t>(query)];
     }
 
     // Of two pairs.

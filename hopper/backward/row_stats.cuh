@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "../attention/seqlen_info.cuh"
 #include "params.h"
 
 namespace flash8 {
@@ -11,6 +12,12 @@ struct RowStats {
     float lse[kBlockM];  // in log2 units, +inf where P is zero
     float d[kBlockM];    // rowsum(dO * O) - dLSE
 };
+
+// What a query of the sequence has in LSE or its gradient.
+__device__ inline float row_value(RowRef const& rows, SeqlenInfo const& info, int head, int query) {
+    return rows.ptr[info.batch_q * rows.batch_stride + head * rows.head_stride + info.offset_q +
+                    static_cast<int64_t>(query)];
+}
 
 // The first block of queries of a sequence in the workspace. Those of packed sequences do not overlap:
 // rounding down cu_seqlens loses less than one block, and every sequence before this one adds one.

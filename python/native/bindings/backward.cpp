@@ -31,13 +31,7 @@ void bind_params(py::module_& module) {
     def_address(type, "dq_semaphore", &P::dq_semaphore);
     def_address(type, "dsinks_partial", &P::dsinks_partial);
     def_address(type, "dsinks", &P::dsinks);
-    type.def_property_readonly("sequences", [](P& self) { return &self.sequences; })
-        .def_property_readonly("scores", [](P& self) { return &self.scores; })
-        .def_property_readonly("scheduler", [](P& self) { return &self.scheduler; })
-        .def_readwrite("heads_q", &P::heads_q)
-        .def_readwrite("heads_kv", &P::heads_kv)
-        .def_readwrite("head_dim", &P::head_dim)
-        .def_readwrite("head_dim_v", &P::head_dim_v);
+    def_call(type);
 }
 
 py::dict workspace(const Kernel& kernel, const BackwardParams& call) {

@@ -65,6 +65,18 @@ void def_rows(py::class_<Struct>& type, const char* name, Ref Struct::* member) 
         });
 }
 
+// What every attention call has.
+template <class Call>
+void def_call(py::class_<Call>& type) {
+    type.def_property_readonly("sequences", [](Call& self) { return &self.sequences; })
+        .def_property_readonly("scores", [](Call& self) { return &self.scores; })
+        .def_property_readonly("scheduler", [](Call& self) { return &self.scheduler; })
+        .def_readwrite("heads_q", &Call::heads_q)
+        .def_readwrite("heads_kv", &Call::heads_kv)
+        .def_readwrite("head_dim", &Call::head_dim)
+        .def_readwrite("head_dim_v", &Call::head_dim_v);
+}
+
 // A descale is (address, batch stride, head stride, block stride).
 using DescaleTuple = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
 

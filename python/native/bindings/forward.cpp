@@ -63,15 +63,8 @@ void bind_forward(py::module_& module) {
     def_rows(type, "k_mean", &P::k_mean);
     def_rows(type, "v_mean", &P::v_mean);
     def_rows(type, "v_channel_descale", &P::v_channel_descale);
-    type.def_property_readonly("sequences", [](P& self) { return &self.sequences; })
-        .def_property_readonly("scores", [](P& self) { return &self.scores; })
-        .def_property_readonly("scheduler", [](P& self) { return &self.scheduler; })
-        .def_readwrite("heads_q", &P::heads_q)
-        .def_readwrite("heads_kv", &P::heads_kv)
-        .def_readwrite("head_dim", &P::head_dim)
-        .def_readwrite("head_dim_v", &P::head_dim_v)
-        .def_readwrite("o_type", &P::o_type)
-        .def_readwrite("heads_per_q_descale", &P::heads_per_q_descale);
+    def_call(type);
+    type.def_readwrite("o_type", &P::o_type).def_readwrite("heads_per_q_descale", &P::heads_per_q_descale);
     module.def("launch_forward", &launch_forward, py::arg("kernel"), py::arg("device"), py::arg("stream"),
                py::arg("call"), py::arg("sm_margin") = 0, ReleaseGil(),
                "Enqueue the forward kernel on a stream. Fills in tensor maps, scheduler and grid. Raises "
