@@ -16,77 +16,29 @@ import torch
 from torch import Tensor
 
 import tolerances
-from backward_launch import BackwardKernels, Gradients, Images
-from flash8.compiler import Unit, compile_unit, enumerator, kernel_root
-from forward_cases import DTYPES, poisoned, reference, sequences
+from backward_launch import BackwardKernels, Gradients
+from flash8.backends.hopper.backward_variants import BackwardVariant
+from flash8.compiler import Unit, compile_unit, kernel_root
+from forward_cases import DTYPES, device, poisoned, reference, sequences
 from forward_launch import Call
-from simulated_device import SimulatedDevice
 
 #: Of random tensors, relative to float64: what 16-bit P, dS and results cost, twice.
 REL_L2 = {torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One compilation of the kernels of hopper/backward."""
-
-    dtype: str
-    head_dim: int
-    head_dim_v: int
-    mask: str = "none"
-    softcap: bool = False
-    alibi: bool = False
-    dq: str = "staged"
-    deterministic: bool = False
-
-    @property
-    def name(self) -> str:
-        same = self.head_dim == self.head_dim_v
-        parts = [
-            self.dtype,
-            f"d{self.head_dim}" + ("" if same else f"v{self.head_dim_v}"),
-            self.mask,
-        ]
-        choices = ("softcap", "alibi", "deterministic")
-        parts += [choice for choice in choices if getattr(self, choice)]
-        return "_".join(parts + ([self.dq] if self.dq != "staged" else []))
-
-    def units(self, root: Path | None = None) -> tuple[Unit, Unit, Unit]:
-        """preprocess, kernel, postprocess."""
-        shared = [
-            ("FLASH8_DTYPE", enumerator(self.dtype)),
-            ("FLASH8_HEAD_DIM", str(self.head_dim)),
-            ("FLASH8_HEAD_DIM_V", str(self.head_dim_v)),
-        ]
-        own = [
-            ("FLASH8_MASK", enumerator(self.mask)),
-            ("FLASH8_SOFTCAP", str(int(self.softcap))),
-            ("FLASH8_ALIBI", str(int(self.alibi))),
-            ("FLASH8_DQ", enumerator(self.dq)),
-            ("FLASH8_DETERMINISTIC", str(int(self.deterministic))),
-        ]
-        folder = (root or kernel_root()) / "backward"
-        return (
-            Unit(folder / "preprocess.cu", tuple(shared)),
-            Unit(folder / "kernel.cu", tuple(shared + own)),
-            Unit(folder / "postprocess.cu", tuple(shared)),
-        )
-
-
 @functools.cache
-def device() -> SimulatedDevice:
-    return SimulatedDevice()
-
-
-@functools.cache
-def kernels(variant: Variant, root: Path | None = None) -> BackwardKernels:
+def kernels(variant: BackwardVariant, root: Path | None = None) -> BackwardKernels:
     """Compiled, from another copy of hopper/ where one is given: what is the same there is not."""
-    units = [
-        changed if _differs(changed.source, unit.source) else unit
-        for changed, unit in zip(variant.units(root), variant.units(), strict=True)
-    ]
-    images = (compile_unit(unit).ptx.read_bytes() + b"\0" for unit in units)
-    return BackwardKernels(device().driver, Images(*images))
+    parts = (variant.preprocess, variant, variant.postprocess)
+    images = (compile_unit(_of(root, part.unit())).ptx.read_bytes() + b"\0" for part in parts)
+    return BackwardKernels(device().driver, *images)
+
+
+def _of(root: Path | None, unit: Unit) -> Unit:
+    if root is None:
+        return unit
+    source = root / unit.source.relative_to(kernel_root())
+    return Unit(source, unit.defines) if _differs(source, unit.source) else unit
 
 
 def _differs(source: Path, original: Path) -> bool:
@@ -110,7 +62,7 @@ class Problem:
 
 
 def draw(
-    variant: Variant,
+    variant: BackwardVariant,
     rows_q: int,
     rows_k: int,
     heads: int,
@@ -198,7 +150,9 @@ def saved(problem: Problem) -> Saved:
     return Saved(poisoned(call), given_o, given_lse, given_dout, given_dlse, problem.k_mean)
 
 
-def launch(variant: Variant, given: Saved, *, seed: int = 0, root: Path | None = None) -> Gradients:
+def launch(
+    variant: BackwardVariant, given: Saved, *, seed: int = 0, root: Path | None = None
+) -> Gradients:
     device().configure(seed=seed)
     try:
         return kernels(variant, root)(
@@ -236,7 +190,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def check(
-    variant: Variant,
+    variant: BackwardVariant,
     problem: Problem,
     *,
     seeds: Sequence[int] = (0, 1, 2),

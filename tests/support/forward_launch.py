@@ -5,6 +5,7 @@ which are compared after the launch. Outputs are poisoned before it and copied b
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,58 @@ class Uploaded:
         assert whole, "a kernel wrote beside its output"
 
 
+class Launch:
+    """The tensors of a launch in the driver's memory, with guards that are compared after it."""
+
+    def __init__(self, driver: _native.Driver) -> None:
+        self._driver = driver
+        self._memory: list[Uploaded] = []
+
+    def check(self) -> None:
+        for memory in self._memory:
+            memory.check()
+
+    def sequences(self, sequences: _native.SequenceParams, call: Call) -> None:
+        for name, x in call.indices.items():
+            setattr(sequences, name, self.upload(x).address)
+        for side, x in (("q", call.q), ("k", call.k)):
+            if f"cu_seqlens_{side}" in call.indices:
+                setattr(sequences, f"total_{side}", x.shape[0])
+                setattr(sequences, f"max_seqlen_{side}", getattr(call, f"max_seqlen_{side}"))
+            else:
+                setattr(sequences, f"max_seqlen_{side}", x.shape[1])
+        packed = call.indices.get("cu_seqlens_q")
+        sequences.batch = call.q.shape[0] if packed is None else packed.numel() - 1
+        sequences.batch_k = call.k.shape[0]
+
+    def scores(self, scores: _native.ScoreParams, call: Call) -> None:
+        scores.softmax_scale = call.softmax_scale
+        scores.softcap = call.softcap
+        scores.window_left = call.window[0]
+        scores.window_right = 0 if call.causal else call.window[1]
+        scores.attention_chunk = call.attention_chunk
+        if call.alibi_slopes is not None:
+            scores.alibi_slopes = self.upload(call.alibi_slopes).address
+            shared = call.alibi_slopes.dim() == 1
+            scores.alibi_batch_stride = 0 if shared else call.alibi_slopes.shape[1]
+        if call.s_aux is not None:
+            scores.sinks = self.upload(call.s_aux).address
+
+    def upload(self, x: Tensor) -> Uploaded:
+        data = x.contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b""
+        memory = Uploaded(self._driver, data)
+        self._memory.append(memory)
+        return memory
+
+    def tensor(self, params: Any, name: str, x: Tensor) -> Uploaded:
+        """Uploads x as it lies in memory, strides and all."""
+        extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        memory = self.upload(x.as_strided((extent if x.numel() else 0,), (1,)))
+        batch_stride = x.stride(0) if x.dim() == 4 else 0
+        setattr(params, name, (memory.address, batch_stride, x.stride(-3), x.stride(-2)))
+        return memory
+
+
 class ForwardKernel:
     """A compiled variant, loaded by `driver`."""
 
@@ -92,7 +145,7 @@ class ForwardKernel:
     def __call__(self, call: Call, schedule: Schedule) -> tuple[Tensor, Tensor]:
         """O and LSE. Every element of both was NaN before the launch, and the counter of tiles is
         zero after it."""
-        self._memory: list[Uploaded] = []
+        given = Launch(self._driver)
         params = _native.ForwardParams()
         rows, heads = call.q.shape[-3:-1]
         o_dtype = call.out_dtype if call.q.element_size() == 1 else call.q.dtype
@@ -100,83 +153,42 @@ class ForwardKernel:
         o = torch.full((*call.q.shape[:-1], call.v.shape[-1]), float("nan"), dtype=o_dtype)
         lse = torch.full((*call.q.shape[:-3], heads, rows), float("nan"), dtype=torch.float32)
         for name in ("q", "k"):
-            self._tensor(params, name, getattr(call, name))
-        self._tensor(params, "v", _colmajor(call) if self.info.v_colmajor else call.v)
-        o_memory, lse_memory = self._tensor(params, "o", o), self._upload(lse)
+            given.tensor(params, name, getattr(call, name))
+        given.tensor(params, "v", _colmajor(call) if self.info.v_colmajor else call.v)
+        o_memory, lse_memory = given.tensor(params, "o", o), given.upload(lse)
         params.lse = (lse_memory.address, heads * rows, rows)
         params.heads_q, params.heads_kv = heads, call.k.shape[-2]
         params.head_dim, params.head_dim_v = call.q.shape[-1], call.v.shape[-1]
-        self._sequences(params.sequences, call)
-        self._scores(params.scores, call)
-        self._descales(params, call)
-        counter = self._upload(torch.tensor([schedule.first_draw, 0], dtype=torch.int32))
+        given.sequences(params.sequences, call)
+        given.scores(params.scores, call)
+        _descales(given, params, call)
+        counter = given.upload(torch.tensor([schedule.first_draw, 0], dtype=torch.int32))
         params.scheduler.tile_count = counter.address if schedule.dynamic else 0
         params.scheduler.heads_per_section = schedule.heads_per_section
         margin = self._multiprocessors - schedule.num_ctas
         _native.launch_forward(self._kernel, 0, 0, params, sm_margin=margin)
         self._driver.synchronize()
-        for memory in self._memory:
-            memory.check()
+        given.check()
         left = counter.read(torch.zeros(2, dtype=torch.int32)).tolist()
         assert left == [0, 0], f"the counters are left at {left}"
         return o_memory.read(o), lse_memory.read(lse)
 
-    def _sequences(self, sequences: _native.SequenceParams, call: Call) -> None:
-        for name, x in call.indices.items():
-            setattr(sequences, name, self._upload(x).address)
-        for side, x in (("q", call.q), ("k", call.k)):
-            if f"cu_seqlens_{side}" in call.indices:
-                setattr(sequences, f"total_{side}", x.shape[0])
-                setattr(sequences, f"max_seqlen_{side}", getattr(call, f"max_seqlen_{side}"))
-            else:
-                setattr(sequences, f"max_seqlen_{side}", x.shape[1])
-        packed = call.indices.get("cu_seqlens_q")
-        sequences.batch = call.q.shape[0] if packed is None else packed.numel() - 1
-        sequences.batch_k = call.k.shape[0]
 
-    def _scores(self, scores: _native.ScoreParams, call: Call) -> None:
-        scores.softmax_scale = call.softmax_scale
-        scores.softcap = call.softcap
-        scores.window_left = call.window[0]
-        scores.window_right = 0 if call.causal else call.window[1]
-        scores.attention_chunk = call.attention_chunk
-        if call.alibi_slopes is not None:
-            scores.alibi_slopes = self._upload(call.alibi_slopes).address
-            shared = call.alibi_slopes.dim() == 1
-            scores.alibi_batch_stride = 0 if shared else call.alibi_slopes.shape[1]
-        if call.s_aux is not None:
-            scores.sinks = self._upload(call.s_aux).address
-
-    def _descales(self, params: _native.ForwardParams, call: Call) -> None:
-        heads = call.q.shape[-2]
-        params.heads_per_q_descale = 1
-        for name, descale in call.descales.items():
-            steps = [
-                0 if n == 1 else s for n, s in zip(descale.shape, descale.stride(), strict=True)
-            ]
-            steps += [0] * (3 - len(steps))
-            setattr(params, name, (self._upload(descale.reshape(-1)).address, *steps))
-            if name == "q_descale" and descale.dim() > 1:
-                params.heads_per_q_descale = heads // descale.shape[1]
-        for name in ("k_mean", "v_mean", "v_channel_descale"):
-            given = getattr(call, name)
-            if given is not None:
-                channels = given.contiguous()
-                strides = channels.stride(0), channels.stride(1)
-                setattr(params, name, (self._upload(channels).address, *strides))
-
-    def _upload(self, x: Tensor) -> Uploaded:
-        memory = Uploaded(self._driver, x.contiguous().view(torch.uint8).numpy().tobytes())
-        self._memory.append(memory)
-        return memory
-
-    def _tensor(self, params: _native.ForwardParams, name: str, x: Tensor) -> Uploaded:
-        """Uploads x as it lies in memory, strides and all."""
-        extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-        memory = self._upload(x.as_strided((extent if x.numel() else 0,), (1,)))
-        batch_stride = x.stride(0) if x.dim() == 4 else 0
-        setattr(params, name, (memory.address, batch_stride, x.stride(-3), x.stride(-2)))
-        return memory
+def _descales(given: Launch, params: _native.ForwardParams, call: Call) -> None:
+    heads = call.q.shape[-2]
+    params.heads_per_q_descale = 1
+    for name, descale in call.descales.items():
+        steps = [0 if n == 1 else s for n, s in zip(descale.shape, descale.stride(), strict=True)]
+        steps += [0] * (3 - len(steps))
+        setattr(params, name, (given.upload(descale.reshape(-1)).address, *steps))
+        if name == "q_descale" and descale.dim() > 1:
+            params.heads_per_q_descale = heads // descale.shape[1]
+    for name in ("k_mean", "v_mean", "v_channel_descale"):
+        channels = getattr(call, name)
+        if channels is not None:
+            channels = channels.contiguous()
+            strides = channels.stride(0), channels.stride(1)
+            setattr(params, name, (given.upload(channels).address, *strides))
 
 
 def _colmajor(call: Call) -> Tensor:

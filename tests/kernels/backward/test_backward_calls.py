@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import flash8
-from backward_cases import device
 from cases import Case, as_leaves, build, check_backward, gradients, run_flash8, upstream
 from defaults import by_default
 from flash8 import fp8
 from flash8.backends.hopper import backward as hopper
 from flash8.backends.hopper import mode
+from forward_cases import device
 from simulated_device import missing_compiler
 from tolerances import rel_l2
 

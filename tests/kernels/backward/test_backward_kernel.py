@@ -9,31 +9,32 @@ import pytest
 import torch
 
 import tolerances
-from backward_cases import Problem, Variant, check, draw, expected, launch, same_bits, saved
+from backward_cases import Problem, check, draw, expected, launch, same_bits, saved
+from flash8.backends.hopper.backward_variants import BackwardVariant
 from forward_cases import int32, packed
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
-CAUSAL = Variant("bf16", 128, 128, mask="causal")
-ORDERED = Variant("bf16", 128, 128, deterministic=True)
-LOCAL = Variant("fp16", 64, 64, mask="local")
-NARROW = Variant("bf16", 96, 96, mask="causal")
-MLA = Variant("bf16", 192, 128, mask="causal")
-WIDE = Variant("bf16", 256, 256, mask="local", deterministic=True)
+CAUSAL = BackwardVariant("bf16", 128, 128, mask="causal")
+ORDERED = BackwardVariant("bf16", 128, 128, deterministic=True)
+LOCAL = BackwardVariant("fp16", 64, 64, mask="local")
+NARROW = BackwardVariant("bf16", 96, 96, mask="causal")
+MLA = BackwardVariant("bf16", 192, 128, mask="causal")
+WIDE = BackwardVariant("bf16", 256, 256, mask="local", deterministic=True)
 DEFAULT = (CAUSAL, ORDERED, LOCAL, NARROW, MLA, WIDE)
 SLOW = (
-    Variant("bf16", 128, 128),
-    Variant("fp16", 128, 128, mask="causal", dq="reduced"),
-    Variant("bf16", 128, 128, mask="local", softcap=True, alibi=True),
-    Variant("bf16", 128, 128, mask="causal", softcap=True),
-    Variant("bf16", 64, 64, mask="causal", deterministic=True),
-    Variant("bf16", 64, 64, alibi=True),
-    Variant("fp16", 96, 96, mask="local", deterministic=True),
-    Variant("bf16", 128, 64, mask="causal"),
-    Variant("fp16", 192, 192, dq="reduced"),
-    Variant("bf16", 256, 256, mask="causal", dq="reduced"),
-    Variant("fp16", 256, 256, softcap=True, alibi=True),
+    BackwardVariant("bf16", 128, 128),
+    BackwardVariant("fp16", 128, 128, mask="causal", dq="reduced"),
+    BackwardVariant("bf16", 128, 128, mask="local", softcap=True, alibi=True),
+    BackwardVariant("bf16", 128, 128, mask="causal", softcap=True),
+    BackwardVariant("bf16", 64, 64, mask="causal", deterministic=True),
+    BackwardVariant("bf16", 64, 64, alibi=True),
+    BackwardVariant("fp16", 96, 96, mask="local", deterministic=True),
+    BackwardVariant("bf16", 128, 64, mask="causal"),
+    BackwardVariant("fp16", 192, 192, dq="reduced"),
+    BackwardVariant("bf16", 256, 256, mask="causal", dq="reduced"),
+    BackwardVariant("fp16", 256, 256, softcap=True, alibi=True),
 )
 VARIANTS = [pytest.param(v, id=v.name) for v in DEFAULT] + [
     pytest.param(v, id=v.name, marks=pytest.mark.slow) for v in SLOW
@@ -49,7 +50,7 @@ SHAPES = [
 ]
 
 
-def options(variant: Variant, heads: int) -> dict:
+def options(variant: BackwardVariant, heads: int) -> dict:
     """What gives a variant's compiled choices something to do."""
     return {"alibi_slopes": torch.linspace(0.02, 0.3, heads)} if variant.alibi else {}
 
@@ -134,7 +135,7 @@ def test_heads_narrower_than_the_tiles():
     check(NARROW, narrow)
 
 
-def biased(variant: Variant, **options) -> Problem:
+def biased(variant: BackwardVariant, **options) -> Problem:
     """Keys whose channels have means far from zero."""
     problem = draw(variant, 140, 300, 2, 1, batch=2, **options)
     bias = torch.linspace(-8, 8, variant.head_dim)

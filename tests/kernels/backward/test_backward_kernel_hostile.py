@@ -7,33 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from backward_cases import Gradients, Problem, Saved, Variant, compare, draw, launch, saved
+from backward_cases import Gradients, Problem, Saved, compare, draw, launch, saved
 from defaults import by_default
+from flash8.backends.hopper.backward_variants import BackwardVariant
 from forward_cases import int32, packed
+from hostile_indices import LENGTHS, OFFSETS, VALUES
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
-CAUSAL = Variant("bf16", 128, 128, mask="causal")
+CAUSAL = BackwardVariant("bf16", 128, 128, mask="causal")
 ORDERED = replace(CAUSAL, deterministic=True)  # whose CTAs wait for each other
 VARIANTS = by_default([CAUSAL, ORDERED], [CAUSAL, ORDERED])
-MOST, LEAST = 2**31 - 1, -(2**31)
-LENGTHS = [130, 3, 0, 67]
 TOTAL = sum(LENGTHS)
-OFFSETS = {
-    "one that decreases": [0, 130, 20, 133, 200],
-    "all decrease": [200, 133, 133, 130, 0],
-    "far too large": [0, MOST, MOST, 133, MOST],
-    "far too small": [0, LEAST, 133, LEAST, 200],
-    "alternating ends": [0, MOST, LEAST, MOST, LEAST],
-    "not from 0": [60, 70, 133, 133, 190],
-    "nothing": [MOST] * 5,
-    "less than nothing": [LEAST] * 5,
-}
-VALUES = [[MOST] * 4, [LEAST] * 4, [-1, 131, 1, 68], [MOST, 0, LEAST, 5]]
 
 
-def packed_problem(variant: Variant, **indices: torch.Tensor) -> Problem:
+def packed_problem(variant: BackwardVariant, **indices: torch.Tensor) -> Problem:
     offsets = packed(LENGTHS)
     given = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, **indices}
     longest = {"max_seqlen_q": 130, "max_seqlen_k": 130}
@@ -57,13 +46,13 @@ def written(found: Gradients) -> None:
 
 
 @functools.cache
-def right(variant: Variant) -> tuple[Saved, Gradients]:
+def right(variant: BackwardVariant) -> tuple[Saved, Gradients]:
     """A correct call, and what it gives before any other."""
     given = saved(packed_problem(variant))
     return given, launch(variant, given)
 
 
-def check_next(variant: Variant) -> None:
+def check_next(variant: BackwardVariant) -> None:
     given, want = right(variant)
     found = launch(variant, given)
     assert torch.equal(found.dk, want.dk) and torch.equal(found.dv, want.dv)

@@ -7,19 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from backward_cases import Problem, Variant, check, draw
+from backward_cases import Problem, check, draw
 from defaults import by_default
+from flash8.backends.hopper.backward_variants import BackwardVariant
 from forward_cases import int32, packed
 from fp8_forward_cases import changed_sources
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
-CAUSAL = Variant("bf16", 128, 128, mask="causal")
-ORDERED = Variant("bf16", 128, 128, deterministic=True)
-LOCAL = Variant("bf16", 64, 64, mask="local")
-WIDE = Variant("bf16", 256, 256)
-CAPPED = Variant("bf16", 64, 64, softcap=True)
+CAUSAL = BackwardVariant("bf16", 128, 128, mask="causal")
+ORDERED = BackwardVariant("bf16", 128, 128, deterministic=True)
+LOCAL = BackwardVariant("bf16", 64, 64, mask="local")
+WIDE = BackwardVariant("bf16", 256, 256)
+CAPPED = BackwardVariant("bf16", 64, 64, softcap=True)
 SEEDS = range(1, 21)
 
 PRODUCER, LOOP = "backward/producer.cuh", "backward/mainloop.cuh"
@@ -33,7 +34,7 @@ class Fault:
     """A text of the device code that another takes the place of."""
 
     name: str
-    variant: Variant
+    variant: BackwardVariant
     edit: tuple[str, str, str]
 
 
@@ -67,7 +68,9 @@ FAULTS = (
         ),
     ),
     Fault(
-        "wrong_parity", CAUSAL, (LOOP, "now_.parity ^ static_cast<uint32_t>(stage)", "now_.parity")
+        "wrong_parity",
+        CAUSAL,
+        (CONFIG, "state.parity ^ static_cast<uint32_t>(stage)", "state.parity"),
     ),
     Fault(
         "staged_dq_early",
@@ -145,7 +148,7 @@ KEPT = tuple(f for f in FAULTS if f.name in ("ds_early", "nothing_cleared", "no_
 
 
 @functools.cache
-def problems(variant: Variant) -> list[Problem]:
+def problems(variant: BackwardVariant) -> list[Problem]:
     """A few blocks on both sides with two heads, and packed sequences with unused rows."""
     indices = {
         "cu_seqlens_q": packed([5, 0, 130, 1, 64]) + 3,

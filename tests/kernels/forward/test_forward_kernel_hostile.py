@@ -13,6 +13,7 @@ from flash8.backends.hopper.variants import ForwardVariant
 from forward_cases import compare, device, draw, int32, launch, packed
 from forward_launch import Call, ForwardKernel, Schedule
 from fp8_forward_cases import changed_kernel, changed_ptx, descales
+from hostile_indices import LENGTHS, MOST, OFFSETS, VALUES
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
@@ -24,25 +25,10 @@ FOLDED = replace(CAUSAL, pack_gqa=True)
 PARAMETERS = [pytest.param(v, id=v.name) for v in (CAUSAL, V_COLMAJOR)] + [
     pytest.param(v, id=v.name, marks=pytest.mark.slow) for v in (BLOCKS, FOLDED)
 ]
-MOST, LEAST = 2**31 - 1, -(2**31)
-LENGTHS = [130, 3, 0, 67]
 TOTAL = sum(LENGTHS)
 HEADS = 2
 #: Two CTAs: they claim tiles from the counter.
 SCHEDULE = Schedule(num_ctas=2)
-
-OFFSETS = {
-    "one that decreases": [0, 130, 20, 133, 200],
-    "all decrease": [200, 133, 133, 130, 0],
-    "far too large": [0, MOST, MOST, 133, MOST],
-    "far too small": [0, LEAST, 133, LEAST, 200],
-    "alternating ends": [0, MOST, LEAST, MOST, LEAST],
-    "not from 0": [60, 70, 133, 133, 190],
-    "nothing": [MOST] * 5,
-    "less than nothing": [LEAST] * 5,
-}
-#: (batch): of lengths, rows of the cache.
-VALUES = [[MOST] * 4, [LEAST] * 4, [-1, 131, 1, 68], [MOST, 0, LEAST, 5]]
 
 
 def packed_call(variant: ForwardVariant, **indices: Tensor) -> Call:

@@ -10,6 +10,7 @@ from flash8.backends.hopper import append_quantized as appender
 from flash8.call.request import Appended
 from flash8.tensors.float8 import E4M3
 from flash8.tensors.rotary import Rope
+from hostile_indices import LEAST, LENGTHS, MOST, OFFSETS
 from quantizer_cases import assert_equal, draw, tables
 from quantizer_device import changed_kernels, device, kernels
 from simulated_device import missing_compiler
@@ -19,18 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:flash8 has no compiled kernel"),
 ]
 
-MOST, LEAST = 2**31 - 1, -(2**31)
-LENGTHS = (130, 3, 0, 67)
-OFFSETS = {
-    "one that decreases": [0, 130, 20, 133, 200],
-    "all decrease": [200, 133, 133, 130, 0],
-    "far too large": [0, MOST, MOST, 133, MOST],
-    "far too small": [0, LEAST, 133, LEAST, 200],
-    "alternating ends": [0, MOST, LEAST, MOST, LEAST],
-    "not from 0": [60, 70, 133, 133, 190],
-    "nothing": [MOST] * 5,
-    "less than nothing": [LEAST] * 5,
-}
 STEPS = {
     "by tensor": ("tensor", {}),
     "by block, transposed": ("block", {"v_colmajor": True}),

@@ -37,7 +37,7 @@ class Bounds(NamedTuple):
     ds_aux: float  # relative to its norm
 
 
-#: About three times what sound kernels show on the simulated device (test_trust_backward.py). P, dS
+#: Two to four times what sound kernels show on the simulated device (test_trust_backward.py). P, dS
 #: and the gradients are rounded to the type, and so is O, which D is made of.
 _BOUNDS: dict[Element, Bounds] = {
     "fp16": Bounds(1.2e-3, 1.5e-2, 2e-3),
