@@ -91,6 +91,7 @@ INTERRUPTED = """
 import os, signal, sys, threading, time
 from pathlib import Path
 from flash8.compiler import Unit, compile_unit
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 def interrupt():
     while not Path(sys.argv[2]).exists():
         time.sleep(0.02)

@@ -9,6 +9,27 @@ from typing import Any
 
 import pytest
 
+from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
+
+#: Shipped forward kernels that no default grid runs: each would be compiled for its gates alone.
+GATES_ONLY = (
+    ForwardVariant("bf16", 64, 64),
+    ForwardVariant("bf16", 64, 64, mask="causal"),
+    ForwardVariant("bf16", 96, 96),
+    ForwardVariant("fp16", 128, 128, mask="causal"),
+    ForwardVariant("bf16", 128, 128, mask="local"),
+    ForwardVariant("fp16", 192, 192, mask="local"),
+    ForwardVariant("bf16", 256, 256, mask="local", softcap=True),
+    ForwardVariant("e4m3", 64, 64, mask="causal", scales="head"),
+    ForwardVariant("e4m3", 128, 128, mask="causal", scales="head"),
+    ForwardVariant("e4m3", 128, 128, mask="causal", scales="head", v_colmajor=True),
+    ForwardVariant("e4m3", 128, 128, scales="block"),
+    ForwardVariant("e4m3", 192, 192, mask="local", scales="block"),
+    ForwardVariant("e4m3", 256, 256, scales="head"),
+)
+#: The others, in the order of SHIPPED.
+SHIPPED_BY_DEFAULT = tuple(variant for variant in SHIPPED if variant not in GATES_ONLY)
+
 
 def by_default(cases: Iterable[Any], kept: Iterable[Any]) -> list[Any]:
     """Parameters for `cases`, of which those that are not in `kept` are slow."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flash8
-from defaults import by_default
+from defaults import SHIPPED_BY_DEFAULT, by_default
 from flash8 import flash_attn_func, flash_attn_varlen_func, fp8
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
@@ -40,7 +40,7 @@ SLOW = (
     replace(BLOCK, alibi=True),
     ForwardVariant("e4m3", 192, 128, scales="head", cluster=True, v_colmajor=True),
 )
-DEFAULT = (*SHIPPED, *OTHERS)
+DEFAULT = (*SHIPPED_BY_DEFAULT, OTHERS[0], OTHERS[-1])
 
 
 def faults(variant, checked, image=None):
@@ -48,7 +48,7 @@ def faults(variant, checked, image=None):
         return trust.find_fault(variant, CPU)
 
 
-@pytest.mark.parametrize("variant", by_default([*DEFAULT, *SLOW], DEFAULT))
+@pytest.mark.parametrize("variant", by_default([*SHIPPED, *OTHERS, *SLOW], DEFAULT))
 def test_a_sound_forward_passes(variant, checked):
     device().ptx(variant)
     start = time.process_time()

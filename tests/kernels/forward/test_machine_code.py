@@ -6,6 +6,7 @@ import pytest
 
 import machine_code
 import machine_order
+from defaults import SHIPPED_BY_DEFAULT, by_default
 from flash8.backends.hopper.variants import SHIPPED
 from flash8.compiler import compile_unit
 from simulated_device import missing_compiler
@@ -18,7 +19,7 @@ pytestmark = [
 ]
 
 
-shipped = pytest.mark.parametrize("variant", SHIPPED, ids=lambda variant: variant.name)
+shipped = pytest.mark.parametrize("variant", by_default(SHIPPED, SHIPPED_BY_DEFAULT))
 
 
 def machine_code_of(variant):
