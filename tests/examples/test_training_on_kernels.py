@@ -1,0 +1,118 @@
+"""The demo's training on the kernels of the simulated device, step by step beside the CPU backend.
+
+The bound on losses is the distance of the CPU backend's own from those of fp32 attention: what
+rounding costs. A wrong scale of a gradient costs more.
+"""
+
+import dataclasses
+import functools
+import importlib
+from contextlib import contextmanager
+from itertools import islice
+
+import pytest
+import torch
+
+from defaults import by_default
+from flash8.backends.hopper import backward as hopper
+from flash8.backends.hopper import mode
+from flash8.nn import FlashMHA
+from forward_cases import device
+from simulated_device import missing_compiler
+
+pytest.importorskip("tqdm", reason="the demo needs flash8[demo]")
+pytest.importorskip("matplotlib", reason="the demo needs flash8[demo]")
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+
+STEPS, TOKENS, LONGEST = 4, 400, 200
+CASES = ["bf16, packed", "bf16, dense", "FP8 forward, packed", "FP8 forward, dense"]
+KEPT = CASES[:1]
+
+
+@functools.cache
+def demo():
+    return importlib.import_module("demo")
+
+
+@functools.cache
+def config():
+    """Heads of 64 channels, as in the full demo."""
+    return dataclasses.replace(demo().QUICK, dim=128, longest_document=LONGEST)
+
+
+@functools.cache
+def batches():
+    """Documents of many lengths, the last block of queries and keys partly filled."""
+    c = config()
+    corpus = demo().data.load_corpus(c.corpus_bytes, c.heldout_bytes, c.longest_document, c.seed)
+    return list(islice(demo().data.batches(corpus.train, TOKENS, seed=1), STEPS))
+
+
+def losses(attention, packed):
+    """The loss before each step."""
+    trainer = demo().Trainer(
+        config(), importlib.import_module("train").Variant("", attention, packed)
+    )
+    with torch.no_grad():  # the head starts at zero, where the first step trains nothing else
+        torch.manual_seed(3)
+        trainer.model.head.weight.normal_(std=0.1)
+    return torch.tensor([trainer.step(batch) for batch in batches()], dtype=torch.float64)
+
+
+def split(case):
+    """The attention of a case, and whether it is packed."""
+    precision, layout = case.split(", ")
+    labels = {variant.label: variant.attention for variant in demo().PRECISIONS.values()}
+    return labels[precision], layout == "packed"
+
+
+@functools.cache
+def on_cpu(case):
+    """The CPU backend's losses, and the largest distance from those of fp32 attention."""
+    attention, packed = split(case)
+    found = losses(attention, packed)
+    return found, (found - losses(FlashMHA, packed)).abs().max().item()
+
+
+@contextmanager
+def served(monkeypatch, launch=hopper.launch):
+    """Inside, kernels serve and nothing else may. Gives the list of backwards that were launched,
+    by `launch`."""
+    seen = []
+
+    def refuse(reason):
+        raise AssertionError(f"no kernel serves: {reason}")
+
+    with device().serving_cpu_tensors(monkeypatch, seed=3), monkeypatch.context() as patch:
+        patch.setattr(mode, "fall_back", refuse)
+        patch.setattr(hopper, "launch", lambda *args: seen.append(1) or launch(*args))
+        yield seen
+
+
+def distance(case, monkeypatch, launch=hopper.launch):
+    """Of the losses on kernels from the CPU backend's, as a share of what rounding costs."""
+    expected, rounding = on_cpu(case)
+    with served(monkeypatch, launch) as seen:
+        found = losses(*split(case))
+    assert len(seen) == STEPS * config().layers
+    return (found - expected).abs().max().item() / rounding
+
+
+@pytest.mark.parametrize("case", by_default(CASES, KEPT))
+def test_losses_are_the_cpu_backends(case, monkeypatch):
+    expected, rounding = on_cpu(case)
+    assert rounding < 5e-3 * expected.max()
+    assert distance(case, monkeypatch) < 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrong_scale_of_gradients_is_seen(case, monkeypatch):
+    """Of dQ and dK, and of the scores that they are made from."""
+
+    def scaled(planned, stream):
+        planned.call.scores.softmax_scale *= 1.05 if case.startswith("bf16") else 1.3
+        launch(planned, stream)
+
+    launch = hopper.launch
+    assert distance(case, monkeypatch, scaled) > 1.0
