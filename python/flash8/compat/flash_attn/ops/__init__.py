@@ -1,0 +1,1 @@
+"""Ops: rms_norm, and under `triton` cross_entropy, layer_norm and rotary."""
