@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flash8 import flash_attn_with_kvcache
 from flash8.integrations.torch import register, sdpa
 
 BATCH, HEADS, SEQLEN_Q, SEQLEN_K, HEAD_DIM = 2, 4, 5, 7, 8
@@ -345,16 +346,18 @@ def test_float8_forward(on_cpu):
     torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
 
 
-def test_appending_through_the_op_is_refused(active):
+def test_the_op_appends_as_the_function_does(active):
     q, k, v = (x.transpose(1, 2) for x in qkv(6, 6, dtype=torch.bfloat16, requires_grad=False))
     fwd = torch.ops.flash_attn_3.fwd
-    arguments = {argument.name: None for argument in fwd.default._schema.arguments}
-    arguments |= dict(q=q, k=k, v=v, is_causal=False, softcap=0.0, attention_chunk=0)
-    arguments |= dict(window_size_left=-1, window_size_right=-1, is_rotary_interleaved=True)
-    arguments |= dict(num_splits=1, sm_margin=0)
-    assert fwd(**arguments)[0].shape == q.shape
-    with pytest.raises(ValueError, match=r"k_new is not supported .*flash_attn_with_kvcache"):
-        fwd(**(arguments | dict(k_new=k)))
+    assert fwd(q, k, v)[0].shape == q.shape
+    used, new = torch.tensor([2, 0], dtype=torch.int32), torch.randn_like(k[:, :3])
+    caches = [[x.clone() for x in (k, v)] for _ in range(2)]
+    out, lse, _, _ = fwd(q, *caches[0], new, -new, seqused_k=used, is_causal=True, num_splits=1)
+    want, want_lse, *_ = flash_attn_with_kvcache(
+        q, *caches[1], new, -new, cache_seqlens=used, causal=True, return_softmax_lse=True
+    )
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+    assert torch.equal(caches[0][1], caches[1][1]) and not torch.equal(caches[0][1], v)
 
 
 def test_another_provider_of_the_same_ops_is_refused(active):
