@@ -40,7 +40,8 @@ CXX_SOURCES := $(shell find hopper cutlass_kernels python/native tests bench -ty
 
 .PHONY: demo test test-full bench gpu-pack gpu-check lint format clean install fuzz sanitize lock
 
-demo: $(PACKAGE)
+# With an NVIDIA GPU the demo trains through kernels, which have to be compiled.
+demo: $(PACKAGE) $(if $(wildcard /dev/nvidia[0-9]*),$(COMPILER))
 	$(BIN)/python examples/byte_gpt/demo.py
 
 # One torch thread per worker: the tensors of the tests are too small for more to pay.

@@ -14,6 +14,7 @@ import json
 import platform
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -26,12 +27,12 @@ import caches
 import data
 import report
 from config import FULL, OUT_DIR, QUICK, Config, device, use_all_cores
-from flash8.backends.describe import describe
+from flash8.backends.describe import describe, serving
 from flash8.nn import PagedKVCache
 from measure import Measurement, save_batches
 from model import BF16MHA, ByteGPT
 from serve import Request, Server, largest_difference, seconds_without_cache
-from train import PRECISIONS, VARIANTS, Trainer, loss_gap, train
+from train import PRECISIONS, VARIANTS, History, Trainer, loss_gap, train
 
 PROMPTS = (
     "def ",
@@ -42,6 +43,9 @@ PROMPTS = (
     'def parse(text):\n    """Return ',
     "Note that ",
 )
+
+#: What kernels do in a training step.
+JOBS = ("forward", "backward", "quantize")
 
 
 def main() -> None:
@@ -73,8 +77,7 @@ def run(config: Config, out: Path, quick: bool) -> None:
 
     heading("Training on packed documents: bf16, and FP8 in the forward of attention")
     trainers = [Trainer(config, variant) for variant in PRECISIONS.values()]
-    histories = train(trainers, corpus, config)
-    print(report.training_table(histories))
+    histories, kernels = train_and_tell(trainers, corpus, config)
 
     heading("Serving the model that FP8 trained, with a paged KV cache of 16 and of 8 bits")
     model = ByteGPT(config, BF16MHA).to(device())
@@ -91,6 +94,7 @@ def run(config: Config, out: Path, quick: bool) -> None:
         "documents": text,
         "comparison": [asdict(row) for row in rows],
         "training": {name: asdict(h) for name, h in zip(PRECISIONS, histories, strict=True)},
+        "kernels": kernels,
         "fp8_loss_gap": gap,
         "serving": served,
         "seconds": perf_counter() - began,
@@ -159,6 +163,23 @@ def compare(corpus: data.Corpus, config: Config, out: Path, quick: bool) -> list
     inputs.unlink()
     result.unlink()
     return rows
+
+
+def train_and_tell(
+    trainers: list[Trainer], corpus: data.Corpus, config: Config
+) -> tuple[list[History], dict[str, list[str]]]:
+    """Trains; says how far it came, which kernels served, and what they did not serve."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        histories = train(trainers, corpus, config)
+    print(report.training_table(histories))
+    found = serving()
+    kernels = {job: [name for name in found if name.startswith(job)] for job in JOBS}
+    for job, names in kernels.items():
+        print(f"{job}: {', '.join(names) or 'tiled PyTorch, no kernel'}")
+    for warning in told:
+        print(f"{warning.category.__name__}: {warning.message}")
+    return histories, kernels
 
 
 def serve_both(model: ByteGPT, corpus: data.Corpus, config: Config) -> tuple[dict, str]:

@@ -91,6 +91,11 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
+    def warm_up(self, batch: data.Batch) -> None:
+        """What a GPU does once, above all to compile and check kernels; trains nothing."""
+        self._loss(batch).backward()
+        self.model.zero_grad(set_to_none=True)
+
     @torch.no_grad()
     def evaluate(self, batches: list[data.Batch]) -> float:
         """Nats per byte."""
@@ -115,6 +120,9 @@ class Trainer:
 def train(trainers: Sequence[Trainer], corpus: data.Corpus, config: Config) -> list[History]:
     """Train all for `train_seconds` or `most_steps`, whichever comes first; validate at times."""
     heldout = [batch.to(device()) for batch in data.once(corpus.heldout, config.batch_tokens)]
+    if device().type == "cuda":
+        for trainer in trainers:
+            trainer.warm_up(heldout[0])
     histories = [History(trainer.label) for trainer in trainers]
     _validate(trainers, histories, heldout)
     endless = data.batches(corpus.train, config.batch_tokens, config.seed)

@@ -15,8 +15,9 @@ import torch
 
 from defaults import by_default
 from flash8.backends.hopper import backward as hopper
-from flash8.backends.hopper import mode
+from flash8.backends.hopper import kernels, mode
 from flash8.nn import FlashMHA
+from flash8.ops import plan_cache
 from forward_cases import device
 from simulated_device import missing_compiler
 
@@ -41,11 +42,16 @@ def config():
 
 
 @functools.cache
+def documents():
+    c = config()
+    sizes = (c.corpus_bytes, c.heldout_bytes, c.longest_document)
+    return demo().data.load_corpus(*sizes, c.seed).train
+
+
+@functools.cache
 def batches():
     """Documents of many lengths, the last block of queries and keys partly filled."""
-    c = config()
-    corpus = demo().data.load_corpus(c.corpus_bytes, c.heldout_bytes, c.longest_document, c.seed)
-    return list(islice(demo().data.batches(corpus.train, TOKENS, seed=1), STEPS))
+    return list(islice(demo().data.batches(documents(), TOKENS, seed=1), STEPS))
 
 
 def losses(attention, packed):
@@ -116,3 +122,50 @@ def test_a_wrong_scale_of_gradients_is_seen(case, monkeypatch):
 
     launch = hopper.launch
     assert distance(case, monkeypatch, scaled) > 1.0
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The demo's precision there, a plan cache of the test's own, and no kernel wanted yet."""
+    cache = plan_cache.new_plan_cache(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+    monkeypatch.setattr(plan_cache, "_plan_cache", lambda: cache)
+    monkeypatch.setattr(kernels, "_VARIANTS", {})
+    train = importlib.import_module("train")
+    monkeypatch.setattr(train, "mixed_precision", lambda _: torch.autocast("cpu", torch.bfloat16))
+    return train
+
+
+def test_the_demo_trains_on_kernels_and_names_them(as_on_a_gpu, monkeypatch, capsys):
+    few = dataclasses.replace(
+        config(), most_steps=1, train_seconds=1e6, validations=1, batch_tokens=TOKENS
+    )
+    corpus = demo().data.Corpus(documents(), documents()[:1])
+    with served(monkeypatch) as seen:
+        trainers = [demo().Trainer(few, variant) for variant in demo().PRECISIONS.values()]
+        for trainer in trainers:
+            trainer.warm_up(batches()[0])
+        _, found = demo().train_and_tell(trainers, corpus, few)
+    assert len(seen) == 2 * 2 * few.layers
+    assert found["forward"] == ["forward_bf16_d64_causal", "forward_e4m3_d64_causal_headscales"]
+    assert found["backward"] == ["backward_bf16_d64_causal"]
+    assert found["quantize"]
+    printed = capsys.readouterr().out
+    assert "backward: backward_bf16_d64_causal\n" in printed
+    assert "Warning" not in printed and "tiled PyTorch" not in printed
+
+
+def test_a_demo_without_kernels_says_so(as_on_a_gpu, capsys):
+    few = dataclasses.replace(config(), most_steps=1, validations=1, layers=1)
+    corpus = demo().data.Corpus(documents(), documents()[:1])
+    trainers = [demo().Trainer(few, variant) for variant in demo().PRECISIONS.values()]
+    _, found = demo().train_and_tell(trainers, corpus, few)
+    assert found == {"forward": [], "backward": [], "quantize": []}
+    assert "backward: tiled PyTorch, no kernel\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["packed", "padded"])
+def test_what_the_demo_compares_trains_on_kernels(name, as_on_a_gpu, monkeypatch):
+    trainer = demo().Trainer(config(), demo().VARIANTS[name])
+    with served(monkeypatch) as seen:
+        trainer.step(batches()[1])
+    assert len(seen) == config().layers

@@ -44,6 +44,16 @@ def describe() -> list[Service]:
     return rows
 
 
+def serving() -> list[str]:
+    """The kernels that have served calls of this process, in the order in which calls first wanted
+    them: forward_bf16_d128_causal, backward_bf16_d128_causal. Empty where the portable code alone
+    serves; a call of attention of which no kernel is listed went there."""
+    from flash8.backends.hopper import kernels
+    from flash8.backends.hopper.verify import trust
+
+    return [variant.name for variant in kernels.wanted() if trust.has_passed(variant)]
+
+
 def _describe_cuda(name: str) -> list[Service]:
     portable = f"{name}: the tiled PyTorch code runs there too"
     index, chosen = torch.cuda.current_device(), mode.kernels_mode()

@@ -32,6 +32,11 @@ def variant_of(key: str) -> KernelVariant:
     return _VARIANTS[key]
 
 
+def wanted() -> list[Variant]:
+    """What calls of this process have wanted so far, in the order in which they first did."""
+    return [x for x in _VARIANTS.values() if not isinstance(x, BackwardStep)]
+
+
 _VARIANTS: dict[str, KernelVariant] = {}
 
 
