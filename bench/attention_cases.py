@@ -1,6 +1,7 @@
 """What the attention benchmark measures: shapes, their cost, their inputs, and the truth."""
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -108,7 +109,7 @@ def gpu_cases() -> list[Case]:
     """
     paper = [
         dense("FA3 paper", max(1, _TOKENS // seqlen), seqlen, _HIDDEN // d, _HIDDEN // d, d, causal)
-        for seqlen in (16384, 4096, 1024, 8192, 2048, 512)
+        for seqlen in (8192, 16384, 4096, 1024, 2048, 512)
         for d in (128, 64, 256)
         for causal in (True, False)
     ]
@@ -190,11 +191,27 @@ def inputs(case: Case, device: str, dtype: torch.dtype, seed: int = 0) -> Call:
 @torch.no_grad()
 def reference(call: Call) -> Tensor:
     """O in float32 from materialised scores, in q's layout."""
-    if call.cu_seqlens is None:
-        sequences = zip(call.q, call.k, call.v, strict=True)
-        return torch.stack([_sequence(*x, call.causal) for x in sequences])
-    parts = (x.split(call.case.lengths) for x in (call.q, call.k, call.v))
-    return torch.cat([_sequence(*x, call.causal) for x in zip(*parts, strict=True)])
+    parts = _by_sequence(call, call.q, call.k, call.v)
+    return _joined(call, [_sequence(*x, call.causal) for x in parts])
+
+
+def reference_gradients(call: Call, dout: Tensor) -> tuple[Tensor, ...]:
+    """Those of q, k and v in float32, from materialised scores of one sequence at a time."""
+    found = []
+    for q, k, v, d in _by_sequence(call, call.q, call.k, call.v, dout):
+        leaves = [x.detach().float().requires_grad_() for x in (q, k, v)]
+        out = _sequence(*leaves, call.causal)
+        found.append(torch.autograd.grad(out, leaves, d.float()))
+    return tuple(_joined(call, parts) for parts in zip(*found, strict=True))
+
+
+def _by_sequence(call: Call, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    packed = call.cu_seqlens is not None
+    return zip(*(x.split(call.case.lengths) if packed else x for x in tensors), strict=True)
+
+
+def _joined(call: Call, parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(parts)) if call.cu_seqlens is None else torch.cat(list(parts))
 
 
 def _sequence(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

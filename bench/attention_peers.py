@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attention_cases import Call
+from attention_cases import Call, Case
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -31,8 +31,11 @@ class Peer:
     name: str
     prepare: Callable[[Call], Attention]
     kinds: tuple[str, ...] = ("dense", "packed", "decode")
+    wants: Callable[[Case], bool] = lambda case: True  # of the cases of these kinds
+    forward: bool = True  # timed by itself
     backward: bool = True
     tolerance: float = 0.02  # relative error of O that still is the same function
+    gradient_tolerance: float = 0.03  # of dQ, dK and dV, each
     slow: bool = False  # compiles for every shape, or materialises the scores: measured last
 
 
@@ -50,6 +53,9 @@ def peers(device: str) -> Iterator[Peer | Absent]:
 
     on_gpu = device == "cuda"
     yield Peer("flash8", _flash8)
+    ordered = functools.partial(_flash8, deterministic=True)
+    name = "flash8" + _ORDERED
+    yield _in_order(name, ordered) if on_gpu else Absent(name, "on a CPU there is one order")
     yield from attention_peers_fp8.peers(on_gpu)
     for name, backend in (
         ("cudnn", SDPBackend.CUDNN_ATTENTION),
@@ -69,10 +75,31 @@ def peers(device: str) -> Iterator[Peer | Absent]:
     )
     for name, module in _FLASH_ATTENTIONS.items():
         yield if_importable(name, module, lambda m: Peer("", _flash_attention(m)))
+    for name in ("flash_attn_3", "flash_attn_2"):
+        yield if_importable(name + _ORDERED, _FLASH_ATTENTIONS[name], _flash_attention_in_order)
     yield if_importable("flashinfer", "flashinfer", lambda m: Peer("", _flashinfer(m)), grad=False)
 
 
-_FLASH_ATTENTIONS = {"flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute"}
+_FLASH_ATTENTIONS = {
+    "flash_attn_3": "flash_attn_interface",
+    "flash_attn_4": "flash_attn.cute",
+    "flash_attn_2": "flash_attn",
+}
+_ORDERED = ", deterministic"
+
+
+def _in_order(name: str, prepare: Callable[[Call], Attention]) -> Peer:
+    """With gradients added up in one order, which the forward knows nothing of."""
+    return Peer(name, prepare, ("dense", "packed"), wants=shows_order, forward=False)
+
+
+def shows_order(case: Case) -> bool:
+    """Many blocks of keys add to one of dQ; under a causal mask they take different times."""
+    return case.causal and max(case.seqlen_k, *case.lengths, 0) >= 4096
+
+
+def _flash_attention_in_order(module: Any) -> Peer:
+    return _in_order("", _flash_attention(module, deterministic=True))
 
 
 def if_importable(
@@ -88,15 +115,16 @@ def if_importable(
 # -------------------------------------------------------------------------------------- flash8
 
 
-def _flash8(call: Call) -> Attention:
+def _flash8(call: Call, **options: Any) -> Attention:
     import flash8
 
     refuse_without_kernel(call, call.q, call.k, call.v)
-    if call.case.kind == "dense":
-        return functools.partial(flash8.flash_attn_func, causal=call.causal)
     if call.case.kind == "decode":
         return functools.partial(flash8.flash_attn_with_kvcache, causal=True)
-    return functools.partial(flash8.flash_attn_varlen_func, **varlen_arguments(call))
+    refuse_without_backward(call)
+    if call.case.kind == "dense":
+        return functools.partial(flash8.flash_attn_func, causal=call.causal, **options)
+    return functools.partial(flash8.flash_attn_varlen_func, **varlen_arguments(call), **options)
 
 
 def refuse_without_kernel(call: Call, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -105,16 +133,30 @@ def refuse_without_kernel(call: Call, q: Tensor, k: Tensor, v: Tensor) -> None:
         return
     from flash8 import backends
     from flash8.backends.hopper import forward as hopper
-    from flash8.call.options import Options
 
     if not backends.kernels_wanted(q):
         raise RefusedError("FLASH8_KERNELS lets no kernel serve this device")
-    options = Options(
-        causal=call.causal, cu_seqlens_q=call.cu_seqlens, cu_seqlens_k=call.cu_seqlens
-    )
-    reason = hopper.refusal(q, k, v, None, options)
+    reason = hopper.refusal(q, k, v, None, _options(call))
     if reason is not None:
         raise RefusedError(reason)
+
+
+def refuse_without_backward(call: Call) -> None:
+    """The same for gradients."""
+    if not call.q.is_cuda:
+        return
+    from flash8.backends.hopper import backward as hopper
+
+    reason = hopper.refusal(call.q, call.k, call.v, None, _options(call))
+    if reason is not None:
+        raise RefusedError(reason)
+
+
+def _options(call: Call) -> Any:
+    from flash8.call.options import Options
+
+    ends = {"cu_seqlens_q": call.cu_seqlens, "cu_seqlens_k": call.cu_seqlens}
+    return Options(causal=call.causal, **ends)
 
 
 def varlen_arguments(call: Call) -> dict[str, Any]:
@@ -195,14 +237,15 @@ def _varlen(module: Any) -> Callable[[Call], Attention]:
 # -------------------------------------------------------------------------------------- others
 
 
-def _flash_attention(module: Any) -> Callable[[Call], Attention]:
-    """FlashAttention-3 and -4, which return O or (O, LSE)."""
+def _flash_attention(module: Any, **options: Any) -> Callable[[Call], Attention]:
+    """FlashAttention-2, -3 and -4, which return O or (O, LSE)."""
+    dense, packed = module.flash_attn_func, module.flash_attn_varlen_func
 
     def prepare(call: Call) -> Attention:
         if call.case.kind == "dense":
-            function = functools.partial(module.flash_attn_func, causal=call.causal)
+            function = functools.partial(dense, causal=call.causal, **options)
         elif call.case.kind == "packed":
-            function = functools.partial(module.flash_attn_varlen_func, **varlen_arguments(call))
+            function = functools.partial(packed, **varlen_arguments(call), **options)
         elif hasattr(module, "flash_attn_with_kvcache"):
             function = functools.partial(module.flash_attn_with_kvcache, causal=True)
         else:

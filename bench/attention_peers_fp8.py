@@ -18,6 +18,7 @@ from attention_peers import (
     Peer,
     RefusedError,
     if_importable,
+    refuse_without_backward,
     refuse_without_kernel,
     varlen_arguments,
 )
@@ -33,6 +34,8 @@ def peers(on_gpu: bool) -> Iterator[Peer | Absent]:
         prepare = functools.partial(_flash8, v_colmajor=v_colmajor)
         for peer in _with_and_without_quantization(name, prepare, granularity, v_colmajor):
             yield peer if on_gpu else Absent(peer.name, _ON_A_CPU)
+    training = Peer("flash8 fp8_attention", _training, _DENSE_AND_PACKED, **_TRAINING_BOUNDS)
+    yield training if on_gpu else Absent(training.name, _ON_A_CPU)
     for name, module, prepare_with, kinds, tolerance in (
         ("flash_attn_3 e4m3", "flash_attn_interface", _flash_attention_3, _DENSE_AND_PACKED, 0.1),
         ("cudnn e4m3", "cudnn", _cudnn, ("dense",), _OUTPUT_IN_FP8),
@@ -48,6 +51,7 @@ def peers(on_gpu: bool) -> Iterator[Peer | Absent]:
 
 _INSIDE = ", with quantization"
 _DENSE_AND_PACKED = ("dense", "packed")
+_TRAINING_BOUNDS = {"tolerance": 0.1, "gradient_tolerance": 0.15}
 _ON_A_CPU = "FP8 products are emulated on a CPU: their time says nothing"
 
 
@@ -99,6 +103,16 @@ def _flash8(call: Call, ready: list[Any], *, v_colmajor: bool) -> Attend:
     if call.cu_seqlens is None:
         return functools.partial(flash8.flash_attn_func, causal=call.causal)
     return functools.partial(flash8.flash_attn_varlen_func, **varlen_arguments(call))
+
+
+def _training(call: Call) -> Attention:
+    """Quantizes inside, keeps what it has quantized, and is differentiable."""
+    import flash8
+
+    refuse_without_kernel(call, call.q, call.k, call.v)
+    refuse_without_backward(call)
+    options = {"causal": call.causal} if call.cu_seqlens is None else varlen_arguments(call)
+    return functools.partial(flash8.fp8_attention, **options)
 
 
 def _flash_attention_3(module: Any, call: Call, ready: list[Any]) -> Attend:

@@ -13,7 +13,7 @@ DEVICES = ("cuda", "cpu")
 _MIB = 2**20
 _HEADER = (
     *("shape", "peer", "forward ms", "20 to 80 %", "TFLOP/s", "of the matrix rate", "GB/s"),
-    *("fwd+bwd ms", "TFLOP/s", "peak MiB", "scores MiB", "relL2"),
+    *("fwd+bwd ms", "TFLOP/s", "peak MiB", "scores MiB", "relL2", "relL2 of gradients"),
 )
 _OURS, _OTHERS = "#2166ac", ("#b2182b", "#f4a582", "#7f7f7f", "#1b7837", "#9970ab", "#c2a5cf")
 
@@ -72,25 +72,33 @@ def _cells(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
     cells = [label(row), row["peer"]]
     if "refused" in row:
         return [*cells, f"refused: {row['refused']}", *[""] * (len(_HEADER) - 3)]
-    forward, both, rate = row["forward"], row.get("both"), _matrix_tflops(results)
-    peak = forward.get("peak_bytes")
+    forward, both, rate = row.get("forward"), row.get("both"), _matrix_tflops(results)
     return [
         *cells,
+        *([""] * 5 if forward is None else _forward_cells(row, forward, rate)),
+        _if(both, lambda b: f"{b['median_ms']:.3g}")
+        or _if(row.get("backward_refused"), lambda reason: f"refused: {reason}"),
+        _if(both, lambda b: f"{b['tflops']:.3g}"),
+        _if((forward or {}).get("peak_bytes"), lambda p: f"{p / _MIB:.0f}"),
+        f"{row['score_bytes'] / _MIB:.0f}",
+        f"{row['error']:.1e}",
+        _if(row.get("gradient_error"), lambda e: f"{e:.1e}"),
+    ]
+
+
+def _forward_cells(row: dict[str, Any], forward: dict[str, Any], rate: float | None) -> list[str]:
+    return [
         f"{forward['median_ms']:.3g}",
         _if(forward.get("p20_ms"), lambda p: f"{p:.3g} to {forward['p80_ms']:.3g}"),
         f"{forward['tflops']:.3g}",
         _if(rate, lambda r: f"{forward['tflops'] / r:.0%}"),
         f"{row['least_bytes'] / forward['median_ms'] * 1e-6:.3g}",
-        _if(both, lambda b: f"{b['median_ms']:.3g}"),
-        _if(both, lambda b: f"{b['tflops']:.3g}"),
-        _if(peak, lambda p: f"{p / _MIB:.0f}"),
-        f"{row['score_bytes'] / _MIB:.0f}",
-        f"{row['error']:.1e}",
     ]
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Forward TFLOP/s (decoding: GB/s) of every case, a panel per suite."""
+    """TFLOP/s (decoding: GB/s) of every case: for each suite a panel of the forward, and one of
+    forward and backward where there are any."""
     try:
         import matplotlib
     except ImportError:
@@ -99,8 +107,15 @@ def plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    timed = [row for row in results["rows"] if "forward" in row]
-    suites = list(_in_order((row["suite"], row["kind"] == "decode") for row in timed))
+    timed = [row for row in results["rows"] if "forward" in row or "both" in row]
+    suites = list(
+        _in_order(
+            (row["suite"], row["kind"] == "decode", what)
+            for what in ("forward", "both")
+            for row in timed
+            if what in row
+        )
+    )
     cases = [len({label(row) for row in _panel(timed, suite)}) for suite in suites]
     figure, panels = plt.subplots(
         len(suites),
@@ -112,36 +127,41 @@ def plot(results: dict[str, Any], path: Path) -> None:
     )
     colours = _colours(timed)
     for axes, suite in zip(panels[:, 0], suites, strict=True):
-        _bars(axes, _panel(timed, suite), colours)
+        _bars(axes, _panel(timed, suite), colours, suite[2])
         unit = "GB/s" if suite[1] else "TFLOP/s"
-        axes.set_title(f"{suite[0]}: forward, {unit}", loc="left", fontsize=10)
+        what = "forward" if suite[2] == "forward" else "forward and backward"
+        axes.set_title(f"{suite[0]}: {what}, {unit}", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
 
 
-def _bars(axes: Any, rows: list[dict[str, Any]], colours: dict[str, str]) -> None:
+def _bars(axes: Any, rows: list[dict[str, Any]], colours: dict[str, str], what: str) -> None:
     cases = list(_in_order(map(label, rows)))
     names = list(_in_order(row["peer"] for row in rows))
     height = 0.8 / len(names)
     for number, name in enumerate(names):
         own = [row for row in rows if row["peer"] == name]
         places = [cases.index(label(row)) + (number + 0.5) * height - 0.4 for row in own]
-        axes.barh(places, [_value(row) for row in own], height, color=colours[name], label=name)
+        axes.barh(
+            places, [_value(row, what) for row in own], height, color=colours[name], label=name
+        )
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=8)
 
 
-def _value(row: dict[str, Any]) -> float:
+def _value(row: dict[str, Any], what: str) -> float:
     if row["kind"] == "decode":
-        return row["least_bytes"] / row["forward"]["median_ms"] * 1e-6
-    return row["forward"]["tflops"]
+        return row["least_bytes"] / row[what]["median_ms"] * 1e-6
+    return row[what]["tflops"]
 
 
-def _panel(rows: list[dict[str, Any]], suite: tuple[str, bool]) -> list[dict[str, Any]]:
-    return [row for row in rows if (row["suite"], row["kind"] == "decode") == suite]
+def _panel(rows: list[dict[str, Any]], suite: tuple[str, bool, str]) -> list[dict[str, Any]]:
+    name, decoding, what = suite
+    found = [row for row in rows if (row["suite"], row["kind"] == "decode") == (name, decoding)]
+    return [row for row in found if what in row]
 
 
 def _colours(rows: list[dict[str, Any]]) -> dict[str, str]:

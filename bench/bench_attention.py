@@ -1,7 +1,8 @@
 """Attention beside its peers, correctness first, in one run; then a table and plots from the JSON.
 
 On a GPU: the FlashAttention-3 paper's shapes, Llama-3's, packed documents and decoding, in BF16
-and FP8; without one: small shapes in float32, and what is committed of a GPU is only drawn.
+and FP8: the forward, and the forward with the backward, whose dQ is summed in any order or in one.
+Without a GPU: small shapes in float32, and what is committed of a GPU is only drawn.
 Writes bench/results/attention_<device>.json, .md and .png.
 """
 
@@ -15,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import attention_report
 import environment
-from attention_cases import Call, Case, cpu_cases, gpu_cases, inputs, reference
-from attention_peers import Absent, Attention, Peer, RefusedError, peers
+from attention_cases import Case, cpu_cases, gpu_cases, inputs, reference, reference_gradients
+from attention_peers import Absent, Peer, RefusedError, peers
 from partial import while_there_is_time, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,7 +67,12 @@ def run(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rate = matrix_rate(device, dtype, time_call)
     present = [peer for peer in candidates if isinstance(peer, Peer)]
-    work = [(case, peer) for case in cases for peer in present if case.kind in peer.kinds]
+    work = [
+        (case, peer)
+        for case in cases
+        for peer in present
+        if case.kind in peer.kinds and peer.wants(case)
+    ]
     work.sort(key=lambda pair: pair[1].slow)  # stable
     results: dict[str, Any] = {
         "environment": environment.describe(),
@@ -111,6 +116,13 @@ def measure(
     size = dtype.itemsize
     row: dict[str, Any] = {"peer": peer.name, **asdict(case)}
     row |= {"least_bytes": case.least_bytes(size), "score_bytes": case.score_bytes(size)}
+
+    def timed(name: str, function: Callable[[], object]) -> None:
+        row[name] = timing = time_call(function)
+        flops = case.flops(backward=name == "both")
+        timing["tflops"] = flops / timing["median_ms"] * 1e-9
+        timing["peak_bytes"] = peak_bytes(function, device)
+
     try:
         row["error"] = error(peer, case.checked(), device, dtype)
         if not row["error"] <= peer.tolerance:
@@ -118,30 +130,31 @@ def measure(
             return row
         call = inputs(case, device, dtype)
         attend = peer.prepare(call)
-        for name, function in timed_calls(peer, call, attend):
-            row[name] = timing = time_call(function)
-            flops = case.flops(backward=name == "both")
-            timing["tflops"] = flops / timing["median_ms"] * 1e-9
-            timing["peak_bytes"] = peak_bytes(function, device)
-    except (RefusedError, RuntimeError, ValueError, TypeError) as refusal:
-        row["refused"] = f"{type(refusal).__name__}: {refusal}".splitlines()[0][:200]
+        if peer.forward:
+            timed("forward", torch.no_grad()(lambda: attend(call.q, call.k, call.v)))
+    except _REFUSALS as refusal:
+        row["refused"] = _in_a_line(refusal)
+        return row
+    if not peer.backward or case.kind == "decode":
+        return row
+    try:
+        worst = row["gradient_error"] = gradient_error(peer, case.checked(), device, dtype)
+        if not worst <= peer.gradient_tolerance:
+            bound = peer.gradient_tolerance
+            row["backward_refused"] = f"wrong: relative error {worst:.2g}, above {bound}"
+            return row
+        tensors, dout = (call.q, call.k, call.v), torch.randn_like(call.q)
+        timed("both", lambda: torch.autograd.grad(attend(*tensors), tensors, dout))
+    except _REFUSALS as refusal:
+        row["backward_refused"] = _in_a_line(refusal)
     return row
 
 
-def timed_calls(
-    peer: Peer, call: Call, attend: Attention
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The forward, and with the backward where a peer has one."""
-    q, k, v = call.q, call.k, call.v
+_REFUSALS = (RefusedError, RuntimeError, ValueError, TypeError)
 
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return attend(q, k, v)
 
-    yield "forward", forward
-    if peer.backward and call.case.kind != "decode":
-        dout = torch.randn_like(q)
-        yield "both", lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
+def _in_a_line(refusal: Exception) -> str:
+    return f"{type(refusal).__name__}: {refusal}".splitlines()[0][:200]
 
 
 @torch.no_grad()
@@ -151,6 +164,18 @@ def error(peer: Peer, case: Case, device: str, dtype: torch.dtype) -> float:
     expected = reference(call)
     actual = peer.prepare(call)(call.q, call.k, call.v).float()
     return ((actual - expected).norm() / expected.norm()).item()
+
+
+def gradient_error(peer: Peer, case: Case, device: str, dtype: torch.dtype) -> float:
+    """The largest relative error of dQ, dK and dV on fresh random data."""
+    call = inputs(case, device, dtype, seed=1)
+    generator = torch.Generator(device=device).manual_seed(2)
+    dout = torch.randn(call.q.shape, generator=generator, device=device, dtype=dtype)
+    tensors = (call.q, call.k, call.v)
+    found = torch.autograd.grad(peer.prepare(call)(*tensors), tensors, dout)
+    expected = reference_gradients(call, dout)
+    pairs = list(zip(found, expected, strict=True))
+    return max(((x.float() - y).norm() / y.norm()).item() for x, y in pairs)
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int | None:

@@ -38,6 +38,8 @@ _SANITIZED_KERNELS = (
     "forward_e4m3_d128_causal_headscales",
     "forward_e4m3_d128_causal_vcolmajor_headscales",
     "quantize_cast_bf16_d128",
+    "backward_bf16_d128_causal",
+    "backward_bf16_d128_causal_deterministic",
 )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attention_cases import Case, gpu_cases
+from attention_peers import shows_order
 from bench_choices import choices
 from flash8.backends.hopper import backward as hopper_backward
 from flash8.backends.hopper import forward as hopper
@@ -51,6 +52,9 @@ def _attention() -> Iterator[Variant]:
             yield hopper.choose(*call)
             if case.kind != "decode":
                 yield hopper_backward.choose(*call)
+                if shows_order(case):
+                    ordered = call[-1]._replace(deterministic=True)
+                    yield hopper_backward.choose(*call[:-1], ordered)
                 for granularity, v_colmajor in itertools.product(("head", "block"), (False, True)):
                     yield hopper.choose(*_call(same, _E4M3, _fp8(granularity, v_colmajor)))
     for head_dim in (64, 128, 256):

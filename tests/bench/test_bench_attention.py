@@ -1,5 +1,6 @@
 """The attention benchmark with a clock that does not measure: cases, peers, rows, the report."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -206,7 +207,7 @@ def gpu_peers(bench, monkeypatch):
         assert enable_gqa == (q.shape[1] != k.shape[1])
         return flash8.flash_attn_varlen_func(q, k, v, *rest, window_size=window_size)
 
-    package = types.ModuleType("flash_attn")
+    package = fake_flash_attention(with_cache=True)
     package.__path__ = []
     varlen = types.ModuleType("torch.nn.attention.varlen")
     varlen.varlen_attn = varlen_attn
@@ -229,6 +230,11 @@ GPU_PEERS = {
     "varlen_attn": ("packed",),
     "flash_attn_3": ("dense", "packed", "decode"),
     "flash_attn_4": ("dense", "packed"),
+    "flash_attn_2": ("dense", "packed", "decode"),
+    "flash_attn_2, deterministic": ("dense", "packed"),
+    "flash_attn_3, deterministic": ("dense", "packed"),
+    "flash8, deterministic": ("dense", "packed"),
+    "flash8 fp8_attention": ("dense", "packed"),
     "flashinfer": ("dense", "packed", "decode"),
     "flash_attn_3 e4m3": ("dense", "packed"),
     "flash_attn_3 e4m3, with quantization": ("packed",),
@@ -252,7 +258,7 @@ def test_gpu_peers_are_called_as_they_want(bench, small, gpu_peers, name, kind):
     call = bench.attention_cases.inputs(small[kind], "cpu", torch.float32)
     got = peer.prepare(call)(*(x.detach() for x in (call.q, call.k, call.v)))
     assert got.shape == call.q.shape
-    bound = 1e-5 if "e4m3" not in name else peer.tolerance
+    bound = peer.tolerance if "e4m3" in name or "fp8" in name else 1e-5
     assert relative(got, bench.attention_cases.reference(call)) < bound
 
 
@@ -295,6 +301,86 @@ def test_a_run_measures_what_is_right_and_says_what_is_not(bench, small):
     timed = [row for row in results["rows"] if "forward" in row]
     assert len(calls) == 2 + len(timed) + sum("both" in row for row in timed)
     json.dumps(results)
+
+
+#: FlexAttention's gradients are for a GPU alone.
+DIFFERENTIABLE = [
+    *("flash8", "unfused", "varlen_attn", "flash8 fp8_attention"),
+    *("flash_attn_3", "flash_attn_4", "flash_attn_2"),
+    *("flash8, deterministic", "flash_attn_2, deterministic", "flash_attn_3, deterministic"),
+]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_of_gpu_peers_are_those_of_the_reference(bench, small, gpu_peers, name):
+    peer = gpu_peers[name]
+    assert peer.backward
+    for kind in set(peer.kinds) - {"decode"}:
+        case = small[kind]
+        found = bench.bench_attention.gradient_error(peer, case, "cpu", torch.float32)
+        assert found < (peer.gradient_tolerance if "fp8" in name else 1e-5)
+        if kind == "dense" and "fp8" in name:  # whose bound is the widest
+            halved = dataclasses.replace(peer, prepare=lambda call: halve(peer.prepare(call)))
+            wrong = bench.bench_attention.gradient_error(halved, case, "cpu", torch.float32)
+            assert wrong > peer.gradient_tolerance
+
+
+def halve(attend):
+    """Gradients of k half of what they are."""
+    return lambda q, k, v: attend(q, 0.5 * k + (0.5 * k).detach(), v)
+
+
+@pytest.mark.parametrize("name", ["flash8", "flash_attn_2", "flash_attn_3"])
+def test_peers_are_asked_for_an_order(bench, small, gpu_peers, name, monkeypatch):
+    """As the function of all of them is told; and where an order costs the most."""
+    seen = []
+    for function in ("flash_attn_func", "flash_attn_varlen_func"):
+        original = getattr(flash8, function)
+        spy = functools.partial(lambda f, *a, **k: seen.append(k) or f(*a, **k), original)
+        monkeypatch.setattr(flash8, function, spy)
+        for module in ("flash_attn_interface", "flash_attn"):
+            monkeypatch.setattr(sys.modules[module], function, spy)
+    peers = {peer.name: peer for peer in bench.attention_peers.peers("cuda")}
+    for asked, peer in ((True, peers[f"{name}, deterministic"]), (False, peers[name])):
+        for kind in ("dense", "packed"):
+            call = bench.attention_cases.inputs(small[kind], "cpu", torch.float32)
+            peer.prepare(call)(call.q, call.k, call.v)
+            assert seen.pop().get("deterministic", False) == asked
+        cases = bench.attention_cases
+        long, short = (cases.dense("", 1, n, 8, 8, 128, True) for n in (8192, 1024))
+        full = cases.dense("", 1, 8192, 8, 8, 128, False)
+        wanted = [peer.wants(case) for case in (long, short, full)]
+        assert wanted == [True, not asked, not asked]
+        assert peer.forward != asked
+
+
+def test_wrong_gradients_are_not_timed(bench, small):
+    peer_of = bench.attention_peers.Peer
+
+    def half(call):
+        return halve(functools.partial(flash8.flash_attn_func, causal=True))
+
+    def without(call):
+        return lambda q, k, v: flash8.flash_attn_func(
+            q.detach(), k.detach(), v.detach(), None, True
+        )
+
+    ordered = functools.partial(flash8.flash_attn_func, causal=True, deterministic=True)
+    candidates = [
+        peer_of("half", half, ("dense",)),
+        peer_of("without", without, ("dense",)),
+        peer_of("ordered", lambda call: ordered, ("dense",), forward=False),
+    ]
+    calls = []
+    run = bench.bench_attention.run
+    results = run([small["dense"]], candidates, "cpu", fake_clock(calls))
+    half, without, ordered = results["rows"]
+    assert half["backward_refused"].startswith("wrong: relative error 0.") and "forward" in half
+    assert "does not require grad" in without["backward_refused"] and "both" not in without
+    assert ordered["gradient_error"] < 1e-5 and "forward" not in ordered and "both" in ordered
+    text = bench.attention_report.tables(results)
+    assert "| refused: wrong: relative error" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 
 def test_the_report_has_every_row_and_a_plot(bench, small, tmp_path, monkeypatch, capsys):
