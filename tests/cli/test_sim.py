@@ -12,7 +12,8 @@ import pytest
 
 import flash8
 from flash8 import _native, cli
-from flash8.backends.hopper import forward
+from flash8.backends.hopper import backward, forward
+from flash8.backends.hopper.backward_variants import SHIPPED_BACKWARDS
 from flash8.backends.hopper.variants import SHIPPED
 from flash8.cli import sim
 from repository import DOCS, TESTS
@@ -40,6 +41,34 @@ def test_a_kernel_runs_and_its_timeline_is_drawn(variant, tmp_path):
     assert words.startswith("no finding; |O - O of the CPU backend| is at most")
     assert 0 < float(error) < 0.05
     assert any(line.startswith("warpgroup 2: ") for line in rest)
+
+
+@pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+def test_of_a_backward_its_main_kernel_is_drawn(tmp_path):
+    """Which is not what is launched last. A part of it, if that is asked for."""
+    trace = tmp_path / "trace.json"
+    arguments = ["--seqlen-q", "130", "--seqlen-k", "200", "--ctas", "2", "--span", "2000", "5000"]
+    arguments += ["--output", tmp_path / "timeline.png", "--trace", trace]
+    command = [sys.executable, "-P", "-m", "flash8", "sim", "backward_bf16_d128_causal"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "timeline.png").read_bytes().startswith(PNG)
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1}  # blocks of keys
+    products = {event["name"] for event in events if event["cat"] == "tensor"}
+    assert products == {"m64n64k16.f32.bf16.bf16", "m64n128k16.f32.bf16.bf16, A in registers"}
+    words, error = done.stdout.splitlines()[1].rsplit(maxsplit=1)
+    assert words.startswith("no finding; |gradients - those of the CPU backend| is at most")
+    assert 0 < float(error) < 0.1
+
+
+@pytest.mark.parametrize("variant", SHIPPED_BACKWARDS, ids=lambda variant: variant.name)
+def test_the_call_has_gradients_by_the_variant(variant):
+    call = sim.draw(variant, 130, 200, 2, seed=0)
+    options = sim._options(variant, call)._replace(deterministic=variant.deterministic)
+    given = (call["q"], call["k"], call["v"])
+    assert backward.refusal(*given, None, options) is None
+    assert backward.choose(*given, options) == variant
 
 
 @pytest.mark.parametrize("variant", SHIPPED, ids=lambda variant: variant.name)
@@ -84,7 +113,8 @@ def test_the_command_gets_what_follows_sim(monkeypatch):
 
     monkeypatch.setattr(metadata, "entry_points", lambda **_: (Entry(),))
     assert cli.main(["sim", "a", "--b", "--help"]) == 3
-    assert got == [(["a", "--b", "--help"], tuple(v.name for v in SHIPPED))]
+    names = tuple(v.name for v in (*SHIPPED, *SHIPPED_BACKWARDS))
+    assert got == [(["a", "--b", "--help"], names)]
 
 
 def test_another_driver_in_this_process_is_named(monkeypatch, tmp_path):

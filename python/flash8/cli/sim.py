@@ -17,13 +17,16 @@ from torch import Tensor
 
 from flash8 import _native
 from flash8.attention import flash_attn_func
-from flash8.backends.hopper import forward
+from flash8.backends.hopper import backward, forward
+from flash8.backends.hopper.backward_variants import SHIPPED_BACKWARDS, BackwardVariant
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from flash8.call.options import Options
 from flash8.tensors import v_colmajor
 from flash8.tensors.descales import BLOCK
 from flash8.tensors.tokens import Tokens
 
+_Variant = ForwardVariant | BackwardVariant
+_VARIANTS: tuple[_Variant, ...] = (*SHIPPED, *SHIPPED_BACKWARDS)
 _GROUP = "flash8.commands"
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
 _SOFTCAP = 30.0
@@ -50,10 +53,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 class Kernels:
-    """The shipped forward kernels, each with a dense call of flash_attn_func that it serves."""
+    """The shipped kernels of attention, each with a dense call of flash_attn_func that it serves,
+    or whose gradients."""
 
     prog = "flash8 sim"
-    names = tuple(variant.name for variant in SHIPPED)
+    names = tuple(variant.name for variant in _VARIANTS)
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--seqlen-q", type=int, default=256, metavar="N")
@@ -63,8 +67,13 @@ class Kernels:
     def describe(self, options: argparse.Namespace) -> str:
         return f"seqlen_q {options.seqlen_q}, seqlen_k {options.seqlen_k}, heads {options.heads}"
 
+    def watched(self, options: argparse.Namespace) -> str:
+        """The kernel of a backward has another before it and another behind it."""
+        return "flash8_backward" if isinstance(_variant(options), BackwardVariant) else ""
+
     def run(self, options: argparse.Namespace, driver: Path) -> str:
-        """Launches the kernel on the driver in that library, and compares O with the CPU backend.
+        """Launches the kernel on the driver in that library, and compares what it gives with the
+        CPU backend.
 
         Raises:
             RuntimeError: no kernel, a launch that fails, or another driver is in use already.
@@ -73,8 +82,10 @@ class Kernels:
         process = _native.Driver.process()
         if process.path != str(driver):
             raise RuntimeError(f"this process has opened the driver {process.path}")
-        variant = next(v for v in SHIPPED if v.name == options.kernel)
+        variant = _variant(options)
         call = draw(variant, options.seqlen_q, options.seqlen_k, options.heads, options.seed)
+        if isinstance(variant, BackwardVariant):
+            return _run_backward(variant, call, process)
         want = flash_attn_func(**call)
         assert isinstance(want, Tensor)
         q, k, v, described = describe(variant, call)
@@ -87,9 +98,28 @@ class Kernels:
         return f"|O - O of the CPU backend| is at most {error:.2e}"
 
 
-def draw(
-    variant: ForwardVariant, seqlen_q: int, seqlen_k: int, heads: int, seed: int
-) -> dict[str, Any]:
+def _run_backward(variant: BackwardVariant, call: dict[str, Any], process: _native.Driver) -> str:
+    leaves = [call[name].requires_grad_() for name in ("q", "k", "v")]
+    out, lse = flash_attn_func(**call, return_attn_probs=True)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.dtype)
+    want = torch.autograd.grad(out, leaves, dout)
+    q, k, v, out, lse = (x.detach() for x in (*leaves, out, lse))
+    dq, dk, dv = (torch.full_like(x, torch.nan) for x in want)
+    given = backward.Given(dout, None, q, k, v, out, lse)
+    planned = backward.plan(given, None, _options(variant, call), dq, dk, dv, variant)
+    backward.launch(planned, 0)
+    process.synchronize()
+    error = max(
+        (x.double() - y.double()).abs().max() for x, y in zip((dq, dk, dv), want, strict=True)
+    )
+    return f"|gradients - those of the CPU backend| is at most {error:.2e}"
+
+
+def _variant(options: argparse.Namespace) -> _Variant:
+    return next(variant for variant in _VARIANTS if variant.name == options.kernel)
+
+
+def draw(variant: _Variant, seqlen_q: int, seqlen_k: int, heads: int, seed: int) -> dict[str, Any]:
     """Arguments of flash_attn_func that this variant serves, with values that repeat."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -97,7 +127,8 @@ def draw(
         x = torch.randn(1, rows, heads, head_dim, generator=generator)
         return x.to(_DTYPES[variant.dtype])
 
-    heads_q = heads * (_PACKED_RATIO if variant.pack_gqa else 1)
+    packs = isinstance(variant, ForwardVariant) and variant.pack_gqa
+    heads_q = heads * (_PACKED_RATIO if packs else 1)
     call: dict[str, Any] = {
         "q": tensor(seqlen_q, heads_q, variant.head_dim),
         "k": tensor(seqlen_k, heads, variant.head_dim),
@@ -107,7 +138,7 @@ def draw(
     }
     if variant.mask == "local":
         call["window_size"] = (seqlen_k // 4, 0)
-    if variant.scales != "none":
+    if isinstance(variant, ForwardVariant) and variant.scales != "none":
         for name in ("q", "k", "v"):
             shape = [1, heads]
             if variant.scales == "block":
@@ -120,16 +151,19 @@ def describe(
     variant: ForwardVariant, call: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Options]:
     """The call as the backend takes it: Q, K, V as the variant reads it, and the options."""
-    left, right = call.get("window_size", (-1, 0 if variant.mask == "causal" else -1))
-    v, tokens = call["v"], None
+    v, options = call["v"], _options(variant, call)
     if variant.v_colmajor:
-        v, tokens = v_colmajor.to_colmajor(v, Tokens()), v.shape[1]
-    options = Options(
+        options = options._replace(v_colmajor_tokens=v.shape[1])
+        v = v_colmajor.to_colmajor(v, Tokens())
+    return call["q"], call["k"], v, options
+
+
+def _options(variant: _Variant, call: dict[str, Any]) -> Options:
+    left, right = call.get("window_size", (-1, 0 if variant.mask == "causal" else -1))
+    return Options(
         **{name: x for name, x in call.items() if name.endswith("_descale")},
         causal=call["causal"],
         window_left=left,
         window_right=right,
         softcap=call["softcap"],
-        v_colmajor_tokens=tokens,
     )
-    return call["q"], call["k"], v, options

@@ -32,8 +32,12 @@ class Kernels(Protocol):
     def describe(self, options: argparse.Namespace) -> str:
         """The problem in a few words."""
 
+    def watched(self, options: argparse.Namespace) -> str:
+        """The entry point of `options.kernel` where others are launched after it, else ""."""
+
     def run(self, options: argparse.Namespace, driver: Path) -> str:
-        """Launches `options.kernel` once, last of all launches, on the driver in that library.
+        """Launches `options.kernel`, and the last of all launches, or of those of its entry point,
+        is to be drawn. On the driver in that library.
         Says how right the result is.
 
         Raises RuntimeError, ImportError, OSError or ValueError where that is not possible.
@@ -54,6 +58,9 @@ def _parser(kernels: Kernels) -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, help="0: by logical time; others: adversarial schedules"
     )
+    parser.add_argument(
+        "--span", type=int, nargs=2, metavar=("FROM", "TO"), help="of the logical time, to be drawn"
+    )
     parser.add_argument("--output", type=Path, default=Path("timeline.png"), metavar="FILE.png")
     parser.add_argument(
         "--trace", type=Path, metavar="FILE.json", help="the events, for Chrome's trace viewer"
@@ -67,6 +74,7 @@ def _run(kernels: Kernels, options: argparse.Namespace) -> None:
         "seed": options.seed,
         "multiprocessors": options.ctas,
         "timeline": True,
+        "watch": kernels.watched(options),
         "strict_global": False,  # tensors may lie in memory of this process
     }
     with sim.configured(**settings):
@@ -78,7 +86,7 @@ def _run(kernels: Kernels, options: argparse.Namespace) -> None:
     rows = timeline.lanes(trace, cta=options.cta)
     place = f"CTA {options.cta} of {options.ctas}, seed {options.seed}"
     title = f"{options.kernel}: {kernels.describe(options)}, {place}"
-    timeline.draw(rows, options.output, title=title)
+    timeline.draw(rows, options.output, title=title, span=options.span)
     print(f"{title}\nno finding; {result}")
     for name, counts in report["statistics"]["by_role"].items():
         print(f"{name}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))

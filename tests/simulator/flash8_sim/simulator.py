@@ -265,6 +265,7 @@ DEFAULTS: dict[str, Any] = {
     "exact_8bit": True,
     "strict_global": True,
     "timeline": False,
+    "watch": "",
 }
 
 

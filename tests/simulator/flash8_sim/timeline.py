@@ -134,8 +134,15 @@ def _without_crumbs(phases: Sequence[Phase]) -> list[Phase]:
     return result
 
 
-def draw(rows: Sequence[Lane], path: str | os.PathLike[str], *, title: str = "") -> None:
-    """Writes the picture. Raises ImportError where matplotlib is not installed."""
+def draw(
+    rows: Sequence[Lane],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "",
+    span: Sequence[int] | None = None,
+) -> None:
+    """Writes the picture, of all the time or of `span`. Raises ImportError where matplotlib is not
+    installed."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -145,13 +152,15 @@ def draw(rows: Sequence[Lane], path: str | os.PathLike[str], *, title: str = "")
     figure = Figure(figsize=(11, 0.55 * len(rows) + 1.3), layout="constrained")
     axes = figure.subplots()
     seen: dict[str, None] = {}
-    last = max(phase.end for lane in rows for phase in lane.phases)
+    begin, last = span or (0, max(phase.end for lane in rows for phase in lane.phases))
     for at, lane in enumerate(rows):
         for phase in lane.phases:
+            if phase.end < begin or phase.begin > last:
+                continue
             if phase.name not in colors:
                 colors[phase.name] = _PRODUCTS[(len(colors) - len(COLORS)) % len(_PRODUCTS)]
             seen[phase.name] = None
-            width = max(phase.end - phase.begin, last / 800)
+            width = max(phase.end - phase.begin, (last - begin) / 800)
             axes.broken_barh(
                 [(phase.begin, width)],
                 (at - 0.38, 0.76),
@@ -161,7 +170,7 @@ def draw(rows: Sequence[Lane], path: str | os.PathLike[str], *, title: str = "")
             )
     axes.set_yticks(range(len(rows)), [lane.name for lane in rows])
     axes.invert_yaxis()
-    axes.set_xlim(0, last)
+    axes.set_xlim(begin, last)
     axes.set_xlabel("logical time: a warp's instructions, cycles of full-rate products; no speed")
     axes.set_title(title, fontsize=10)
     keys = [Patch(facecolor=colors[name], edgecolor="#999999", label=name) for name in seen]

@@ -43,7 +43,8 @@ const char* const kNames[] = {"seed",
                               "exact_16bit",
                               "exact_8bit",
                               "strict_global",
-                              "timeline"};
+                              "timeline",
+                              "watch"};
 
 // A flat JSON object of strings, numbers and booleans.
 class FlatJson {
@@ -153,6 +154,8 @@ void Config::set(const std::string& name, const std::string& value) {
         exact_8bit = parse_bool(name, value);
     } else if (name == "timeline") {
         timeline = parse_bool(name, value);
+    } else if (name == "watch") {
+        watch = value;
     } else {
         throw SimError(ErrorKind::kInvalidValue, "unknown configuration '" + name + "'");
     }

@@ -27,6 +27,7 @@ struct Config {
     bool exact_8bit = true;
     bool strict_global = true;  // global memory must be known (allocated or registered)
     bool timeline = false;
+    std::string watch;  // the kernel whose launches report and timeline are of; empty: any
 
     bool any_register_check() const { return check_uninitialized || check_wgmma; }
     // One "name": value of the JSON, or NAME=value of the environment; throws SimError on a bad one.

@@ -21,7 +21,7 @@ constexpr int kProgrammaticSerialization = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMAT
 struct LastReport {
     std::mutex mutex;
     sim::Statistics statistics;  // of all launches since the last reset
-    std::string launch_json;     // of the last launch
+    std::string launch_json;     // of the last launch that is watched, or that failed
     std::string timeline;
     uint64_t launches = 0;
 };
@@ -73,6 +73,11 @@ void gather_params(sim::Launch& launch, void** kernel_params, void** extra) {
     std::memcpy(launch.params.data(), buffer, std::min<size_t>(bytes, ast.param_bytes));
 }
 
+std::string launch_json(const sim::Launch& launch, bool ok, const std::string& error) {
+    return "{\"kernel\": \"" + escape(launch.kernel->name) + "\", \"ok\": " + (ok ? "true" : "false") +
+           ", \"error\": \"" + escape(error) + "\", \"statistics\": " + launch.statistics.json(true) + "}";
+}
+
 using Launches = std::vector<std::unique_ptr<sim::Launch>>;
 
 // Each is dependent on the one before it, and all but the last let dependents begin early.
@@ -95,12 +100,14 @@ int execute(const Launches& launches, void* stream) {
         last.statistics.add(launch->statistics);
         ++last.launches;
     }
-    if (newest.config.timeline) {
+    const std::string& watched = newest.config.watch;
+    const bool is_watched = watched.empty() || watched == newest.kernel->name;
+    if (newest.config.timeline && is_watched) {
         last.timeline = sim::timeline_json(newest.timeline);
     }
-    last.launch_json = "{\"kernel\": \"" + escape(newest.kernel->name) +
-                       "\", \"ok\": " + (ok ? "true" : "false") + ", \"error\": \"" + escape(error) +
-                       "\", \"statistics\": " + newest.statistics.json(true) + "}";
+    if (is_watched || !ok) {
+        last.launch_json = launch_json(newest, ok, error);
+    }
     if (!ok) {
         set_last_error(error);
         return result_of((*failed)->error_kind);
@@ -248,7 +255,7 @@ SIM_EXPORT int flash8_sim_configure(const char* json) {
     });
 }
 
-// The JSON of the last launch; valid until the next one.
+// The JSON of the last launch, of the watched kernel if one is named; valid until the next one.
 SIM_EXPORT const char* flash8_sim_report() {
     run_held_launches();
     return report().launch_json.c_str();

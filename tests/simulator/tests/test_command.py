@@ -29,6 +29,9 @@ class Lent:
     def describe(self, options: argparse.Namespace) -> str:
         return f"{options.tiles} tiles"
 
+    def watched(self, options: argparse.Namespace) -> str:
+        return ""
+
     def run(self, options: argparse.Namespace, driver: Path) -> str:
         assert driver == flash8_sim.library_path()
         if options.kernel == "faulty":

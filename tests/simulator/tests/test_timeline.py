@@ -32,6 +32,19 @@ def test_a_warp_waits_as_long_as_the_other_computes(sim: S.Simulator) -> None:
     assert 280 <= wait["dur"] <= 310  # three instructions a round, a hundred rounds
 
 
+def test_a_watched_kernel_is_told_of_when_another_ran_after_it(sim: S.Simulator) -> None:
+    sim.configure(timeline=True, watch="k")
+    watched = sim.load(S.kernel(UNEVEN))
+    watched.launch("k", block=64)
+    report, events = sim.report(), events_of(sim, "wait")
+    sim.load(S.kernel("ret;").replace(".entry k", ".entry another")).launch("another")
+    assert sim.report() == report and report["kernel"] == "k"
+    assert events and events_of(sim, "wait") == events
+    sim.configure(timeline=True)
+    sim.load(S.kernel("ret;")).launch("k")
+    assert events_of(sim, "wait") == []
+
+
 def test_a_warps_clock_is_its_instructions_and_its_waits(sim: S.Simulator) -> None:
     sim.configure(timeline=True)
     Pipeline(sim, program()).run(seed=0)
