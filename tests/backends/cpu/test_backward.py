@@ -16,6 +16,7 @@ from cases import (
     upstream,
 )
 from cpu_cases import GROUPS, LONG, OPTIONS, case
+from flash8.call.options import Options
 from tolerances import check_fa3
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -224,3 +225,25 @@ def test_one_visible_key_has_no_score_gradient(shape, options, dtype):
     found = gradients(problem, run_flash8, d_out, None)
     assert (found["q"] == 0).all()
     assert (found["k"] == 0).all()
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_parts_of_the_keys_sum_to_the_whole(dtype, sink):
+    """A backward gets O and LSE of all keys and some of the keys, as in ring attention."""
+    q, k, v, d_out = (torch.randn(2, 11, heads, 16).to(dtype) for heads in (4, 2, 2, 4))
+    s_aux = torch.randn(4, dtype=dtype, requires_grad=True) if sink else None
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = flash8.flash_attn_func(q, k, v, s_aux=s_aux, return_attn_probs=True)
+    want = torch.autograd.grad(out, leaves, d_out)
+    found = []
+    for keys in (slice(0, 4), slice(4, 11)):
+        part = (q, k[:, keys], v[:, keys], None, s_aux, out, lse)
+        dq, dk, dv, *_ = torch.ops.flash8.backward(
+            d_out, None, *(x if x is None else x.detach() for x in part), *Options()
+        )
+        found.append((dq, dk, dv))
+    dq, dk, dv = zip(*found, strict=True)
+    near = 1e-10 if dtype == torch.float64 else 0.05
+    for got, whole in zip((sum(dq), torch.cat(dk, 1), torch.cat(dv, 1)), want, strict=True):
+        torch.testing.assert_close(got, whole, rtol=near, atol=near)

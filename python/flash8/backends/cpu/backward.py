@@ -20,6 +20,9 @@ from flash8.backends.cpu.scores import Scores
 from flash8.backends.cpu.sequences import Unit, units
 from flash8.call.options import Options
 
+#: How far the sum of a row of P may be from 1 by rounding.
+_WHOLE = {torch.float32: 1e-5, torch.float64: 1e-13}
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -151,7 +154,7 @@ def _backward_tile(
         p_dropped, dp = p * survival, dp.mul_(survival)
     p_tile = _product_operand(p_dropped, operands).transpose(-1, -2)
     sums.dv[:, :, keys] += product(p_tile, dout_tile, by_keys)
-    d = _row_sums(p, dp, rows) if whole else rows.d
+    d = _row_sums(p, dp, rows, operands.sink) if whole else rows.d
     ds = scores.cap_gradient(dp.sub_(d[..., None]).mul_(p), capped)
     # (B, heads_kv, G * M, N)
     ds_tile = _product_operand(select(ds, hidden), operands)
@@ -163,13 +166,20 @@ def _backward_tile(
         sums.dqv[:, :, :, queries] += operands.split_rows(product(ds_tile, v_tile, hidden))
 
 
-def _row_sums(p: Tensor, dp: Tensor, rows: _Rows) -> Tensor:
+def _row_sums(p: Tensor, dp: Tensor, rows: _Rows, sink: Tensor | None) -> Tensor:
     """D from rows that are whole in this tile: rowsum(P * dP) - dLSE.
 
     It is rowsum(dO * O) without the rounding of O, and makes dS exactly 0 where one key is visible.
+    Where P does not sum to 1, O and LSE are of more keys than this call has (ring attention): then
+    only rowsum(dO * O) has their share.
     """
     d = (p * dp).sum(dim=-1)
-    return d if rows.dlse is None else d.sub_(rows.dlse)
+    if rows.dlse is not None:
+        d.sub_(rows.dlse)
+    total = p.sum(dim=-1)
+    if sink is not None:
+        total += (sink - rows.lse).exp_()
+    return torch.where((total - 1.0).abs_() < _WHOLE[p.dtype], d, rows.d)
 
 
 def _product_operand(x: Tensor, operands: Operands) -> Tensor:
