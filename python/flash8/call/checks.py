@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8.call import check_descales, derivatives
+from flash8.call import check_descales, derivatives, suspicions
 from flash8.call.geometry import Geometry
 from flash8.call.options import Arguments, Options
 from flash8.tensors import descales, memory
@@ -54,6 +54,7 @@ def attention(
     names: Names = OWN_NAMES,
 ) -> tuple[Geometry, Options]:
     """Checks one attention call. `options` may hold raw user values; the result is normalised."""
+    suspicions.refuse_other_order(qv, options)
     options = options._replace(**narrowed(options._asdict()))
     geometry = qkv(q, k, v, options, names)
     if qv is not None:
@@ -67,6 +68,7 @@ def attention(
         others = [x for x in options if isinstance(x, Tensor)]
         _check_out(out, (q, k, v, qv, s_aux), others, geometry)
     options = scalars(options, names)
+    suspicions.warn_about_scale(options.softmax_scale, geometry.head_dim)
     if options.is_scaled:
         check_descales.check(q, k, geometry, options)
     return geometry, options
@@ -311,6 +313,7 @@ def softmax_scale(value: Any) -> float | None:
     if not 0.0 < number <= _MAX_SCALE:
         raise ValueError(
             f"softmax_scale must be greater than 0 and at most {_MAX_SCALE}, got {number}"
+            + (suspicions.HINT if number == 0.0 else "")
         )
     return number
 
