@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import flash8
 from flash8.compat.flash_attn.bert_padding import unpad_input
 from flash8.compat.flash_attn.flash_attention import FlashAttention, FlashMHA
 from flash8.compat.flash_attn.losses.cross_entropy import CrossEntropyLoss
@@ -223,12 +224,17 @@ def test_flash_mha_in_an_encoder(norm_first, training):
         near(ours(x, **options)[MASK], encoder(x, **options)[MASK])
 
 
-def test_checkpoints_of_flash_attention_2_load():
-    mha = MHA(EMBED, HEADS, use_flash_attn=True)
-    flash = FlashMHA(EMBED, HEADS)
-    flash.load_state_dict(mha.state_dict())
+@pytest.mark.parametrize("heads_kv", [None, 2])
+def test_checkpoints_of_flash_attention_2_load(heads_kv):
+    mha = MHA(EMBED, HEADS, heads_kv, use_flash_attn=True)
     x = torch.randn(2, 7, EMBED)
-    near(flash(x)[0], mha(x))
+    native = flash8.nn.FlashMHA(EMBED, HEADS, num_heads_kv=heads_kv)
+    native.load_state_dict(mha.state_dict())
+    near(native(x), mha(x))
+    if heads_kv is None:
+        flash = FlashMHA(EMBED, HEADS)
+        flash.load_state_dict(mha.state_dict())
+        near(flash(x)[0], mha(x))
 
 
 def test_flash_attention_1():

@@ -18,7 +18,8 @@ class FlashMHA(AlibiModule):
     """Self-attention: project, rotate, attend, project back.
 
     The first four arguments are those of `torch.nn.MultiheadAttention` (inputs are batch first),
-    and its state_dict loads here when q, k and v have embed_dim channels.
+    and its state_dict loads here when q, k and v have embed_dim channels. So does that of
+    FlashAttention-2's MHA.
 
     Args:
         embed_dim: channels of the input and the output.
@@ -91,7 +92,7 @@ class FlashMHA(AlibiModule):
         self.register_parameter("sinks", None if zeros is None else nn.Parameter(zeros))
         slopes = alibi_slopes(num_heads).to(device) if alibi else None
         self.register_buffer("alibi_slopes", slopes, persistent=False)
-        self.register_load_state_dict_pre_hook(_accept_torch_names)
+        self.register_load_state_dict_pre_hook(_accept_other_names)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -291,11 +292,12 @@ def _head_dim(embed_dim: int, num_heads: int, num_heads_kv: int, head_dim: int |
     return embed_dim // num_heads if head_dim is None else head_dim
 
 
-def _accept_torch_names(
+def _accept_other_names(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
 ) -> None:
-    """`torch.nn.MultiheadAttention` keeps the same input projection under other names."""
+    """`torch.nn.MultiheadAttention` and FlashAttention-2's MHA keep the same input projection
+    under other names."""
     for kind in ("weight", "bias"):
-        theirs, ours = f"{prefix}in_proj_{kind}", f"{prefix}in_proj.{kind}"
-        if theirs in state_dict:
-            state_dict[ours] = state_dict.pop(theirs)
+        for theirs in (f"{prefix}in_proj_{kind}", f"{prefix}Wqkv.{kind}"):
+            if theirs in state_dict:
+                state_dict[f"{prefix}in_proj.{kind}"] = state_dict.pop(theirs)
