@@ -4,8 +4,8 @@
 
 Each of two CPU processes holds half of every sequence. An all-to-all turns (half of the sequence,
 all heads) into (all of the sequence, half of the heads), flash8 attends, and a second all-to-all
-turns the output back. Keys and values keep their own, smaller number of heads. With DeepSpeed
-installed, its `DistributedAttention(flash8.flash_attn_func, group)` takes the place of `attend`.
+turns the output back. Keys and values keep their own, smaller number of heads.
+`deepspeed_ulysses.py` is the same with DeepSpeed's `DistributedAttention`.
 """
 
 import torch
