@@ -68,7 +68,12 @@ EDITS = {
     "sums are not zeroed": (PRE, "        zero_dq();\n", "", "rows of dq are not written, or NaN"),
     "no scale": (POST, SCALED, "return dq[i]; }, r, 1.0f", "dq is off"),
     "unused rows unwritten": (POST, INSIDE, "query < info.seqlen_q", "of dq are not"),
-    "mask off by one": ("backward/query_mask.cuh", "key - shift_;", "key - shift_ + 1;", "off|NaN"),
+    "mask off by one": (
+        "backward/key_tile.cuh",
+        "tile.diagonal = first_key - ",
+        "tile.diagonal = first_key + 1 - ",
+        "off|NaN",
+    ),
     "another query head": (
         "backward/producer.cuh",
         GROUP,
