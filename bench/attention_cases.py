@@ -76,6 +76,11 @@ class Case:
         )
 
 
+def shows_order(case: Case) -> bool:
+    """Many blocks of keys add to one of dQ; under a causal mask they take different times."""
+    return case.causal and max(case.seqlen_k, *case.lengths, 0) >= 4096
+
+
 @dataclass(frozen=True)
 class Call:
     """The inputs of a case: (batch, seqlen, heads, head_dim) or packed (total, heads, head_dim)."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attention_cases import Call, Case
+from attention_cases import Call, Case, shows_order
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -91,11 +91,6 @@ _ORDERED = ", deterministic"
 def _in_order(name: str, prepare: Callable[[Call], Attention]) -> Peer:
     """With gradients added up in one order, which the forward knows nothing of."""
     return Peer(name, prepare, ("dense", "packed"), wants=shows_order, forward=False)
-
-
-def shows_order(case: Case) -> bool:
-    """Many blocks of keys add to one of dQ; under a causal mask they take different times."""
-    return case.causal and max(case.seqlen_k, *case.lengths, 0) >= 4096
 
 
 def _flash_attention_in_order(module: Any) -> Peer:

@@ -25,6 +25,7 @@ _FOLDERS = {
 _FILES = (
     "CMakeLists.txt",
     "bench/attention_cases.py",
+    "bench/bench_backward_choices.py",
     "bench/bench_choices.py",
     "bench/gpu_steps/units.py",
     "tests/gpu/gpu_driver.cu",

@@ -3,9 +3,10 @@
 1. every shipped kernel against the portable code, each in a process of its own: one that hangs is
    named, and the others still run
 2. the facts that the designs rest on (bench/hopper_facts)
-3. benchmarks beside peers
-4. the GPU tests
-5. compute-sanitizer, where there is one
+3. gradients beside float64, and the bits of ordered ones over many runs
+4. benchmarks beside peers
+5. the other GPU tests
+6. compute-sanitizer, where there is one
 
 A lent GPU gives one run of ten minutes: limits are generous for one step, and their sum is more
 than the budget. What comes late in the list gets what is left.
@@ -26,13 +27,21 @@ _FACTS = "bench/hopper_facts/facts.py"
 _DEVICE, _TORCH, _EXTENSION = "device", "torch", "extension"
 #: Seconds. `registers` hangs on purpose, ten seconds for each exchange that does not end.
 _FACT_LIMITS = {"arithmetic": 40, "wgmma": 25, "l2": 25, "rates": 15, "mma": 20, "registers": 65}
-_BENCH_LIMITS = {"ceilings": 40, "attention": 170, "quantize": 30, "choices": 50}
+_BENCH_LIMITS = {
+    "ceilings": 40,
+    "attention": 170,
+    "backward_choices": 40,
+    "quantize": 30,
+    "choices": 50,
+}
 _BENCH_RESULTS = {
     "ceilings": "gpu_ceilings.json",
     "attention": "attention_cuda.json",
+    "backward_choices": "backward_choices.json",
     "quantize": "quantize_gpu.json",
     "choices": "choices.json",
 }
+_GRADIENTS = "test_gpu_backward.py"
 _SANITIZED_KERNELS = (
     "forward_bf16_d128_causal",
     "forward_e4m3_d128_causal_headscales",
@@ -67,6 +76,7 @@ def steps(pack: Pack, work: Path) -> list[Step]:
         *_setup(pack, work),
         *_check(pack),
         *_facts(pack, work),
+        _test(_GRADIENTS, "on"),
         *_bench(),
         *_tests(),
         *_sanitizer(pack),
@@ -118,6 +128,14 @@ def _bench() -> Iterator[Step]:
 
 
 def _tests() -> Iterator[Step]:
+    files = [path.name for path in gpu_tests() if path.name != _GRADIENTS]
+    for mode in ("on", "auto", "off"):
+        # The others say by themselves which kernels they want, or launch their own.
+        for file in files if mode == "on" else ("test_gpu.py", "test_gpu_quantizer.py"):
+            yield _test(file, mode)
+
+
+def _test(file: str, mode: str) -> Step:
     # A test that hangs ends its process by itself, and says which one it was.
     options = (
         "-q",
@@ -128,20 +146,15 @@ def _tests() -> Iterator[Step]:
         "--timeout=40",
         "--timeout-method=thread",
     )
-    files = [path.name for path in gpu_tests()]
-    for mode in ("on", "auto", "off"):
-        # The others say by themselves which kernels they want, or launch their own.
-        for file in files if mode == "on" else ("test_gpu.py", "test_gpu_quantizer.py"):
-            command = (sys.executable, "-P", "-m", "pytest", *options, f"tests/gpu/{file}")
-            yield Step(
-                "tests",
-                f"tests/gpu/{file}, FLASH8_KERNELS={mode}",
-                command,
-                70,
-                least=20,
-                needs=(_TORCH, _EXTENSION),
-                environ={"FLASH8_KERNELS": mode},
-            )
+    return Step(
+        "tests",
+        f"tests/gpu/{file}, FLASH8_KERNELS={mode}",
+        (sys.executable, "-P", "-m", "pytest", *options, f"tests/gpu/{file}"),
+        70,
+        least=20,
+        needs=(_TORCH, _EXTENSION),
+        environ={"FLASH8_KERNELS": mode},
+    )
 
 
 def _sanitizer(pack: Pack) -> Iterator[Step]:

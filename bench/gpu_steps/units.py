@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attention_cases import Case, gpu_cases
-from attention_peers import shows_order
+from attention_cases import Case, gpu_cases, shows_order
+from bench_backward_choices import choices as backward_choices
 from bench_choices import choices
 from flash8.backends.hopper import backward as hopper_backward
 from flash8.backends.hopper import forward as hopper
@@ -38,7 +38,7 @@ def shipped() -> list[Variant]:
 
 def units() -> list[Unit]:
     """Each once, the shipped ones first."""
-    variants = (*shipped(), *_attention(), *_of_tests())
+    variants = (*shipped(), *_attention(), *backward_choices(), *_of_tests())
     found = [part.unit() for variant in variants for part in kernels_of(variant)]
     found += [choice.unit() for choice in choices()]
     return list(dict.fromkeys(found))

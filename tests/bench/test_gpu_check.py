@@ -48,8 +48,14 @@ def check(packed: pack.Pack, work: Path, *options: str, **environ: str) -> list[
 def test_what_decides_most_comes_first_and_every_step_has_a_limit(packed, tmp_path):
     steps = plan.steps(packed, tmp_path)
     assert list(dict.fromkeys(step.group for step in steps)) == [
-        *("setup", "check", "facts", "bench", "tests", "sanitizer")
+        *("setup", "check", "facts", "tests", "bench", "sanitizer")
     ]
+    names = [step.name for step in steps]
+    gradients = names.index("tests/gpu/test_gpu_backward.py, FLASH8_KERNELS=on")
+    assert names[gradients - 1].startswith("facts") and names[gradients + 1].startswith("bench")
+    files = {path.name for path in (ROOT / "tests" / "gpu").glob("test_gpu*.py")}
+    ran = {name.partition(",")[0] for name in names if name.startswith("tests/gpu/")}
+    assert ran == {f"tests/gpu/{file}" for file in files}
     assert [step.name for step in steps if step.group == "check"] == [f"check {k}" for k in KERNELS]
     assert all(0 < step.least <= step.limit <= BUDGET / 3 for step in steps)
     assert len({step.name for step in steps}) == len(steps)
