@@ -56,8 +56,8 @@ struct BackwardConfig : BackwardVariant {
     static_assert(Registers::kThreads == kThreads);
     // What a warpgroup has of S and dP, 64 keys and so many queries, and of dK and dV.
     static constexpr int kQueries = kSplitChannels ? kBlockM / kConsumerWarpgroups : kBlockM;
-    static constexpr int kColumnsDk = kSplitChannels ? kHeadDim / kConsumerWarpgroups : kHeadDim;
-    static constexpr int kColumnsDv = kSplitChannels ? kHeadDimV / kConsumerWarpgroups : kHeadDimV;
+    static constexpr int kColumnsDk = Tiles::kColumnsDk;
+    static constexpr int kColumnsDv = Tiles::kColumnsDv;
     // fp32 P and the whole of dP would not fit the registers beside dK and dV.
     static constexpr int kBlockDp = kQueries == 128 ? 64 : kQueries;         // queries of a product dP
     static constexpr int kDqColumns = Tiles::kDqColumns / Tiles::kDqSlices;  // of a product dQ

@@ -19,8 +19,8 @@ class DqStore {
         : params_(params), shared_(shared), warpgroup_(warpgroup) {
         if constexpr (!Config::kStageDq) {
             KeyTile const& tile = shared.tile;
-            int64_t const block = static_cast<int64_t>(tile.head_kv) * tile.group * params.query_blocks +
-                                  tile.first_query_block + tile.blocks.begin;
+            int64_t const block =
+                tile.first_head * params.query_blocks + tile.first_query_block + tile.blocks.begin;
             float* const part = params.dq_accum + block * Tiles::kDqFloats + warpgroup * Tiles::kDqPart;
             target_ = reinterpret_cast<float4*>(part) + threadIdx.x % 128;
         }

@@ -1,8 +1,10 @@
-// dK and dV of a block of keys, from accumulators to global memory, without shared memory.
+// dK and dV of a block of keys, from accumulators to global memory, without shared memory: as 16-bit rows, or
+// as a split's sums.
 
 #pragma once
 
 #include "config.cuh"
+#include "head_splits.cuh"
 #include "probabilities.cuh"
 #include "store_rows.cuh"
 
@@ -15,6 +17,16 @@ __device__ __forceinline__ void store_dk_dv(BackwardParams const& params, Shared
                                             Dk const& dk, Dv const& dv) {
     using Element = typename Config::Element;
     KeyTile const& tile = shared.tile;
+    if (params.head_splits > 1) {
+        using Tiles = typename Config::Tiles;
+        int const part = thread_number() / 128 - 1;
+        float* const sums = split_sums<Tiles>(params, tile, tile.split);
+        store_split_sums<Config::kColumnsDk>(sums + part * 64 * Config::kColumnsDk, dk,
+                                             thread_number() % 128);
+        store_split_sums<Config::kColumnsDv>(sums + Tiles::kDkFloats + part * 64 * Config::kColumnsDv, dv,
+                                             thread_number() % 128);
+        return;
+    }
     int const warpgroup = Config::kSplitChannels ? thread_number() / 128 - 1 : 0;
     int const first_dk = warpgroup * Config::kColumnsDk;
     int const first_dv = warpgroup * Config::kColumnsDv;

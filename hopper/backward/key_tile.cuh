@@ -18,16 +18,19 @@ struct KeyTile {
     SeenKeys seen;  // keys of the block that some query of the sequence sees
     int batch;
     int head_kv;
-    int group;     // query heads of the KV head
-    int n_block;   // -1: none
-    int rows_k;    // keys that belong to the sequence: dK and dV of those not used are zero
-    int diagonal;  // the first query that sees the block's first key under a causal mask; may be negative
-    int keys;      // used keys, counted from the block's first one
+    int split;       // of the KV head's query heads
+    int first_head;  // the first query head of the split
+    int group;       // so many it has
+    int n_block;     // -1: none
+    int rows_k;      // keys that belong to the sequence: dK and dV of those not used are zero
+    int diagonal;    // the first query that sees the block's first key under a causal mask; may be negative
+    int keys;        // used keys, counted from the block's first one
 
     __device__ bool valid() const { return n_block >= 0; }
 };
 
-// The keys' side of a call, by the names that PackedTiles has for the queries' side.
+// The keys' side of a call, by the names that PackedTiles has for the queries' side. Each split of a KV head
+// counts as a head.
 struct KeySide {
     struct Sequences {
         int32_t const* cu_seqlens_q;
@@ -42,32 +45,31 @@ struct KeySide {
     int heads_q;
     int heads_kv;
 
-    __device__ explicit KeySide(BackwardParams const& params)
+    __device__ KeySide(BackwardParams const& params, int splits)
         : sequences{params.sequences.cu_seqlens_k, params.sequences.total_k, params.sequences.batch},
           scheduler{params.scheduler.heads_per_section},
-          heads_q(params.heads_kv),
-          heads_kv(params.heads_kv) {}
+          heads_q(params.heads_kv * splits),
+          heads_kv(params.heads_kv * splits) {}
 };
 
-static_assert(sizeof(KeyTile) == 88, "all of it is copied, so there is no padding");
+static_assert(sizeof(KeyTile) == 96, "all of it is copied, so there is no padding");
 
-// By a whole warp.
-template <class Config>
-__device__ inline WorkTile find_key_tile(BackwardParams const& params) {
-    int const index = static_cast<int>(blockIdx.x);
-    KeySide const side(params);
+// The tile of this number, where each KV head has so many splits. By a whole warp.
+template <int kBlockN>
+__device__ inline WorkTile find_key_tile(BackwardParams const& params, int index, int splits) {
+    KeySide const side(params, splits);
     if (params.sequences.cu_seqlens_k != nullptr) {
-        PackedTiles<KeySide, Config::kBlockN, false> tiles(side);
+        PackedTiles<KeySide, kBlockN, false> tiles(side);
         return tiles.at(index);
     }
-    int const heads = params.heads_kv * params.sequences.batch;
+    int const heads = side.heads_kv * params.sequences.batch;
     if (index >= params.max_n_blocks * heads) {
         return WorkTile::none(0);
     }
     TileOrder const order{params.max_n_blocks, heads, params.scheduler.heads_per_section};
     WorkTile tile = order.at(index, 0, 0);
-    tile.batch = tile.head / params.heads_kv;
-    tile.head -= tile.batch * params.heads_kv;
+    tile.batch = tile.head / side.heads_kv;
+    tile.head -= tile.batch * side.heads_kv;
     return tile;
 }
 
@@ -82,12 +84,13 @@ __device__ inline int first_row_of_queries(SequenceParams const& sequences, Work
     return largest_offset(sequences.cu_seqlens_q, found.batch, sequences.total_q);
 }
 
-// By a whole warp, of which every lane gets the same.
-template <class Config>
-__device__ inline KeyTile read_key_tile(BackwardParams const& params) {
+// All but what a mask says about the tile of this number, where each KV head has so many splits. By a whole
+// warp, of which every lane gets the same.
+template <int kBlockM, int kBlockN>
+__device__ inline KeyTile read_key_block(BackwardParams const& params, int index, int splits) {
     KeyTile tile{};
     tile.n_block = -1;
-    WorkTile const found = find_key_tile<Config>(params);
+    WorkTile const found = find_key_tile<kBlockN>(params, index, splits);
     tile.info.offset_k = found.offset_q;
     if (!found.valid()) {
         return tile;
@@ -105,18 +108,34 @@ __device__ inline KeyTile read_key_tile(BackwardParams const& params) {
         tile.info.seqlen_k = min(tile.info.seqlen_k, tile.rows_k);
     }
     // Tiles are numbered with the longest work first, which is the first block of keys under a causal mask.
-    int const n_blocks = (tile.rows_k + Config::kBlockN - 1) / Config::kBlockN;
+    int const n_blocks = (tile.rows_k + kBlockN - 1) / kBlockN;
     tile.n_block = n_blocks - 1 - found.m_block;
     tile.batch = found.batch;
-    tile.head_kv = found.head;
-    tile.group = params.heads_q / params.heads_kv;
-    tile.first_query_block = first_query_block<Config::kBlockM>(params, found.batch, offset_q);
-    int const first_key = tile.n_block * Config::kBlockN;
+    tile.head_kv = found.head / splits;
+    tile.split = found.head - tile.head_kv * splits;
+    int const heads = params.heads_q / params.heads_kv;
+    int const first = tile.split * heads / splits;
+    tile.first_head = tile.head_kv * heads + first;
+    tile.group = (tile.split + 1) * heads / splits - first;
+    tile.first_query_block = first_query_block<kBlockM>(params, found.batch, offset_q);
+    int const first_key = tile.n_block * kBlockN;
     tile.diagonal = first_key - (tile.info.seqlen_k - tile.info.seqlen_q);
     tile.keys = tile.info.seqlen_k - first_key;
-    tile.seen = {0, clamped(tile.keys, 0, Config::kBlockN)};
+    tile.seen = {0, clamped(tile.keys, 0, kBlockN)};
+    return tile;
+}
+
+// The tile of this CTA. By a whole warp, of which every lane gets the same.
+template <class Config>
+__device__ inline KeyTile read_key_tile(BackwardParams const& params) {
+    KeyTile tile = read_key_block<Config::kBlockM, Config::kBlockN>(params, static_cast<int>(blockIdx.x),
+                                                                    params.head_splits);
+    if (!tile.valid()) {
+        return tile;
+    }
     if constexpr (Config::kMask == MaskMode::kLocal) {
         Mask<MaskMode::kLocal, Config::kBlockM, Config::kBlockN> const mask(params, tile.info);
+        int const first_key = tile.n_block * Config::kBlockN;
         tile.seen.begin = clamped(mask.visible_keys(0).begin - first_key, 0, tile.seen.end);
     }
     tile.blocks = typename Config::KeyMask(params.scores, tile.info).query_blocks(tile.n_block);

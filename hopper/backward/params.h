@@ -1,8 +1,10 @@
 // The one parameter of the three kernels of the backward, which run one after the other on one stream:
 //
 //   preprocess.cu   one CTA per block of kBlockM queries of a query head: row_stats, and zeros in dq_accum
-//   kernel.cu       one CTA per block of kBlockN keys of a KV head: dK, dV, and its share of dq_accum
-//   postprocess.cu  one CTA per block of kBlockM queries of a query head: dQ from dq_accum
+//   kernel.cu       one CTA per block of kBlockN keys of a KV head: dK, dV, and its share of dq_accum; with
+//                   head_splits so many CTAs, which share out the query heads
+//   postprocess.cu  one CTA per block of kBlockM queries of a query head: dQ from dq_accum; with head_splits
+//                   one more per block of keys of a KV head: dK and dV from dkv_partial
 //
 // kBlockM and kBlockN are those of kernel.cu's kernel_info; all three kernels are compiled for the same
 // tiles.
@@ -12,18 +14,22 @@
 //
 //   query_blocks = batch * ceil(max_seqlen_q / kBlockM)   (dense)   or   total_q / kBlockM + batch   (packed)
 //
+//   key_blocks   = batch * ceil(max_seqlen_k / kBlockN)   (dense)   or   total_k / kBlockN + batch   (packed)
+//
 // and the workspace is linear in tokens. Nothing in it needs to be initialised:
 //
 //   row_stats        heads_q * query_blocks * 2 * kBlockM floats
 //   dq_accum         heads_q * query_blocks * kBlockM * kHeadDim floats (kHeadDim of kernel_info)
 //   dq_semaphore     heads_q * query_blocks int32, for a deterministic kernel only
 //   dsinks_partial   heads_q * query_blocks floats, with sinks only
+//   dkv_partial      heads_kv * key_blocks * head_splits * kBlockN * (kHeadDim + kHeadDimV) floats, if
+//                    head_splits is above 1
 //
-// each aligned to 128 bytes, with heads outermost and blocks innermost.
+// each aligned to 128 bytes, with heads outermost, then blocks, then splits.
 //
-// Grids, one-dimensional: heads_q * query_blocks CTAs for preprocess and postprocess, heads_kv * key_blocks
-// for the kernel, where key_blocks = batch * ceil(max_seqlen_k / kBlockN), or total_k / kBlockN + batch when
-// K is packed.
+// Grids, one-dimensional: heads_q * query_blocks CTAs for preprocess and postprocess, heads_kv * head_splits
+// * key_blocks for the kernel. With head_splits postprocess has heads_kv * key_blocks CTAs more, the last
+// ones.
 //
 // leftpad_k and kv_batch_idx are null. Without queries, query_blocks = 0, nothing writes dsinks; without
 // keys, no launch of the kernel is needed.
@@ -58,19 +64,23 @@ struct BackwardParams {
     std::int32_t* dq_semaphore;  // of a block: how many blocks of keys have added their share
     float* dsinks_partial;       // of a block: what its rows add to dsinks
     float* dsinks;               // (heads_q), or null
+    float* dkv_partial;          // of a block of keys and a split: kBlockN x kHeadDim sums of dK, then
+                                 // kBlockN x kHeadDimV of dV, in the order of the accumulators
 
     SequenceParams sequences;
     ScoreParams scores;
     SchedulerParams scheduler;  // max_m_blocks (of kBlockM queries) and heads_per_section; the rest is zero
 
     std::int64_t query_blocks;
+    std::int64_t key_blocks;
     std::int32_t max_n_blocks;  // over the batch, of kBlockN keys
     std::int32_t heads_q;
     std::int32_t heads_kv;
     std::int32_t head_dim;
     std::int32_t head_dim_v;
+    std::int32_t head_splits;  // CTAs that share the query heads of a KV head: 1 up to heads_q / heads_kv
     std::int32_t zero;         // is zero, which the compiler must not know
-    std::int32_t reserved[6];  // zero: fills the struct up to its 64-byte alignment
+    std::int32_t reserved;     // zero: fills the struct up to its 64-byte alignment
 };
 
 static_assert(kIsPlain<BackwardParams> && alignof(BackwardParams) == 64);

@@ -1,7 +1,9 @@
 // After the kernel: dQ of a block of queries, from fp32 sums in the order of the accumulators to 16-bit rows.
 // One CTA per block of a query head; memory bound. The first CTAs also add up the gradients of the sinks.
+// With split query heads the last CTAs have a block of keys each, and make dK and dV of the splits' sums.
 
 #include "../attention/seqlen_info.cuh"
+#include "head_splits.cuh"
 #include "key_mean.cuh"
 #include "query_tile.cuh"
 #include "row_stats.cuh"
@@ -124,6 +126,22 @@ __device__ inline void store_dsink(BackwardParams const& params, int head) {
     }
 }
 
+// dK and dV of a block of keys. By the whole CTA.
+__device__ inline void add_up_splits(BackwardParams const& params, int index) {
+    using Tiles = Config::Tiles;
+    __shared__ KeyTile tile;
+    if (threadIdx.x < 32) {
+        KeyTile const found = read_key_block<Tiles::kBlockM, Tiles::kBlockN>(params, index, 1);
+        if (threadIdx.x == 0) {
+            tile = found;
+        }
+    }
+    __syncthreads();
+    if (tile.valid()) {
+        HeadSplits<Tiles, Config::Element>(params, tile).store();
+    }
+}
+
 }  // namespace flash8
 
 extern "C" __constant__ flash8::KernelInfo kernel_info = flash8::Config::describe(
@@ -132,6 +150,14 @@ extern "C" __constant__ flash8::KernelInfo kernel_info = flash8::Config::describ
 extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads)
     flash8_backward_postprocess(flash8::BackwardParams const __grid_constant__ params) {
     using namespace flash8;
+    if (params.head_splits > 1) {
+        int const by_queries = params.heads_q * max(1, static_cast<int>(params.query_blocks));
+        int const by_keys = static_cast<int>(blockIdx.x) - by_queries;
+        if (by_keys >= 0) {
+            add_up_splits(params, by_keys);
+            return;
+        }
+    }
     WorkTile const tile = query_tile<Config::Tiles::kBlockM>(params);
     if (tile.valid()) {
         store_dq(params, tile);

@@ -60,10 +60,10 @@ class Probabilities {
         }
     }
 
-    // ALiBi's of query head g of the KV head, in log2 units.
+    // ALiBi's of the tile's query head g, in log2 units.
     __device__ __forceinline__ static float slope(BackwardParams const& params, KeyTile const& tile, int g) {
         if constexpr (Config::kAlibi) {
-            int const head = tile.head_kv * tile.group + g;
+            int const head = tile.first_head + g;
             return AlibiRow::read(params.scores, tile.batch, head, 0, kLn2).slope;
         }
         return 0.0f;

@@ -28,7 +28,7 @@ class Producer {
         State state;
 #pragma unroll 1
         for (int g = 0; g < tile_.group; ++g) {
-            int const head = tile_.head_kv * tile_.group + g;
+            int const head = tile_.first_head + g;
 #pragma unroll 1
             for (int m_block = tile_.blocks.begin; m_block < tile_.blocks.end; ++m_block) {
                 load_queries(state, head, m_block);
@@ -168,7 +168,7 @@ class DqReducer {
         PipelineState<1> state;
 #pragma unroll 1
         for (int g = 0; g < tile.group; ++g) {
-            int const head = tile.head_kv * tile.group + g;
+            int const head = tile.first_head + g;
 #pragma unroll 1
             for (int m_block = tile.blocks.begin; m_block < tile.blocks.end; ++m_block) {
                 int64_t const block = head * params.query_blocks + tile.first_query_block + m_block;

@@ -1,5 +1,5 @@
-// The walk over the blocks of queries of a block of keys, for every query head of its KV head, in the order
-// in which the producer loads them.
+// The walk over the blocks of queries of a block of keys, for every query head of the tile, in the order in
+// which the producer loads them.
 //
 //   [begin, left_end)        masked: the diagonal, the left edge of the window, the last keys
 //   [left_end, right_begin)  unmasked

@@ -24,6 +24,12 @@ struct BackwardTiles {
     static_assert(kDqFloats == kBlockM * kHeadDim);
     // A warpgroup makes its part in so many slices of columns, one after the other.
     static constexpr int kDqSlices = kWidestHead > 192 ? 2 : 1;
+
+    // What a warpgroup makes of dK and dV, of 64 keys.
+    static constexpr int kColumnsDk = kSplitChannels ? kHeadDim / kWarpgroups : kHeadDim;
+    static constexpr int kColumnsDv = kSplitChannels ? kHeadDimV / kWarpgroups : kHeadDimV;
+    static constexpr int kDkFloats = kBlockN * kHeadDim;
+    static constexpr int kDkvFloats = kBlockN * (kHeadDim + kHeadDimV);
     static constexpr int kStagesDo = kWidestHead > 192 ? 1 : 2;  // what shared memory has room for
 };
 

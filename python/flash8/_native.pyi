@@ -131,6 +131,7 @@ class Kernel:
     def info(self) -> KernelInfo | None: ...
     def registers(self, device: int = 0) -> int: ...
     def local_bytes(self, device: int = 0) -> int: ...
+    def multiprocessors(self, device: int = 0) -> int: ...
     def is_captured(self, device: int, stream: int) -> bool: ...
     def launch(
         self,
@@ -224,6 +225,8 @@ class BackwardParams:
     dq_semaphore: int
     dsinks_partial: int
     dsinks: int
+    dkv_partial: int
+    head_splits: int
     heads_q: int
     heads_kv: int
     head_dim: int

@@ -23,6 +23,7 @@ WORKSPACE = {
     "dq_accum": 0x110000,
     "dq_semaphore": 0x120000,
     "dsinks_partial": 0x130000,
+    "dkv_partial": 0x140000,
 }
 STRUCTS = {"sequences": "SequenceParams", "scores": "ScoreParams", "scheduler": "SchedulerParams"}
 
@@ -84,6 +85,11 @@ def with_sinks(call):
     return call
 
 
+def with_splits(call, splits=3):
+    call.head_splits, call.dkv_partial = splits, WORKSPACE["dkv_partial"]
+    return call
+
+
 def field(fake, path: str, code: str, launch=-1):
     """Of the parameters of a launch."""
     data = fake.parameter(launch + len(fake.launches))
@@ -119,7 +125,8 @@ def test_a_dense_call_is_three_launches(fake, kernels):
     assert field(fake, "max_n_blocks", "i") == 4
     assert field(fake, "scheduler.max_m_blocks", "i") == 5
     assert field(fake, "scheduler.heads_per_section", "i") == 1
-    for name in ("scheduler.tile_count", "k_mean", "dsinks", "dlse"):
+    assert field(fake, "head_splits", "i") == 1
+    for name in ("scheduler.tile_count", "k_mean", "dsinks", "dlse", "dkv_partial"):
         assert field(fake, name, "q") == 0
     assert field(fake, "zero", "i") == 0
 
@@ -152,6 +159,28 @@ def test_a_section_is_no_larger_than_the_heads(fake, kernels):
         call.scheduler.heads_per_section = given
         kernels.launch(call)
         assert field(fake, "scheduler.heads_per_section", "i") == wanted
+
+
+def test_split_heads_take_more_ctas(fake, kernels):
+    call = with_splits(dense_call())
+    call.scheduler.heads_per_section = 2**30
+    kernels.launch(call)
+    by_queries, by_keys = 2 * 5 * 8, 2 * 4 * 2
+    assert ctas(fake) == [
+        ("preprocess", by_queries),
+        ("backward", 3 * by_keys),
+        ("postprocess", by_queries + by_keys),
+    ]
+    assert field(fake, "head_splits", "i") == 3
+    assert field(fake, "key_blocks", "q") == 2 * 4
+    assert field(fake, "dkv_partial", "q") == WORKSPACE["dkv_partial"]
+    assert field(fake, "scheduler.heads_per_section", "i") == 2 * 2 * 3
+    kernels.launch(with_splits(packed_call(), 4))
+    blocks = 900 // 128 + 2
+    assert ctas(fake)[4:] == [
+        ("backward", 2 * 4 * blocks),
+        ("postprocess", 8 * (700 // 64 + 2) + 2 * blocks),
+    ]
 
 
 def test_a_mean_of_keys_travels_along(fake, kernels):
@@ -202,6 +231,9 @@ def test_the_workspace_is_linear_in_rows(kernels):
         "dq_semaphore": 4 * blocks,
     }
     assert sizes(with_sinks(dense_call()))["dsinks_partial"] == 4 * blocks
+    words = 2 * 2 * 4 * 3 * 128 * (128 + 128)
+    assert sizes(with_splits(dense_call()))["dkv_partial"] == 4 * words
+    assert "dkv_partial" not in sizes(with_splits(dense_call(), 1))
     packed = 8 * (700 // 64 + 2)
     assert sizes(packed_call())["dq_accum"] == 4 * packed * BLOCK_M * 128
     assert sizes(dense_call(seqlen_q=0)) == dict.fromkeys(list(WORKSPACE)[:3], 0)
@@ -218,7 +250,7 @@ def test_the_workspace_of_a_billion_tokens_is_no_32_bit_number(fake, kernels):
 def test_a_missing_or_crooked_workspace_is_refused(fake, kernels):
     for name in WORKSPACE:
         for address in (0, WORKSPACE[name] + 64):
-            call = with_sinks(dense_call())
+            call = with_splits(with_sinks(dense_call()))
             setattr(call, name, address)
             with pytest.raises(ValueError, match=rf"{name} is at address {address}; .* of 128"):
                 kernels.launch(call)
@@ -250,6 +282,8 @@ BAD = [
     (lambda c: setattr(c, "heads_kv", 0), "heads_kv is 0; it must be positive"),
     (lambda c: setattr(c, "heads_q", 7), "heads_q is 7; it must be a multiple of heads_kv, 2"),
     (lambda c: setattr(c, "head_dim", 136), "head_dim is 136; this kernel supports 1 to 128"),
+    (lambda c: setattr(c, "head_splits", 5), "head_splits is 5; supported are 0 to 4, the query"),
+    (lambda c: setattr(c, "head_splits", -1), "head_splits is -1; supported are 0 to 4"),
     (lambda c: setattr(c, "head_dim_v", 0), "head_dim_v is 0; this kernel supports 1 to 128"),
     (
         lambda c: setattr(c, "head_dim", 100),
@@ -279,6 +313,20 @@ BAD = [
     (
         lambda c: change_sequences(c, batch=2**28, batch_k=2**28, max_seqlen_q=0),
         r"more than 2\^31 - 2\^20 tiles of keys",
+    ),
+    (
+        lambda c: (
+            change_sequences(c, batch=2**27, batch_k=2**27, max_seqlen_q=0),
+            with_splits(c, 2),
+        ),
+        r"more than 2\^31 - 2\^20 tiles of keys",
+    ),
+    (
+        lambda c: (
+            change_sequences(c, batch=2**26, batch_k=2**26, max_seqlen_q=150),
+            with_splits(c, 2),
+        ),
+        r"more than 2\^31 - 2\^20 tiles of queries and keys",
     ),
 ]
 

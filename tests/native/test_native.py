@@ -67,10 +67,10 @@ def test_structs_have_no_implicit_padding(name):
     assert end % LAYOUT[name]["align"] == 0
 
 
-def test_layout_of_abi_version_5():
+def test_layout_of_abi_version_6():
     """A change here means that old cubins would be misread: raise kAbiVersion with it."""
     sizes = {name: (struct["size"], struct["align"]) for name, struct in LAYOUT.items()}
-    assert _native.ABI_VERSION == 5
+    assert _native.ABI_VERSION == 6
     assert sizes == {
         "TensorMap": (128, 64),
         "TensorRef": (32, 8),

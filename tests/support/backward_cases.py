@@ -59,6 +59,7 @@ class Problem:
     dout: Tensor
     dlse: Tensor | None = None
     k_mean: Tensor | None = None  # (batch, heads_kv, head_dim) in fp32
+    head_splits: int = 1
 
 
 def draw(
@@ -130,6 +131,7 @@ class Saved:
     dout: Tensor
     dlse: Tensor | None
     k_mean: Tensor | None
+    head_splits: int
 
 
 @functools.cache
@@ -147,7 +149,15 @@ def saved(problem: Problem) -> Saved:
         given_lse[rows] = lse[rows].float()
         if given_dlse is not None:
             given_dlse[rows] = problem.dlse[rows]
-    return Saved(poisoned(call), given_o, given_lse, given_dout, given_dlse, problem.k_mean)
+    return Saved(
+        poisoned(call),
+        given_o,
+        given_lse,
+        given_dout,
+        given_dlse,
+        problem.k_mean,
+        problem.head_splits,
+    )
 
 
 def launch(
@@ -156,7 +166,13 @@ def launch(
     device().configure(seed=seed)
     try:
         return kernels(variant, root)(
-            given.call, given.o, given.lse, given.dout, given.dlse, given.k_mean
+            given.call,
+            given.o,
+            given.lse,
+            given.dout,
+            given.dlse,
+            given.k_mean,
+            given.head_splits,
         )
     except RuntimeError as error:
         raise AssertionError(f"seed {seed}: {error}\n{device().last_error()}") from error

@@ -23,6 +23,7 @@ class Gradients:
     dv: Tensor
     dsinks: Tensor | None = None
     dq_sums: Tensor | None = None  # in fp32, as they lie in the workspace
+    dkv_sums: Tensor | None = None  # the same, of the splits of query heads
 
 
 class BackwardKernels:
@@ -40,6 +41,7 @@ class BackwardKernels:
         dout: Tensor,
         dlse: Tensor | None = None,
         k_mean: Tensor | None = None,
+        head_splits: int = 1,
     ) -> Gradients:
         given = Launch(self._driver)
         params = _native.BackwardParams()
@@ -61,6 +63,7 @@ class BackwardKernels:
         given.sequences(params.sequences, call)
         given.scores(params.scores, call)
         params.scheduler.heads_per_section = 2
+        params.head_splits = head_splits
         if call.s_aux is not None:
             filled = torch.full((heads,), math.nan)
             outputs["dsinks"] = (given.upload(filled), filled)
@@ -74,5 +77,8 @@ class BackwardKernels:
         given.check()
         found = {n: memory.read(x) if x.numel() else x for n, (memory, x) in outputs.items()}
         return Gradients(
-            *(found[name] for name in ("dq", "dk", "dv")), found.get("dsinks"), found["dq_accum"]
+            *(found[name] for name in ("dq", "dk", "dv")),
+            found.get("dsinks"),
+            found["dq_accum"],
+            found.get("dkv_partial"),
         )

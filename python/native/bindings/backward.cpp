@@ -31,6 +31,8 @@ void bind_params(py::module_& module) {
     def_address(type, "dq_semaphore", &P::dq_semaphore);
     def_address(type, "dsinks_partial", &P::dsinks_partial);
     def_address(type, "dsinks", &P::dsinks);
+    def_address(type, "dkv_partial", &P::dkv_partial);
+    type.def_readwrite("head_splits", &P::head_splits);
     def_call(type);
 }
 
@@ -42,6 +44,9 @@ py::dict workspace(const Kernel& kernel, const BackwardParams& call) {
     parts["dq_semaphore"] = bytes.dq_semaphore;
     if (bytes.dsinks_partial > 0) {
         parts["dsinks_partial"] = bytes.dsinks_partial;
+    }
+    if (bytes.dkv_partial > 0) {
+        parts["dkv_partial"] = bytes.dkv_partial;
     }
     return parts;
 }

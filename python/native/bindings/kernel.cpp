@@ -146,6 +146,10 @@ void bind_kernel_class(py::module_& module) {
             "local_bytes",
             [](Kernel& self, int device) { return self.attribute(device, cu::kLocalSizeBytes); },
             py::arg("device") = 0, ReleaseGil(), "Local memory of a thread: spills and arrays.")
+        .def(
+            "multiprocessors",
+            [](const Kernel& self, int device) { return self.driver().primary(device).multiprocessors; },
+            py::arg("device") = 0, ReleaseGil(), "Of the device.")
         .def("is_captured", &Kernel::is_captured, py::arg("device"), py::arg("stream"),
              "Whether a launch on this stream becomes part of a CUDA graph instead of running.")
         .def("launch", &launch_kernel, py::arg("grid"), py::arg("parameters"), py::kw_only(),

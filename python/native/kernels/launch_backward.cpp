@@ -63,10 +63,18 @@ void check_tiles(const Kernel& kernel, const KernelInfo& wanted) {
     check("kHeadDimV", info.kHeadDimV, wanted.kHeadDimV);
 }
 
+// 0 is 1.
+std::int32_t head_splits(const BackwardParams& call) {
+    return std::max(call.head_splits, 1);
+}
+
 void check_sizes(const BackwardParams& call, const KernelInfo& info) {
     check_heads(kCall, {call.heads_q, call.heads_kv, call.head_dim, call.head_dim_v}, info);
     check_row_unit(kCall, "head_dim", call.head_dim);
     check_row_unit(kCall, "head_dim_v", call.head_dim_v);
+    const std::int32_t group = call.heads_q / call.heads_kv;
+    require(call.head_splits >= 0 && call.head_splits <= group, "backward: head_splits is ", call.head_splits,
+            "; supported are 0 to ", group, ", the query heads of a KV head");
     const SequenceParams& sequences = call.sequences;
     check_sequences(kCall, sequences);
     require(sequences.leftpad_k == nullptr, "backward: leftpad_k is given; it is not supported");
@@ -79,8 +87,12 @@ void check_sizes(const BackwardParams& call, const KernelInfo& info) {
             extent.rows_k, "; supported are less than 2^31 in all");
     require(extent.query_blocks <= kMaxTiles / call.heads_q && extent.max_m_blocks <= kMaxTiles,
             "backward: there are more than 2^31 - 2^20 tiles of queries");
-    require(extent.key_blocks <= kMaxTiles / call.heads_kv && extent.max_n_blocks <= kMaxTiles,
+    const std::int64_t splits = head_splits(call);
+    require(extent.key_blocks <= kMaxTiles / (call.heads_kv * splits) && extent.max_n_blocks <= kMaxTiles,
             "backward: there are more than 2^31 - 2^20 tiles of keys");
+    const std::int64_t sums = splits > 1 ? call.heads_kv * extent.key_blocks : 0;
+    require(call.heads_q * extent.query_blocks <= kMaxTiles - sums,
+            "backward: there are more than 2^31 - 2^20 tiles of queries and keys");
 }
 
 void check_tensors(const BackwardParams& call, const Extent& extent) {
@@ -108,6 +120,7 @@ void check_workspace(const BackwardParams& call, const BackwardWorkspace& worksp
     check("dq_accum", call.dq_accum, workspace.dq_accum);
     check("dq_semaphore", call.dq_semaphore, workspace.dq_semaphore);
     check("dsinks_partial", call.dsinks_partial, workspace.dsinks_partial);
+    check("dkv_partial", call.dkv_partial, workspace.dkv_partial);
     require(call.dsinks != nullptr || call.dsinks_partial == nullptr,
             "backward: dsinks_partial is given without dsinks");
 }
@@ -115,8 +128,11 @@ void check_workspace(const BackwardParams& call, const BackwardWorkspace& worksp
 BackwardWorkspace workspace_of(const BackwardParams& call, const Extent& extent, const KernelInfo& info) {
     const std::int64_t blocks = call.heads_q * extent.query_blocks;
     constexpr std::int64_t kWord = 4;  // of all parts. There are less than 2^31 blocks: nothing overflows
+    const std::int64_t splits = head_splits(call);
+    const std::int64_t key_blocks = splits > 1 ? call.heads_kv * extent.key_blocks * splits : 0;
     return {kWord * blocks * 2 * info.kBlockM, kWord * blocks * info.kBlockM * info.kHeadDim, kWord * blocks,
-            call.dsinks != nullptr ? kWord * blocks : 0};
+            call.dsinks != nullptr ? kWord * blocks : 0,
+            kWord * key_blocks * info.kBlockN * (info.kHeadDim + info.kHeadDimV)};
 }
 
 void encode_maps(const Driver& driver, const KernelInfo& info, const Extent& extent, BackwardParams& params) {
@@ -141,11 +157,14 @@ BackwardParams complete(const BackwardParams& call, const Extent& extent) {
     params.scores.softmax_scale_log2 = call.scores.softmax_scale * kLog2E;
     params.scheduler = {};
     params.scheduler.max_m_blocks = static_cast<std::int32_t>(extent.max_m_blocks);
-    // The sections are of KV heads for one kernel and of query heads for the others.
-    const std::int64_t heads = std::int64_t{call.heads_kv} * call.sequences.batch;
+    params.head_splits = head_splits(call);
+    // The sections are of splits of KV heads for one kernel and of query heads for the others.
+    const std::int64_t heads =
+        std::int64_t{call.heads_kv} * params.head_splits * std::int64_t{call.sequences.batch};
     params.scheduler.heads_per_section = static_cast<std::int32_t>(
         std::clamp<std::int64_t>(call.scheduler.heads_per_section, 1, std::max<std::int64_t>(1, heads)));
     params.query_blocks = extent.query_blocks;
+    params.key_blocks = extent.key_blocks;
     params.max_n_blocks = static_cast<std::int32_t>(extent.max_n_blocks);
     params.zero = 0;
     return params;
@@ -183,10 +202,11 @@ void launch_backward(const BackwardKernels& kernels, int device, std::uint64_t s
     // Without a block of queries there may still be rows of dK and dV to write that belong to no sequence.
     const std::int64_t by_queries = call.heads_q * std::max<std::int64_t>(1, extent.query_blocks);
     enqueue(kernels.preprocess, by_queries);
-    if (extent.key_blocks > 0) {
-        enqueue(kernels.kernel, call.heads_kv * extent.key_blocks);
+    const std::int64_t by_keys = call.heads_kv * extent.key_blocks;
+    if (by_keys > 0) {
+        enqueue(kernels.kernel, by_keys * params.head_splits);
     }
-    enqueue(kernels.postprocess, by_queries);
+    enqueue(kernels.postprocess, by_queries + (params.head_splits > 1 ? by_keys : 0));
 }
 
 }  // namespace flash8

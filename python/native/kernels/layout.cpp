@@ -114,15 +114,18 @@ StructLayout backward_params() {
                                         FIELD(dq_semaphore),
                                         FIELD(dsinks_partial),
                                         FIELD(dsinks),
+                                        FIELD(dkv_partial),
                                         FIELD(sequences),
                                         FIELD(scores),
                                         FIELD(scheduler),
                                         FIELD(query_blocks),
+                                        FIELD(key_blocks),
                                         FIELD(max_n_blocks),
                                         FIELD(heads_q),
                                         FIELD(heads_kv),
                                         FIELD(head_dim),
                                         FIELD(head_dim_v),
+                                        FIELD(head_splits),
                                         FIELD(zero),
                                         FIELD(reserved)});
 }

@@ -61,7 +61,7 @@ def trained(**options):
 
 PRE, POST = "backward/preprocess.cuh", "backward/postprocess.cu"
 INSIDE, SCALED = "query < info.rows_q", "return dq[i]; }, r, params.scores.softmax_scale"
-GROUP = "int const head = tile_.head_kv * tile_.group + g;"
+GROUP = "int const head = tile_.first_head + g;"
 #: What is wrong: the file, what is replaced, by what, and words of what is found.
 EDITS = {
     "no gradient of LSE": (PRE, "params_.dlse.ptr != nullptr", "false", "off"),

@@ -137,15 +137,18 @@ def plan(
     dk: Tensor,
     dv: Tensor,
     variant: BackwardVariant | None = None,
+    head_splits: int | None = None,
 ) -> Plan:
     """The kernels and the parameters of a call, with a workspace of its own.
 
-    `sinks` are s_aux and its gradient. `variant` is `choose`'s unless given.
+    `sinks` are s_aux and its gradient. `variant` is `choose`'s unless given, and `head_splits`
+    follow from the device.
     """
     variant = choose(given.q, given.k, given.v, options) if variant is None else variant
     first, kernel, last = (kernels.kernel(part) for part in kernels.kernels_of(variant))
     q, k, v, out, dout = (_plain(x) for x in (given.q, given.k, given.v, given.out, given.dout))
     lse = _in_float(given.lse)
+    device = q.device.index or 0
     indices = attention_params.indices_of(options)
     held = [q, k, v, out, dout, lse, *indices.values()]
     call = _native.BackwardParams()
@@ -159,6 +162,7 @@ def plan(
         call.dlse = attention_params.row_ref(dlse)
     call.head_dim_v = v.shape[-1]
     attention_params.describe(call, q, k, indices, options)
+    call.head_splits = _head_splits(call, kernel, device) if head_splits is None else head_splits
     call.scheduler.heads_per_section = _heads_per_section(call, variant, options)
     held += attention_params.describe_scores(call, None if sinks is None else sinks[0], options)
     dsinks = None
@@ -167,7 +171,7 @@ def plan(
         held.append(dsinks)
         call.dsinks = dsinks.data_ptr()
     held.append(_give_workspace(call, kernel, q))
-    return Plan((first, kernel, last), q.device.index or 0, call, dsinks, held)
+    return Plan((first, kernel, last), device, call, dsinks, held)
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -197,13 +201,29 @@ def _float_like(ds_aux: Tensor) -> Tensor:
 def _heads_per_section(
     call: _native.BackwardParams, variant: BackwardVariant, options: Options
 ) -> int:
-    """How many KV heads may run side by side with all that they read again and again in L2: Q, dO
-    and the sums of dQ of their query heads."""
+    """How many splits of KV heads may run side by side with all that they read again and again in
+    L2: Q, dO and the sums of dQ of their query heads."""
     if not heuristics.has_uneven_tiles(options):
         return 1
     row = 2 * (call.head_dim + call.head_dim_v) + 4 * variant.head_dim
-    group = call.heads_q // call.heads_kv
+    group = -(-call.heads_q // (call.heads_kv * call.head_splits))
     return heuristics.heads_per_section(call.sequences.max_seqlen_q, row * group, 1)
+
+
+def _head_splits(call: _native.BackwardParams, kernel: _native.Kernel, device: int) -> int:
+    """By how many CTAs the query heads of a KV head are shared out."""
+    group = call.heads_q // call.heads_kv
+    if group == 1:
+        return 1
+    info, sequences = kernel.info, call.sequences
+    assert info is not None
+    if sequences.cu_seqlens_k:
+        blocks = sequences.total_k // info.block_n + sequences.batch
+    else:
+        blocks = sequences.batch * -(-sequences.max_seqlen_k // info.block_n)
+    return heuristics.head_splits(
+        call.heads_kv * blocks, group, sequences.max_seqlen_q, kernel.multiprocessors(device)
+    )
 
 
 def _give_workspace(call: _native.BackwardParams, kernel: _native.Kernel, like: Tensor) -> Tensor:

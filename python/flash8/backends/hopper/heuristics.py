@@ -7,6 +7,10 @@ import functools
 
 from flash8.call.options import Options
 
+#: Queries of one head whose five products take about as long as writing, or reading, what a split
+#: leaves of dK and dV: 8 d bytes a key of both against 10 d operations a key and query, at 3.3 to
+#: 4.8 TB/s and 650 TFLOP/s.
+_SUMS_QUERIES = 128
 #: What a section's K and V may take of Hopper's 50 MB of L2; Q and O pass through the rest.
 _L2_BYTES = 32 << 20
 
@@ -64,3 +68,25 @@ def loads_in_clusters(seqlen_q: int, ratio: int, head_dim: int, float8: bool) ->
     tiles = -(-seqlen_q * ratio // tile_rows(head_dim))
     wide = 128 < head_dim <= 192 if float8 else head_dim >= 128
     return wide and tiles % 2 == 0
+
+
+@functools.lru_cache(maxsize=4096)
+def head_splits(tiles: int, group: int, seqlen_q: int, multiprocessors: int) -> int:
+    """How many CTAs of a backward share the query heads of a KV head, `group` of them.
+
+    One CTA with all heads needs no sum afterwards and reads K and V once. Where `tiles`, the blocks
+    of keys of all KV heads, are fewer than the multiprocessors, some of these would have nothing to
+    do: then as many splits as make the busiest one's work least, in queries of a head; of equal
+    ones the fewest. A CTA writes the sums of its split, and one CTA of a block of keys reads those
+    of all its splits. `seqlen_q` is the longest sequence.
+    """
+    if tiles >= multiprocessors or tiles == 0:
+        return 1
+
+    def work(splits: int) -> int:
+        waves = -(-tiles * splits // multiprocessors)
+        heads = -(-group // splits)
+        written, read = (1, splits) if splits > 1 else (0, 0)
+        return waves * (heads * seqlen_q + written * _SUMS_QUERIES) + read * _SUMS_QUERIES
+
+    return min(range(1, group + 1), key=work)

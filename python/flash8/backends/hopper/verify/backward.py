@@ -58,9 +58,13 @@ def find_fault(variant: BackwardVariant, device: torch.device) -> str | None:
     """What is wrong with the kernels, or None. Raises what loading and launching them raise."""
     for problem in problems(variant, device):
         given, want = _expected(problem)
-        fault = compare(_run(variant, problem, given), want, bounds(variant))
-        if fault is not None:
-            return fault
+        group = problem.q.shape[-2] // problem.k.shape[-2]
+        # The query heads of a KV head in one CTA; of packed sequences also in one CTA each.
+        for head_splits in (1, group) if problem.q.dim() == 3 else (1,):
+            found = _run(variant, problem, given, head_splits)
+            fault = compare(found, want, bounds(variant))
+            if fault is not None:
+                return fault
     return None
 
 
@@ -85,11 +89,15 @@ def compare(found: Gradients, want: Gradients, allowed: Bounds) -> str | None:
     return None
 
 
-def _run(variant: BackwardVariant, problem: Problem, given: hopper.Given) -> Gradients:
+def _run(
+    variant: BackwardVariant, problem: Problem, given: hopper.Given, head_splits: int
+) -> Gradients:
     """The gradients of the kernels."""
     found = Gradients(*(_nan_like(x) for x in (problem.q, problem.k, problem.v, problem.s_aux)))
     sinks = problem.s_aux, found.ds_aux
-    planned = hopper.plan(given, sinks, problem.options, *found[:3], variant=variant)
+    planned = hopper.plan(
+        given, sinks, problem.options, *found[:3], variant=variant, head_splits=head_splits
+    )
     planned.held[-1].fill_(0xFF)  # NaN as a float
     watchdog = Watchdog(problem.q.device)
     hopper.launch(planned, streams.current_stream(problem.q))
