@@ -62,6 +62,7 @@ def flash_attn_func(
     k_mean: Tensor | None = None,
     v_mean: Tensor | None = None,
     v_channel_descale: Tensor | None = None,
+    smooth_k: bool = False,
 ) -> Output:
     """Attention over dense batches. Differentiable in q, k, v, qv, s_aux and through LSE.
 
@@ -98,6 +99,14 @@ def flash_attn_func(
             was taken from k and v before they were quantized. O and LSE are those of the whole.
         v_channel_descale: fp32 (heads_kv, head_dim_v) or (batch, heads_kv, head_dim_v), only with
             float8 v: factors of v's channels, beside v_descale.
+        smooth_k: make dQ with K - c, c the mean of K over the used keys of each sequence and head,
+            and add what that leaves out. O, LSE and the other gradients stay as they are. For keys
+            whose channels have a bias: rounded to 16 bits, dS no longer sums to what it should,
+            and dQ = dS K collects that error times the bias. In exact arithmetic
+                dQ = softmax_scale * (dS (K - c) + rowsum(dS) c)
+                rowsum(dS) = dLSE + p_sink * (rowsum(dO * O) - dLSE),  p_sink = exp(s_aux - LSE)
+            since rows of P sum to 1 - p_sink (0 without a sink), so with the first product rounded
+            and the second known, c costs nothing. Not with softcap, and not for float8.
 
     Returns:
         O, (batch, seqlen_q, heads, head_dim_v), in q's dtype, bf16 for float8; with
@@ -131,6 +140,7 @@ def flash_attn_func(
         "pack_gqa": pack_gqa,
         "deterministic": deterministic,
         "sm_margin": sm_margin,
+        "smooth_k": smooth_k,
     }
     return attend(arguments, dropout_seed=dropout_seed, return_lse=return_attn_probs)
 
@@ -169,6 +179,7 @@ def flash_attn_varlen_func(
     k_mean: Tensor | None = None,
     v_mean: Tensor | None = None,
     v_channel_descale: Tensor | None = None,
+    smooth_k: bool = False,
 ) -> Output:
     """Attention over sequences of different lengths, packed one after the other.
 
@@ -221,6 +232,7 @@ def flash_attn_varlen_func(
         "pack_gqa": pack_gqa,
         "deterministic": deterministic,
         "sm_margin": sm_margin,
+        "smooth_k": smooth_k,
     }
     return attend(arguments, dropout_seed=dropout_seed, return_lse=return_attn_probs)
 

@@ -25,6 +25,7 @@ class Extras(TypedDict, total=False):
     k_mean: Tensor | None
     v_mean: Tensor | None
     v_channel_descale: Tensor | None
+    smooth_k: bool
 
 
 _QKV: Names = {

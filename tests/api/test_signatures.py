@@ -62,7 +62,7 @@ OWN = {
 }
 KEYWORDS = {"s_aux", "alibi_slopes", "dropout_p", "dropout_seed", "out"}
 MEANS = {"k_mean", "v_mean"}
-CHANNELS = MEANS | {"v_channel_descale"}
+CHANNELS = MEANS | {"v_channel_descale", "smooth_k"}
 KEYWORD_ONLY = {
     "flash_attn_func": KEYWORDS | CHANNELS,
     "flash_attn_varlen_func": KEYWORDS | CHANNELS | {"page_table"},

@@ -69,6 +69,11 @@ def attention(
         _check_out(out, (q, k, v, qv, s_aux), others, geometry)
     options = scalars(options, names)
     suspicions.warn_about_scale(options.softmax_scale, geometry.head_dim)
+    if options.smooth_k and k.dtype == FP8:
+        raise ValueError(
+            "smooth_k is for the backward, which float8 inputs have not; smooth_k of "
+            "flash8.fp8.quantize and of its recipes takes K's mean off before it is quantized"
+        )
     if options.is_scaled:
         check_descales.check(q, k, geometry, options)
     return geometry, options
@@ -356,8 +361,18 @@ def scalars(options: Options, names: Names = OWN_NAMES) -> Options:
         num_splits=require_int("num_splits", options.num_splits, minimum=0, maximum=MAX_SPLITS),
         pack_gqa=None if pack_gqa is None else require_bool("pack_gqa", pack_gqa),
         deterministic=require_bool("deterministic", options.deterministic),
+        smooth_k=_smooth_k(options.smooth_k, softcap),
         sm_margin=require_int("sm_margin", options.sm_margin, minimum=0, maximum=_INT32_MAX),
     )
+
+
+def _smooth_k(value: Any, softcap: float) -> bool:
+    if require_bool("smooth_k", value) and softcap != 0.0:
+        raise ValueError(
+            f"smooth_k cannot be combined with softcap = {softcap}: what a row of dS sums to is "
+            "not known then"
+        )
+    return bool(value)
 
 
 def _max_seqlen(name: str, value: Any, names: Names) -> int | None:

@@ -45,6 +45,7 @@ class Options(NamedTuple):
     num_splits: int = 1  # already resolved: at least 1
     pack_gqa: bool | None = None
     deterministic: bool = False
+    smooth_k: bool = False  # K without its mean where dQ is made
     sm_margin: int = 0
     v_colmajor_tokens: int | None = None  # of a v as `flash8.tensors.v_colmajor` has it
 

@@ -40,6 +40,7 @@ class _CoreAttention(AlibiModule):
         alibi_slopes: fp32 (heads,) or (batch, heads); kept as a buffer.
         deterministic: bitwise repeatable gradients.
         softcap: if positive, scores are capped by softcap * tanh(S / softcap).
+        smooth_k: make dQ with K without its mean, as in `flash_attn_func`.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class _CoreAttention(AlibiModule):
         deterministic: bool = False,
         *,
         softcap: float = 0.0,
+        smooth_k: bool = False,
     ) -> None:
         super().__init__()
         self.causal = causal
@@ -60,6 +62,7 @@ class _CoreAttention(AlibiModule):
         self.window_size = window_size
         self.deterministic = deterministic
         self.softcap = softcap
+        self.smooth_k = smooth_k
         self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
 
     def extra_repr(self) -> str:
@@ -75,6 +78,7 @@ class _CoreAttention(AlibiModule):
             "window_size": self.window_size,
             "softcap": self.softcap,
             "deterministic": self.deterministic,
+            "smooth_k": self.smooth_k,
             "alibi_slopes": self.alibi_slopes,
             "dropout_p": self.attention_dropout if self.training else 0.0,
         }

@@ -38,6 +38,7 @@ class FlashMHA(AlibiModule):
             work with a cache.
         rotary_base, rotary_interleaved: see `RotaryEmbedding`.
         deterministic: bitwise repeatable gradients.
+        smooth_k: make dQ with K without its mean, as in `flash_attn_func`.
     """
 
     sinks: Tensor | None
@@ -61,6 +62,7 @@ class FlashMHA(AlibiModule):
         rotary_base: float = 10000.0,
         rotary_interleaved: bool = False,
         deterministic: bool = False,
+        smooth_k: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -78,6 +80,7 @@ class FlashMHA(AlibiModule):
         self.softcap = softcap
         self.softmax_scale = softmax_scale
         self.deterministic = deterministic
+        self.smooth_k = smooth_k
         heads = num_heads + 2 * self.num_heads_kv
         self.in_proj = nn.Linear(
             embed_dim, heads * self.head_dim, bias=bias, device=device, dtype=dtype
@@ -168,6 +171,7 @@ class FlashMHA(AlibiModule):
         options: dict[str, Any] = {
             **self._options(),
             "deterministic": self.deterministic,
+            "smooth_k": self.smooth_k,
             "dropout_p": self.dropout if self.training else 0.0,
         }
         if cu_seqlens is None:

@@ -20,7 +20,7 @@ FP8 = torch.float8_e4m3fn
 # Arguments that must not change the result.
 HINTS = {"num_splits", "pack_gqa", "deterministic", "sm_margin", "return_attn_probs", "out"}
 
-HINTS |= {"max_seqlen_q", "max_seqlen_k", "scheduler_metadata", "return_softmax_lse"}
+HINTS |= {"max_seqlen_q", "max_seqlen_k", "scheduler_metadata", "return_softmax_lse", "smooth_k"}
 
 STEP_FIELDS = {f.name for f in fields(oracle.CacheStep)}
 
@@ -58,6 +58,7 @@ def attention_call(rng: random.Random):
         num_splits=rng.choice([1, 1, 0, 3]),
     )
     name, arguments = call_of(build(case, rng.randrange(2**30)))
+    arguments["smooth_k"] = dtype != FP8 and case.softcap == 0.0 and rng.random() < 0.2
     if dtype == FP8:
         torch.manual_seed(rng.randrange(2**30))
         for x in "qkv":

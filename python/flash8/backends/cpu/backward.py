@@ -6,6 +6,9 @@ With D = rowsum(dO * O) - dLSE and P = exp(S - LSE) (Dao et al., arXiv 2205.1413
 
 and with qv: dV += dS^T Qv, dQv = dS V. The sink's probability has no value, so
 ds_aux = -sum over rows of exp(s_aux - LSE) * D.
+
+With smooth_k dQ = dS (K - c) + rowsum(dS) c, c the mean of K. P's rows sum to 1 - p_sink,
+p_sink = exp(s_aux - LSE), so that rowsum(dS) = dLSE + p_sink * D.
 """
 
 from dataclasses import dataclass
@@ -106,6 +109,8 @@ def _load_rows(
 
 def _backward_unit(operands: Operands, rows: _Rows, options: Options) -> _Accumulators:
     scores = Scores(operands, options)
+    mean = _key_mean(operands.k) if options.smooth_k else None
+    k_of_dq = operands.k if mean is None else operands.k - mean
     sums = _Accumulators(
         torch.zeros_like(operands.q),
         torch.zeros_like(operands.k),
@@ -120,7 +125,9 @@ def _backward_unit(operands: Operands, rows: _Rows, options: Options) -> _Accumu
         for n_begin in range(begin - begin % block_n, end, block_n):
             tile = Tile(m_begin, m_end, n_begin, min(n_begin + block_n, operands.seqlen_k))
             whole = n_begin <= begin and end <= tile.n_end
-            _backward_tile(operands, scores, block, sums, tile, options.dropout_p, whole)
+            _backward_tile(operands, scores, block, sums, tile, options.dropout_p, whole, k_of_dq)
+    if mean is not None:
+        sums.dq.add_(_row_sums_of_ds(operands.sink, rows)[..., None] * mean[:, :, None])
     return sums
 
 
@@ -132,13 +139,15 @@ def _backward_tile(
     tile: Tile,
     dropout_p: float,
     whole: bool,
+    k_of_dq: Tensor,
 ) -> None:
-    """Adds one tile's share to all gradients. `whole`: its queries see no other keys."""
+    """Adds one tile's share to all gradients. `whole`: its queries see no other keys. `k_of_dq`: K
+    as it makes dQ."""
     queries, keys = slice(tile.m_begin, tile.m_end), slice(tile.n_begin, tile.n_end)
     q_tile = operands.q[:, :, :, queries].flatten(2, 3)
     qv_tile = None if operands.qv is None else operands.qv[:, :, :, queries].flatten(2, 3)
     dout_tile = rows.dout.flatten(2, 3)
-    k_tile, v_tile = operands.k[:, :, keys], operands.v[:, :, keys]
+    k_tile, v_tile = k_of_dq[:, :, keys], operands.v[:, :, keys]
 
     hidden = scores.hidden(tile)
     by_keys = transposed(hidden)  # of products over queries
@@ -180,6 +189,21 @@ def _row_sums(p: Tensor, dp: Tensor, rows: _Rows, sink: Tensor | None) -> Tensor
     if sink is not None:
         total += (sink - rows.lse).exp_()
     return torch.where((total - 1.0).abs_() < _WHOLE[p.dtype], d, rows.d)
+
+
+def _key_mean(k: Tensor) -> Tensor:
+    """Of the finite values of each sequence and head, (B, heads_kv, 1, head_dim); 0 of no key."""
+    finite = torch.isfinite(k)
+    total = torch.where(finite, k, 0.0).sum(dim=2, keepdim=True)
+    return total / finite.sum(dim=2, keepdim=True).clamp_min(1)
+
+
+def _row_sums_of_ds(sink: Tensor | None, rows: _Rows) -> Tensor:
+    """What each row of dS sums to in exact arithmetic, (B, heads_kv, G, seqlen_q)."""
+    total = torch.zeros_like(rows.d) if rows.dlse is None else rows.dlse
+    if sink is not None:
+        total = total + (sink - rows.lse).exp_() * rows.d
+    return torch.where(rows.lse == float("inf"), 0.0, total)
 
 
 def _product_operand(x: Tensor, operands: Operands) -> Tensor:

@@ -62,7 +62,7 @@ def tensor_ref(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def row_ref(lse: Tensor) -> tuple[int, int, int]:
-    """Address and strides of values by row, (batch, heads, rows) or (heads, rows)."""
+    """Address and strides of values by row or channel, (batch, heads, n) or (heads, n)."""
     return lse.data_ptr(), 0 if lse.dim() == 2 else lse.stride(0), lse.stride(-2)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from flash8 import _native
 from flash8.backends.hopper import attention_params, heuristics, kernels, streams
 from flash8.backends.hopper.backward_variants import TILES, BackwardVariant, Element
+from flash8.backends.hopper.key_mean import key_mean
 from flash8.backends.hopper.variants import Mask
 from flash8.call.options import Options
 
@@ -67,7 +68,9 @@ def backward(
     if q.numel() == 0:  # there may be nothing to launch then
         ds_aux.zero_()
         sinks = None
-    given = Given(torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, out, lse)
+    mean = key_mean(k, options) if options.smooth_k and k.numel() > 0 else None
+    dout = torch.zeros_like(out) if dout is None else dout
+    given = Given(dout, dlse, q, k, v, out, lse, mean)
     planned = plan(given, sinks, options, dq, dk, dv)
     launch(planned, streams.current_stream(q))
     if planned.dsinks is not None and planned.dsinks is not ds_aux:
@@ -84,6 +87,7 @@ class Given(NamedTuple):
     v: Tensor
     out: Tensor
     lse: Tensor
+    k_mean: Tensor | None = None  # fp32 (batch, heads_kv, head_dim): dQ comes of K without it
 
 
 class Plan(NamedTuple):
@@ -160,6 +164,9 @@ def plan(
         dlse = _in_float(given.dlse)
         held.append(dlse)
         call.dlse = attention_params.row_ref(dlse)
+    if given.k_mean is not None:
+        held.append(given.k_mean)
+        call.k_mean = attention_params.row_ref(given.k_mean)
     call.head_dim_v = v.shape[-1]
     attention_params.describe(call, q, k, indices, options)
     call.head_splits = _head_splits(call, kernel, device) if head_splits is None else head_splits
