@@ -147,12 +147,12 @@ ROWS = (
         ],
     ),
     Row(
-        "causal, sliding window, chunks, softcap, ALiBi, sinks, LSE, `out=`",
+        "causal, sliding window, chunks, softcap, ALiBi, sinks, dropout, LSE, `out=`",
         ForwardVariant,
         [
             *(dense(causal=True), packed(window_size=(8, 0))),
             *(dense(causal=True, attention_chunk=8), dense(softcap=20.0)),
-            *(dense(alibi_slopes=torch.ones(4)), dense(s_aux=torch.ones(4))),
+            *(dense(alibi_slopes=torch.ones(4)), dense(s_aux=torch.ones(4)), dense(dropout_p=0.5)),
             *(dense(return_attn_probs=True), dense(out=torch.empty(1, 32, 4, 64, dtype=BF16))),
         ],
     ),
@@ -170,11 +170,10 @@ ROWS = (
         ],
     ),
     Row(
-        "dropout; `qv`; head_dim above 256; fp32, fp64",
+        "`qv`; head_dim above 256; fp32, fp64",
         ForwardVariant,
         [
-            *(dense(dropout_p=0.5), dense(qv=tensors()[0]), dense(dim=264)),
-            *(dense(FP32), dense(FP64)),
+            *(dense(qv=tensors()[0]), dense(dim=264), dense(FP32), dense(FP64)),
         ],
     ),
     Row(

@@ -35,6 +35,13 @@ struct ScoreParams {
     std::int32_t attention_chunk;  // 0 is off
 };
 
+// Which probabilities are kept (dropout.cuh), for kernels that are compiled with dropout.
+struct DropoutParams {
+    const std::int64_t* seed;  // (1), read when the kernel runs; null without dropout
+    std::uint32_t threshold;   // round(p * 65536), of the 65536 values of a half word
+    float keep_scale;          // 1 / (1 - p)
+};
+
 // Work distribution. The counters are zero when a kernel starts and zero again when it has ended.
 struct SchedulerParams {
     std::int32_t*

@@ -70,6 +70,7 @@ struct BackwardParams {
     SequenceParams sequences;
     ScoreParams scores;
     SchedulerParams scheduler;  // max_m_blocks (of kBlockM queries) and heads_per_section; the rest is zero
+    DropoutParams dropout;
 
     std::int64_t query_blocks;
     std::int64_t key_blocks;
@@ -78,9 +79,9 @@ struct BackwardParams {
     std::int32_t heads_kv;
     std::int32_t head_dim;
     std::int32_t head_dim_v;
-    std::int32_t head_splits;  // CTAs that share the query heads of a KV head: 1 up to heads_q / heads_kv
-    std::int32_t zero;         // is zero, which the compiler must not know
-    std::int32_t reserved;     // zero: fills the struct up to its 64-byte alignment
+    std::int32_t head_splits;   // CTAs that share the query heads of a KV head: 1 up to heads_q / heads_kv
+    std::int32_t zero;          // is zero, which the compiler must not know
+    std::int32_t reserved[13];  // zero: fills the struct up to its 64-byte alignment
 };
 
 static_assert(kIsPlain<BackwardParams> && alignof(BackwardParams) == 64);

@@ -41,6 +41,7 @@ struct ForwardConfig {
     static constexpr bool kSoftcap = FLASH8_SOFTCAP;
     static constexpr bool kAlibi = FLASH8_ALIBI;
     static constexpr bool kPackGqa = FLASH8_PACK_GQA;
+    static constexpr bool kDropout = FLASH8_DROPOUT;
     // CTAs that load each K and V tile together: each loads a share of its rows and multicasts it to all.
     static constexpr int kClusterM = FLASH8_CLUSTER ? 2 : 1;
     static constexpr auto kScales = ScaleGranularity::FLASH8_SCALES;
@@ -56,8 +57,9 @@ struct ForwardConfig {
 
     static constexpr int kWidestHead = kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV;
     static constexpr int kBlockM = block_m(kWidestHead);
-    static constexpr int kBlockN =
-        kFp8 ? block_n_fp8(kHeadDim, kHeadDimV, kScales) : block_n(kHeadDim, kHeadDimV, kMask);
+    static constexpr int kBlockN = kFp8       ? block_n_fp8(kHeadDim, kHeadDimV, kScales)
+                                   : kDropout ? block_n_dropout(kHeadDim, kHeadDimV)
+                                              : block_n(kHeadDim, kHeadDimV, kMask);
     static constexpr int kStages = 2;
     static_assert(kClusterM == 1 || kMask == MaskMode::kNone, "the CTAs of a cluster need the same keys");
     static_assert(kBlockN / kClusterM % 8 == 0, "a share is made of whole swizzle atoms");

@@ -58,10 +58,15 @@ class Consumer {
                                                    : params_.scores.softmax_scale_log2);
             if (!blocks.empty()) {
                 Scores<Config> const scores(params_, info, mask, tile, row);
-                Mainloop<Config> mainloop(params_, shared_, state_, scores, warpgroup_);
+                Dropout<Config> const dropout(params_, tile, row);
+                Mainloop<Config> mainloop(params_, shared_, state_, scores, dropout, warpgroup_);
                 mainloop.run(o, softmax, blocks);
             }
-            Epilogue<Config>::store(params_, info, tile, row, o, softmax, EpilogueScales{});
+            EpilogueScales scales;
+            if constexpr (Config::kDropout) {
+                scales.v_scale = params_.dropout.keep_scale;
+            }
+            Epilogue<Config>::store(params_, info, tile, row, o, softmax, scales);
         }
     }
 
@@ -91,9 +96,13 @@ class Consumer {
             float const k_largest = k_descale.largest(blocks.begin, blocks.end);
             poison(o, score_scale, k_largest, v_descale.largest(blocks.begin, blocks.end));
             bool const large = scores_may_be_large(scores, info, score_scale, k_largest);
-            MainloopFp8<Config> mainloop(params_, shared_, state_, scores, warpgroup_);
+            Dropout<Config> const dropout(params_, tile, row);
+            MainloopFp8<Config> mainloop(params_, shared_, state_, scores, dropout, warpgroup_);
             scales.v_scale =
                 checked_descale(mainloop.run(o, softmax, blocks, score_scale, large, k_descale, v_descale));
+            if constexpr (Config::kDropout) {
+                scales.v_scale *= params_.dropout.keep_scale;
+            }
             if (params_.k_mean.ptr != nullptr) {
                 scales.score_shift[0] = shared_.score_shift[tile_row()];
                 scales.score_shift[1] = shared_.score_shift[tile_row() + 8];

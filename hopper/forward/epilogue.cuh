@@ -12,9 +12,9 @@
 
 namespace flash8 {
 
-// What FP8 leaves for the epilogue to apply.
+// What FP8 and dropout leave for the epilogue to apply.
 struct EpilogueScales {
-    float v_scale = 1.0f;  // V's descale, as far as the mainloop has not applied it
+    float v_scale = 1.0f;  // V's descale, as far as the mainloop has not applied it, times dropout's scale
     float score_shift[kRowsPerThread] = {0.0f, 0.0f};  // to be added to the scores of a row, natural log
 };
 

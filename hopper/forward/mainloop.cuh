@@ -9,6 +9,7 @@
 #include "../arch/convert.cuh"
 #include "../arch/named_barriers.cuh"
 #include "../arch/wgmma.cuh"
+#include "../attention/dropout.cuh"
 #include "../attention/hidden_keys.cuh"
 #include "../attention/key_walk.cuh"
 #include "../attention/score_mod.cuh"
@@ -35,8 +36,13 @@ class Mainloop {
   public:
     __device__ __forceinline__ Mainloop(ForwardParams const& params, SharedStorage<Config>& shared,
                                         ConsumerState<Config>& state, Scores<Config> const& scores,
-                                        int warpgroup)
-        : params_(params), shared_(shared), state_(state), scores_(scores), warpgroup_(warpgroup) {}
+                                        Dropout<Config> const& dropout, int warpgroup)
+        : params_(params),
+          shared_(shared),
+          state_(state),
+          scores_(scores),
+          dropout_(dropout),
+          warpgroup_(warpgroup) {}
 
     template <class Accumulator>
     __device__ __forceinline__ void run(Accumulator& o, OnlineSoftmax& softmax, KeyBlocks const& blocks) {
@@ -68,6 +74,7 @@ class Mainloop {
         int const last = blocks.end - 1;
         scores_.template apply<true>(s, last, inner);
         softmax.template step<true, true>(rows_of(s), alpha);
+        dropout_.apply(s, last);
         convert_p(s, p);
         clear_hidden_keys(blocks, last);
 
@@ -88,6 +95,7 @@ class Mainloop {
             release_and_advance<Config::kClusterM>(shared_.pipeline_k, state_.k);
             scores_.template apply<kMasked>(s, n_block, inner);
             softmax.template step<false, kMasked && Config::kMask != MaskMode::kNone>(rows_of(s), alpha);
+            dropout_.apply(s, n_block);
             // V arrived before its product. This second wait ends the basic block: without it ptxas moves
             // the wait for P V, which touches no memory, above the softmax that should overlap it.
             shared_.pipeline_v.wait(state_.v);
@@ -159,6 +167,7 @@ class Mainloop {
     SharedStorage<Config>& shared_;
     ConsumerState<Config>& state_;
     Scores<Config> const& scores_;
+    Dropout<Config> const& dropout_;
     int warpgroup_;
 };
 

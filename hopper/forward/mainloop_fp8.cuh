@@ -11,6 +11,7 @@
 #include "../arch/named_barriers.cuh"
 #include "../arch/wgmma.cuh"
 #include "../attention/descales.cuh"
+#include "../attention/dropout.cuh"
 #include "../attention/hidden_keys.cuh"
 #include "../attention/key_walk.cuh"
 #include "../attention/score_mod.cuh"
@@ -30,10 +31,11 @@ class MainloopFp8 {
   public:
     __device__ __forceinline__ MainloopFp8(ForwardParams const& params, SharedStorage<Config>& shared,
                                            ConsumerState<Config>& state, Scores<Config> const& scores,
-                                           int warpgroup)
+                                           Dropout<Config> const& dropout, int warpgroup)
         : shared_(shared),
           state_(state),
           scores_(scores),
+          dropout_(dropout),
           warpgroup_(warpgroup),
           final_scale_{final_scale(params), final_scale(params)} {}
 
@@ -72,6 +74,7 @@ class MainloopFp8 {
             constexpr int kPolynomialEvery = kMasked ? 0 : Config::kPolynomialEvery;
             softmax.template step<kMasked && Config::kMask != MaskMode::kNone, kMasked, kPolynomialEvery>(
                 rows_of(s), kScaleAppliedInScores ? final_scale_ : scale, alpha);
+            dropout_.apply(s, n_block);
             // P as the A operand: (4 keys, 2 rows, 2 halves) of 32 keys, in the order of transpose_v.cuh.
             Tensor p = make_tensor<typename Config::Element>(
                 Layout<Shape<Shape<_4, _2, _2>, _1, Int<kBlockN / 32>>>{});
@@ -187,6 +190,7 @@ class MainloopFp8 {
     SharedStorage<Config>& shared_;
     ConsumerState<Config>& state_;
     Scores<Config> const& scores_;
+    Dropout<Config> const& dropout_;
     int warpgroup_;
     float const final_scale_[kRowsPerThread];
 };

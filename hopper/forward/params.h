@@ -35,7 +35,7 @@ struct ForwardParams {
     std::int32_t head_dim_v;
     ElementType o_type;                // kFloat16 or kBfloat16; for 16-bit inputs the type of q
     std::int32_t heads_per_q_descale;  // query heads that share a descale: 1, or heads_q / heads_kv
-    std::int32_t reserved[4];          // zero: fills the struct up to its 64-byte alignment
+    DropoutParams dropout;
 };
 
 static_assert(kIsPlain<ForwardParams> && alignof(ForwardParams) == 64);

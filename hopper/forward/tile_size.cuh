@@ -24,6 +24,13 @@ constexpr int block_n(int head_dim, int head_dim_v, MaskMode mask) {
     }
     return mask == MaskMode::kLocal ? 64 : 80;
 }
+// Drawing takes registers.
+constexpr int block_n_dropout(int head_dim, int head_dim_v) {
+    if (head_dim_v <= 128 && head_dim <= 192) {
+        return head_dim <= 64 ? 80 : 96;
+    }
+    return head_dim <= 192 && head_dim_v <= 192 ? 80 : 64;
+}
 constexpr int block_n_fp8(int head_dim, int head_dim_v, ScaleGranularity scales) {
     bool const wide = scales != ScaleGranularity::kBlock && head_dim > 64 && head_dim_v <= 128;
     return !wide ? kScaleBlock : head_dim_v == 128 ? 224 : 192;

@@ -179,6 +179,11 @@ class ScoreParams:
     window_right: int
     attention_chunk: int
 
+class DropoutParams:
+    seed: int
+    threshold: int
+    keep_scale: float
+
 class SchedulerParams:
     tile_count: int
     heads_per_section: int
@@ -205,6 +210,8 @@ class ForwardParams:
     def sequences(self) -> SequenceParams: ...
     @property
     def scores(self) -> ScoreParams: ...
+    @property
+    def dropout(self) -> DropoutParams: ...
     @property
     def scheduler(self) -> SchedulerParams: ...
 
@@ -235,6 +242,8 @@ class BackwardParams:
     def sequences(self) -> SequenceParams: ...
     @property
     def scores(self) -> ScoreParams: ...
+    @property
+    def dropout(self) -> DropoutParams: ...
     @property
     def scheduler(self) -> SchedulerParams: ...
 

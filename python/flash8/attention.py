@@ -244,7 +244,8 @@ def attend(
     require_bool("return_attn_probs", return_lse)
     if is_autocast_on():
         arguments = _cast_for_autocast(arguments)
-    may_be_cached = dropout_seed is None
+    arguments = _with_seed(arguments, dropout_seed)
+    may_be_cached = dropout_seed is None or "dropout_seed" in arguments
     done = plan_cache.find(arguments, return_lse) if may_be_cached else None
     if done is not None:
         return done  # type: ignore[no-any-return]
@@ -260,11 +261,13 @@ def attend(
     window_left, window_right = checks.window(arguments["window_size"])
     options = Options.of(arguments)._replace(window_left=window_left, window_right=window_right)
     geometry, options = checks.attention(q, k, v, qv, s_aux, out, options, names)
-    seed = None
-    if dropout_seed is not None:
-        seed = checks.dropout_seed_tensor(dropout_seed, q.device)
-    if options.dropout_p > 0.0:
-        options = options._replace(dropout_seed=draw_seed(q.device) if seed is None else seed)
+    if options.dropout_seed is None:
+        seed = None
+        if dropout_seed is not None:
+            seed = checks.dropout_seed_tensor(dropout_seed, q.device)
+        if options.dropout_p > 0.0:
+            options = options._replace(dropout_seed=draw_seed(q.device) if seed is None else seed)
+            may_be_cached = False  # a plan points to arguments only
     options = ops.resolve_num_splits(q, geometry, options)
     if may_be_cached:
         done = plan_cache.launch(arguments, options, return_lse)
@@ -272,6 +275,19 @@ def attend(
             return done  # type: ignore[no-any-return]
     o, lse, _, _ = call_by(names, ops.run_forward, q, k, v, qv, s_aux, out, options)
     return (o, lse) if return_lse else o
+
+
+def _with_seed(arguments: Arguments, dropout_seed: Any) -> Arguments:
+    """With the seed of dropout as one more argument, a tensor that a plan may point to, where the
+    call is for kernels. Where none is given it is drawn."""
+    p, q = arguments.get("dropout_p"), arguments["q"]
+    if type(p) is not float or not 0.0 < p < 1.0 or not plan_cache.may_launch(q):
+        return arguments
+    if dropout_seed is None:
+        seed = draw_seed(q.device)
+    else:
+        seed = checks.dropout_seed_tensor(dropout_seed, q.device)
+    return {**arguments, "dropout_seed": seed}
 
 
 def _cast_for_autocast(arguments: Arguments) -> Arguments:

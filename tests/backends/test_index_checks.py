@@ -120,7 +120,7 @@ def test_an_append_of_quantized_rows(wanted):
 
 
 def test_no_call_is_a_hit_meanwhile(wanted):
-    assert not plan_cache._may_launch(rows(1, 4))
+    assert not plan_cache.may_launch(rows(1, 4))
 
 
 def test_nothing_is_read_where_it_is_not_wanted(monkeypatch):

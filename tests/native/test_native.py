@@ -79,6 +79,7 @@ def test_layout_of_abi_version_6():
         "ChannelRef": (24, 8),
         "SequenceParams": (80, 8),
         "ScoreParams": (48, 8),
+        "DropoutParams": (16, 8),
         "SchedulerParams": (24, 8),
         "ForwardParams": (896, 64),
         "BackwardParams": (1088, 64),

@@ -19,6 +19,7 @@ from flash8.backends.hopper import forward as hopper
 from flash8.call.options import Options
 from flash8.ops import attention as ops
 from flash8.ops import plan_cache
+from flash8.tensors.philox import draw_seed
 from plan_cache_cases import CALLS, ENDS, addresses, clear, draw, without_addresses
 from simulated_device import missing_compiler
 
@@ -321,13 +322,41 @@ class Named(torch.Tensor):
 
 @pytest.mark.filterwarnings("ignore:flash8 has no compiled kernel")
 def test_a_plan_is_kept_for_no_call_that_it_did_not_serve(fake, on_fake_driver):
-    """Dropout has no kernel; what lies at its output was filled by one before."""
+    """Splits have no kernel; what lies at its output was filled by one before."""
     q, k, v = draw()
     out = torch.empty_like(q)
     ops.run_forward(q, k, v, None, None, out, Options())
     for _ in range(2):
-        flash_attn_func(q, k, v, dropout_p=0.1, out=out)
+        flash_attn_func(q, k, v, num_splits=2, out=out)
     assert len(fake.launches) == 1
+
+
+def test_the_seed_of_dropout_is_an_argument(fake, on_fake_driver, misses):
+    q, k, v = draw()
+    seeds = [torch.tensor([n]) for n in range(3)]
+    for seed in seeds:
+        flash_attn_func(q, k, v, dropout_p=0.1, dropout_seed=seed)
+    given = [addresses(fake.parameter(i), "dropout")[0] for i in range(3)]
+    assert given == [seed.data_ptr() for seed in seeds]
+    assert len(misses) == 1
+    flash_attn_func(q, k, v, dropout_p=0.2, dropout_seed=seeds[0])
+    flash_attn_func(q, k, v)
+    assert len(misses) == 3
+
+
+def test_a_seed_that_is_drawn_is_drawn_for_every_launch(fake, on_fake_driver, misses):
+    q, k, v = draw()
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    flash_attn_func(q, k, v, dropout_p=0.1)
+    flash_attn_func(q, k, v, dropout_p=0.1)
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    for _ in range(2):
+        draw_seed(q.device)
+    assert torch.equal(after, torch.get_rng_state())
+    torch.set_rng_state(state)
+    assert len(misses) == 1 and len(fake.launches) == 2
 
 
 def test_a_launch_that_fails_leaves_nothing_behind(fake, on_fake_driver, misses):

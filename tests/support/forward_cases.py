@@ -181,9 +181,20 @@ def reference(call: Call, dtype: torch.dtype = torch.float64) -> tuple[Tensor, T
             call.softcap,
             slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[used.index],
             sink=None if call.s_aux is None else call.s_aux.double(),
+            keep=kept(call, used.index, q.shape[0], k.shape[0]),
+            dropout_p=call.dropout_p,
         )
         lse[(*used.queries[:-1], slice(None), used.queries[-1])] = rows_lse.double()
     return o, lse
+
+
+def kept(call: Call, index: int, seqlen_q: int, seqlen_k: int) -> Tensor | None:
+    """What dropout keeps of a sequence's probabilities, (heads, seqlen_q, seqlen_k)."""
+    if call.dropout_p == 0.0:
+        return None
+    sizes = call.q.shape[-2], seqlen_q, seqlen_k
+    keep = oracle.dropout_keep(call.dropout_seed, index, *sizes, call.dropout_p)
+    return torch.from_numpy(keep)
 
 
 def compare(call: Call, o: Tensor, lse: Tensor) -> None:

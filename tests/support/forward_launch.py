@@ -39,6 +39,8 @@ class Call:
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
     s_aux: Tensor | None = None
+    dropout_p: float = 0.0
+    dropout_seed: int = 0
     # e4m3 only. descales by name: scalar, (batch, heads) or (batch, heads, blocks)
     descales: dict[str, Tensor] = field(default_factory=dict)
     v_mean: Tensor | None = None  # (batch, heads_kv, head_dim_v)
@@ -116,6 +118,13 @@ class Launch:
         if call.s_aux is not None:
             scores.sinks = self.upload(call.s_aux).address
 
+    def dropout(self, dropout: _native.DropoutParams, call: Call) -> None:
+        if call.dropout_p > 0.0:
+            seed = torch.tensor([call.dropout_seed], dtype=torch.int64)
+            dropout.seed = self.upload(seed).address
+            dropout.threshold = round(call.dropout_p * 65536)
+            dropout.keep_scale = 1.0 / (1.0 - call.dropout_p)
+
     def upload(self, x: Tensor) -> Uploaded:
         data = x.contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b""
         memory = Uploaded(self._driver, data)
@@ -161,6 +170,7 @@ class ForwardKernel:
         params.head_dim, params.head_dim_v = call.q.shape[-1], call.v.shape[-1]
         given.sequences(params.sequences, call)
         given.scores(params.scores, call)
+        given.dropout(params.dropout, call)
         _descales(given, params, call)
         counter = given.upload(torch.tensor([schedule.first_draw, 0], dtype=torch.int32))
         params.scheduler.tile_count = counter.address if schedule.dynamic else 0

@@ -80,6 +80,10 @@ CALLS: dict[str, Call] = {
     "strided": lambda q, k, v: flash_attn_func(q[:, ::2], k[:, 1:], v[:, 1:], causal=True),
     "sinks": lambda q, k, v: flash_attn_func(q, k, v, causal=True, s_aux=SINKS),
     "sinks in bf16": lambda q, k, v: flash_attn_func(q, k, v, s_aux=SINKS.bfloat16()),
+    "dropout": lambda q, k, v: flash_attn_func(q, k, v, causal=True, dropout_p=0.1),
+    "dropout by a seed": lambda q, k, v: flash_attn_func(
+        q, k, v, dropout_p=0.1, dropout_seed=torch.tensor([3])
+    ),
     "slopes": lambda q, k, v: flash_attn_func(q, k, v, causal=True, alibi_slopes=SINKS),
     "slopes of sequences": lambda q, k, v: flash_attn_func(q, k, v, alibi_slopes=_factors(2, 4)),
     "used": lambda q, k, v: flash_attn_varlen_func(
@@ -131,7 +135,7 @@ _ADDRESSES = (
     *("k_mean", "v_mean", "v_channel_descale"),
     *("sequences.cu_seqlens_q", "sequences.cu_seqlens_k"),
     *("sequences.seqused_q", "sequences.seqused_k"),
-    *("scores.sinks", "scores.alibi_slopes"),
+    *("scores.sinks", "scores.alibi_slopes", "dropout"),
 )
 
 

@@ -33,7 +33,7 @@ _MOST_PLANS = 4096
 _OP = "flash8::forward"  # what profilers call a launch
 
 
-def _may_launch(q: Any) -> bool:
+def may_launch(q: Any) -> bool:
     """Whether a call with this q is for kernels, and nobody has to see the torch op."""
     return (
         isinstance(q, Tensor)
@@ -45,7 +45,7 @@ def _may_launch(q: Any) -> bool:
 
 def find(arguments: Arguments, return_lse: bool) -> Any:
     """A hit: what the call returns, launched. None on a miss, and nothing was done."""
-    if not _may_launch(arguments["q"]):
+    if not may_launch(arguments["q"]):
         return None
     run = _plan_cache().run
     if is_profiled():
@@ -62,7 +62,7 @@ def find(arguments: Arguments, return_lse: bool) -> Any:
 def launch(arguments: Arguments, options: Options, return_lse: bool) -> Any:
     """After a miss: plans the call, launches it, keeps the plan and returns what the call does.
     `options` are its own, checked. None where no kernel serves it, and nothing was done."""
-    if not _may_launch(arguments["q"]):
+    if not may_launch(arguments["q"]):
         return None
     hopper, cache = _hopper(), _plan_cache()
     registry = hopper.kernels.registry()

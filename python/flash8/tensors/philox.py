@@ -51,7 +51,12 @@ def keep_mask(
     words = philox(counter, (seed & MASK32, (seed >> 32) & MASK32))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     values = torch.stack(torch.broadcast_tensors(*halves), dim=-1)  # (..., M, draws, 8)
-    return values.flatten(-2)[..., : end - begin] >= round(p * 65536)
+    return values.flatten(-2)[..., : end - begin] >= threshold(p)
+
+
+def threshold(p: float) -> int:
+    """The least of the 65536 values that keeps its element when a share p of them is dropped."""
+    return round(p * 65536)
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -70,6 +70,7 @@ template <class Call>
 void def_call(py::class_<Call>& type) {
     type.def_property_readonly("sequences", [](Call& self) { return &self.sequences; })
         .def_property_readonly("scores", [](Call& self) { return &self.scores; })
+        .def_property_readonly("dropout", [](Call& self) { return &self.dropout; })
         .def_property_readonly("scheduler", [](Call& self) { return &self.scheduler; })
         .def_readwrite("heads_q", &Call::heads_q)
         .def_readwrite("heads_kv", &Call::heads_kv)

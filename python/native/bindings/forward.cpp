@@ -41,6 +41,13 @@ void bind_scores(py::module_& module) {
         .def_readwrite("alibi_batch_stride", &S::alibi_batch_stride);
 }
 
+void bind_dropout(py::module_& module) {
+    using S = DropoutParams;
+    py::class_<S> type(module, "DropoutParams", "Which probabilities are kept.");
+    def_address(type, "seed", &S::seed);
+    type.def_readwrite("threshold", &S::threshold).def_readwrite("keep_scale", &S::keep_scale);
+}
+
 void bind_scheduler(py::module_& module) {
     using S = SchedulerParams;
     py::class_<S> type(module, "SchedulerParams", "How tiles are handed out.");
@@ -76,6 +83,7 @@ void bind_forward(py::module_& module) {
 void bind_calls(py::module_& module) {
     bind_sequences(module);
     bind_scores(module);
+    bind_dropout(module);
     bind_scheduler(module);
     bind_forward(module);
 }

@@ -58,6 +58,11 @@ StructLayout score_params() {
                                      FIELD(window_left), FIELD(window_right), FIELD(attention_chunk)});
 }
 
+StructLayout dropout_params() {
+    using T = DropoutParams;
+    return layout<T>("DropoutParams", {FIELD(seed), FIELD(threshold), FIELD(keep_scale)});
+}
+
 StructLayout scheduler_params() {
     using T = SchedulerParams;
     return layout<T>("SchedulerParams", {FIELD(tile_count), FIELD(max_m_blocks), FIELD(heads_per_section),
@@ -89,7 +94,7 @@ StructLayout forward_params() {
                                        FIELD(head_dim_v),
                                        FIELD(o_type),
                                        FIELD(heads_per_q_descale),
-                                       FIELD(reserved)});
+                                       FIELD(dropout)});
 }
 
 StructLayout backward_params() {
@@ -127,6 +132,7 @@ StructLayout backward_params() {
                                         FIELD(head_dim_v),
                                         FIELD(head_splits),
                                         FIELD(zero),
+                                        FIELD(dropout),
                                         FIELD(reserved)});
 }
 
@@ -207,9 +213,10 @@ StructLayout kernel_info() {
 }  // namespace
 
 std::vector<StructLayout> struct_layouts() {
-    return {tensor_map(),      tensor_ref(),    descale_ref(),      row_ref(),        channel_ref(),
-            sequence_params(), score_params(),  scheduler_params(), forward_params(), backward_params(),
-            group_ref(),       append_params(), quantize_params(),  tma_box(),        kernel_info()};
+    return {tensor_map(),       tensor_ref(),      descale_ref(),     row_ref(),
+            channel_ref(),      sequence_params(), score_params(),    dropout_params(),
+            scheduler_params(), forward_params(),  backward_params(), group_ref(),
+            append_params(),    quantize_params(), tma_box(),         kernel_info()};
 }
 
 }  // namespace flash8

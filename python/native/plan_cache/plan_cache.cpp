@@ -39,6 +39,7 @@ constexpr Argument kTensors[] = {
     {"seqused_q", offsetof(ForwardParams, sequences.seqused_q)},
     {"seqused_k", offsetof(ForwardParams, sequences.seqused_k)},
     {"alibi_slopes", offsetof(ForwardParams, scores.alibi_slopes)},
+    {"dropout_seed", offsetof(ForwardParams, dropout.seed)},
 };
 
 void put_address(ForwardParams& params, std::size_t place, std::uintptr_t address) {

@@ -27,17 +27,20 @@ BF16 = ForwardVariant("bf16", 128, 128)
 CAPPED = ForwardVariant("fp16", 64, 64, softcap=True)
 HEAD = ForwardVariant("e4m3", 128, 128, scales="head")
 BLOCK = ForwardVariant("e4m3", 128, 128, scales="block")
+DROPPED = ForwardVariant("bf16", 128, 128, mask="causal", dropout=True)
 OTHERS = (
     ForwardVariant("fp16", 64, 64, mask="local", alibi=True, pack_gqa=True),
     ForwardVariant("bf16", 64, 64, mask="local", alibi=True),
     ForwardVariant("e4m3", 64, 64, mask="causal", scales="block", alibi=True),
     replace(HEAD, alibi=True, v_colmajor=True),
     replace(HEAD, pack_gqa=True),
+    DROPPED,
     replace(BLOCK, cluster=True, v_colmajor=True),
 )
 SLOW = (
     replace(BF16, mask="causal", alibi=True),
     replace(BLOCK, alibi=True),
+    replace(HEAD, dropout=True),
     ForwardVariant("e4m3", 192, 128, scales="head", cluster=True, v_colmajor=True),
 )
 DEFAULT = (*SHIPPED_BY_DEFAULT, OTHERS[0], OTHERS[-1])
@@ -124,6 +127,7 @@ CALLS = {
     "softcap missing": (CAPPED, attend(*draw(torch.float16, 64), softcap=2.0), "LSE is off"),
     "another head's slope": (SLOPED, bf16(**SLOPES), "LSE is off"),
     "sinks ignored": (BF16, bf16(**SINKS), "LSE is"),
+    "dropout ignored": (DROPPED, bf16(causal=True, dropout_p=0.5, dropout_seed=7), "O is off"),
     "another KV head": (BF16, bf16(), "off"),
     "unused rows unwritten": (BF16, packed_bf16, "rows are not written"),
     "descales swapped": (HEAD, e4m3("head"), "LSE is off"),
@@ -146,6 +150,8 @@ PTX_EDITS = {
     "softcap missing": (rb"tanh\.approx\.f32", b"mov.f32"),
     "counter left": (rb"atom\.global\.exch[^;]*;", b""),
     "a trap": (rb"\bret;", b"trap; ret;"),
+    # One of the multipliers of Philox.
+    "dropout ignored": (rb"(mul\.wide\.u32[^;]*), -766435501;", rb"\1, 0;"),
 }
 
 

@@ -11,17 +11,18 @@ def every_variant():
     """All choices over a few head dimensions."""
     flags = (False, True)
     for dtype, scales in (("fp16", "none"), ("bf16", "none"), ("e4m3", "head"), ("e4m3", "block")):
-        for dims, mask, softcap, pack_gqa, alibi in itertools.product(
+        for dims, mask, softcap, pack_gqa, alibi, dropout in itertools.product(
             ((64, 64), (128, 128), (192, 128), (128, 64)),
             ("none", "causal", "local"),
             flags,
             flags,
             flags,
+            flags,
         ):
             choices = (dtype, *dims, mask, softcap, pack_gqa, scales, alibi)
-            yield ForwardVariant(*choices)
+            yield ForwardVariant(*choices, dropout=dropout)
             if mask == "none" and dtype != "e4m3":
-                yield ForwardVariant(*choices, cluster=True)
+                yield ForwardVariant(*choices, cluster=True, dropout=dropout)
 
 
 def test_names_and_defines_tell_variants_apart():
@@ -45,6 +46,7 @@ def test_names_and_defines_of_one():
         "FLASH8_ALIBI": "0",
         "FLASH8_CLUSTER": "0",
         "FLASH8_V_COLMAJOR": "0",
+        "FLASH8_DROPOUT": "0",
     }
     assert variant.unit().label == variant.name
 

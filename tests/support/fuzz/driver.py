@@ -113,7 +113,7 @@ def good(rng: random.Random) -> targets.Target:
         return_attn_probs=rng.random() < 0.5,
         s_aux=rng.choice([None, torch.ones(4)]),
         alibi_slopes=rng.choice([None, torch.ones(4), torch.ones(2, 4)]),
-        dropout_p=0.0,
+        dropout_p=rng.choice([0.0, 0.0, 0.1]),
         out=None,
         q_descale=None,
         k_descale=None,

@@ -6,6 +6,7 @@ from torch import Tensor
 from flash8 import _native
 from flash8.backends.hopper.variants import Mask
 from flash8.call.options import Options
+from flash8.tensors.philox import threshold
 
 INT32_MAX = 2**31 - 1
 _TMA_UNIT = 16  # bytes: of addresses and strides
@@ -82,7 +83,7 @@ def indices_of(options: Options) -> dict[str, Tensor]:
 def describe(
     call: Call, q: Tensor, k: Tensor, indices: dict[str, Tensor], options: Options
 ) -> None:
-    """Head counts, sequences and scores of a call, but for `describe_scores`."""
+    """Head counts, sequences, scores and dropout of a call, but for `describe_scores`."""
     call.heads_q, call.heads_kv = q.shape[-2], k.shape[-2]
     call.head_dim = q.shape[-1]
     sequences, scores = call.sequences, call.scores
@@ -102,6 +103,10 @@ def describe(
     scores.softcap = options.softcap
     scores.window_left, scores.window_right = options.window_left, options.window_right
     scores.attention_chunk = options.attention_chunk
+    if options.dropout_seed is not None:
+        call.dropout.seed = options.dropout_seed.data_ptr()
+        call.dropout.threshold = threshold(options.dropout_p)
+        call.dropout.keep_scale = 1.0 / (1.0 - options.dropout_p)
 
 
 def describe_scores(call: Call, s_aux: Tensor | None, options: Options) -> list[Tensor]:

@@ -42,8 +42,8 @@ def refusal(
     for name, given in (
         ("qv", qv is not None),
         ("page_table", options.page_table is not None),
-        ("dropout_p", options.dropout_p > 0.0),
         ("num_splits", options.num_splits > 1),
+        ("dropout without a seed", options.dropout_p > 0.0 and options.dropout_seed is None),
     ):
         if given:
             return f"{name} has no kernel yet"
@@ -144,6 +144,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> ForwardVariant:
         forward_fp8.scales(options) if q.dtype == E4M3 else "none",
         cluster,
         options.v_colmajor_tokens is not None,
+        options.dropout_p > 0.0,
     )
 
 
@@ -213,6 +214,7 @@ def _variant(
     scales: Scales,
     cluster: bool,
     v_colmajor: bool,
+    dropout: bool,
 ) -> ForwardVariant:
     """The variant for these choices, made once per process."""
     return ForwardVariant(
@@ -226,4 +228,5 @@ def _variant(
         scales=scales,
         cluster=cluster,
         v_colmajor=v_colmajor,
+        dropout=dropout,
     )

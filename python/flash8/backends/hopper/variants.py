@@ -31,6 +31,7 @@ class ForwardVariant:
         pack_gqa: Whether the query heads of one KV head share a tile.
         scales: Granularity of the descales of e4m3: one per (batch, head), or one per block.
         alibi: Whether scores fall with the distance between query and key.
+        dropout: Whether probabilities are dropped.
         cluster: Whether two CTAs load K and V together; without a mask only.
         v_colmajor: Whether v of e4m3 has keys innermost, as the quantizer writes it.
 
@@ -48,6 +49,7 @@ class ForwardVariant:
     alibi: bool = False
     cluster: bool = False
     v_colmajor: bool = False
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -80,6 +82,7 @@ class ForwardVariant:
         parts += [self.mask] if self.mask != "none" else []
         parts += ["softcap"] if self.softcap else []
         parts += ["alibi"] if self.alibi else []
+        parts += ["dropout"] if self.dropout else []
         parts += ["packgqa"] if self.pack_gqa else []
         parts += ["cluster"] if self.cluster else []
         parts += ["vcolmajor"] if self.v_colmajor else []

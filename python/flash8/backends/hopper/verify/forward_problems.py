@@ -25,6 +25,7 @@ _DTYPES: dict[Element, torch.dtype] = {
 }
 _HEADS, _HEADS_KV = 4, 2
 SOFTCAP = 1.5
+_DROPOUT_P = 0.2
 _UNIT = 32.0  # of e4m3 values, which then use the range; the descales are about its inverse
 _MANY = 1 << 30  # a margin that leaves one CTA, or one cluster, to walk over all tiles
 
@@ -92,6 +93,8 @@ class _Draw:
             window_right={"none": -1, "causal": 0, "local": 21}[variant.mask],
             softcap=SOFTCAP if variant.softcap else 0.0,
             alibi_slopes=self._uniform(_HEADS) * 0.1 if variant.alibi else None,
+            dropout_p=_DROPOUT_P if variant.dropout else 0.0,
+            dropout_seed=self._seed() if variant.dropout else None,
             **self._lengths(),
             **(self._fp8() if float8 else {}),
         )
@@ -123,13 +126,15 @@ class _Draw:
         """Descales that differ everywhere, and means. One problem has Q's by KV head, as in FA3."""
         variant, batch = self._variant, len(self._queries)
         heads_q = _HEADS_KV if variant.scales == "head" and self._packed else _HEADS
-        found = {
+        found: dict[str, Tensor | None] = {
             "q_descale": self._descale(heads_q, self._queries),
             "k_descale": self._descale(_HEADS_KV, self._keys),
             "v_descale": self._descale(_HEADS_KV, self._keys),
             "v_mean": self._normal(batch, _HEADS_KV, variant.head_dim_v) * 0.2,
             "v_channel_descale": self._uniform(batch, _HEADS_KV, variant.head_dim_v) + 0.5,
         }
+        if variant.dropout:  # the weights that it leaves do not sum to 1
+            found["v_mean"] = None
         if not variant.softcap:  # the cap is of scores that the mean belongs to
             found["k_mean"] = self._normal(batch, _HEADS_KV, variant.head_dim) * 0.5
         return found
@@ -167,7 +172,7 @@ class _Draw:
         k = k.double() * of_k.spread_descale(options.k_descale, k)  # type: ignore[arg-type]
         v = v.double() * of_k.spread_descale(options.v_descale, v)  # type: ignore[arg-type]
         v = v * of_k.spread(options.v_channel_descale, v)  # type: ignore[arg-type]
-        v = v + of_k.spread(options.v_mean, v)  # type: ignore[arg-type]
+        v = v if options.v_mean is None else v + of_k.spread(options.v_mean, v)
         return q, k if options.k_mean is None else k + of_k.spread(options.k_mean, k), v
 
     def _uniform(self, *shape: int) -> Tensor:
@@ -177,6 +182,11 @@ class _Draw:
     def _normal(self, *shape: int) -> Tensor:
         x = torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu")
         return x.to(self._device)
+
+    def _seed(self) -> Tensor:
+        """With bits in both halves."""
+        bits = torch.randint(2**62, (1,), generator=self._generator, dtype=torch.int64)
+        return bits.to(self._device)
 
     def _int32(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self._device)
