@@ -195,20 +195,24 @@ ROWS = (
         [cached(E4M3, BF16, **per_head()), cached(E4M3, FP16, **per_head())],
     ),
     Row(
-        "backward, 16-bit: dense, packed, masks, softcap, ALiBi, sinks, deterministic",
+        "backward, 16-bit: dense, packed, masks, softcap, ALiBi, sinks, dropout, deterministic",
         BackwardVariant,
         [
             *(trained(), trained(softcap=2.0), trained(window_size=(8, 2)), trained(dim=256)),
             *(trained(dim=72), trained(deterministic=True), trained(alibi_slopes=torch.ones(4))),
-            *(trained(s_aux=torch.ones(4)), packed(leaf=True)),
+            *(
+                trained(s_aux=torch.ones(4)),
+                packed(leaf=True),
+                trained(dropout_p=0.5, dropout_seed=1),
+            ),
             trained_fp8(fp8.CurrentScaling()),
         ],
     ),
     Row(
-        "backward: head_dim above 256, fp32, fp64; dropout; `fp8_attention` with FP8 products",
+        "backward: head_dim above 256, fp32, fp64; `fp8_attention` with FP8 products",
         BackwardVariant,
         [
-            *(trained(dim=264), trained(dtype=FP32), trained(dropout_p=0.5, dropout_seed=1)),
+            *(trained(dim=264), trained(dtype=FP32)),
             trained_fp8(fp8.CurrentScaling(backward="fp8")),
         ],
     ),

@@ -7,6 +7,7 @@
 #include "../arch/registers.cuh"
 #include "../arch/smem_layout.cuh"
 #include "../arch/wgmma_m64n48.cuh"
+#include "../attention/dropout.cuh"
 #include "key_tile.cuh"
 #include "variant.cuh"
 
@@ -35,6 +36,7 @@ struct BackwardConfig : BackwardVariant {
     static constexpr auto kMask = MaskMode::FLASH8_MASK;
     static constexpr bool kSoftcap = FLASH8_SOFTCAP;
     static constexpr bool kAlibi = FLASH8_ALIBI;
+    static constexpr bool kDropout = FLASH8_DROPOUT;
     static constexpr bool kStageDq = DqChoice::FLASH8_DQ == DqChoice::kStaged;
     // dQ of a block is added up in the order of the keys, so that it always has the same bits.
     static constexpr bool kDeterministic = FLASH8_DETERMINISTIC;
@@ -154,8 +156,18 @@ struct PStorage<Config, true> {
     Pipeline<1> pipeline_p;
 };
 
+// The seed of dropout, read once a CTA.
+template <bool kUsed>
+struct SeedStorage {};
+template <>
+struct SeedStorage<true> {
+    PhiloxKey seed;
+};
+
 template <class Config>
-struct SharedStorage : DqStorage<Config, Config::kStageDq>, PStorage<Config, Config::kSplitChannels> {
+struct SharedStorage : DqStorage<Config, Config::kStageDq>,
+                       PStorage<Config, Config::kSplitChannels>,
+                       SeedStorage<Config::kDropout> {
     using Element = typename Config::Element;
 
     alignas(1024) Element k[Config::kBlockN * Config::kHeadDim];

@@ -11,7 +11,7 @@
 namespace flash8 {
 
 // Every key of the sequence in this block is written: zero where it is not used or nobody sees it. dK still
-// lacks the softmax scale.
+// lacks the softmax scale, dV that of dropout.
 template <class Config, class Dk, class Dv>
 __device__ __forceinline__ void store_dk_dv(BackwardParams const& params, SharedStorage<Config> const& shared,
                                             Dk const& dk, Dv const& dv) {
@@ -30,6 +30,7 @@ __device__ __forceinline__ void store_dk_dv(BackwardParams const& params, Shared
     int const warpgroup = Config::kSplitChannels ? thread_number() / 128 - 1 : 0;
     int const first_dk = warpgroup * Config::kColumnsDk;
     int const first_dv = warpgroup * Config::kColumnsDv;
+    float const dv_scale = Config::kDropout ? params.dropout.keep_scale : 1.0f;
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
         int const key = thread_key<Config>() + 8 * r;
@@ -41,7 +42,7 @@ __device__ __forceinline__ void store_dk_dv(BackwardParams const& params, Shared
         uint16_t* const dv_row = row_of(params.dv, tile.info.batch_k, target, tile.head_kv) + first_dv;
         store_row<Element, Config::kColumnsDk>(dk_row, inside, used, dk, r, params.scores.softmax_scale,
                                                params.head_dim - first_dk);
-        store_row<Element, Config::kColumnsDv>(dv_row, inside, used, dv, r, 1.0f,
+        store_row<Element, Config::kColumnsDv>(dv_row, inside, used, dv, r, dv_scale,
                                                params.head_dim_v - first_dv);
     }
 }

@@ -13,6 +13,7 @@
 #include "../arch/swizzled_tile.cuh"
 #include "config.cuh"
 #include "dq_store.cuh"
+#include "kept.cuh"
 #include "operands.cuh"
 #include "probabilities.cuh"
 #include "query_walk.cuh"
@@ -59,12 +60,14 @@ class Mainloop {
         KeyTile const& tile = shared_.tile;
         shared_.pipeline_kv.wait(PipelineState<1>{});
         slope_ = Probabilities<Config>::slope(params_, tile, 0);
+        kept_.next_head(params_, tile, 0);
         walk_query_blocks<Config::kMask>(
             tile,
             [&](auto masked, auto first, int m_block)
                 __attribute__((always_inline)) { step<masked, first>(m_block, s, pool, p, dk, dv); },
             [&](int head, int blocks) __attribute__((always_inline)) {
                 slope_ = Probabilities<Config>::slope(params_, tile, head);
+                kept_.next_head(params_, tile, head);
                 dq_store_.next_head(blocks);
             });
         finish(pool, p, dk);
@@ -77,16 +80,17 @@ class Mainloop {
         auto dq =
             cute::make_tensor(pool.data() + kDqAt, typename Config::template LayoutC<Config::kDqColumns>{});
         State const before = former(now_);
+        int const first_query = m_block * Config::kBlockM;
+        // While no product of this warpgroup is in flight: then its accumulators leave registers.
+        kept_.draw(params_, shared_, first_query);
         shared_.pipeline_q.wait(now_);
         operands_.issue_s(now_.stage, s);
-        if constexpr (kFirst) {
-            cute::warpgroup_wait<0>();
-        } else {
+        if constexpr (!kFirst) {
             operands_.issue_dk(before.stage, p, dk);
             shared_.pipeline_ds.wait(before);
             operands_.issue_dq(before.stage, dq);
-            cute::warpgroup_wait<2>();
         }
+        cute::warpgroup_wait<kFirst ? 0 : 2>();
         cute::warpgroup_fence_operand(s);
         auto const finish_dk = [&]() __attribute__((always_inline)) {
             if constexpr (!kFirst) {
@@ -96,12 +100,11 @@ class Mainloop {
                 shared_.pipeline_q.release(before);
             }
         };
-        int const first_query = m_block * Config::kBlockM;
         float const* const lse = shared_.stats[now_.stage].lse;
         if constexpr (Config::kSoftcap) {
             shared_.pipeline_do.wait(now_);
             finish_dk();  // P goes where dS still is: there are no registers for the factors of both
-            Probabilities<Config>::template make_capped<kMasked>(s, p, shared_, lse, first_query,
+            Probabilities<Config>::template make_capped<kMasked>(s, p, kept_, shared_, lse, first_query,
                                                                  params_.scores, slope_);
         } else {
             Probabilities<Config>::template make<kMasked>(s, shared_, lse, first_query, params_.scores,
@@ -156,9 +159,10 @@ class Mainloop {
             float2 const two = *reinterpret_cast<float2 const*>(d + 8 * eight);
 #pragma unroll
             for (int r = 0; r < kRowsPerThread; ++r) {
-                words(2 * eight + r) =
-                    pack<Element>((dp(4 * i + 2 * r) - two.x) * s(4 * eight + 2 * r),
-                                  (dp(4 * i + 2 * r + 1) - two.y) * s(4 * eight + 2 * r + 1));
+                int const at = 4 * eight + 2 * r;
+                float const low = kept_.gradient(params_, dp(4 * i + 2 * r), at);
+                float const high = kept_.gradient(params_, dp(4 * i + 2 * r + 1), at + 1);
+                words(2 * eight + r) = pack<Element>((low - two.x) * s(at), (high - two.y) * s(at + 1));
             }
         }
         uint32_t const rows = ds_rows_ + now_.stage * (Config::kElementsDs * sizeof(Element));
@@ -185,11 +189,11 @@ class Mainloop {
         shared_.pipeline_q.release(before);
     }
 
-    __device__ __forceinline__ static void convert_p(AccumulatorS const& s, OperandP& p) {
+    __device__ __forceinline__ void convert_p(AccumulatorS const& s, OperandP& p) const {
         auto words = cute::recast<uint32_t>(p);
 #pragma unroll
         for (int i = 0; i < cute::size(words); ++i) {
-            words(i) = pack<Element>(s(2 * i), s(2 * i + 1));
+            words(i) = pack<Element>(kept_.keep(s(2 * i), 2 * i), kept_.keep(s(2 * i + 1), 2 * i + 1));
         }
     }
 
@@ -200,6 +204,7 @@ class Mainloop {
     uint32_t ds_rows_;
     State now_;  // of Q, dO and dS
     float slope_ = 0.0f;
+    Kept<Config> kept_;
 };
 
 }  // namespace flash8

@@ -11,6 +11,7 @@
 #include "../arch/swizzled_tile.cuh"
 #include "config.cuh"
 #include "dq_store.cuh"
+#include "kept.cuh"
 #include "operands_split.cuh"
 #include "probabilities.cuh"
 #include "query_walk.cuh"
@@ -52,12 +53,14 @@ class MainloopSplit {
         KeyTile const& tile = shared_.tile;
         shared_.pipeline_kv.wait(PipelineState<1>{});
         slope_ = Probabilities<Config>::slope(params_, tile, 0);
+        kept_.next_head(params_, tile, 0);
         walk_query_blocks<Config::kMask>(
             tile,
             [&](auto masked, auto first, int m_block)
                 __attribute__((always_inline)) { step<masked, first>(m_block, s, dp, dq, dk, dv); },
             [&](int head, int blocks) __attribute__((always_inline)) {
                 slope_ = Probabilities<Config>::slope(params_, tile, head);
+                kept_.next_head(params_, tile, head);
                 dq_store_.next_head(blocks);
             });
         finish(dq, dk);
@@ -72,16 +75,16 @@ class MainloopSplit {
         auto const state_do = in_ring_of<Config::kStagesDo>(now_);
         shared_.pipeline_q.wait(now_);
         operands_.issue_s(now_.stage, s);
-        if constexpr (kFirst) {
-            cute::warpgroup_wait<0>();
-        } else {
+        if constexpr (!kFirst) {
             shared_.pipeline_ds.wait(before);
             operands_.issue_dk(before.stage, dk);
             operands_.issue_dq(before.stage, 0, dq);
-            cute::warpgroup_wait<2>();
         }
+        int const first_query = m_block * Config::kBlockM + first_query_;
+        kept_.draw(params_, shared_, first_query);
+        cute::warpgroup_wait<kFirst ? 0 : 2>();
         cute::warpgroup_fence_operand(s);
-        make_p<kMasked>(m_block, s);
+        make_p<kMasked>(first_query, s);
         shared_.pipeline_p.commit(once);
         shared_.pipeline_do.wait(state_do);
         if constexpr (!kFirst) {
@@ -108,7 +111,7 @@ class MainloopSplit {
         cute::warpgroup_wait<kLastDq>();
         cute::warpgroup_fence_operand(dv);
         shared_.pipeline_do.release(state_do);
-        write(shared_.ds + now_.stage * Config::kElementsDs, dp);
+        write(shared_.ds + now_.stage * Config::kElementsDs, dp, All{});
         shared_.pipeline_ds.commit(now_);
         if constexpr (kLastDq > 0) {
             cute::warpgroup_wait<0>();
@@ -120,18 +123,17 @@ class MainloopSplit {
 
     // P to shared memory; what dP - D is multiplied with stays in `s`.
     template <bool kMasked>
-    __device__ __forceinline__ void make_p(int m_block, AccumulatorS& s) {
+    __device__ __forceinline__ void make_p(int first_query, AccumulatorS& s) {
         float const* const lse = shared_.stats[now_.stage].lse + first_query_;
-        int const first_query = m_block * Config::kBlockM + first_query_;
         if constexpr (Config::kSoftcap) {
             auto p = cute::make_tensor<Element>(typename Config::LayoutP{});
-            Probabilities<Config>::template make_capped<kMasked>(s, p, shared_, lse, first_query,
+            Probabilities<Config>::template make_capped<kMasked>(s, p, kept_, shared_, lse, first_query,
                                                                  params_.scores, slope_);
             write_words(shared_.p, cute::recast<uint32_t>(p));
         } else {
             Probabilities<Config>::template make<kMasked>(s, shared_, lse, first_query, params_.scores,
                                                           slope_);
-            write(shared_.p, s);
+            write(shared_.p, s, kept_);
         }
     }
 
@@ -143,18 +145,24 @@ class MainloopSplit {
 #pragma unroll
             for (int r = 0; r < kRowsPerThread; ++r) {
                 int const at = 4 * i + 2 * r;
-                dp(at) = (dp(at) - two.x) * s(at);
-                dp(at + 1) = (dp(at + 1) - two.y) * s(at + 1);
+                dp(at) = (kept_.gradient(params_, dp(at), at) - two.x) * s(at);
+                dp(at + 1) = (kept_.gradient(params_, dp(at + 1), at + 1) - two.y) * s(at + 1);
             }
         }
     }
 
-    // Rounded to 16 bits, as [query][key].
-    __device__ __forceinline__ void write(Element* tile, AccumulatorS const& x) const {
+    // All of x, where dropout has no part.
+    struct All {
+        __device__ __forceinline__ static float keep(float x, int) { return x; }
+    };
+
+    // What is kept of x, rounded to 16 bits, as [query][key].
+    template <class Keep>
+    __device__ __forceinline__ void write(Element* tile, AccumulatorS const& x, Keep const& kept) const {
         auto words = cute::make_tensor<uint32_t>(cute::Shape<cute::Int<Config::kQueries / 4>>{});
 #pragma unroll
         for (int i = 0; i < cute::size(words); ++i) {
-            words(i) = pack<Element>(x(2 * i), x(2 * i + 1));
+            words(i) = pack<Element>(kept.keep(x(2 * i), 2 * i), kept.keep(x(2 * i + 1), 2 * i + 1));
         }
         write_words(tile, words);
     }
@@ -194,6 +202,7 @@ class MainloopSplit {
     int rows_;         // bytes from the start of a tile of P or dS
     State now_;        // of Q and dS
     float slope_ = 0.0f;
+    Kept<Config> kept_;
 };
 
 }  // namespace flash8

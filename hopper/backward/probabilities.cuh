@@ -86,9 +86,9 @@ class Probabilities {
     }
 
     // With softcap S = cap * t, t = tanh(scale * q.k / cap). Rounds P to `p`, and leaves P * (1 - t^2) in
-    // `s`: what dP - D is multiplied with.
-    template <bool kMasked, class Accumulator, class Operand>
-    __device__ __forceinline__ static void make_capped(Accumulator& s, Operand& p,
+    // `s`: what dP - D is multiplied with. `kept` is what dropout keeps of P.
+    template <bool kMasked, class Accumulator, class Operand, class Keep>
+    __device__ __forceinline__ static void make_capped(Accumulator& s, Operand& p, Keep const& kept,
                                                        SharedStorage<Config> const& shared, float const* lse,
                                                        int first_query, ScoreParams const& scores,
                                                        float slope) {
@@ -120,7 +120,9 @@ class Probabilities {
                     float const finite = kMasked ? fmaxf(t, -1.0f) : t;
                     t = probability[c] * (1.0f - finite * finite);
                 }
-                words(2 * i + r) = pack<typename Config::Element>(probability[0], probability[1]);
+                int const at = 4 * i + 2 * r;
+                words(2 * i + r) = pack<typename Config::Element>(kept.keep(probability[0], at),
+                                                                  kept.keep(probability[1], at + 1));
             }
         }
     }

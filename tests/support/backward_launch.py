@@ -62,6 +62,7 @@ class BackwardKernels:
                 setattr(params, name, (given.upload(x).address, heads * rows, rows))
         given.sequences(params.sequences, call)
         given.scores(params.scores, call)
+        given.dropout(params.dropout, call)
         params.scheduler.heads_per_section = 2
         params.head_splits = head_splits
         if call.s_aux is not None:

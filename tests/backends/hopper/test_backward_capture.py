@@ -10,7 +10,7 @@ from fake_driver.cubin import LAYOUT
 from flash8 import flash_attn_func, flash_attn_varlen_func
 from flash8.backends.hopper import backward as hopper
 from flash8.call.options import Options
-from plan_cache_cases import draw
+from plan_cache_cases import addresses, draw
 
 pytest_plugins = ["driver_fixtures", "plan_cache_fixtures"]
 
@@ -34,6 +34,7 @@ CALLS = {
     "softcap": lambda *x: dense(*x, softcap=3.0),
     "window": lambda *x: dense(*x, window_size=(9, 0)),
     "deterministic": lambda *x: dense(*x, deterministic=True),
+    "dropout": lambda *x: dense(*x, dropout_p=0.1),
     "ALiBi": lambda *x: dense(*x, alibi_slopes=torch.linspace(0.1, 0.4, 4)),
 }
 
@@ -68,6 +69,18 @@ def test_a_captured_step_is_four_launches_and_nothing_illegal(name, fake, on_fak
         assert field(parameters[0], tensor) == leaf.data_ptr()
         assert field(parameters[0], f"d{tensor}") == gradient.data_ptr()
     assert field(parameters[0], "dlse") != 0
+
+
+def test_forward_and_backward_read_one_seed(fake, on_fake_driver):
+    """A tensor, which every replay of a captured graph reads again."""
+    seed = torch.tensor([7])
+    fake.capture(True)
+    trained(lambda *x: dense(*x, dropout_p=0.1, dropout_seed=seed))
+    assert addresses(fake.parameter(0), "dropout") == [seed.data_ptr()]
+    assert field(fake.parameter(2), "dropout") == seed.data_ptr()
+    trained(CALLS["dropout"])
+    drawn = addresses(fake.parameter(4), "dropout")
+    assert drawn == [field(fake.parameter(6), "dropout")] and drawn != [seed.data_ptr()]
 
 
 def test_the_first_step_of_all_may_be_captured(fake, on_fake_driver):

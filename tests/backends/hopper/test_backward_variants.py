@@ -19,11 +19,13 @@ from flash8.compiler import kernel_root
 
 def every_variant():
     masks, flags = ("none", "causal", "local"), (False, True)
-    for dtype, tile, *choices in itertools.product(("fp16", "bf16"), TILES, masks, flags, flags):
+    for dtype, tile, dropout, *choices in itertools.product(
+        ("fp16", "bf16"), TILES, flags, masks, flags, flags
+    ):
         choices = (dtype, *tile, *choices)
-        yield BackwardVariant(*choices)
-        yield BackwardVariant(*choices, dq="reduced")
-        yield BackwardVariant(*choices, deterministic=True)
+        yield BackwardVariant(*choices, dropout=dropout)
+        yield BackwardVariant(*choices, dq="reduced", dropout=dropout)
+        yield BackwardVariant(*choices, deterministic=True, dropout=dropout)
 
 
 def test_names_and_defines_tell_kernels_apart():
@@ -47,6 +49,7 @@ def test_names_and_defines_of_one():
         "FLASH8_MASK": "kCausal",
         "FLASH8_SOFTCAP": "1",
         "FLASH8_ALIBI": "0",
+        "FLASH8_DROPOUT": "0",
         "FLASH8_DQ": "kReduced",
         "FLASH8_DETERMINISTIC": "0",
     }

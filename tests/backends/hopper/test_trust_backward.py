@@ -23,15 +23,18 @@ CPU = torch.device("cpu")
 CAUSAL = BackwardVariant("bf16", 128, 128, mask="causal")
 ORDERED = BackwardVariant("bf16", 128, 128, mask="causal", deterministic=True)
 EVERYTHING = BackwardVariant("bf16", 64, 64, mask="local", softcap=True, alibi=True)
+DROPPED = BackwardVariant("bf16", 128, 128, mask="causal", dropout=True)
 OTHERS = (
     EVERYTHING,
+    DROPPED,
     BackwardVariant("fp16", 128, 128, mask="causal", dq="reduced"),
     BackwardVariant("fp16", 64, 64, mask="causal"),  # the worst row of those in fp16
 )
 
 
 @pytest.mark.parametrize(
-    "variant", by_default([*SHIPPED_BACKWARDS, *OTHERS], [CAUSAL, ORDERED, SHIPPED_BACKWARDS[3]])
+    "variant",
+    by_default([*SHIPPED_BACKWARDS, *OTHERS], [CAUSAL, ORDERED, DROPPED, SHIPPED_BACKWARDS[3]]),
 )
 def test_sound_kernels_pass(variant, checked):
     with checked():

@@ -51,7 +51,7 @@ FAULTS = (
     Fault("turn_unsaid", ORDERED, (PRODUCER, "params.dq_semaphore + block, 1", "nullptr, 0")),
     # Waits of the mainloop.
     Fault("ds_early", CAUSAL, (LOOP, "shared_.pipeline_ds.wait(before);\n            ", "")),
-    Fault("s_early", CAUSAL, (LOOP, "cute::warpgroup_wait<2>();", "cute::warpgroup_wait<3>();")),
+    Fault("s_early", CAUSAL, (LOOP, "kFirst ? 0 : 2>();", "kFirst ? 0 : 3>();")),
     Fault("dp_early", CAUSAL, (LOOP, "dp);\n            cute::warpgroup_wait<0>();", "dp);")),
     Fault(
         "dq_early",
@@ -109,7 +109,7 @@ FAULTS = (
         (PROBABILITIES, "shared.visible[slot + 8 * r].begin", "shared.visible[slot].begin"),
     ),
     # Numbers.
-    Fault("d_left_out", CAUSAL, (LOOP, "(dp(4 * i + 2 * r) - two.x)", "dp(4 * i + 2 * r)")),
+    Fault("d_left_out", CAUSAL, (LOOP, "(low - two.x)", "low")),
     Fault(
         "no_slope_of_tanh",
         CAPPED,

@@ -35,7 +35,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: Options
         ("page_table", options.page_table is not None),
         ("leftpad_k", options.leftpad_k is not None),
         ("kv_batch_idx", options.kv_batch_idx is not None),
-        ("dropout_p", options.dropout_p > 0.0),
+        ("dropout without a seed", options.dropout_p > 0.0 and options.dropout_seed is None),
         *((name, getattr(options, name) is not None) for name in _FP8_FIELDS),
     ):
         if given:
@@ -114,6 +114,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> BackwardVariant
         attention_params.mask_of(options),
         options.softcap > 0.0,
         options.alibi_slopes is not None,
+        options.dropout_p > 0.0,
         options.deterministic or torch.are_deterministic_algorithms_enabled(),
     )
 
@@ -126,11 +127,14 @@ def _variant(
     mask: Mask,
     softcap: bool,
     alibi: bool,
+    dropout: bool,
     deterministic: bool,
 ) -> BackwardVariant:
     """The variant for these choices, made once per process."""
     tile = next(tile for tile in TILES if head_dim <= tile[0] and head_dim_v <= tile[1])
-    return BackwardVariant(dtype, *tile, mask, softcap, alibi, deterministic=deterministic)
+    return BackwardVariant(
+        dtype, *tile, mask, softcap, alibi, dropout=dropout, deterministic=deterministic
+    )
 
 
 def plan(

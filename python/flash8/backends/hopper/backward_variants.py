@@ -68,6 +68,7 @@ class BackwardVariant:
         mask: "local" serves windows and chunks, with or without causal.
         softcap: Whether scores go through softcap * tanh(x / softcap).
         alibi: Whether scores fall with the distance between query and key.
+        dropout: Whether probabilities are dropped.
         dq: How dQ is added up: by bulk reductions of what is staged in shared memory, or by
             reductions from registers.
         deterministic: Whether blocks of keys add to dQ in one order, so that equal calls give
@@ -85,6 +86,7 @@ class BackwardVariant:
     alibi: bool = False
     dq: DqStore = "staged"
     deterministic: bool = False
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         _check(self, "dtype", "mask", "dq")
@@ -98,6 +100,7 @@ class BackwardVariant:
         parts += [self.mask] if self.mask != "none" else []
         parts += ["softcap"] if self.softcap else []
         parts += ["alibi"] if self.alibi else []
+        parts += ["dropout"] if self.dropout else []
         parts += [self.dq] if self.dq != "staged" else []
         parts += ["deterministic"] if self.deterministic else []
         return "_".join(["backward", *parts])
@@ -110,6 +113,7 @@ class BackwardVariant:
             ("FLASH8_MASK", enumerator(self.mask)),
             ("FLASH8_SOFTCAP", str(int(self.softcap))),
             ("FLASH8_ALIBI", str(int(self.alibi))),
+            ("FLASH8_DROPOUT", str(int(self.dropout))),
             ("FLASH8_DQ", enumerator(self.dq)),
             ("FLASH8_DETERMINISTIC", str(int(self.deterministic))),
         )

@@ -35,6 +35,7 @@ def problems(variant: BackwardVariant, device: torch.device) -> Iterator[Problem
         mask=variant.mask,
         softcap=variant.softcap,
         alibi=variant.alibi,
+        dropout=variant.dropout,
     )
     for seed, given in enumerate(forward_problems.problems(forward, device)):
         generator = torch.Generator("cpu").manual_seed(11 + seed)
