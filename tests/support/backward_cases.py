@@ -26,12 +26,16 @@ from forward_launch import Call
 REL_L2 = {torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 
+def images(variant: BackwardVariant, root: Path | None = None) -> list[bytes]:
+    """Preprocess, kernel and postprocess, compiled from another copy of hopper/ where one is given:
+    what is the same there is not compiled again."""
+    parts = (variant.preprocess, variant, variant.postprocess)
+    return [compile_unit(_of(root, part.unit())).ptx.read_bytes() + b"\0" for part in parts]
+
+
 @functools.cache
 def kernels(variant: BackwardVariant, root: Path | None = None) -> BackwardKernels:
-    """Compiled, from another copy of hopper/ where one is given: what is the same there is not."""
-    parts = (variant.preprocess, variant, variant.postprocess)
-    images = (compile_unit(_of(root, part.unit())).ptx.read_bytes() + b"\0" for part in parts)
-    return BackwardKernels(device().driver, *images)
+    return BackwardKernels(device().driver, *images(variant, root))
 
 
 def _of(root: Path | None, unit: Unit) -> Unit:
@@ -161,11 +165,18 @@ def saved(problem: Problem) -> Saved:
 
 
 def launch(
-    variant: BackwardVariant, given: Saved, *, seed: int = 0, root: Path | None = None
+    variant: BackwardVariant,
+    given: Saved,
+    *,
+    seed: int = 0,
+    root: Path | None = None,
+    built: BackwardKernels | None = None,
 ) -> Gradients:
+    """Of the variant as it is compiled, unless others have been built."""
     device().configure(seed=seed)
+    run = kernels(variant, root) if built is None else built
     try:
-        return kernels(variant, root)(
+        return run(
             given.call,
             given.o,
             given.lse,

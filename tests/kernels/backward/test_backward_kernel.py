@@ -9,7 +9,19 @@ import pytest
 import torch
 
 import tolerances
-from backward_cases import Problem, check, draw, expected, launch, same_bits, saved
+from backward_cases import (
+    Problem,
+    Saved,
+    check,
+    device,
+    draw,
+    expected,
+    images,
+    launch,
+    same_bits,
+    saved,
+)
+from backward_launch import BackwardKernels
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from forward_cases import int32, packed
 from simulated_device import missing_compiler
@@ -176,6 +188,27 @@ def test_more_heads_than_a_section():
 def test_one_bit_pattern_under_thirty_seeds():
     problem = draw(ORDERED, 130, 700, 1, 1, batch=1)
     check(ORDERED, problem, seeds=range(30))
+
+
+def test_a_turn_passed_on_too_early():
+    """When shared memory has been read a sum may still be on its way, and the next one overtakes it.
+    So a build that waits for the read fails the test above."""
+    before, kernel, after = images(ORDERED)
+    complete, read = b"cp.async.bulk.wait_group 0;", b"cp.async.bulk.wait_group.read 0;"
+    assert kernel.count(complete) == 1
+    early = BackwardKernels(device().driver, before, kernel.replace(complete, read), after)
+    given = saved(draw(ORDERED, 64, 700, 1, 1, batch=1))
+    found = {
+        build: {_sums(given, seed, built) for seed in range(30)}
+        for build, built in (("as it is", None), ("early", early))
+    }
+    assert len(found["as it is"]) == 1
+    assert len(found["early"]) > 1
+
+
+def _sums(given: Saved, seed: int, built: BackwardKernels | None) -> bytes:
+    sums = launch(ORDERED, given, seed=seed, built=built).dq_sums
+    return sums.view(torch.int32).numpy().tobytes()
 
 
 def test_without_an_order_the_bits_of_dq_differ():

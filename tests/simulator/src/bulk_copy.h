@@ -60,6 +60,7 @@ class TransferOut : public Transfer {
 
   private:
     void read(Cluster& cluster);
+    void hold_back(const Cluster& cluster, uint64_t dice);
     void write(Cluster& cluster);
     void write_run(Cluster& cluster, uint64_t to, const uint8_t* from, uint32_t count);
 

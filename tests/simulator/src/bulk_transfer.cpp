@@ -8,6 +8,7 @@
 #include "global_shadow.h"
 #include "launch.h"
 #include "mbarrier.h"
+#include "scheduler.h"
 
 namespace sim {
 namespace {
@@ -209,11 +210,21 @@ void TransferOut::write(Cluster& cluster) {
     }
 }
 
+// When the write may land: at once, or so much later that other CTAs have finished whole tiles.
+void TransferOut::hold_back(const Cluster& cluster, uint64_t dice) {
+    constexpr uint64_t kLongest = 12;  // of turns, as a power of two
+    const uint64_t turns = uint64_t{1} << dice % (kLongest + 1);
+    due = cluster.turn + (dice >> 8) % turns;
+}
+
 bool TransferOut::perform(Cluster& cluster) {
     if (!read_done_) {
         read(cluster);
         read_done_ = true;
         --group->pending_reads;
+        if (cluster.launch->adversarial && !completes_at_issue(cluster)) {
+            hold_back(cluster, cluster.random());
+        }
         return false;
     }
     write(cluster);

@@ -125,6 +125,7 @@ class Worker {
             cluster.asked_at = acts_;
             cluster.stall_rounds = 0;
         }
+        cluster.turn = ++turns_;
         const uint64_t before = cluster.progress;
         const RunStatus status = step(cluster, 1 + random_() % launch_.slice);
         if (status == RunStatus::kDone) {
@@ -206,6 +207,7 @@ class Worker {
     uint64_t taken_ = 0;
     std::mt19937 random_;
     uint64_t acts_ = 1;  // times a resident cluster got on
+    uint64_t turns_ = 0;
     std::vector<std::unique_ptr<Cluster>> live_;
 };
 

@@ -268,6 +268,7 @@ class AsyncItem {
     uint32_t warp_index = 0;
     int line = 0;
     uint64_t issue_time = 0;
+    uint64_t due = 0;  // the turn before which it holds back, unless somebody waits for it
 };
 
 struct Cluster {
@@ -293,6 +294,7 @@ struct Cluster {
     uint32_t priority = 0;             // of the cluster among the resident ones
     uint64_t asked_at = 0;             // how often any had got on when it last had a turn
     uint64_t quiet_since = 0;          // and when it could not go on
+    uint64_t turn = 0;                 // the number of its present turn, counted over all clusters
     uint64_t progress = 0;
     uint64_t random_state = 1;
     uint64_t executed = 0;

@@ -59,10 +59,19 @@ class ClusterRunner {
                 if (launch_.adversarial && cluster_.random() % 4 != 0) {
                     return RunStatus::kRunning;
                 }
-                perform_one_async();
+                if (!perform_one_async()) {
+                    return RunStatus::kRunning;
+                }
                 continue;
             }
             if (perform_one_async() || run_one_wgmma(cluster_)) {
+                continue;
+            }
+            if (!cluster_.async.empty()) {  // stores that hold back
+                if (!waits_for_stores()) {
+                    return RunStatus::kRunning;
+                }
+                perform_one_async(true);
                 continue;
             }
             if (!time_out_waits()) {
@@ -190,12 +199,37 @@ class ClusterRunner {
         }
     }
 
-    bool perform_one_async() {
+    // Whether a warp's wait_group is for more than the reads.
+    bool waits_for_stores() const {
+        const auto waits = [](const Fragment& f) {
+            return f.wait.kind == WaitKind::kBulkGroup && f.wait.parity == 0;
+        };
+        return std::any_of(warps_.begin(), warps_.end(), [&](const Warp* w) {
+            return std::any_of(w->fragments.begin(), w->fragments.end(), waits);
+        });
+    }
+
+    // The first of the items from here on that does not hold back; their number if there is none.
+    size_t next_item(size_t first, bool held_too) const {
+        const auto& items = cluster_.async;
+        for (size_t i = 0; i < items.size(); ++i) {
+            const size_t at = (first + i) % items.size();
+            if (held_too || items[at]->due <= cluster_.turn) {
+                return at;
+            }
+        }
+        return items.size();
+    }
+
+    bool perform_one_async(bool held_too = false) {
         auto& items = cluster_.async;
         if (items.empty()) {
             return false;
         }
-        const size_t at = launch_.adversarial ? cluster_.random() % items.size() : 0;
+        const size_t at = next_item(launch_.adversarial ? cluster_.random() % items.size() : 0, held_too);
+        if (at == items.size()) {
+            return false;
+        }
         // A step of a copy may wait for older copies of its warp: then take those first.
         AsyncItem& item = *items[at];
         cluster_.running = item.cta != nullptr ? &item.cta->warps[item.warp_index] : nullptr;

@@ -52,6 +52,20 @@ $END: ret;
 READ_SUM = "mov.u32 y, %nctaid.x; add.u32 x, cta, 1; setp.ne.u32 q, x, y; @q bra $END; ld.global.f32 v, [o]; //tag use"
 PARAMETERS = ".param .u64 data, .param .u64 flag, .param .u64 out"
 
+# A reduction, and then loads one after the other, until the sum is there.
+LANDING = f"""
+{REGISTERS} {START} ld.param.u64 d, [data]; ld.param.u64 f, [flag]; ld.param.u64 o, [out];
+mov.f32 v, 0f3F800000; st.shared.f32 [n + 512], v; fence.proxy.async.shared::cta; bar.warp.sync -1;
+setp.ne.u32 p, tid, 0; @p bra $END; add.u32 n, s, 512; {INIT}
+cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [o], [n], 128; cp.async.bulk.commit_group; {{wait}}
+mov.u32 x, 0;
+$L: {LOAD} and.b32 y, x, 1; {WAIT.replace(", 0;", ", y;")}
+atom.add.gpu.global.f32 v, [o], 0f00000000; setp.neu.f32 q, v, 0f00000000; @q bra $OUT;
+add.u32 x, x, 1; setp.lt.u32 q, x, {{most}}; @q bra $L;
+$OUT: st.global.u32 [f], x;
+$END: ret;
+"""
+
 
 def round_trip(
     sim: S.Simulator, ctas: int, writer: str = "", reader: str = ""
@@ -123,6 +137,33 @@ def test_a_flag_after_the_read_half_lets_reductions_overtake(sim: S.Simulator) -
     run, _, sums = reduction(sim, "cp.async.bulk.wait_group.read 0;")
     assert not messages(sim, run, 30)  # reductions do not race with one another
     assert len(sums) > 1
+
+
+MOST = 40
+
+
+def landings(sim: S.Simulator, wait: str, seeds: range) -> list[int]:
+    """How many loads came and the sum did not, by seed."""
+    ptx, _ = program(fill(LANDING, wait=wait, most=str(MOST)), PARAMETERS, MODULE)
+    module, found = sim.load(ptx), []
+    for seed in seeds:
+        sim.configure(seed=seed)
+        given, loads, sums = (sim.zeros(n, np.uint32) for n in (32, 1, 32))
+        module.launch("k", given, loads, sums, shared=2048)
+        found.append(int(loads.read()[0]))
+    return found
+
+
+def test_what_was_only_read_lands_at_once_or_much_later(sim: S.Simulator) -> None:
+    """Whatever else the CTA waits for; under a seed always at the same time."""
+    found = landings(sim, "cp.async.bulk.wait_group.read 0;", range(1, 61))
+    assert 0 in found
+    assert MOST in found
+    assert landings(sim, "cp.async.bulk.wait_group.read 0;", range(1, 61)) == found
+
+
+def test_what_was_waited_for_has_landed(sim: S.Simulator) -> None:
+    assert set(landings(sim, "cp.async.bulk.wait_group 0;", range(61))) == {0}
 
 
 def test_a_load_after_the_read_half_is_a_race(sim: S.Simulator) -> None:
