@@ -10,7 +10,7 @@
 #include "params.h"
 #include "seqlen_info.cuh"
 
-#include <cutlass/numeric_types.h>
+#include <cstdint>
 
 namespace flash8 {
 
