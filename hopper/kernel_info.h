@@ -11,6 +11,7 @@ enum class KernelKind : std::uint32_t {
     kBackwardPreprocess = 2,
     kBackward = 3,
     kBackwardPostprocess = 4,
+    kDecode = 5,
     kQuantize = 6,
     kQuantizeAmax = 7,
     kQuantizeMean = 8,

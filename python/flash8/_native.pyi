@@ -251,6 +251,34 @@ WORKSPACE_UNIT: int
 
 def backward_workspace(kernel: Kernel, call: BackwardParams) -> dict[str, int]: ...
 
+class DecodeParams:
+    q: tuple[int, int, int, int]
+    k: tuple[int, int, int, int]
+    v: tuple[int, int, int, int]
+    o: tuple[int, int, int, int]
+    lse: tuple[int, int, int]
+    k_descale: tuple[int, int, int, int]
+    v_descale: tuple[int, int, int, int]
+    page_table: int
+    partials: int
+    tickets: int
+    page_table_stride: int
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    page_size: int
+    num_pages: int
+    max_pages: int
+    @property
+    def sequences(self) -> SequenceParams: ...
+    @property
+    def scores(self) -> ScoreParams: ...
+
+def decode_workspace(
+    kernel: Kernel, device: int, call: DecodeParams, sm_margin: int = 0
+) -> dict[str, int]: ...
+
 class AppendParams:
     cache_seqlens: int
     page_table: int
@@ -302,6 +330,9 @@ def launch_backward(
     device: int,
     stream: int,
     call: BackwardParams,
+) -> None: ...
+def launch_decode(
+    kernel: Kernel, device: int, stream: int, call: DecodeParams, sm_margin: int = 0
 ) -> None: ...
 
 class PlanCache:

@@ -19,7 +19,7 @@ EDITORS = (
     *("changed_image(", "changed_quantizers("),
 )
 #: These make copies with edits that others give them.
-HELPERS = ("fp8_forward_cases", "quantizer_device", "trust_cases")
+HELPERS = ("decode_cases", "fp8_forward_cases", "quantizer_device", "trust_cases")
 
 
 def plants(path: Path) -> bool:

@@ -17,6 +17,7 @@ HEADERS = (
     HOPPER / "attention" / "params.h",
     HOPPER / "forward" / "params.h",
     HOPPER / "backward" / "params.h",
+    HOPPER / "decode" / "params.h",
     HOPPER / "kernel_info.h",
     ROOT / "cutlass_kernels" / "quantize" / "quantize_params.h",
 )
@@ -83,6 +84,7 @@ def test_layout_of_abi_version_6():
         "SchedulerParams": (24, 8),
         "ForwardParams": (896, 64),
         "BackwardParams": (1088, 64),
+        "DecodeParams": (704, 64),
         "GroupRef": (32, 8),
         "AppendParams": (48, 8),
         "QuantizeParams": (360, 8),
@@ -91,7 +93,7 @@ def test_layout_of_abi_version_6():
     }
 
 
-@pytest.mark.parametrize("name", ["ForwardParams", "BackwardParams"])
+@pytest.mark.parametrize("name", ["ForwardParams", "BackwardParams", "DecodeParams"])
 def test_tensor_maps_are_aligned_for_tma(name):
     fields = LAYOUT[name]["fields"]
     maps = [at for field, (at, _) in fields.items() if field.startswith("tma_")]

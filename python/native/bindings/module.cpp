@@ -42,6 +42,7 @@ PYBIND11_MODULE(_native, module) {
     bind_kernel(module);
     bind_calls(module);
     bind_backward(module);
+    bind_decode(module);
     bind_quantize(module);
     bind_plan_cache(module);
 }

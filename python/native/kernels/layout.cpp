@@ -1,6 +1,7 @@
 #include "kernels/layout.h"
 
 #include "backward/params.h"
+#include "decode/params.h"
 #include "forward/params.h"
 #include "kernel_info.h"
 #include "quantize_params.h"
@@ -136,6 +137,36 @@ StructLayout backward_params() {
                                         FIELD(reserved)});
 }
 
+StructLayout decode_params() {
+    using T = DecodeParams;
+    return layout<T>("DecodeParams", {FIELD(tma_k),
+                                      FIELD(tma_v),
+                                      FIELD(q),
+                                      FIELD(k),
+                                      FIELD(v),
+                                      FIELD(o),
+                                      FIELD(lse),
+                                      FIELD(k_descale),
+                                      FIELD(v_descale),
+                                      FIELD(sequences),
+                                      FIELD(scores),
+                                      FIELD(page_table),
+                                      FIELD(page_table_stride),
+                                      FIELD(partials),
+                                      FIELD(tickets),
+                                      FIELD(heads_q),
+                                      FIELD(heads_kv),
+                                      FIELD(head_dim),
+                                      FIELD(head_dim_v),
+                                      FIELD(page_size),
+                                      FIELD(num_pages),
+                                      FIELD(max_pages),
+                                      FIELD(box_rows),
+                                      FIELD(page_multiplier),
+                                      FIELD(page_shift),
+                                      FIELD(reserved)});
+}
+
 StructLayout group_ref() {
     using T = GroupRef;
     return layout<T>("GroupRef", {FIELD(ptr), FIELD(batch_stride), FIELD(head_stride), FIELD(block_stride)});
@@ -213,10 +244,10 @@ StructLayout kernel_info() {
 }  // namespace
 
 std::vector<StructLayout> struct_layouts() {
-    return {tensor_map(),       tensor_ref(),      descale_ref(),     row_ref(),
-            channel_ref(),      sequence_params(), score_params(),    dropout_params(),
-            scheduler_params(), forward_params(),  backward_params(), group_ref(),
-            append_params(),    quantize_params(), tma_box(),         kernel_info()};
+    return {tensor_map(),      tensor_ref(),    descale_ref(),    row_ref(),          channel_ref(),
+            sequence_params(), score_params(),  dropout_params(), scheduler_params(), forward_params(),
+            backward_params(), decode_params(), group_ref(),      append_params(),    quantize_params(),
+            tma_box(),         kernel_info()};
 }
 
 }  // namespace flash8

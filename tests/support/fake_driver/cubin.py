@@ -132,6 +132,28 @@ def backward_cubin(
     return fake_cubin(**{**given, **values})
 
 
+def decode_cubin(
+    variant: str = "decode_bf16_d128_rows8", **values: int | str | tuple[int, ...]
+) -> bytes:
+    """A kernel for the calls of the decode variant of this name."""
+    width, element_type = _TILES[next(x for x in ("e4m3", "fp16", "bf16") if x in variant)]
+    box = (4, (width, 64, 1, 1), element_type, _native.Swizzle.B128)
+    rows = next(n for n in (8, 16, 32) if f"_rows{n}" in variant)
+    gathered = (0, *box[1:])
+    given: dict[str, int | str | tuple[int, ...]] = {
+        "kind": 5,
+        "entry": "decode",
+        "params_bytes": LAYOUT["DecodeParams"]["size"],
+        "kBlockM": rows,
+        "kBlockN": 64,
+        "kHeadDim": 256 if "d256" in variant else 128,
+        "kHeadDimV": 256 if "d256" in variant else 128,
+        "tma": tma_boxes(*(2 * (gathered if "gather" in variant else box,))),
+        "threads": 256,
+    }
+    return fake_cubin(**{**given, **values})
+
+
 _JOBS = {"cast": 6, "amax": 7, "mean": 8, "mean_finish": 9, "append": 10}
 
 
@@ -148,6 +170,8 @@ def any_cubin(variant: str, kind: str = "cubin") -> bytes:
     """A kernel for the calls of any variant; a Registry asks for it so."""
     if variant.startswith("quantize_"):
         return quantize_cubin(variant)
+    if variant.startswith("decode_"):
+        return decode_cubin(variant)
     if variant.startswith("backward_"):
         return backward_cubin(variant)
     return forward_cubin(variant, kind)

@@ -1,0 +1,79 @@
+// Everything that a variant of the decode kernel fixes at compile time. The -D options come from
+// flash8.backends.hopper.decode_variants, with enumerators by name.
+
+#pragma once
+
+#include "../arch/mma_sync.cuh"
+#include "../arch/ptx.cuh"
+#include "../attention/mask.cuh"
+#include "../kernel_info.h"
+#include "params.h"
+
+#include <cstdint>
+
+namespace flash8 {
+
+enum class ElementChoice { kFp16, kBf16 };  // of q and the output
+enum class CacheChoice { kSame, kE4m3 };    // of k and v
+enum class LoadChoice { kTma, kGather };
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+constexpr int smaller(int a, int b) {
+    return a < b ? a : b;
+}
+
+struct DecodeConfig {
+    static constexpr auto kElement = ElementChoice::FLASH8_DTYPE;
+    static constexpr bool kFp8 = CacheChoice::FLASH8_CACHE == CacheChoice::kE4m3;
+    static constexpr bool kGather = LoadChoice::FLASH8_LOAD == LoadChoice::kGather;
+    static constexpr bool kScoreMod = FLASH8_SCORE_MOD;  // softcap, ALiBi
+    static constexpr int kHeadDim = FLASH8_HEAD_DIM;
+    static constexpr int kHeadDimV = FLASH8_HEAD_DIM_V;
+    static constexpr int kBlockM = FLASH8_ROWS;  // rows of Q: query heads of a KV head, times queries
+    static_assert(kBlockM % 8 == 0 && kBlockM <= 32);
+    static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0);
+
+    // e4m3 is widened to fp16, exactly. P of fp16 is made 2^12 times as large, so that the weights of many
+    // faint keys do not vanish.
+    static constexpr auto kArithmetic =
+        kFp8 || kElement == ElementChoice::kFp16 ? ArithmeticType::kFp16 : ArithmeticType::kBf16;
+    static constexpr auto kOutput =
+        kElement == ElementChoice::kFp16 ? ArithmeticType::kFp16 : ArithmeticType::kBf16;
+    static constexpr float kOffset = kArithmetic == ArithmeticType::kFp16 ? 12.0f : 0.0f;
+
+    static constexpr int kElementBytes = kFp8 ? 1 : 2;
+    static constexpr int kRowBytesK = kHeadDim * kElementBytes;
+    static constexpr int kRowBytesV = kHeadDimV * kElementBytes;
+    static constexpr int kWidestRow = kRowBytesK > kRowBytesV ? kRowBytesK : kRowBytesV;
+
+    // Keys of a tile: what the accumulators of its scores leave room for, in slots of at most 8 KB.
+    static constexpr int kBlockN = kWidestRow > 256 ? 16 : kWidestRow > 128 || kBlockM == 32 ? 32 : 64;
+    static constexpr int kKeySteps = kBlockN / 16;  // m16 of a product
+    static constexpr int kRowTiles = kBlockM / 8;   // n8 of a product
+
+    static constexpr int kWarps = 8;
+    static constexpr int kThreads = kWarps * 32;
+    // Each warp has a ring of slots of its own, which hold a tile of K and a tile of V by turns.
+    static constexpr int kSlotBytes = kBlockN * kWidestRow;
+    static constexpr int kSlots = smaller(8, 192 * 1024 / (kWarps * kSlotBytes));
+    // A CTA gets at least so many tiles: one a warp.
+    static constexpr int kLeastTiles = kWarps;
+
+    static constexpr int kPanelK = kRowBytesK % 128 == 0 ? 128 : kRowBytesK % 64 == 0 ? 64 : 32;
+    static constexpr int kPanelV = kRowBytesV % 128 == 0 ? 128 : kRowBytesV % 64 == 0 ? 64 : 32;
+
+    // Q's fragments stay in registers while they are few; otherwise they are read from shared memory.
+    static constexpr int kChannelSteps = kHeadDim / 16;
+    static constexpr bool kQInRegisters = kRowTiles * kChannelSteps <= 16;
+
+    // Channels of O that the warps exchange at a time.
+    static constexpr int kMergeChannels = kBlockM == 8 && kHeadDimV % 64 == 0 ? 64 : kBlockM <= 16 ? 32 : 16;
+    static constexpr int kMergePitch = kMergeChannels + 4;  // no bank conflicts
+    static_assert(kHeadDimV % kMergeChannels == 0);
+
+    using TileMask = Mask<MaskMode::kLocal, kBlockM, kBlockN, true>;
+};
+
+}  // namespace flash8

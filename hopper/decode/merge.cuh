@@ -1,0 +1,298 @@
+// From the accumulators of eight warps to O and LSE, or to a partial result of a unit that several CTAs
+// share.
+//
+// Warps are added in their order, CTAs in theirs, so that equal calls give equal bits:
+//
+//   each CTA                                  the CTA that is last to take a ticket
+//   writes its partial result
+//   all threads meet
+//   one thread takes a ticket (release)  -->  (acquire), all threads meet
+//                                             adds the partial results of all CTAs, stores O and LSE
+//                                             puts the ticket back to zero
+//
+// A unit's ticket is that of the first CTA that has a part of it: only one unit begins in a CTA and ends
+// elsewhere. A CTA has two places for partial results, for a unit that began before it and for one that ends
+// after it.
+
+#pragma once
+
+#include "mainloop.cuh"
+
+namespace flash8 {
+
+template <class Config>
+class Merge {
+    using Product = Products<Config>;
+    static constexpr int kBlockM = Config::kBlockM;
+    static constexpr int kChannels = Config::kMergeChannels;
+    // Of a partial result: O, then references, then sums.
+    static constexpr int kPartialO = kBlockM * Config::kHeadDimV;
+    static constexpr int kPartial = kPartialO + 2 * kBlockM;
+
+  public:
+    __device__ Merge(DecodeParams const& params, SharedStorage<Config>& shared, Share const& share, int warp)
+        : params_(params), shared_(shared), share_(share), warp_(warp) {}
+
+    // By all threads, once for each segment.
+    __device__ void finish(Walk<Config> const& walk, Accumulators<Config>& sums) {
+        Segment const& segment = walk.segment;
+        SequenceWork<Config> const& sequence = walk.sequence;
+        bool const whole = segment.begin == 0 && segment.end == sequence.tiles;
+        bool const started_here = segment.begin == 0;
+        float* const partial = place(blockIdx.x, started_here);
+        add_statistics(sums);
+        int const row = threadIdx.x;
+        if (row < kBlockM) {
+            if (whole) {
+                finish_row(segment, sequence, row);
+            } else {
+                partial[kPartialO + row] = shared_.merged_reference[row];
+                partial[kPartialO + kBlockM + row] = shared_.merged_sum[row];
+            }
+        }
+        scale(sums);
+#pragma unroll
+        for (int first = 0; first < Config::kHeadDimV; first += kChannels) {
+            stage(sums, first);
+            __syncthreads();
+            each_pair<kChannels>([&](int row, int channel) {
+                float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+                for (int warp = 0; warp < Config::kWarps; ++warp) {
+                    float2 const part = *reinterpret_cast<float2 const*>(&shared_.merge[warp][row][channel]);
+                    sum.x += part.x;
+                    sum.y += part.y;
+                }
+                if (whole) {
+                    store(segment, sequence, row, first + channel, sum);
+                } else {
+                    *reinterpret_cast<float2*>(partial + row * Config::kHeadDimV + first + channel) = sum;
+                }
+            });
+            __syncthreads();
+        }
+        if (!whole && is_last_part(segment, sequence)) {
+            add_parts(segment, sequence);
+        }
+    }
+
+  private:
+    // The partial result of a unit that `cta` has a part of.
+    __device__ float* place(int cta, bool starts_there) const {
+        return params_.partials + (2 * int64_t{cta} + (starts_there ? 1 : 0)) * kPartial;
+    }
+
+    // Calls `act` for all rows and even channels below kCount.
+    template <int kCount, class Act>
+    __device__ __forceinline__ static void each_pair(Act const& act) {
+        for (int i = threadIdx.x; i < kBlockM * kCount / 2; i += Config::kThreads) {
+            act(i / (kCount / 2), i % (kCount / 2) * 2);
+        }
+    }
+
+    // References and sums of all warps together.
+    __device__ void add_statistics(Accumulators<Config>& sums) {
+        int const lane = threadIdx.x % 32;
+#pragma unroll
+        for (int n = 0; n < Config::kRowTiles; ++n) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float sum = sums.sum[n][r];
+#pragma unroll
+                for (int lanes = 4; lanes < 32; lanes *= 2) {
+                    sum += __shfl_xor_sync(0xffffffff, sum, lanes);
+                }
+                if (lane < 4) {
+                    shared_.reference[warp_][8 * n + 2 * lane + r] = sums.reference[n][r];
+                    shared_.sum[warp_][8 * n + 2 * lane + r] = sum;
+                }
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x < kBlockM) {
+            int const row = threadIdx.x;
+            float reference = -FLT_MAX;
+#pragma unroll
+            for (int warp = 0; warp < Config::kWarps; ++warp) {
+                reference = fmaxf(reference, shared_.reference[warp][row]);
+            }
+            float sum = 0.0f;
+#pragma unroll
+            for (int warp = 0; warp < Config::kWarps; ++warp) {
+                sum += shared_.sum[warp][row] * ptx::exp2(shared_.reference[warp][row] - reference);
+            }
+            shared_.merged_reference[row] = reference;
+            shared_.merged_sum[row] = sum;
+        }
+        __syncthreads();
+    }
+
+    __device__ void scale(Accumulators<Config>& sums) const {
+#pragma unroll
+        for (int n = 0; n < Config::kRowTiles; ++n) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                int const row = 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + r;
+                float const factor = ptx::exp2(sums.reference[n][r] - shared_.merged_reference[row]);
+#pragma unroll
+                for (int c = 0; c < Product::kOutSteps; ++c) {
+                    sums.o[n][c][r] *= factor;
+                    sums.o[n][c][2 + r] *= factor;
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void stage(Accumulators<Config> const& sums, int first) {
+        int const lane = threadIdx.x % 32;
+#pragma unroll
+        for (int n = 0; n < Config::kRowTiles; ++n) {
+#pragma unroll
+            for (int c = 0; c < kChannels / 16; ++c) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    int const row = 8 * n + 2 * (lane % 4) + i % 2;
+                    shared_.merge[warp_][row][16 * c + Product::o_channel(lane / 4, i)] =
+                        sums.o[n][first / 16 + c][i];
+                }
+            }
+        }
+    }
+
+    // The factor of O and the LSE of a row, from its merged statistics. A sink is one more logit without a
+    // value.
+    __device__ void finish_row(Segment const& segment, SequenceWork<Config> const& sequence, int row) {
+        UnitRow const at = UnitRow::of<Config>(params_, segment, row);
+        bool const used = at.query < sequence.info.seqlen_q;
+        float const reference = shared_.merged_reference[row];
+        float const sum = shared_.merged_sum[row];
+        float const* const sinks = params_.scores.sinks;
+        float const sink = used && sinks != nullptr ? sinks[at.head] * kLog2E : -INFINITY;
+        float const top = fmaxf(sum == 0.0f ? -INFINITY : reference, sink);
+        float const safe = top == -INFINITY ? 0.0f : top;
+        float const factor = sum == 0.0f ? 0.0f : ptx::exp2(reference - safe);
+        float const total = sum * factor + ptx::exp2(sink - safe);
+        bool const empty = total == 0.0f;
+        float const descale = head_descale(params_.v_descale, segment.batch, segment.head);
+        shared_.normalise[row] = sum == 0.0f ? 0.0f : factor / total * descale;
+        if (used && params_.lse.ptr != nullptr) {
+            float* const lse = params_.lse.ptr + sequence.info.batch_q * params_.lse.batch_stride +
+                               at.head * params_.lse.head_stride;
+            lse[sequence.info.offset_q + int64_t{at.query}] =
+                empty ? -INFINITY : (safe + ptx::log2(total)) * kLn2;
+        }
+    }
+
+    // Two channels of a row. finish_row has been called.
+    __device__ __forceinline__ void store(Segment const& segment, SequenceWork<Config> const& sequence,
+                                          int row, int channel, float2 sum) const {
+        UnitRow const at = UnitRow::of<Config>(params_, segment, row);
+        if (at.query >= sequence.info.seqlen_q || channel >= params_.head_dim_v) {
+            return;
+        }
+        float const factor = shared_.normalise[row];
+        uint16_t* const o = static_cast<uint16_t*>(params_.o.ptr) +
+                            sequence.info.batch_q * params_.o.batch_stride +
+                            (sequence.info.offset_q + int64_t{at.query}) * params_.o.row_stride +
+                            at.head * params_.o.head_stride;
+        // A row that has seen no key is zero, whatever its keys hold.
+        *reinterpret_cast<uint32_t*>(o + channel) =
+            factor == 0.0f ? 0 : ptx::pack_pair<Config::kOutput>(sum.x * factor, sum.y * factor);
+    }
+
+    __device__ int first_cta(Segment const& segment) const {
+        return segment.unit_begin / share_.tiles_per_cta;
+    }
+
+    __device__ int last_cta(Segment const& segment, SequenceWork<Config> const& sequence) const {
+        return (segment.unit_begin + sequence.tiles - 1) / share_.tiles_per_cta;
+    }
+
+    __device__ bool is_last_part(Segment const& segment, SequenceWork<Config> const& sequence) {
+        // All threads have met since they wrote their part.
+        if (threadIdx.x == 0) {
+            int const first = first_cta(segment);
+            int const before = ptx::add_acquire_release(params_.tickets + first, 1);
+            shared_.is_last = before == last_cta(segment, sequence) - first;
+            if (shared_.is_last) {
+                ptx::store_relaxed(params_.tickets + first, 0);  // for the next launch
+            }
+        }
+        __syncthreads();
+        return shared_.is_last;
+    }
+
+    __device__ void add_parts(Segment const& segment, SequenceWork<Config> const& sequence) {
+        int const first = first_cta(segment);
+        int const last = last_cta(segment, sequence);
+        auto const reference_of = [&](int cta, int row) {
+            return __ldcg(place(cta, cta == first) + kPartialO + row);
+        };
+        int const row = threadIdx.x;
+        if (row < kBlockM) {
+            float reference = -FLT_MAX;
+            for (int cta = first; cta <= last; ++cta) {
+                reference = fmaxf(reference, reference_of(cta, row));
+            }
+            float sum = 0.0f;
+            for (int cta = first; cta <= last; ++cta) {
+                sum += __ldcg(place(cta, cta == first) + kPartialO + kBlockM + row) *
+                       ptx::exp2(reference_of(cta, row) - reference);
+            }
+            shared_.merged_reference[row] = reference;
+            shared_.merged_sum[row] = sum;
+            finish_row(segment, sequence, row);
+        }
+        __syncthreads();
+        each_pair<Config::kHeadDimV>([&](int row, int channel) {
+            float const reference = shared_.merged_reference[row];
+            float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll 4
+            for (int cta = first; cta <= last; ++cta) {
+                float const factor = ptx::exp2(reference_of(cta, row) - reference);
+                float2 const part = __ldcg(reinterpret_cast<float2 const*>(
+                    place(cta, cta == first) + row * Config::kHeadDimV + channel));
+                sum.x += part.x * factor;
+                sum.y += part.y * factor;
+            }
+            store(segment, sequence, row, channel, sum);
+        });
+        __syncthreads();  // the statistics are free again
+    }
+
+    DecodeParams const& params_;
+    SharedStorage<Config>& shared_;
+    Share const& share_;
+    int warp_;
+};
+
+// Rows that belong to no unit: those of a sequence without a key that a query sees, and unused ones.
+template <class Config>
+__device__ void store_rows_without_work(DecodeParams const& params) {
+    for (int batch = blockIdx.x; batch < params.sequences.batch; batch += gridDim.x) {
+        SequenceWork<Config> const sequence = SequenceWork<Config>::read(params, batch);
+        SeqlenInfo const& info = sequence.info;
+        int const first = sequence.tiles == 0 ? 0 : info.seqlen_q;
+        int const rows = (info.rows_q - first) * params.heads_q;
+        for (int i = threadIdx.x / 32; i < rows; i += Config::kWarps) {
+            int const query = first + i / params.heads_q;
+            int const head = i % params.heads_q;
+            int64_t const target = info.offset_q + int64_t{query};
+            uint32_t* const o = reinterpret_cast<uint32_t*>(
+                static_cast<uint16_t*>(params.o.ptr) + info.batch_q * params.o.batch_stride +
+                target * params.o.row_stride + head * params.o.head_stride);
+            int const lane = threadIdx.x % 32;
+            for (int pair = lane; pair < params.head_dim_v / 2; pair += 32) {
+                o[pair] = 0;
+            }
+            if (lane == 0 && params.lse.ptr != nullptr) {
+                bool const sink = query < info.seqlen_q && params.scores.sinks != nullptr;
+                params.lse
+                    .ptr[info.batch_q * params.lse.batch_stride + head * params.lse.head_stride + target] =
+                    sink ? params.scores.sinks[head] : -INFINITY;
+            }
+        }
+    }
+}
+
+}  // namespace flash8

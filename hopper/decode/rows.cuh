@@ -1,0 +1,134 @@
+// The rows of Q of a unit: which query and head they are, their fragments, and how their scores scale.
+
+#pragma once
+
+#include "../clamp.cuh"
+#include "products.cuh"
+#include "storage.cuh"
+
+namespace flash8 {
+
+struct UnitRow {
+    int query;
+    int head;
+
+    template <class Config>
+    __device__ static UnitRow of(DecodeParams const& params, Segment const& segment, int row) {
+        int const ratio = params.heads_q / params.heads_kv;
+        int const all = segment.m_block * Config::kBlockM + row;
+        int const query = all / ratio;
+        return {query, segment.head * ratio + all - query * ratio};
+    }
+};
+
+// A descale of (batch, head), or of the tensor.
+__device__ __forceinline__ float head_descale(DescaleRef const& ref, int batch, int head) {
+    return ref.ptr == nullptr ? 1.0f
+                              : checked_descale(ref.ptr[batch * ref.batch_stride + head * ref.head_stride]);
+}
+
+// Stages the fragments of Q in shared memory. One warp has eight rows, a lane a quarter of the channels of
+// row `group`. bf16 rows become fp16 for e4m3 keys: a power of two per row brings their largest value to
+// about 2^14, so none overflows, and values down to 2^-28 of it keep all their bits.
+template <class Config>
+class QueryStage {
+  public:
+    // By one warp per row tile; the others have nothing to do.
+    __device__ static void fill(DecodeParams const& params, SharedStorage<Config>& shared,
+                                Segment const& segment, SeqlenInfo const& info, int n) {
+        int const lane = threadIdx.x % 32;
+        int const row = 8 * n + lane / 4;
+        UnitRow const at = UnitRow::of<Config>(params, segment, row);
+        bool const exists = at.query < info.seqlen_q;
+        uint16_t const* const q = static_cast<uint16_t const*>(params.q.ptr) +
+                                  info.batch_q * params.q.batch_stride +
+                                  (info.offset_q + int64_t{exists ? at.query : 0}) * params.q.row_stride +
+                                  (exists ? at.head : 0) * params.q.head_stride;
+        uint2 fragments[Config::kChannelSteps];
+        uint32_t largest = 0;  // magnitude, of bf16 as its bits
+#pragma unroll
+        for (int step = 0; step < Config::kChannelSteps; ++step) {
+            uint32_t words[2];
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+                int const channel = 16 * step + Products<Config>::q_channel(lane % 4, b);
+                bool const reads = exists && channel < params.head_dim;
+                words[b] = reads ? *reinterpret_cast<uint32_t const*>(q + channel) : 0;
+                largest = max(largest, max(magnitude(words[b] & 0xffff), magnitude(words[b] >> 16)));
+            }
+            fragments[step] = make_uint2(words[0], words[1]);
+        }
+        float scale = 1.0f;
+        if constexpr (kNarrows) {
+            largest = max(largest, __shfl_xor_sync(0xffffffff, largest, 1));
+            largest = max(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+            // The exponent of the largest value, kept where powers of two and their inverses are normal.
+            int const exponent = min(max(static_cast<int>(largest >> 7) - 127, -100), 126);
+            scale = power_of_two(exponent - 14);
+            float const inverse = power_of_two(14 - exponent);
+#pragma unroll
+            for (int step = 0; step < Config::kChannelSteps; ++step) {
+                fragments[step] =
+                    make_uint2(narrow(fragments[step].x, inverse), narrow(fragments[step].y, inverse));
+            }
+        }
+#pragma unroll
+        for (int step = 0; step < Config::kChannelSteps; ++step) {
+            shared.q[n][step][lane] = fragments[step];
+        }
+        if (lane % 4 == 0) {
+            shared.q_scale[row] = scale;
+        }
+    }
+
+  private:
+    static constexpr bool kNarrows =
+        Config::kArithmetic == ArithmeticType::kFp16 && Config::kElement == ElementChoice::kBf16;
+
+    // Infinity and NaN do not count.
+    __device__ __forceinline__ static uint32_t magnitude(uint32_t bits) {
+        uint32_t const size = bits & 0x7fff;
+        return size < 0x7f80 ? size : 0;
+    }
+
+    __device__ __forceinline__ static float power_of_two(int exponent) {
+        return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
+    }
+
+    __device__ __forceinline__ static uint32_t narrow(uint32_t pair, float factor) {
+        return ptx::pack_pair<ArithmeticType::kFp16>(__uint_as_float(pair << 16) * factor,
+                                                     __uint_as_float(pair & 0xffff0000) * factor);
+    }
+};
+
+// How this lane's rows turn products into scores: two for each row tile.
+template <class Config>
+struct RowScales {
+    // Products times `scale` are scores in log2 units; with kScoreMod, logits before softcap and ALiBi.
+    float scale[Config::kRowTiles][2];
+    float slope[Config::kScoreMod ? Config::kRowTiles : 1][2];
+
+    __device__ void read(DecodeParams const& params, SharedStorage<Config> const& shared,
+                         Segment const& segment) {
+        float const of_head = params.scores.softmax_scale *
+                              head_descale(params.k_descale, segment.batch, segment.head) *
+                              (Config::kScoreMod ? 1.0f : kLog2E);
+#pragma unroll
+        for (int n = 0; n < Config::kRowTiles; ++n) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                int const row = 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + r;
+                scale[n][r] = of_head * shared.q_scale[row];
+                if constexpr (Config::kScoreMod) {
+                    UnitRow const at = UnitRow::of<Config>(params, segment, row);
+                    float const* const slopes = params.scores.alibi_slopes;
+                    slope[n][r] = slopes == nullptr || at.head >= params.heads_q
+                                      ? 0.0f
+                                      : slopes[segment.batch * params.scores.alibi_batch_stride + at.head];
+                }
+            }
+        }
+    }
+};
+
+}  // namespace flash8

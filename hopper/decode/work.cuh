@@ -1,0 +1,175 @@
+// Which CTA works on which keys.
+//
+// A unit is a block of rows of one sequence and one KV head. The tiles of keys that its rows see are numbered
+// through, over all units in the order of sequence, head, block. Every CTA takes an equal share of the
+// numbers, found on the device: lengths may change between the replays of a graph. What a CTA has of a unit
+// is a segment. A unit may be one segment, or its keys are shared out among neighbouring CTAs; only a CTA's
+// first and last segment can be such parts.
+//
+// The warps of a CTA share out a segment's tiles, each taking neighbours.
+
+#pragma once
+
+#include "../attention/seqlen_info.cuh"
+#include "config.cuh"
+
+namespace flash8 {
+
+// One sequence. Keys are counted by their place in the cache, left padding included.
+template <class Config>
+struct SequenceWork {
+    SeqlenInfo info;
+    int begin;  // keys [begin, end) are those that some query sees
+    int end;
+    int common_begin;  // keys [common_begin, common_end) are those that every query sees
+    int common_end;
+    int tiles;  // of a unit
+    int m_blocks;
+
+    __device__ static SequenceWork read(DecodeParams const& params, int batch) {
+        SequenceParams const& sequences = params.sequences;
+        bool const packed = sequences.cu_seqlens_q != nullptr;
+        int const offset = packed ? packed_rows(sequences.cu_seqlens_q, batch, sequences.total_q).begin : 0;
+        SequenceWork work{};
+        work.info = SeqlenInfo::read(sequences, batch, offset);
+        // The host has counted units by this bound.
+        work.info.seqlen_q = min(work.info.seqlen_q, sequences.max_seqlen_q);
+        if (work.info.seqlen_q == 0) {
+            return work;
+        }
+        typename Config::TileMask const mask(params, work.info);
+        KeyRange const head = mask.visible_keys(0);
+        KeyRange const tail = mask.visible_keys(work.info.seqlen_q - 1);
+        int const offset_k = work.info.offset_k;
+        work.begin = offset_k + max(0, head.begin);
+        work.end = offset_k + max(0, tail.end);
+        work.common_begin = offset_k + max(0, tail.begin);
+        work.common_end = offset_k + max(0, head.end);
+        if (work.begin < work.end) {
+            work.tiles = (work.end + Config::kBlockN - 1) / Config::kBlockN - work.first_tile();
+        }
+        int const ratio = params.heads_q / params.heads_kv;
+        work.m_blocks = (work.info.seqlen_q * ratio + Config::kBlockM - 1) / Config::kBlockM;
+        return work;
+    }
+
+    __device__ int first_tile() const { return begin / Config::kBlockN; }
+    __device__ int all_tiles(DecodeParams const& params) const { return tiles * m_blocks * params.heads_kv; }
+};
+
+// Consecutive numbers of tiles, and where the first of them is.
+struct Share {
+    int tiles_per_cta;
+    int begin;
+    int end;
+    int batch;        // the sequence of the first tile, or -1
+    int batch_begin;  // the number of that sequence's first tile
+};
+
+// By all lanes of a warp. The host keeps the number of tiles below 2^30.
+template <class Config>
+class Shares {
+  public:
+    __device__ static Share of_cta(DecodeParams const& params) {
+        int const ctas = static_cast<int>(gridDim.x);
+        int const lane = threadIdx.x % 32;
+        Share share{};
+        share.batch = -1;
+        int all = 0;
+        // The first pass counts, the second finds the sequence of the first tile.
+#pragma unroll 1
+        for (int pass = 0; pass < 2; ++pass) {
+            int before = 0;
+#pragma unroll 1
+            for (int first = 0; first < params.sequences.batch && share.batch < 0; first += 32) {
+                bool const exists = first + lane < params.sequences.batch;
+                int const own =
+                    exists ? SequenceWork<Config>::read(params, first + lane).all_tiles(params) : 0;
+                int const end = before + inclusive_sum(own);
+                unsigned const ends_after = __ballot_sync(0xffffffff, pass == 1 && end > share.begin);
+                if (ends_after != 0) {
+                    int const found = __ffs(ends_after) - 1;
+                    share.batch = first + found;
+                    share.batch_begin = __shfl_sync(0xffffffff, end - own, found);
+                }
+                before = __shfl_sync(0xffffffff, end, 31);
+            }
+            if (pass == 0) {
+                all = before;
+                share.tiles_per_cta = max((all + ctas - 1) / ctas, Config::kLeastTiles);
+                share.begin = min(static_cast<int>(blockIdx.x) * share.tiles_per_cta, all);
+                share.end = min(share.begin + share.tiles_per_cta, all);
+            }
+        }
+        return share;
+    }
+
+  private:
+    __device__ static int inclusive_sum(int value) {
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            int const below = __shfl_up_sync(0xffffffff, value, distance);
+            value += threadIdx.x % 32 >= distance ? below : 0;
+        }
+        return value;
+    }
+};
+
+// What a CTA has of one unit: tiles [begin, end) of it.
+struct Segment {
+    int batch;
+    int head;  // of K and V
+    int m_block;
+    int begin;
+    int end;
+    int unit_begin;  // the number of the unit's first tile
+
+    // Tiles [begin, end) of one warp.
+    template <class Config>
+    __device__ KeyRange of_warp(int warp) const {
+        int const tiles = end - begin;
+        return {begin + tiles * warp / Config::kWarps, begin + tiles * (warp + 1) / Config::kWarps};
+    }
+};
+
+// Walks over the segments of a CTA. Its loader runs ahead of the products, so there are two of them.
+template <class Config>
+struct Walk {
+    int tile;  // the number of the first tile of the next segment
+    int end;
+    int sequence_begin;  // the number of the sequence's first tile
+    SequenceWork<Config> sequence;
+    Segment segment;
+
+    __device__ static Walk over(Share const& share) {
+        Walk walk{};
+        walk.tile = share.begin;
+        walk.end = share.end;
+        walk.sequence_begin = share.batch_begin;
+        walk.segment.batch = share.batch - 1;  // which has no tiles here
+        return walk;
+    }
+
+    // False at the end of the share.
+    __device__ bool next(DecodeParams const& params) {
+        if (tile >= end) {
+            return false;
+        }
+#pragma unroll 1
+        while (tile >= sequence_begin + sequence.all_tiles(params)) {
+            sequence_begin += sequence.all_tiles(params);
+            segment.batch += 1;
+            sequence = SequenceWork<Config>::read(params, segment.batch);
+        }
+        int const unit = (tile - sequence_begin) / sequence.tiles;
+        segment.unit_begin = sequence_begin + unit * sequence.tiles;
+        segment.head = unit / sequence.m_blocks;
+        segment.m_block = unit - segment.head * sequence.m_blocks;
+        segment.begin = tile - segment.unit_begin;
+        segment.end = min(segment.begin + end - tile, sequence.tiles);
+        tile += segment.end - segment.begin;
+        return true;
+    }
+};
+
+}  // namespace flash8

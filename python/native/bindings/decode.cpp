@@ -1,0 +1,53 @@
+#include <pybind11/stl.h>
+
+#include "bindings/bindings.h"
+#include "bindings/fields.h"
+#include "driver/gil.h"
+#include "kernels/launch_decode.h"
+
+namespace py = pybind11;
+
+namespace flash8 {
+
+void bind_decode(py::module_& module) {
+    using P = DecodeParams;
+    py::class_<P> type(module, "DecodeParams", "A decode call. What is not set is zero.");
+    type.def(py::init([] { return P{}; }));
+    def_tensor(type, "q", &P::q);
+    def_tensor(type, "k", &P::k);
+    def_tensor(type, "v", &P::v);
+    def_tensor(type, "o", &P::o);
+    def_rows(type, "lse", &P::lse);
+    def_descale(type, "k_descale", &P::k_descale);
+    def_descale(type, "v_descale", &P::v_descale);
+    def_address(type, "page_table", &P::page_table);
+    def_address(type, "partials", &P::partials);
+    def_address(type, "tickets", &P::tickets);
+    type.def_property_readonly("sequences", [](P& self) { return &self.sequences; })
+        .def_property_readonly("scores", [](P& self) { return &self.scores; })
+        .def_readwrite("page_table_stride", &P::page_table_stride)
+        .def_readwrite("heads_q", &P::heads_q)
+        .def_readwrite("heads_kv", &P::heads_kv)
+        .def_readwrite("head_dim", &P::head_dim)
+        .def_readwrite("head_dim_v", &P::head_dim_v)
+        .def_readwrite("page_size", &P::page_size)
+        .def_readwrite("num_pages", &P::num_pages)
+        .def_readwrite("max_pages", &P::max_pages);
+    module.def(
+        "decode_workspace",
+        [](const Kernel& kernel, int device, const P& call, int sm_margin) {
+            const DecodeWorkspace workspace = decode_workspace(kernel, device, call, sm_margin);
+            py::dict sizes;
+            sizes["partials"] = workspace.partials;
+            sizes["tickets"] = workspace.tickets;
+            return sizes;
+        },
+        py::arg("kernel"), py::arg("device"), py::arg("call"), py::arg("sm_margin") = 0,
+        "Bytes of the workspace of a call, by the name of the field that points to them.");
+    module.def("launch_decode", &launch_decode, py::arg("kernel"), py::arg("device"), py::arg("stream"),
+               py::arg("call"), py::arg("sm_margin") = 0, ReleaseGil(),
+               "Enqueue the decode kernel on a stream. Fills in tensor maps and grid. Raises ValueError for "
+               "sizes, strides or addresses that the kernel cannot take.");
+}
+
+}  // namespace flash8

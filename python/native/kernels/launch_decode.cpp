@@ -1,0 +1,172 @@
+#include "kernels/launch_decode.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "driver/launch.h"
+#include "driver/require.h"
+#include "driver/tensor_map.h"
+#include "kernels/attention_checks.h"
+
+namespace flash8 {
+
+namespace {
+
+constexpr const char* kCall = "decode";
+constexpr std::int64_t kMaxUnits = std::int64_t{1} << 30;  // of tiles over all units: 32 bits count them
+constexpr std::int64_t kUnitBytes = 16;                    // of a cache: what one lane copies
+constexpr std::int64_t kBoxRows = 8;                       // the rows after which the swizzle repeats
+constexpr std::int64_t kWarps = 8;
+
+void check_kernel(const Kernel& kernel) {
+    require(kernel.info().has_value(), "decode: ", kernel.name(), " exports no kernel_info");
+    require(kernel.info()->kind == KernelKind::kDecode, "decode: ", kernel.name(), " is not a decode kernel");
+}
+
+bool uses_tma(const KernelInfo& info) {
+    return info.tma[0].rank != 0;
+}
+
+std::int64_t blocks(std::int64_t rows, std::int64_t block) {
+    return (rows + block - 1) / block;
+}
+
+void check_sizes(const DecodeParams& call, const KernelInfo& info) {
+    check_heads(kCall, {call.heads_q, call.heads_kv, call.head_dim, call.head_dim_v}, info);
+    check_row_unit(kCall, "head_dim", call.head_dim);
+    check_row_unit(kCall, "head_dim_v", call.head_dim_v);
+    const SequenceParams& sequences = call.sequences;
+    check_sequences(kCall, sequences);
+    require(sequences.cu_seqlens_k == nullptr, "decode: cu_seqlens_k is given; the keys are a cache's");
+    require(call.page_size >= 1, "decode: page_size is ", call.page_size, "; it must be positive");
+    require(call.num_pages >= 0 && call.max_pages >= 0, "decode: num_pages is ", call.num_pages,
+            " and max_pages ", call.max_pages, "; neither may be negative");
+    const std::int64_t room =
+        call.page_table != nullptr ? std::int64_t{call.page_size} * call.max_pages : call.page_size;
+    require(sequences.max_seqlen_k <= room, "decode: max_seqlen_k is ", sequences.max_seqlen_k,
+            "; the pages of a sequence hold ", room, " keys");
+    require(std::int64_t{sequences.max_seqlen_q} + sequences.max_seqlen_k <= kMaxRows, "decode: q has ",
+            sequences.max_seqlen_q, " rows and k ", sequences.max_seqlen_k,
+            "; supported are less than 2^31 in all");
+}
+
+// Tiles over all units, by the bounds that the host has.
+std::int64_t count_tiles(const DecodeParams& call, const KernelInfo& info) {
+    const SequenceParams& sequences = call.sequences;
+    const std::int64_t rows = std::int64_t{sequences.max_seqlen_q} * (call.heads_q / call.heads_kv);
+    require(rows <= kMaxRows, "decode: q has ", rows, " rows of folded heads; supported are less than 2^31");
+    const std::int64_t of_unit = blocks(sequences.max_seqlen_k, info.kBlockN);
+    std::int64_t units = blocks(rows, info.kBlockM);
+    for (const std::int64_t count : {std::int64_t{call.heads_kv}, std::int64_t{sequences.batch}, of_unit}) {
+        require(count == 0 || units <= kMaxUnits / count, "decode: there are more than 2^30 tiles of keys");
+        units *= count;
+    }
+    return units;
+}
+
+void check_cache(const char* name, const TensorRef& cache, const DecodeParams& call, const KernelInfo& info) {
+    const std::int64_t unit = kUnitBytes / element_bytes(info.tma[0].element_type);
+    const auto address = reinterpret_cast<std::uintptr_t>(cache.ptr);
+    require(address % kUnitBytes == 0, "decode: ", name, " is at address ", address,
+            "; it must be a multiple of ", kUnitBytes);
+    std::int64_t last = 0;
+    for (const auto& [stride, size] :
+         {std::pair{cache.batch_stride, call.num_pages}, std::pair{cache.row_stride, call.page_size},
+          std::pair{cache.head_stride, call.heads_kv}}) {
+        require(size <= 1 || (stride >= 0 && stride % unit == 0), "decode: a stride of ", name, " is ",
+                stride, " elements; it must be a multiple of ", kUnitBytes, " bytes, and not negative");
+        std::int64_t step = 0;
+        require(!__builtin_mul_overflow(stride, std::max<std::int64_t>(0, std::int64_t{size} - 1), &step) &&
+                    !__builtin_add_overflow(last, step, &last) && last / unit < 0xffffffffLL,
+                "decode: ", name, " spans more than 2^36 bytes");
+    }
+}
+
+void check_tensors(const DecodeParams& call, const KernelInfo& info) {
+    check_rows_of(kCall, "q", call.q);
+    check_rows_of(kCall, "o", call.o);
+    check_cache("k", call.k, call, info);
+    check_cache("v", call.v, call, info);
+    require(!uses_tma(info) || call.page_table == nullptr || call.page_size % kBoxRows == 0,
+            "decode: page_size is ", call.page_size, "; this kernel loads pages of a multiple of ", kBoxRows,
+            " keys");
+    require(call.k_descale.block_stride == 0 && call.v_descale.block_stride == 0,
+            "decode: descales are per tensor or per head, not per block");
+}
+
+void check_workspace(const DecodeParams& call) {
+    const auto address = reinterpret_cast<std::uintptr_t>(call.partials);
+    require(address != 0 && address % kUnitBytes == 0, "decode: partials is at address ", address,
+            "; it must be a multiple of ", kUnitBytes, " and not null");
+    require(call.tickets != nullptr, "decode: tickets is null");
+}
+
+std::int64_t count_ctas(const Kernel& kernel, int device, const DecodeParams& call, int sm_margin) {
+    require(sm_margin >= 0, "decode: sm_margin is ", sm_margin, "; it must not be negative");
+    const int multiprocessors = kernel.driver().primary(device).multiprocessors;
+    return std::clamp<std::int64_t>(blocks(count_tiles(call, *kernel.info()), kWarps), 1,
+                                    std::max(1, multiprocessors - sm_margin));
+}
+
+// position / page_size by a multiplication: exact for positions below 2^31.
+void divide_by_page_size(DecodeParams& params) {
+    int bits = 0;
+    while ((std::int64_t{1} << bits) < params.page_size) {
+        ++bits;
+    }
+    const std::uint64_t size = static_cast<std::uint64_t>(params.page_size);
+    params.page_multiplier =
+        static_cast<std::uint32_t>(((std::uint64_t{1} << (31 + bits)) + size - 1) / size);
+    params.page_shift = 31 + bits;
+}
+
+void encode_maps(const Driver& driver, const KernelInfo& info, DecodeParams& params) {
+    // A tile is of boxes that no page boundary cuts.
+    params.box_rows = params.page_table == nullptr ? info.kBlockN : std::gcd(params.page_size, info.kBlockN);
+    const auto encode = [&](const TensorRef& ref, std::int64_t head_dim, TmaBox box) {
+        box.box[1] = static_cast<std::uint32_t>(params.box_rows);
+        return encode_tensor_map(driver,
+                                 tiled(ref, head_dim, params.page_size, params.heads_kv, params.num_pages,
+                                       box.element_type, params.o.ptr),
+                                 box);
+    };
+    params.tma_k = encode(params.k, params.head_dim, info.tma[0]);
+    params.tma_v = encode(params.v, params.head_dim_v, info.tma[1]);
+}
+
+bool has_rows(const SequenceParams& sequences) {
+    const bool packed = sequences.cu_seqlens_q != nullptr;
+    return sequences.batch > 0 && (packed ? sequences.total_q : sequences.max_seqlen_q) > 0;
+}
+
+}  // namespace
+
+DecodeWorkspace decode_workspace(const Kernel& kernel, int device, const DecodeParams& call, int sm_margin) {
+    check_kernel(kernel);
+    const KernelInfo& info = *kernel.info();
+    check_sizes(call, info);
+    const std::int64_t ctas = count_ctas(kernel, device, call, sm_margin);
+    constexpr std::int64_t kWord = 4;
+    return {kWord * 2 * ctas * info.kBlockM * (info.kHeadDimV + 2), kWord * ctas};
+}
+
+void launch_decode(Kernel& kernel, int device, std::uint64_t stream, const DecodeParams& call,
+                   int sm_margin) {
+    check_kernel(kernel);
+    const KernelInfo& info = *kernel.info();
+    check_sizes(call, info);
+    const std::int64_t ctas = count_ctas(kernel, device, call, sm_margin);
+    if (!has_rows(call.sequences)) {
+        return;
+    }
+    check_tensors(call, info);
+    check_workspace(call);
+    DecodeParams params = call;
+    divide_by_page_size(params);
+    if (uses_tma(info)) {
+        encode_maps(kernel.driver(), info, params);
+    }
+    launch(kernel, device, stream, shape_of(info, {ctas, 1, 1}), {{&params, sizeof(params)}});
+}
+
+}  // namespace flash8

@@ -1,0 +1,169 @@
+"""What the host makes of a decode call: parameters, tensor maps, grid, and what it refuses."""
+
+import random
+import struct
+
+import pytest
+
+from fake_driver.cubin import LAYOUT, decode_cubin, fake_cubin
+from flash8 import _native
+
+pytest_plugins = ["driver_fixtures"]
+
+TMA, GATHER = "decode_bf16_e4m3_d128_rows8", "decode_bf16_e4m3_d128_rows8_gather"
+ADDRESS = {"q": 0x10000, "k": 0x20000, "v": 0x30000, "o": 0x40000}
+MARGIN = 1
+
+
+def load(driver, name=TMA):
+    return _native.Library(driver, decode_cubin(name)).kernel()
+
+
+@pytest.fixture
+def kernel(driver):
+    return load(driver)
+
+
+def dense_call(batch=3, rows=2, keys=500, heads=8, heads_kv=2, head_dim=128):
+    call = _native.DecodeParams()
+    for name, n, count in (("q", rows, heads), ("o", rows, heads), ("k", keys, heads_kv)):
+        setattr(call, name, (ADDRESS[name], n * count * head_dim, count * head_dim, head_dim))
+    call.v = (ADDRESS["v"], *call.k[1:])
+    call.heads_q, call.heads_kv = heads, heads_kv
+    call.head_dim = call.head_dim_v = head_dim
+    call.num_pages, call.page_size = batch, keys
+    call.sequences.batch = call.sequences.batch_k = batch
+    call.sequences.max_seqlen_q, call.sequences.max_seqlen_k = rows, keys
+    call.scores.softmax_scale = 0.125
+    call.partials, call.tickets = 0x500000, 0x600000
+    return call
+
+
+def paged_call(page_size=16, max_pages=40, pages=100, **sizes):
+    call = dense_call(**sizes)
+    row = call.heads_kv * call.head_dim
+    call.k = (ADDRESS["k"], page_size * row, row, call.head_dim)
+    call.v = (ADDRESS["v"], *call.k[1:])
+    call.num_pages, call.page_size = pages, page_size
+    call.page_table, call.page_table_stride, call.max_pages = 0x700000, max_pages, max_pages
+    call.sequences.max_seqlen_k = page_size * max_pages
+    return call
+
+
+def field(fake, name: str, code: str):
+    offset, _ = LAYOUT["DecodeParams"]["fields"][name]
+    return struct.unpack_from(f"<{code}", fake.parameter(len(fake.launches) - 1), offset)[0]
+
+
+def grid(fake) -> int:
+    return int(fake.launches[-1].split()[2].removeprefix("grid=").split(",")[0])
+
+
+def test_a_dense_call(fake, kernel):
+    """Eight tiles of a unit at least are a CTA's."""
+    _native.launch_decode(kernel, 0, 99, dense_call())
+    assert fake.launches[-1].startswith("decode device=0 grid=")
+    assert grid(fake) == -(-3 * 2 * 1 * 8 // 8)
+    assert field(fake, "box_rows", "i") == 64
+    for at, name in enumerate("kv"):
+        words = struct.unpack_from("<7Q", fake.parameter(0), 128 * at)
+        assert words[:4] == (0, 4, ADDRESS[name], 3)
+        assert words[5:] == (3, 500 * 2 * 128)  # pages, and bytes from one to the next
+
+
+@pytest.mark.parametrize(
+    "page_size, box", [(8, 8), (24, 8), (16, 16), (64, 64), (96, 32), (528, 16)]
+)
+def test_boxes_that_no_page_boundary_cuts(fake, kernel, page_size, box):
+    _native.launch_decode(kernel, 0, 0, paged_call(page_size))
+    assert field(fake, "box_rows", "i") == box
+
+
+def test_pages_of_any_size_are_gathered(fake, driver, kernel):
+    with pytest.raises(ValueError, match="page_size is 12; this kernel loads pages of a multiple"):
+        _native.launch_decode(kernel, 0, 0, paged_call(12))
+    _native.launch_decode(load(driver, GATHER), 0, 0, paged_call(12))
+    assert field(fake, "tma_k", "q") == 0
+
+
+def test_division_by_the_page_size_is_exact(fake, driver):
+    gather, numbers = load(driver, GATHER), random.Random(1)
+    for size in (1, 2, 3, 5, 7, 16, 24, 127, 128, 528, 65537, 2**30 - 1, 2**31 - 1):
+        call = paged_call(1, 1, 1)
+        call.page_size, call.sequences.max_seqlen_k = size, 1
+        call.k = call.v = (ADDRESS["k"], 0, 0, 128)
+        _native.launch_decode(gather, 0, 0, call)
+        factor, shift = field(fake, "page_multiplier", "I"), field(fake, "page_shift", "i")
+        positions = [0, 1, size - 1, size, 2 * size - 1, 2**31 - 1]
+        positions += [numbers.randrange(2**31) for _ in range(2000)]
+        positions += [n // size * size - d for n in positions for d in (0, 1) if n >= size]
+        for n in (n for n in positions if 0 <= n < 2**31):
+            assert n * factor >> shift == n // size, (n, size)
+
+
+def test_the_workspace_depends_on_the_grid_alone(fake, driver, kernel):
+    many = driver.devices()[0].multiprocessors
+    for batch, keys in ((1000, 2000), (7000, 5)):
+        call = dense_call(batch=batch, keys=keys)
+        sizes = _native.decode_workspace(kernel, 0, call, MARGIN)
+        assert sizes == {
+            "partials": 4 * 2 * (many - MARGIN) * 8 * 130,
+            "tickets": 4 * (many - MARGIN),
+        }
+        _native.launch_decode(kernel, 0, 0, call, MARGIN)
+        assert grid(fake) == many - MARGIN
+
+
+def test_nothing_to_do_is_no_launch(fake, kernel):
+    for sizes in ({"batch": 0}, {"rows": 0}):
+        _native.launch_decode(kernel, 0, 0, dense_call(**sizes))
+    assert not fake.launches
+    _native.launch_decode(kernel, 0, 0, dense_call(keys=1))
+    call = dense_call(keys=1)
+    call.sequences.max_seqlen_k = 0  # O and LSE have to be written
+    _native.launch_decode(kernel, 0, 0, call)
+    assert len(fake.launches) == 2 and grid(fake) == 1
+
+
+def changed(call, **fields):
+    for name, value in fields.items():
+        setattr(call if hasattr(call, name) else call.sequences, name, value)
+    return call
+
+
+REFUSED = {
+    "heads": (changed(dense_call(), heads_q=5), "heads_q is 5; it must be a multiple of heads_kv"),
+    "head_dim": (changed(dense_call(), head_dim=136), "head_dim is 136; this kernel supports"),
+    "page_size": (changed(dense_call(), page_size=0), "page_size is 0; it must be positive"),
+    "pages": (changed(dense_call(), num_pages=-1), "num_pages is -1"),
+    "packed": (changed(dense_call(), cu_seqlens_k=16), "cu_seqlens_k is given"),
+    "room": (
+        changed(paged_call(), max_seqlen_k=641),
+        "max_seqlen_k is 641; the pages of a sequence",
+    ),
+    "rows": (changed(dense_call(), max_seqlen_q=2**31 - 600), "rows and k 500; supported"),
+    "tiles": (dense_call(batch=2**20, keys=2**20), "more than 2.30 tiles of keys"),
+    "address": (changed(dense_call(), k=(24, 16, 16, 16)), "k is at address 24; it must be"),
+    "stride": (changed(dense_call(), v=(16, 24, 16, 16)), "a stride of v is 24 elements"),
+    "span": (changed(dense_call(), k=(16, 2**37, 16, 16)), r"k spans more than 2\^36 bytes"),
+    "o": (changed(dense_call(), o=(8, 16, 16, 16)), "o is at address 8; it must be a multiple"),
+    "blocks": (changed(dense_call(), k_descale=(16, 0, 0, 1)), "per tensor or per head"),
+    "partials": (changed(dense_call(), partials=8), "partials is at address 8; it must be"),
+    "tickets": (changed(dense_call(), tickets=0), "tickets is null"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(fake, kernel, name):
+    call, words = REFUSED[name]
+    with pytest.raises(ValueError, match=f"decode: .*{words}"):
+        _native.launch_decode(kernel, 0, 0, call)
+    assert not fake.launches
+
+
+def test_other_kernels_are_refused(fake, driver):
+    forward = _native.Library(driver, fake_cubin()).kernel()
+    with pytest.raises(ValueError, match="forward is not a decode kernel"):
+        _native.launch_decode(forward, 0, 0, dense_call())
+    with pytest.raises(ValueError, match="sm_margin is -1; it must not be negative"):
+        _native.launch_decode(load(driver), 0, 0, dense_call(), -1)

@@ -1,0 +1,210 @@
+"""Calls of the decode kernel on the simulated device, and what float64 attention makes of them.
+
+`check` is the whole of a case: everything that nobody may read is NaN, outputs are poisoned, the
+launch is repeated under several adversarial schedules, and O and LSE are compared over every row.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import oracle
+import tolerances
+from decode_launch import Call, DecodeKernel
+from flash8.backends.hopper.decode_variants import DecodeVariant
+from flash8.compiler import Unit, compile_unit
+from forward_cases import device, int32
+from fp8_forward_cases import changed_sources
+
+E4M3 = torch.float8_e4m3fn
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@functools.cache
+def kernel(variant: DecodeVariant) -> DecodeKernel:
+    return DecodeKernel(device().driver, device().ptx(variant))
+
+
+def changed_kernel(
+    folder: Path, variant: DecodeVariant, *edits: tuple[str, str, str]
+) -> DecodeKernel:
+    """A variant compiled from sources with (file, old, new) edits."""
+    root = changed_sources(folder, *edits)
+    unit = Unit(root / "decode" / "kernel.cu", variant.defines, "changed")
+    return DecodeKernel(device().driver, compile_unit(unit).ptx.read_bytes() + b"\0")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """How the keys of a call lie."""
+
+    page_size: int | None = None  # None: dense
+    room: int = 0  # keys that a sequence has room for; 0: as the longest
+    spare: int = 2  # pages, or rows of a dense cache, that belong to nobody
+
+
+def draw(
+    variant: DecodeVariant,
+    lengths: Sequence[int],
+    *,
+    seqlen_q: int = 1,
+    heads: int = 4,
+    heads_kv: int = 1,
+    cache: Cache = Cache(),
+    seed: int = 0,
+    **options: object,
+) -> Call:
+    """Normal q, k, v; `lengths` are the used keys of each sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, room = len(lengths), max(cache.room, *lengths, 1)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    float8 = variant.cache == "e4m3"
+    dtype = DTYPES[variant.dtype]
+    q = tensor(batch, seqlen_q, heads, variant.head_dim).to(dtype)
+    given: dict = {"indices": {"seqused_k": int32(lengths)}}
+    if cache.page_size is None:
+        pages, page_size = batch, room
+    else:
+        page_size = cache.page_size
+        max_pages = -(-room // page_size)
+        pages = batch * max_pages + cache.spare
+        order = torch.randperm(pages, generator=generator)
+        given["page_table"] = order[: batch * max_pages].view(batch, max_pages).int()
+    k = tensor(pages, page_size, heads_kv, variant.head_dim)
+    v = tensor(pages, page_size, heads_kv, variant.head_dim_v)
+    if float8:
+        k, v = (32.0 * k).to(E4M3), (32.0 * v).to(E4M3)
+        factors = 1.0 + 0.25 * torch.arange(batch * heads_kv).view(batch, heads_kv)
+        given["k_descale"], given["v_descale"] = factors / 32.0, (factors + 0.5) / 32.0
+    else:
+        k, v = k.to(dtype), v.to(dtype)
+    given |= options
+    given["indices"] = {"seqused_k": int32(lengths), **options.get("indices", {})}
+    return Call(q, k, v, variant.head_dim**-0.5, **given)
+
+
+def keys_of(call: Call) -> oracle.Keys:
+    return oracle.Keys(
+        seqused=call.indices.get("seqused_k"),
+        leftpad=call.indices.get("leftpad_k"),
+        page_table=call.page_table,
+        batch_idx=call.indices.get("kv_batch_idx"),
+    )
+
+
+def queries_of(call: Call, b: int) -> tuple:
+    cu_seqlens = call.indices.get("cu_seqlens_q")
+    if cu_seqlens is None:
+        return b, slice(0, call.q.shape[1])
+    return (slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1])),)
+
+
+def _mask(call: Call, rows: int, keys: int) -> Tensor:
+    return oracle.visible(rows, keys, call.causal, call.window, call.attention_chunk)
+
+
+def poisoned(call: Call) -> Call:
+    """The same call with NaN in every slot of the cache that no query sees."""
+    keys = keys_of(call)
+    given = {name: torch.full(x.shape, math.nan).to(x.dtype) for name, x in _caches(call).items()}
+    for b in range(call.batch):
+        if not keys.has_work(b):
+            continue
+        rows = call.q[queries_of(call, b)].shape[0]
+        logical = keys.logical(call.k, b)
+        seen = _mask(call, rows, len(logical)).any(dim=0) & keys.exists(call.k, b)
+        slot = keys.slot(call.k, b, logical[seen])
+        for name, x in _caches(call).items():
+            given[name][slot] = x[slot]
+    return replace(call, **given)
+
+
+def _caches(call: Call) -> dict[str, Tensor]:
+    return {"k": call.k, "v": call.v}
+
+
+def reference(call: Call) -> tuple[Tensor, Tensor]:
+    """O and LSE of every row in float64; 0 and -inf in rows that are not used."""
+    o = torch.zeros((*call.q.shape[:-1], call.v.shape[-1]), dtype=torch.float64)
+    lse = torch.full(o.shape[:-1], -math.inf, dtype=torch.float64).transpose(-1, -2).contiguous()
+    keys = keys_of(call)
+    for b in range(call.batch):
+        if not keys.has_work(b):
+            continue
+        at = queries_of(call, b)
+        q = call.q[at].double()
+        k, v = (keys.take(x.double(), b) for x in (call.k, call.v))
+        for name, x in (("k_descale", k), ("v_descale", v)):
+            descale = getattr(call, name)
+            if descale is not None:
+                x *= descale if descale.dim() == 0 else descale[b][:, None]
+        slopes = call.alibi_slopes
+        o[at], rows_lse = oracle.attend(
+            q,
+            k,
+            v,
+            _mask(call, q.shape[0], k.shape[0]),
+            call.softmax_scale,
+            call.softcap,
+            slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[b],
+            sink=None if call.s_aux is None else call.s_aux.double(),
+        )
+        lse[(*at[:-1], slice(None), at[-1])] = rows_lse
+    return o, lse
+
+
+def compare(call: Call, o: Tensor, lse: Tensor) -> None:
+    """Over every row."""
+    exact, exact_lse = reference(call)
+    assert not o.isnan().any(), "a row of O was not written, or NaN leaked"
+    empty = exact_lse == -math.inf
+    assert torch.equal(lse == -math.inf, empty)
+    without_keys = exact.abs().amax(dim=-1) == 0.0
+    assert not o[without_keys].any(), "a row without keys is not zero"
+    in_bf16 = call.k.dtype == torch.bfloat16
+    bound = tolerances.DECODE_BF16 if in_bf16 else tolerances.DECODE_FP16
+    if not without_keys.all():
+        bound.check("O", tolerances.rel_l2_beyond_rounding(o, exact))
+    given = {"atol": tolerances.DECODE_LSE.limit, "rtol": 1e-6}  # eight units of the last place
+    torch.testing.assert_close(lse.double()[~empty], exact_lse[~empty], **given)
+
+
+def launch(
+    variant: DecodeVariant,
+    *calls: Call,
+    ctas: int = 3,
+    seed: int = 0,
+    changed: DecodeKernel | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    device().configure(seed=seed)
+    try:
+        return (changed or kernel(variant))(*calls, ctas=ctas)
+    except RuntimeError as error:
+        raise AssertionError(f"seed {seed}: {error}\n{device().last_error()}") from error
+
+
+def check(
+    variant: DecodeVariant,
+    call: Call,
+    *,
+    ctas: int = 3,
+    seeds: Sequence[int] = (0, 1),
+    changed: DecodeKernel | None = None,
+) -> tuple[Tensor, Tensor]:
+    """O and LSE of a correct call: the same bits under every schedule, and close to float64."""
+    given = poisoned(call)
+    (first,) = launch(variant, given, ctas=ctas, seed=seeds[0], changed=changed)
+    compare(call, *first)
+    for seed in seeds[1:]:
+        (again,) = launch(variant, given, ctas=ctas, seed=seed, changed=changed)
+        for name, x, y in zip(("O", "LSE"), first, again, strict=True):
+            assert torch.equal(x, y), f"{name} differs between the seeds {seeds[0]} and {seed}"
+    return first
