@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 import flash8
 from flash8 import backends, fp8
 from flash8.backends.hopper.backward_variants import BackwardVariant
+from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.backends.hopper.verify import trust
@@ -38,7 +39,7 @@ class Row(NamedTuple):
     if it is BackwardVariant, of what they return."""
 
     label: str
-    kernel: type[ForwardVariant] | type[BackwardVariant] | type[QuantizeVariant]
+    kernel: type
     calls: list[Call]
 
 
@@ -157,16 +158,29 @@ ROWS = (
         ],
     ),
     Row(
-        "KV cache: `cache_seqlens`, `cache_leftpad`, `cache_batch_idx`",
-        ForwardVariant,
-        [cached(BF16), cached(FP16, cache_leftpad=ints([2]), cache_batch_idx=ints([0]))],
+        "KV cache: `cache_seqlens`, `cache_leftpad`, `cache_batch_idx`, pages of any size",
+        DecodeVariant,
+        [
+            *(cached(BF16), cached(FP16, cache_leftpad=ints([2]), cache_batch_idx=ints([0]))),
+            *(cached(BF16, page_table=ints([[0]])), cached(BF16, softcap=20.0)),
+        ],
     ),
     Row(
-        "pages; KV splits",
-        ForwardVariant,
+        "16-bit q over an e4m3 cache: descales by tensor, head; pages",
+        DecodeVariant,
         [
-            *(cached(BF16, page_table=ints([[0]])), cached(BF16, num_splits=2)),
+            *(cached(E4M3, BF16, **per_head()), cached(E4M3, FP16, **per_head())),
+            cached(E4M3, BF16, page_table=ints([[0]]), **per_head()),
+        ],
+    ),
+    Row(
+        "the same with descales by page, smoothing; e4m3 q over pages; KV splits",
+        DecodeVariant,
+        [
+            cached(E4M3, BF16, page_table=ints([[0]]), k_descale=torch.ones(1, 2, 1)),
+            cached(E4M3, BF16, k_mean=torch.zeros(2, 64), **per_head()),
             cached(E4M3, page_table=ints([[0]]), **per_head()),
+            cached(BF16, num_splits=2),
         ],
     ),
     Row(
@@ -188,11 +202,6 @@ ROWS = (
         "e4m3 forward: smoothing, rotation, v_colmajor",
         ForwardVariant,
         [quantized("head", smooth=True, hadamard=True), quantized("block", v_colmajor=True)],
-    ),
-    Row(
-        "16-bit q over an e4m3 cache",
-        ForwardVariant,
-        [cached(E4M3, BF16, **per_head()), cached(E4M3, FP16, **per_head())],
     ),
     Row(
         "backward, 16-bit: dense, packed, masks, softcap, ALiBi, sinks, dropout, deterministic",

@@ -163,7 +163,7 @@ def flash_attn_with_kvcache(
             "to it; quantize it with v_colmajor=False and another granularity than 'channel'"
         )
     lengths = _lengths(query, keys, cache_seqlens, cu_seqlens_q)
-    options = options._replace(seqused_k=lengths)
+    options = options._replace(seqused_k=lengths, is_cache=True)
     geometry, options = checks.attention(query, keys, values, qv, s_aux, out, options, _CACHE_NAMES)
     require_contiguous_last("k_cache", keys)
     require_contiguous_last("v_cache", values)

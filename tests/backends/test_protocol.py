@@ -10,7 +10,7 @@ from flash8 import backends
 from flash8.backends import cpu, protocol
 from flash8.backends.cpu import append_quantized as cpu_append
 from flash8.backends.cpu import quantize as cpu_quantize
-from flash8.backends.hopper import append_quantized, backward, forward, quantize
+from flash8.backends.hopper import append_quantized, backward, decode, forward, quantize
 
 IMPLEMENTATIONS = (
     (protocol.Forward, cpu),
@@ -20,6 +20,8 @@ IMPLEMENTATIONS = (
     (protocol.Append, cpu_append),
     (protocol.Forward, forward),
     (protocol.KernelForward, forward),
+    (protocol.Forward, decode),
+    (protocol.KernelForward, decode),
     (protocol.Backward, backward),
     (protocol.KernelBackward, backward),
     (protocol.Quantizer, quantize),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flash8.backends.hopper import append_quantized as appender
 from flash8.backends.hopper import backward as hopper_backward
+from flash8.backends.hopper import decode as hopper_decode
 from flash8.backends.hopper import forward as hopper
 from flash8.backends.hopper import quantize as quantizer
 from flash8.call.request import Appended, Request
@@ -113,8 +114,8 @@ def guard_quantizer(patch: Any, guards: Guards) -> None:
 
 @contextmanager
 def guard_outputs(patch: Any, device: Any) -> Iterator[None]:
-    """Inside, forward, backward, quantizer and append fill tensors with guards, compared after
-    every launch, whose values the caller's own get then. Not so the launches of the plan cache."""
+    """Inside, all that the backend launches fills tensors with guards, compared after every launch,
+    whose values the caller's own get then. Not so the launches of the plan cache."""
     with Guards(device) as guards:  # those of a quantizer's check live until the end
         guard_quantizer(patch, guards)
         _guard_calls(patch, device, guards)
@@ -126,6 +127,8 @@ def _guard_calls(patch: Any, device: Any, guards: Guards) -> None:
     patch.setattr(appender, "append", functools.partial(_append, appender.append, device))
     launch = functools.partial(_launch, hopper.plan_and_launch, device)
     patch.setattr(hopper, "plan_and_launch", launch)
+    decode = functools.partial(_decode, hopper_decode.forward, device)
+    patch.setattr(hopper_decode, "forward", decode)
     backward = functools.partial(_backward, hopper_backward.backward, patch, device)
     patch.setattr(hopper_backward, "backward", backward)
 
@@ -173,6 +176,19 @@ def _launch(
     plan.call.o = (out.data_ptr(), *plan.call.o[1:])  # of which the plan cache will hear
     plan.call.lse = (lse.data_ptr(), *plan.call.lse[1:])
     return plan
+
+
+def _decode(forward: Callable[..., None], device: Any, *given: Any) -> None:
+    *inputs, out, lse, out_partial, lse_partial = given
+    if _is_sparse(out) or _is_sparse(lse):
+        forward(*given)
+        return
+    with Guards(device) as guards:
+        o, row_lse = guards.add(Guarded.like(out)), guards.add(Guarded.like(lse))
+        forward(*inputs, o, row_lse, out_partial, lse_partial)
+        guards.check()
+    _assign(out, o)
+    _assign(lse, row_lse)
 
 
 def _backward(backward: Callable[..., None], patch: Any, device: Any, *given: Any) -> None:

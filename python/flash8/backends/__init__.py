@@ -45,15 +45,22 @@ def forward_backend(
     if not kernels_wanted(q):
         return backend_for(q)
     from flash8.backends import index_checks
+    from flash8.backends.hopper import decode
     from flash8.backends.hopper import forward as hopper
     from flash8.backends.hopper.verify import trust
 
     index_checks.check_attention(q, k, options)
+    over_cache = decode.is_wanted(q, k, options)
+    why_not = decode.refusal(q, k, v, qv, options, out) if over_cache else None
+    decodes = over_cache and why_not is None
+    if decodes and trust.is_trusted(decode.choose(q, k, v, options), q.device):
+        return decode
     reason = hopper.refusal(q, k, v, qv, options, out)
-    if reason is not None:
-        tell_about_refusal(reason)
-    elif trust.is_trusted(hopper.choose(q, k, v, options), q.device):
-        return hopper
+    if reason is None:
+        return hopper if trust.is_trusted(hopper.choose(q, k, v, options), q.device) else cpu
+    if not decodes:  # a decode kernel that is not trusted has been told about
+        no_other = options.page_table is not None or k.dtype != q.dtype
+        tell_about_refusal(why_not if why_not is not None and no_other else reason)
     return cpu
 
 

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from flash8.backends.cpu import quantize as _cpu_quantize
     from flash8.backends.hopper import append_quantized as _hopper_append
     from flash8.backends.hopper import backward as _hopper_backward
+    from flash8.backends.hopper import decode as _hopper_decode
     from flash8.backends.hopper import forward as _hopper_forward
     from flash8.backends.hopper import quantize as _hopper_quantize
     from flash8.backends.hopper.backward_variants import BackwardVariant
+    from flash8.backends.hopper.decode_variants import DecodeVariant
     from flash8.backends.hopper.quantize_variants import QuantizeVariant
     from flash8.backends.hopper.variants import ForwardVariant
     from flash8.call.options import Options
@@ -166,7 +168,9 @@ class KernelForward(Forward, Protocol):
     ) -> str | None:
         """Why no kernel serves the call, or None. `out` is the caller's."""
 
-    def choose(self, q: Tensor, k: Tensor, v: Tensor, options: "Options") -> "ForwardVariant":
+    def choose(
+        self, q: Tensor, k: Tensor, v: Tensor, options: "Options"
+    ) -> "ForwardVariant | DecodeVariant":
         """The variant that serves a call which is not refused."""
 
 
@@ -222,7 +226,7 @@ class KernelAppend(Protocol):
 # mypy's cache does not notice when an implementation changes; a run with a fresh cache does.
 if TYPE_CHECKING:
     _backends: tuple[Backend, ...] = (_cpu,)
-    _forwards: tuple[KernelForward, ...] = (_hopper_forward,)
+    _forwards: tuple[KernelForward, ...] = (_hopper_forward, _hopper_decode)
     _backwards: tuple[KernelBackward, ...] = (_hopper_backward,)
     _quantizers: tuple[Quantizer, ...] = (_cpu_quantize,)
     _kernel_quantizers: tuple[KernelQuantizer, ...] = (_hopper_quantize,)

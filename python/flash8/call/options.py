@@ -48,6 +48,7 @@ class Options(NamedTuple):
     smooth_k: bool = False  # K without its mean where dQ is made
     sm_margin: int = 0
     v_colmajor_tokens: int | None = None  # of a v as `flash8.tensors.v_colmajor` has it
+    is_cache: bool = False  # k and v are a KV cache, of which a few queries see much
 
     @classmethod
     def of(cls, arguments: Arguments) -> "Options":

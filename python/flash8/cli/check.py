@@ -9,6 +9,7 @@ import torch
 from flash8.backends.hopper import kernels as hopper_kernels
 from flash8.backends.hopper import mode
 from flash8.backends.hopper.backward_variants import SHIPPED_BACKWARDS
+from flash8.backends.hopper.decode_variants import SHIPPED_DECODERS
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
 from flash8.backends.hopper.variants import SHIPPED
 from flash8.backends.hopper.verify import trust
@@ -19,7 +20,8 @@ _MAX_DETAIL = 400  # characters of what the compiler or the driver said
 
 def kernels() -> dict[str, hopper_kernels.Variant]:
     """All shipped kernels by name, in the order in which they are checked."""
-    shipped: list[hopper_kernels.Variant] = [*SHIPPED, *SHIPPED_BACKWARDS, *SHIPPED_QUANTIZERS]
+    shipped: list[hopper_kernels.Variant] = [*SHIPPED, *SHIPPED_DECODERS]
+    shipped += [*SHIPPED_BACKWARDS, *SHIPPED_QUANTIZERS]
     return {variant.name: variant for variant in shipped}
 
 

@@ -80,11 +80,13 @@ def run(options: argparse.Namespace) -> int:
 
 def _shipped() -> list[Unit]:
     from flash8.backends.hopper.backward_variants import SHIPPED_BACKWARDS
+    from flash8.backends.hopper.decode_variants import SHIPPED_DECODERS
     from flash8.backends.hopper.kernels import Variant, kernels_of
     from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
     from flash8.backends.hopper.variants import SHIPPED
 
-    variants: list[Variant] = [*SHIPPED, *SHIPPED_BACKWARDS, *SHIPPED_QUANTIZERS]
+    variants: list[Variant] = [*SHIPPED, *SHIPPED_DECODERS]
+    variants += [*SHIPPED_BACKWARDS, *SHIPPED_QUANTIZERS]
     # Variants of the backward share kernels.
     return list(dict.fromkeys(part.unit() for variant in variants for part in kernels_of(variant)))
 

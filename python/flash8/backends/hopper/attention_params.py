@@ -21,7 +21,7 @@ _INDEX_FIELDS = (
     "kv_batch_idx",
 )
 
-Call = _native.ForwardParams | _native.BackwardParams
+Call = _native.ForwardParams | _native.BackwardParams | _native.DecodeParams
 
 
 def tma_can_read(x: Tensor) -> bool:

@@ -4,12 +4,13 @@ import functools
 
 from flash8 import _native
 from flash8.backends.hopper.backward_variants import BackwardStep, BackwardVariant
+from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.compiler import kernel_image
 
 #: What serves a call. A backward takes three kernels.
-Variant = ForwardVariant | BackwardVariant | QuantizeVariant
+Variant = ForwardVariant | DecodeVariant | BackwardVariant | QuantizeVariant
 #: What is compiled and loaded.
 KernelVariant = Variant | BackwardStep
 

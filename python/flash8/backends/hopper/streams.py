@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 COUNTERS = 2  # of SchedulerParams::tile_count
+_MANY_TICKETS = 256  # a CTA has one, and no GPU of this architecture has so many multiprocessors
 _PER_THREAD_STREAM = 2  # CU_STREAM_PER_THREAD
 
 
@@ -32,6 +33,20 @@ def get_tile_count(device: torch.device, stream: int, captured: bool = False) ->
 @functools.cache
 def _stream_tile_count(device: torch.device, stream: int, thread: int) -> Tensor:
     return new_tile_count(device)
+
+
+def get_tickets(device: torch.device, stream: int, count: int, captured: bool = False) -> Tensor:
+    """Zeros that a decode launch counts in and leaves zero, at least `count`: whose they are is as
+    with `get_tile_count`."""
+    if captured:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    thread = threading.get_ident() if stream == _PER_THREAD_STREAM else 0
+    return _stream_tickets(device, stream, thread, max(count, _MANY_TICKETS))
+
+
+@functools.cache
+def _stream_tickets(device: torch.device, stream: int, thread: int, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 def new_tile_count(device: torch.device) -> Tensor:

@@ -1,7 +1,8 @@
 """Which kernels may serve calls: with FLASH8_KERNELS=auto those that pass a check on the device.
 
 A kernel is checked once per process and device, when a call first wants it: small problems are run
-by it and by the portable code, and the results compared (`forward`, `backward`, `quantize`).
+by it and by the portable code, and the results compared (`forward`, `decode`, `backward`,
+`quantize`).
 A kernel that fails, or that no compiler makes, is left alone from then on, and a warning says why.
 What may pass (no memory, no room for the cache, a compiler that took too long) says nothing of the
 kernel: the portable code serves for a while, and then the check is tried again. With
@@ -23,6 +24,7 @@ import torch
 from flash8 import _native
 from flash8.backends.hopper import mode
 from flash8.backends.hopper.backward_variants import BackwardVariant
+from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.kernels import Variant
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.backends.hopper.verify import watchdog
@@ -98,6 +100,7 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
         Exception: of whatever kind, which says nothing about the kernel and may pass.
     """
     from flash8.backends.hopper.verify import backward as check_backward
+    from flash8.backends.hopper.verify import decode as check_decode
     from flash8.backends.hopper.verify import forward as check_forward
     from flash8.backends.hopper.verify import quantize as check_quantizer
 
@@ -105,6 +108,8 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
         try:
             if isinstance(variant, ForwardVariant):
                 return check_forward.find_fault(variant, device)
+            if isinstance(variant, DecodeVariant):
+                return check_decode.find_fault(variant, device)
             if isinstance(variant, BackwardVariant):
                 return check_backward.find_fault(variant, device)
             return check_quantizer.find_fault(variant, device)

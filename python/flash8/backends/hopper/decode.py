@@ -1,0 +1,259 @@
+"""The decode kernel: a few rows of q over a KV cache, dense or paged.
+
+`refusal` says why a call is not for it; `forward` serves those that are, in one launch. What the
+host decides follows from sizes alone, so a captured call may be replayed with other lengths and
+page tables. More rows than a tile has are further tiles, which read the keys again.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash8 import _native
+from flash8.backends.hopper import attention_params, kernels, streams
+from flash8.backends.hopper.decode_variants import (
+    ROWS,
+    TILES,
+    Cache,
+    DecodeVariant,
+    Element,
+    Load,
+    tile_rows,
+)
+from flash8.call.options import Options
+from flash8.tensors.float8 import E4M3
+
+_DTYPES: dict[torch.dtype, Element] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+#: Rows up to which a dense 16-bit cache, which the forward kernel serves too, is for this one.
+_FEW_ROWS = ROWS[-1]
+#: And any other cache, which no other kernel serves.
+_MOST_ROWS = 256
+_TMA_PAGE = 8  # keys of whose multiples pages are that TMA loads
+_MOST_BYTES = 1 << 36  # of a cache: 32 bits count units of 16 bytes
+
+
+def is_wanted(q: Tensor, k: Tensor, options: Options) -> bool:
+    """Whether a call is over a KV cache, as far as the kernel for packed keys goes."""
+    return options.is_cache or options.page_table is not None or k.dtype != q.dtype
+
+
+def refusal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    options: Options,
+    out: Tensor | None = None,
+) -> str | None:
+    """Why no decode kernel serves this call, or None. `out` is the caller's."""
+    if q.dtype not in _DTYPES or k.dtype not in (q.dtype, E4M3):
+        return f"there is no decode kernel for {q.dtype} q and {k.dtype} k"
+    reason = _refused_options(q, k, qv, options) or _refused_sizes(q, k, v, options)
+    if reason is None and out is not None and not attention_params.can_be_stored(out):
+        return "out is not aligned to 16 bytes in address and strides"
+    return reason
+
+
+def _refused_options(q: Tensor, k: Tensor, qv: Tensor | None, options: Options) -> str | None:
+    for name, given in (
+        ("qv", qv is not None),
+        ("cu_seqlens_k", options.cu_seqlens_k is not None),
+        ("dropout_p", options.dropout_p > 0.0),
+        ("num_splits", options.num_splits > 1),
+        ("v_colmajor", options.v_colmajor_tokens is not None),
+        ("q_descale", options.q_descale is not None),
+        ("k_mean", options.k_mean is not None),
+        ("v_mean", options.v_mean is not None),
+        ("v_channel_descale", options.v_channel_descale is not None),
+    ):
+        if given:
+            return f"{name} has no decode kernel yet"
+    for name, descale in (("k_descale", options.k_descale), ("v_descale", options.v_descale)):
+        if descale is not None and descale.dim() > 2:
+            return f"{name} is per block or page; the decode kernel takes one per tensor or head"
+    return None
+
+
+def _refused_sizes(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:
+    if _tile(q, v) is None:
+        return f"head_dim is {q.shape[-1]} and head_dim_v {v.shape[-1]}; tiles are {TILES}"
+    unit = 16 // k.element_size()
+    for name, size in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
+        if size % max(unit, 8) != 0:
+            return f"{name} is {size}; the decode kernel takes multiples of {max(unit, 8)}"
+    limit = _FEW_ROWS if options.page_table is None and k.dtype == q.dtype else _MOST_ROWS
+    if _rows(q, k, options) > limit:
+        return (
+            f"there are {_rows(q, k, options)} rows of q for a KV head; the decode kernel takes up "
+            f"to {limit}"
+        )
+    if not all(attention_params.tma_can_read(x) for x in (q, k, v)):
+        return "q, k or v is not aligned to 16 bytes in address and strides, or a stride is 2^40"
+    if any(attention_params.overlaps(x) for x in (k, v)):
+        return "rows of the cache share memory"
+    if any(_span(x) >= _MOST_BYTES for x in (k, v)):
+        return "k or v spans 2^36 bytes"
+    return _too_long(q, k, options)
+
+
+def _too_long(q: Tensor, k: Tensor, options: Options) -> str | None:
+    keys = _room(k, options)
+    units = -(-_rows(q, k, options) // ROWS[0]) * k.shape[-2] * _batch(q, options)
+    if keys + _max_seqlen_q(q, options) > attention_params.INT32_MAX - 1024:
+        return "a sequence has room for more than 2^31 keys"
+    if units * -(-keys // 16) > 1 << 30:
+        return "there are more than 2^30 tiles of keys"
+    return None
+
+
+def _tile(q: Tensor, v: Tensor) -> tuple[int, int] | None:
+    sizes = q.shape[-1], v.shape[-1]
+    return next((t for t in TILES if sizes[0] <= t[0] and sizes[1] <= t[1]), None)
+
+
+def _max_seqlen_q(q: Tensor, options: Options) -> int:
+    return q.shape[1] if options.cu_seqlens_q is None else options.max_seqlen_q or 0
+
+
+def _rows(q: Tensor, k: Tensor, options: Options) -> int:
+    """Rows of q that a KV head serves in one sequence."""
+    return q.shape[-2] // k.shape[-2] * _max_seqlen_q(q, options)
+
+
+def _batch(q: Tensor, options: Options) -> int:
+    return q.shape[0] if options.cu_seqlens_q is None else options.cu_seqlens_q.shape[0] - 1
+
+
+def _room(k: Tensor, options: Options) -> int:
+    """Keys that a sequence has room for."""
+    return k.shape[1] if options.page_table is None else k.shape[1] * options.page_table.shape[1]
+
+
+def _span(x: Tensor) -> int:
+    steps = zip(x.shape, x.stride(), strict=True)
+    return x.element_size() * sum((n - 1) * step for n, step in steps if n > 1)
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> DecodeVariant:
+    """The variant that serves a call which is not refused."""
+    tile = _tile(q, v)
+    assert tile is not None
+    rows, supported = _rows(q, k, options), tile_rows(tile[1])
+    paged = options.page_table is not None
+    return _variant(
+        _DTYPES[q.dtype],
+        "e4m3" if k.dtype == E4M3 else "same",
+        *tile,
+        next((n for n in supported if rows <= n), supported[-1]),
+        "gather" if paged and k.shape[1] % _TMA_PAGE != 0 else "tma",
+        options.softcap > 0.0 or options.alibi_slopes is not None,
+    )
+
+
+@functools.cache
+def _variant(
+    dtype: Element,
+    cache: Cache,
+    head_dim: int,
+    head_dim_v: int,
+    rows: int,
+    load: Load,
+    score_mod: bool,
+) -> DecodeVariant:
+    """The variant for these choices, made once per process."""
+    return DecodeVariant(dtype, cache, head_dim, head_dim_v, rows, load, score_mod)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    out_partial: Tensor,
+    lse_partial: Tensor,
+) -> None:
+    """Fills out and lse on q's stream, without a synchronisation."""
+    planned = plan(q, k, v, s_aux, options, out, lse)
+    stream = streams.current_stream(q)
+    captured = planned.kernel.is_captured(planned.device, stream)
+    count = planned.workspace["tickets"] // 4
+    tickets = streams.get_tickets(q.device, stream, count, captured)
+    launch(planned, stream, tickets, options.sm_margin)
+
+
+class Plan(NamedTuple):
+    """A launch, but for the stream and its tickets."""
+
+    kernel: _native.Kernel
+    device: int
+    call: _native.DecodeParams
+    workspace: dict[str, int]  # bytes
+    held: list[Tensor]  # what `call` points to besides the arguments of `plan`
+
+
+def launch(planned: Plan, stream: int, tickets: Tensor, sm_margin: int = 0) -> None:
+    """Enqueues it. The tickets are zero, and are so again after the launch."""
+    if tickets.numel() * 4 < planned.workspace["tickets"]:
+        raise ValueError(
+            f"there are {tickets.numel()} tickets; the launch needs "
+            f"{planned.workspace['tickets'] // 4}"
+        )
+    planned.call.tickets = tickets.data_ptr()
+    _native.launch_decode(planned.kernel, planned.device, stream, planned.call, sm_margin)
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    variant: DecodeVariant | None = None,
+) -> Plan:
+    """The kernel and the parameters of a call. `variant` is `choose`'s unless given."""
+    kernel = kernels.kernel(choose(q, k, v, options) if variant is None else variant)
+    device = q.device.index or 0
+    call = _native.DecodeParams()
+    if attention_params.overlaps(q):
+        q = q.contiguous()
+    call.q, call.k, call.v, call.o = (attention_params.tensor_ref(x) for x in (q, k, v, out))
+    call.lse = attention_params.row_ref(lse)
+    call.head_dim_v = v.shape[-1]
+    indices = attention_params.indices_of(options)
+    attention_params.describe(call, q, k, indices, options)
+    held = [q, *indices.values(), *attention_params.describe_scores(call, s_aux, options)]
+    held += _describe_cache(call, k, options)
+    workspace = _native.decode_workspace(kernel, device, call, options.sm_margin)
+    partials = torch.empty(workspace["partials"] // 4, dtype=torch.float32, device=q.device)
+    call.partials = partials.data_ptr()
+    return Plan(kernel, device, call, workspace, [*held, partials])
+
+
+def _describe_cache(call: _native.DecodeParams, k: Tensor, options: Options) -> list[Tensor]:
+    """Pages and descales; returns what the call points to then."""
+    held = []
+    call.num_pages, call.page_size = k.shape[:2]
+    if options.page_table is not None:
+        table = options.page_table.contiguous()
+        held.append(table)
+        call.page_table, call.page_table_stride = table.data_ptr(), table.stride(0)
+        call.max_pages = table.shape[1]
+        call.sequences.batch_k = table.shape[0]
+        call.sequences.max_seqlen_k = _room(k, options)
+    for name in ("k_descale", "v_descale"):
+        descale = getattr(options, name)
+        if descale is not None:
+            steps = [
+                0 if n == 1 else s for n, s in zip(descale.shape, descale.stride(), strict=True)
+            ]
+            steps = steps if descale.dim() == 2 else [0, 0]
+            setattr(call, name, (descale.data_ptr(), *steps, 0))
+    return held

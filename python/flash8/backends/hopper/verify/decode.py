@@ -1,0 +1,179 @@
+"""A decode kernel against the portable code, on caches that use everything it is compiled for.
+
+Sequences are ragged, one is empty, one spans several CTAs; query heads share KV heads, there are
+sinks, and what must not be read is NaN. The portable code gets what the tensors represent, in fp64.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash8.backends import cpu
+from flash8.backends.hopper import decode as hopper
+from flash8.backends.hopper import streams
+from flash8.backends.hopper.decode_variants import DecodeVariant
+from flash8.backends.hopper.verify.forward import Bounds, compare
+from flash8.backends.hopper.verify.watchdog import Watchdog
+from flash8.call.options import Options
+from flash8.tensors.float8 import E4M3
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_HEADS_KV = 2
+_LENGTHS = (1100, 0, 77, 1, 300)
+_LEFTPAD = (3, 0, 11, 0, 129)
+_SOFTCAP = 1.5
+_UNIT = 32.0  # of e4m3 values, which then use the range; the descales are about its inverse
+_ONE_CTA = 1 << 30  # a margin that leaves one
+#: Query heads of a KV head and queries, by rows of the tile: the last rows are nobody's.
+_ROWS = {8: (3, 2), 16: (5, 3), 32: (7, 4)}
+
+
+class Problem(NamedTuple):
+    """What a launch and the portable code are given."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    s_aux: Tensor
+    options: Options
+    real: tuple[Tensor, Tensor, Tensor]  # what q, k, v represent, in fp64, without NaN
+    sm_margin: int
+
+
+def bounds(variant: DecodeVariant) -> Bounds:
+    """What is allowed to a variant: O is rounded to its type, and P of bf16 keys to theirs."""
+    found = Bounds(8e-4, 2e-3, 1e-4) if variant.dtype == "fp16" else Bounds(6e-3, 1.2e-2, 1e-4)
+    # The device's tanh: its error is up to 2^-11.
+    tanh = 1.5 * _SOFTCAP * 2.0**-11 if variant.score_mod else 0.0
+    return Bounds(*(allowed + tanh for allowed in found))
+
+
+def find_fault(variant: DecodeVariant, device: torch.device) -> str | None:
+    """What is wrong with the kernel, or None. Raises what loading and launching it raise."""
+    for problem in problems(variant, device):
+        o, lse, left = _run(variant, problem)
+        fault = compare(o, lse, *_expected(problem), bounds(variant))
+        if fault is None and left != 0:
+            fault = f"its tickets are left at {left}"
+        if fault is not None:
+            return fault
+    return None
+
+
+def problems(variant: DecodeVariant, device: torch.device) -> Iterator[Problem]:
+    """Two: pages under a causal mask, on as many CTAs as there is work for; and a window, by one
+    CTA, over a dense cache where the kernel takes one."""
+    gathers = variant.load == "gather"
+    yield _problem(variant, device, 3 if gathers else 16, 0, causal=True, window_right=0)
+    window = {"window_left": 90, "window_right": 2}
+    yield _problem(variant, device, 1 if gathers else None, _ONE_CTA, **window)
+
+
+def _problem(
+    variant: DecodeVariant,
+    device: torch.device,
+    page_size: int | None,
+    sm_margin: int,
+    **masks: Any,
+) -> Problem:
+    generator = torch.Generator("cpu").manual_seed(1)
+    batch, room = len(_LENGTHS), max(_LENGTHS)
+    ratio, seqlen_q = _ROWS[variant.rows]
+    dtype = _DTYPES[variant.dtype]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def int32(values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    q = draw(batch, seqlen_q, ratio * _HEADS_KV, variant.head_dim).to(dtype)
+    table = None
+    pages, rows = batch, room
+    if page_size is not None:
+        columns = -(-room // page_size)
+        pages, rows = batch * columns + 1, page_size
+        order = torch.randperm(pages, generator=generator)
+        table = order[: batch * columns].view(batch, columns).int()
+    lengths, leftpad = (
+        int32(_LENGTHS),
+        int32([min(p, n) for p, n in zip(_LEFTPAD, _LENGTHS, strict=True)]),
+    )
+    seen = _seen(pages, rows, table, lengths, leftpad)
+    stored: list[Tensor] = []
+    real = [q.double()]
+    given: dict[str, Any] = masks
+    for name, head_dim in (("k", variant.head_dim), ("v", variant.head_dim_v)):
+        x = draw(pages, rows, _HEADS_KV, head_dim)
+        if variant.cache == "e4m3":
+            x = (x * _UNIT).to(E4M3)
+            factor = torch.tensor([1.0, 1.5]) / _UNIT
+            given[f"{name}_descale"] = factor.expand(batch, -1).contiguous().to(device)
+            real.append(x.double() * factor.double()[:, None])
+        else:
+            x = x.to(dtype)
+            real.append(x.double())
+        hidden = torch.where(seen[..., None, None], x.float(), math.nan).to(x.dtype)
+        stored.append(hidden.to(device))
+    if table is not None:
+        given["page_table"] = table.to(device)
+    if variant.score_mod:
+        given["softcap"] = _SOFTCAP
+        given["alibi_slopes"] = torch.linspace(0.0, 0.02, q.shape[2]).to(device)
+    options = Options(
+        seqused_k=lengths.to(device), leftpad_k=leftpad.to(device), is_cache=True, **given
+    )
+    sinks = torch.linspace(-1.0, 1.0, q.shape[2]).to(device)
+    k, v = stored
+    q_real, k_real, v_real = (x.to(device) for x in real)
+    return Problem(q.to(device), k, v, sinks, options, (q_real, k_real, v_real), sm_margin)
+
+
+def _seen(pages: int, rows: int, table: Tensor | None, lengths: Tensor, leftpad: Tensor) -> Tensor:
+    """bool (pages, rows): the slots that hold a used key."""
+    seen = torch.zeros(pages, rows, dtype=torch.bool)
+    for b, (first, end) in enumerate(zip(leftpad.tolist(), lengths.tolist(), strict=True)):
+        keys = torch.arange(first, end)
+        if table is None:
+            seen[b, keys] = True
+        else:
+            seen[table[b].long()[keys // rows], keys % rows] = True
+    return seen
+
+
+def _run(variant: DecodeVariant, problem: Problem) -> tuple[Tensor, Tensor, int]:
+    """O, LSE and the largest ticket that is left, of the kernel."""
+    q, k, v, s_aux, options, _, sm_margin = problem
+    out = torch.full((*q.shape[:-1], v.shape[-1]), math.nan, dtype=q.dtype, device=q.device)
+    lse = _rows(q, torch.float32)
+    options = options._replace(sm_margin=sm_margin)
+    planned = hopper.plan(q, k, v, s_aux, options, out, lse, variant)
+    # Its own: a kernel that does not reset them must not leave that to the next call.
+    count = planned.workspace["tickets"] // 4
+    tickets = torch.zeros(count, dtype=torch.int32, device=q.device)
+    watchdog = Watchdog(q.device)
+    hopper.launch(planned, streams.current_stream(q), tickets, sm_margin)
+    watchdog.wait()
+    return out, lse, int(tickets.abs().max())
+
+
+def _expected(problem: Problem) -> tuple[Tensor, Tensor]:
+    """O and LSE of the portable code, in fp64."""
+    device = problem.q.device
+    where = torch.device("cpu") if torch.are_deterministic_algorithms_enabled() else device
+    q, k, v, s_aux = (x.to(where) for x in (*problem.real, problem.s_aux))
+    options = problem.options._replace(k_descale=None, v_descale=None)
+    options = Options._make(x.to(where) if isinstance(x, Tensor) else x for x in options)
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    lse, nothing = _rows(q, torch.float64), q.new_empty((0,))
+    cpu.forward(q, k, v, None, s_aux, options, out, lse, nothing, nothing)
+    return out.to(device), lse.to(device)
+
+
+def _rows(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """NaN in the shape of LSE."""
+    batch, rows, heads, _ = q.shape
+    return torch.full((batch, heads, rows), math.nan, dtype=dtype, device=q.device)

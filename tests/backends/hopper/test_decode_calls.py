@@ -1,0 +1,207 @@
+"""flash_attn_with_kvcache on the decode kernel: which calls it takes, what they give, and what it
+refuses by name. CPU tensors, on the simulated device."""
+
+import warnings
+
+import pytest
+import torch
+
+import flash8
+from decode_cases import E4M3
+from fake_driver.cubin import any_cubin
+from flash8 import _native, flash_attn_with_kvcache
+from flash8.backends.hopper import decode, streams
+from flash8.backends.hopper import kernels as hopper_kernels
+from forward_cases import device, int32
+from simulated_device import missing_compiler
+
+pytest_plugins = ["driver_fixtures", "plan_cache_fixtures"]
+needs_compiler = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+
+
+def draw(page_size=16, batch=3, seqlen_q=1, heads=8, heads_kv=2, width=128, dtype=torch.bfloat16):
+    """q, and caches of as many pages as three sequences of 100 keys take."""
+    generator = torch.Generator().manual_seed(5)
+
+    def tensor(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    columns = -(-100 // page_size)
+    cache = [tensor(batch * columns + 1, page_size, heads_kv, width) for _ in "kv"]
+    table = torch.randperm(batch * columns + 1, generator=generator)[: batch * columns]
+    lengths = int32([100, 1, 67][:batch])
+    given = {"page_table": table.view(batch, columns).int(), "cache_seqlens": lengths}
+    return [tensor(batch, seqlen_q, heads, width), *cache], given
+
+
+def to_e4m3(tensors, given):
+    q, *cache = tensors
+    scales = {f"{x}_descale": torch.full((3, 2), 0.25 + i) for i, x in enumerate("kv")}
+    return [q, *(x.to(E4M3) for x in cache)], {**given, **scales}
+
+
+def dense(page_size=100, **options):
+    tensors, given = draw(page_size, **options)
+    given.pop("page_table")
+    q, *cache = tensors
+    return [q, *(x[:3] for x in cache)], given
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the decode kernels that calls inside took."""
+    names = []
+    plan = decode.plan
+
+    def named(q, k, v, s_aux, options, *rest):
+        names.append(decode.choose(q, k, v, options).name)
+        return plan(q, k, v, s_aux, options, *rest)
+
+    monkeypatch.setattr(decode, "plan", named)
+    return names
+
+
+def run(monkeypatch, tensors, given, call=flash_attn_with_kvcache):
+    with device().serving_cpu_tensors(monkeypatch):
+        return call(*tensors, return_softmax_lse=True, **given)[:2]
+
+
+def agree(found, want):
+    for x, y, bound in zip(found, want, (1e-2, 1e-4), strict=True):
+        finite = torch.isfinite(y)
+        assert torch.equal(finite, torch.isfinite(x))
+        torch.testing.assert_close(x[finite], y[finite], atol=bound, rtol=bound)
+
+
+CALLS = {
+    "paged": (draw(), "decode_bf16_d128_rows8"),
+    "queries": (draw(seqlen_q=6), "decode_bf16_d128_rows32"),
+    "pages of three keys": (to_e4m3(*draw(3)), "decode_bf16_e4m3_d128_rows8_gather"),
+    "dense": (dense(), "decode_bf16_d128_rows8"),
+    "e4m3": (to_e4m3(*dense()), "decode_bf16_e4m3_d128_rows8"),
+    "more rows": (to_e4m3(*dense(seqlen_q=20)), "decode_bf16_e4m3_d128_rows32"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_that_it_takes(name, launched, monkeypatch):
+    (tensors, given), kernel = CALLS[name]
+    given = {**given, "causal": True}
+    agree(
+        run(monkeypatch, tensors, given),
+        flash_attn_with_kvcache(*tensors, return_softmax_lse=True, **given)[:2],
+    )
+    assert launched == [kernel]
+
+
+@needs_compiler
+def test_other_arguments(launched, monkeypatch):
+    tensors, given = to_e4m3(*draw(seqlen_q=2))
+    given |= {"cache_leftpad": int32([3, 0, 67]), "cache_batch_idx": int32([2, -1, 0])}
+    given |= {"s_aux": torch.linspace(-1, 1, 8), "window_size": (40, 0)}
+    given["cache_seqlens"] = given["cache_seqlens"].long()
+    want = flash_attn_with_kvcache(*tensors, return_softmax_lse=True, **given)[:2]
+    out = torch.empty_like(tensors[0])
+    found = run(monkeypatch, tensors, {**given, "out": out})
+    agree(found, want)
+    assert found[0] is out and len(launched) == 1
+
+
+@needs_compiler
+def test_packed_queries_and_new_keys(launched, monkeypatch):
+    tensors, given = draw(seqlen_q=2)
+    q, *cache = tensors
+    given |= {"cu_seqlens_q": int32([0, 2, 3, 6]), "max_seqlen_q": 3, "causal": True}
+    given |= {x: torch.randn(3, 1, 2, 128).bfloat16() for x in ("k", "v")}
+    given["cache_seqlens"] = int32([90, 1, 67])
+    copies = [[q.reshape(6, 8, 128), *(x.clone() for x in cache)] for _ in range(2)]
+    want = flash_attn_with_kvcache(*copies[0], return_softmax_lse=True, **given)[:2]
+    agree(run(monkeypatch, copies[1], given), want)
+    assert all(torch.equal(x, y) for x, y in zip(*copies, strict=True))
+    assert len(launched) == 1
+
+
+REFUSED = {
+    "e4m3 q": (lambda q, k, v: (q.to(E4M3), k.to(E4M3), v.to(E4M3)), {}, "float8_e4m3fn q and"),
+    "num_splits": (lambda *x: x, {"num_splits": 2}, "num_splits has no decode kernel yet"),
+    "qv": (lambda *x: x, {"qv": torch.zeros(3, 1, 8, 128).bfloat16()}, "qv has no decode kernel"),
+    "rows": (lambda q, k, v: (q.repeat(1, 65, 1, 1), k, v), {}, "there are 260 rows of q for a KV"),
+    "narrow": (
+        lambda q, k, v: (q[..., :40], k[..., :40].to(E4M3), v[..., :40].to(E4M3)),
+        {},
+        "head_dim is 40; the decode kernel takes multiples of 16",
+    ),
+    "wide": (
+        lambda q, k, v: [torch.cat([x, x, x], dim=-1) for x in (q, k, v)],
+        {},
+        "head_dim is 384 and head_dim_v 384; tiles are",
+    ),
+    "pages' descales": (
+        lambda q, k, v: (q, k.to(E4M3), v.to(E4M3)),
+        {"k_descale": torch.ones(22, 2, 1)},
+        "k_descale is per block or page",
+    ),
+    "expanded": (
+        lambda q, k, v: (q, k[:1].expand(22, -1, -1, -1), v),
+        {},
+        "rows of the cache share memory",
+    ),
+    "alignment": (
+        lambda q, k, v: (q, torch.cat([k, k], dim=-1)[..., 4:132], v),
+        {},
+        "not aligned to 16 bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_have_names(name, launched, monkeypatch):
+    """The portable code serves them, and says why."""
+    change, more, words = REFUSED[name]
+    tensors, given = draw()
+    tensors, given = list(change(*tensors)), {**given, **more}
+    flash8.backends._warn_of_refusal.cache_clear()
+    with pytest.warns(UserWarning, match=words), device().serving_cpu_tensors(monkeypatch):
+        found = flash_attn_with_kvcache(*tensors, **given)
+    assert torch.equal(found, flash_attn_with_kvcache(*tensors, **given))
+    assert launched == []
+
+
+def test_more_rows_of_a_dense_cache_are_for_the_forward_kernel(launched, on_fake_driver, fake):
+    tensors, given = dense(seqlen_q=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flash_attn_with_kvcache(*tensors, **given)
+    assert launched == [] and "forward" in fake.launches[-1]
+
+
+@pytest.fixture
+def tickets(monkeypatch):
+    """Those of every launch, kept so that no two can have the same memory."""
+    kept = []
+    get = streams.get_tickets
+
+    def get_tickets(*args):
+        kept.append(get(*args))
+        return kept[-1]
+
+    monkeypatch.setattr(streams, "get_tickets", get_tickets)
+    return kept
+
+
+def test_a_captured_call_is_one_launch_with_tickets_of_its_own(
+    fake, driver, tickets, monkeypatch, on_fake_driver
+):
+    """Nothing is read from the device, the first time neither."""
+    registry = _native.Registry(driver, any_cubin)
+    monkeypatch.setattr(hopper_kernels, "registry", lambda: registry)
+    tensors, given = draw()
+    for captured in (True, True, False, False):
+        fake.capture(captured)
+        before = fake.count("cuLaunchKernelEx")
+        flash_attn_with_kvcache(*tensors, **given)
+        assert fake.count("cuLaunchKernelEx") == before + 1
+    assert fake.count("cuMemcpyDtoH_v2") == 0
+    first, second, third, fourth = (x.data_ptr() for x in tickets)
+    assert len({first, second, third}) == 3 and third == fourth

@@ -1,0 +1,95 @@
+"""Sound decode kernels pass their check and serve; wrong ones fail it, and portable code serves."""
+
+import pytest
+import torch
+
+from decode_cases import Cache, draw
+from defaults import by_default
+from flash8 import flash_attn_with_kvcache
+from flash8.backends.hopper import decode
+from flash8.backends.hopper.decode_variants import SHIPPED_DECODERS, DecodeVariant
+from flash8.backends.hopper.verify import trust
+from quantizer_device import device
+from simulated_device import missing_compiler
+from trust_cases import changed_image, told
+
+pytest_plugins = ["trust_fixtures"]
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+
+CPU = torch.device("cpu")
+E8 = DecodeVariant("bf16", "e4m3", 128, 128, 8)
+MODIFIED = DecodeVariant("fp16", "e4m3", 128, 128, 8, score_mod=True)
+OTHERS = (
+    MODIFIED,
+    DecodeVariant("fp16", "e4m3", 64, 64, 16, load="gather"),
+    DecodeVariant("fp16", "same", 96, 96, 32),
+    DecodeVariant("bf16", "e4m3", 192, 128, 32, score_mod=True),
+    DecodeVariant("bf16", "same", 256, 256, 16, load="gather", score_mod=True),
+)
+DEFAULT = (*(v for v in SHIPPED_DECODERS if v.head_dim == 128), MODIFIED)
+
+
+def faults(variant, checked, image=None):
+    with checked(image):
+        return trust.find_fault(variant, CPU)
+
+
+@pytest.mark.parametrize("variant", by_default([*SHIPPED_DECODERS, *OTHERS], DEFAULT))
+def test_a_sound_kernel_passes(variant, checked):
+    assert faults(variant, checked) is None
+
+
+LOOP, MERGE, ROWS = (f"decode/{name}.cuh" for name in ("mainloop", "merge", "rows"))
+#: What a kernel that ignores a parameter, or leaves its tickets, is found by.
+WRONG = {
+    "causal": (E8, (LOOP, "key(i, h) < end;", "true;"), "row"),
+    "leftpad": (E8, ("attention/seqlen_info.cuh", "begin + leftpad;", "begin;"), "row"),
+    "sinks": (E8, (MERGE, "used && sinks != nullptr", "false"), "LSE"),
+    "k_descale": (
+        E8,
+        (ROWS, "head_descale(params.k_descale, segment.batch, segment.head)", "0.03125f"),
+        "LSE",
+    ),
+    "v_descale": (E8, (MERGE, "factor / total * descale", "factor / total"), "O is off"),
+    "tickets": (
+        E8,
+        (MERGE, "ptx::store_relaxed(params_.tickets + first, 0);", ""),
+        "its tickets are left",
+    ),
+    "softcap": (MODIFIED, (LOOP, "cap * ptx::tanh(score * per_cap)", "score"), "LSE"),
+    "slopes": (MODIFIED, (ROWS, "slopes == nullptr ||", "true ||"), "LSE"),
+}
+
+
+@pytest.mark.parametrize("name", by_default(WRONG, ["leftpad"]))
+def test_a_kernel_that_ignores_something_fails(name, checked, tmp_path):
+    variant, edit, words = WRONG[name]
+    fault = faults(variant, checked, changed_image(tmp_path, edit))
+    assert fault is not None and words in fault
+
+
+def call_of(variant):
+    call = draw(variant, (90, 0, 17), heads=8, heads_kv=2, cache=Cache(16))
+    given = {"page_table": call.page_table, "cache_seqlens": call.indices["seqused_k"]}
+    given |= {"k_descale": call.k_descale, "v_descale": call.v_descale}
+    return lambda: flash_attn_with_kvcache(call.q, call.k, call.v, causal=True, **given)
+
+
+def test_a_sound_kernel_serves_and_a_wrong_one_does_not(checked, monkeypatch):
+    call, launches = call_of(E8), []
+    portable = call()
+    launch = decode.launch
+    monkeypatch.setattr(decode, "launch", lambda *args: launches.append(1) or launch(*args))
+    with checked():
+        served, warnings = told(call)
+    checks = len(launches) - 1
+    assert warnings == [] and checks == 2
+    torch.testing.assert_close(served, portable, atol=2e-2, rtol=2e-2)
+    launches.clear()
+    wrong = device().ptx(E8).replace(b"ex2.approx.ftz.f32", b"lg2.approx.ftz.f32")
+    with checked(lambda _: wrong):
+        found, warnings = told(call)
+    assert torch.equal(found, portable) and len(launches) == 1
+    assert (
+        len(warnings) == 1 and "does not use its kernel decode_bf16_e4m3_d128_rows8" in warnings[0]
+    )
