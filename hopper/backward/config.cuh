@@ -158,10 +158,14 @@ struct PStorage<Config, true> {
 
 // The seed of dropout, read once a CTA.
 template <bool kUsed>
-struct SeedStorage {};
+struct SeedStorage {
+    __device__ static void read_seed(DropoutParams const&) {}
+};
 template <>
 struct SeedStorage<true> {
     PhiloxKey seed;
+
+    __device__ void read_seed(DropoutParams const& dropout) { seed = PhiloxKey::read(dropout); }
 };
 
 template <class Config>

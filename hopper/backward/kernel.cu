@@ -82,9 +82,7 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
         KeyTile const tile = read_key_tile<Config>(params);
         if (threadIdx.x == 0) {
             shared.tile = tile;
-            if constexpr (Config::kDropout) {
-                shared.seed = PhiloxKey::read(params.dropout);
-            }
+            shared.read_seed(params.dropout);
             ptx::prefetch_tensor_map(&params.tma_q);
             ptx::prefetch_tensor_map(&params.tma_k);
             ptx::prefetch_tensor_map(&params.tma_v);
