@@ -137,7 +137,7 @@ def as_on_a_gpu(monkeypatch):
 
 def test_the_demo_trains_on_kernels_and_names_them(as_on_a_gpu, monkeypatch, capsys):
     few = dataclasses.replace(
-        config(), most_steps=1, train_seconds=1e6, validations=1, batch_tokens=TOKENS
+        config(), layers=1, most_steps=1, train_seconds=1e6, validations=1, batch_tokens=TOKENS
     )
     corpus = demo().data.Corpus(documents(), documents()[:1])
     with served(monkeypatch) as seen:
