@@ -43,7 +43,8 @@ class HeadSplits {
 
     __device__ void store() const {
         store<Tiles::kColumnsDk>(sums_, params_.dk, params_.scores.softmax_scale, params_.head_dim);
-        store<Tiles::kColumnsDv>(sums_ + Tiles::kDkFloats, params_.dv, 1.0f, params_.head_dim_v);
+        float const dv_scale = params_.dropout.seed != nullptr ? params_.dropout.keep_scale : 1.0f;
+        store<Tiles::kColumnsDv>(sums_ + Tiles::kDkFloats, params_.dv, dv_scale, params_.head_dim_v);
     }
 
   private:

@@ -21,10 +21,10 @@ class Kept {
     static constexpr uint32_t kFirstBits = kRounds > 1 ? 0x01010101 : 0x0101;
 
   public:
-    // For query head g of the KV head.
+    // For query head g of the tile.
     __device__ __forceinline__ void next_head(BackwardParams const& params, KeyTile const& tile, int g) {
         if constexpr (Config::kDropout) {
-            batch_head_ = tile.batch * params.heads_q + tile.head_kv * tile.group + g;
+            batch_head_ = tile.batch * params.heads_q + tile.first_head + g;
         }
     }
 

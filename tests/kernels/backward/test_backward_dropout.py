@@ -11,6 +11,7 @@ from backward_cases import Problem, check, compare, draw, launch, saved
 from cases import Case, as_leaves, build, check_backward, gradients, run_flash8, upstream
 from defaults import by_default
 from flash8.backends.hopper.backward_variants import BackwardVariant
+from flash8.compiler import compile_unit
 from forward_cases import device, int32, packed
 from fp8_forward_cases import changed_sources
 from simulated_device import missing_compiler
@@ -81,6 +82,14 @@ def test_probabilities(p):
 
 
 @pytest.mark.parametrize("variant", by_default(DEFAULT, [CAUSAL]))
+@pytest.mark.parametrize("splits", [2, 3])
+def test_heads_that_ctas_share(variant, splits):
+    """A split has query heads of its own, and the splits' sums of dV lack the scale."""
+    problem = dense(variant, (2, 70, 150, 3, 1))
+    check(variant, replace(problem, head_splits=splits), seeds=(0, 1))
+
+
+@pytest.mark.parametrize("variant", by_default(DEFAULT, [CAUSAL]))
 def test_sinks_and_the_gradient_of_lse(variant):
     sinks = torch.tensor([0.5, 3.0])
     problem = dense(variant, (2, 140, 130, 2, 1), s_aux=sinks, with_dlse=True)
@@ -116,6 +125,11 @@ def test_the_mask_is_the_published_one(variant):
         found.append(mask[visible])
     kept = torch.cat(found).double()
     assert abs(kept.mean() - 0.7) < 5 * (0.21 / kept.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("variant", [CAUSAL, SPLIT], ids=lambda v: v.name)
+def test_no_spills(variant):
+    assert not compile_unit(variant.unit()).report.problems()
 
 
 @pytest.mark.slow
@@ -157,7 +171,7 @@ FAULTS = (
     Fault("row_of_a_pair", CAUSAL, (KEPT, "+ byte % 2;", ";")),
     Fault("half_of_the_keys", CAUSAL, (KEPT, "kKeysPerDraw + g / 4", "kKeysPerDraw")),
     Fault("block_of_keys", CAUSAL, (KEPT, "read_again(shared.tile.n_block) *", "0 *")),
-    Fault("head", CAUSAL, (KEPT, "* tile.group + g;", "* tile.group;")),
+    Fault("head", CAUSAL, (KEPT, "tile.first_head + g;", "tile.first_head;")),
     Fault("next_head", CAUSAL, (LOOP, "kept_.next_head(params_, tile, head);", "")),
     Fault("batch", CAUSAL, (KEPT, "tile.batch * params.heads_q", "0")),
     Fault("key_of_a_lane", CAUSAL, (KEPT, "given >> g &", "given >> 0 &")),
