@@ -9,6 +9,7 @@ import flash8
 import tolerances
 from defaults import by_default
 from flash8.backends.hopper.variants import ForwardVariant
+from flash8.compiler import compile_unit
 from forward_cases import check, compare, device, draw, int32, launch, masks, packed
 from forward_launch import Call, Schedule
 from fp8_forward_cases import changed_kernel, dense_call
@@ -124,6 +125,11 @@ def test_the_mask_of_a_probability(p):
     found = kept_by(CAUSAL, replace(call, q=call.q / 8))
     seen = kept_by(CAUSAL, replace(call, q=call.q / 8, dropout_p=1e-9))
     assert torch.equal(found, flash8.dropout_mask(SEED, 1, 2, 130, 150, p) & seen)
+
+
+@pytest.mark.parametrize("variant", DEFAULT, ids=lambda v: v.name)
+def test_no_spills(variant):
+    assert not compile_unit(variant.unit()).report.problems()
 
 
 @pytest.mark.parametrize("seed", [0, -1, 1 << 40, -(2**63)])
