@@ -210,6 +210,20 @@ def test_every_op_is_there():
     assert torch.equal(plan, want)
 
 
+def test_the_op_and_the_function_have_other_defaults():
+    q, new = torch.randn(2, 3, 2, 16), torch.randn(2, 3, 2, 16)
+    used, angles = torch.tensor([4, 0], dtype=torch.int32), torch.rand(16, 8)
+    rotary = dict(rotary_cos=angles.cos(), rotary_sin=angles.sin())
+    caches = [[torch.zeros(2, 16, 2, 16) for _ in range(2)] for _ in range(3)]
+    OPS.fwd(q, *caches[0], new, new, seqused_k=used, **rotary)
+    OPS._flash_attn_forward(q, *caches[1], new, new, seqused_k=used, **rotary)
+    for interleaved, (k, _) in zip((False, True), caches, strict=False):
+        flash8.flash_attn_with_kvcache(
+            q, *caches[2], new, new, cache_seqlens=used, rotary_interleaved=interleaved, **rotary
+        )
+        assert torch.equal(k, caches[2][0])
+
+
 def test_the_forward_op_traces_and_is_differentiable():
     q, k, v, dout = tensors(packed=False)
 

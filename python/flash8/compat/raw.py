@@ -42,9 +42,7 @@ def backward(
     dout * out, in the layout of lse.
     """
     _, checked = checks.attention(q, k, v, None, None, None, Options(**options))
-    computed = torch.ops.flash8.backward(
-        dout, None, q, k, v, None, None, out, lse.contiguous(), *checked
-    )
+    computed = torch.ops.flash8.backward(dout, None, q, k, v, None, None, out, lse, *checked)
     for given, gradient in zip(gradients, computed, strict=False):
         if given is not None:
             given.copy_(gradient)
