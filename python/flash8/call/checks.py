@@ -54,7 +54,7 @@ def attention(
     names: Names = OWN_NAMES,
 ) -> tuple[Geometry, Options]:
     """Checks one attention call. `options` may hold raw user values; the result is normalised."""
-    suspicions.refuse_other_order(qv, options)
+    suspicions.refuse_other_order(options)
     options = options._replace(**narrowed(options._asdict()))
     geometry = qkv(q, k, v, options, names)
     if qv is not None:

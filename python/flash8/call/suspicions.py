@@ -24,18 +24,12 @@ HINT = (
 )
 
 
-def refuse_other_order(qv: Any, options: Options) -> None:
+def refuse_other_order(options: Options) -> None:
     """Raises TypeError where arguments have values that only FlashAttention-2's order explains."""
-    wrong = {
-        "causal": options.causal is None or isinstance(options.causal, float),
-        "qv": isinstance(qv, bool),
-        "seqused_q": isinstance(options.seqused_q, (int, float)),
-    }
-    for name, is_wrong in wrong.items():
-        if is_wrong:
-            value = qv if name == "qv" else getattr(options, name)
-            kind = "a bool" if name == "causal" else "a torch.Tensor"
-            raise TypeError(f"{name} must be {kind}, got {value}{HINT}")
+    if options.causal is None or isinstance(options.causal, float):
+        raise TypeError(f"causal must be a bool, got {options.causal}{HINT}")
+    if isinstance(options.seqused_q, (int, float)):
+        raise TypeError(f"seqused_q must be a torch.Tensor, got {options.seqused_q}{HINT}")
 
 
 def warn_about_scale(softmax_scale: float | None, head_dim: int) -> None:
