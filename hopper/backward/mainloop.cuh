@@ -100,12 +100,22 @@ class Mainloop {
                 shared_.pipeline_q.release(before);
             }
         };
+        // One product may be in flight behind dQ: dV.
+        auto const finish_dq = [&](auto behind) __attribute__((always_inline)) {
+            if constexpr (!kFirst) {
+                cute::warpgroup_wait<behind>();
+                cute::warpgroup_fence_operand(dq);
+                dq_store_.store(dq, 0, before.stage);
+            }
+        };
         float const* const lse = shared_.stats[now_.stage].lse;
         if constexpr (Config::kSoftcap) {
             shared_.pipeline_do.wait(now_);
             finish_dk();  // P goes where dS still is: there are no registers for the factors of both
-            Probabilities<Config>::template make_capped<kMasked>(s, p, kept_, shared_, lse, first_query,
-                                                                 params_.scores, slope_);
+            make_half_capped<0, kMasked>(s, p, lse, first_query);
+            // The wait to store dQ ends the block: ptxas would want too many registers for all of P at once.
+            finish_dq(cute::_0{});
+            make_half_capped<1, kMasked>(s, p, lse, first_query);
         } else {
             Probabilities<Config>::template make<kMasked>(s, shared_, lse, first_query, params_.scores,
                                                           slope_);
@@ -116,14 +126,26 @@ class Mainloop {
             convert_p(s, p);
         }
         operands_.issue_dv(now_.stage, p, dv);
-        if constexpr (!kFirst) {
-            cute::warpgroup_wait<1>();
-            cute::warpgroup_fence_operand(dq);
-            dq_store_.store(dq, 0, before.stage);
+        if constexpr (!Config::kSoftcap) {
+            finish_dq(cute::_1{});
         }
         make_ds(s, pool, p, dv);
         shared_.pipeline_ds.commit(now_);
         now_.advance();
+    }
+
+    // P of half the block's queries.
+    template <int kHalf, bool kMasked>
+    __device__ __forceinline__ void make_half_capped(AccumulatorS& s, OperandP& p, float const* lse,
+                                                     int first_query) {
+        constexpr int kQueries = Config::kQueries / 2;
+        constexpr int kAt = kHalf * kQueries / 2;
+        auto half = cute::make_tensor(s.data() + kAt, typename Config::template LayoutC<kQueries>{});
+        auto words = cute::make_tensor(cute::recast<uint32_t>(p).data() + kAt / 2,
+                                       cute::Layout<cute::Int<kQueries / 4>>{});
+        Probabilities<Config>::template make_capped<kMasked, kAt>(
+            half, words, kept_, shared_, lse + kHalf * kQueries, first_query + kHalf * kQueries,
+            params_.scores, slope_);
     }
 
     // dP and dS of the present block. dV is done when the first half of dP is.

@@ -126,10 +126,10 @@ class MainloopSplit {
     __device__ __forceinline__ void make_p(int first_query, AccumulatorS& s) {
         float const* const lse = shared_.stats[now_.stage].lse + first_query_;
         if constexpr (Config::kSoftcap) {
-            auto p = cute::make_tensor<Element>(typename Config::LayoutP{});
-            Probabilities<Config>::template make_capped<kMasked>(s, p, kept_, shared_, lse, first_query,
+            auto words = cute::make_tensor<uint32_t>(cute::Shape<cute::Int<Config::kQueries / 4>>{});
+            Probabilities<Config>::template make_capped<kMasked>(s, words, kept_, shared_, lse, first_query,
                                                                  params_.scores, slope_);
-            write_words(shared_.p, cute::recast<uint32_t>(p));
+            write_words(shared_.p, words);
         } else {
             Probabilities<Config>::template make<kMasked>(s, shared_, lse, first_query, params_.scores,
                                                           slope_);

@@ -10,6 +10,8 @@
 #include "../attention/softmax.cuh"
 #include "config.cuh"
 
+#include <utility>
+
 namespace flash8 {
 
 // The number of this thread, read again where it is needed, so that nothing made from it lives through the
@@ -40,8 +42,6 @@ __device__ __forceinline__ int thread_key() {
 
 template <class Config>
 class Probabilities {
-    static constexpr int kQueries = Config::kQueries;
-
   public:
     __device__ __forceinline__ static void keep_visible_queries(BackwardParams const& params,
                                                                 SharedStorage<Config>& shared) {
@@ -85,10 +85,11 @@ class Probabilities {
         }
     }
 
-    // With softcap S = cap * t, t = tanh(scale * q.k / cap). Rounds P to `p`, and leaves P * (1 - t^2) in
-    // `s`: what dP - D is multiplied with. `kept` is what dropout keeps of P.
-    template <bool kMasked, class Accumulator, class Operand, class Keep>
-    __device__ __forceinline__ static void make_capped(Accumulator& s, Operand& p, Keep const& kept,
+    // With softcap S = cap * t, t = tanh(scale * q.k / cap). Rounds P to `words`, and leaves P * (1 - t^2)
+    // in `s`: what dP - D is multiplied with. `kept` is what dropout keeps of P. `s` may be that of fewer
+    // queries than the block has, from the thread's accumulator kAt on.
+    template <bool kMasked, int kAt = 0, class Accumulator, class Words, class Keep>
+    __device__ __forceinline__ static void make_capped(Accumulator& s, Words& words, Keep const& kept,
                                                        SharedStorage<Config> const& shared, float const* lse,
                                                        int first_query, ScoreParams const& scores,
                                                        float slope) {
@@ -101,12 +102,11 @@ class Probabilities {
         if constexpr (kMasked) {
             hide(rows, shared, first_query);  // t = -inf
         }
-        auto words = cute::recast<uint32_t>(p);
         auto const* const column_lse = lse + 2 * (threadIdx.x % 4);
         float const cap = scores.softcap * kLog2E;
         float const distance = first_distance(shared, first_query);
 #pragma unroll
-        for (int i = 0; i < kQueries / 8; ++i) {
+        for (int i = 0; i < kQueriesOf<decltype(rows)> / 8; ++i) {
             float2 const two = *reinterpret_cast<float2 const*>(column_lse + 8 * i);
 #pragma unroll
             for (int r = 0; r < kRowsPerThread; ++r) {
@@ -120,7 +120,7 @@ class Probabilities {
                     float const finite = kMasked ? fmaxf(t, -1.0f) : t;
                     t = probability[c] * (1.0f - finite * finite);
                 }
-                int const at = 4 * i + 2 * r;
+                int const at = kAt + 4 * i + 2 * r;
                 words(2 * i + r) = pack<typename Config::Element>(kept.keep(probability[0], at),
                                                                   kept.keep(probability[1], at + 1));
             }
@@ -129,13 +129,16 @@ class Probabilities {
 
   private:
     template <class Rows>
+    static constexpr int kQueriesOf = 4 * decltype(cute::size<1>(std::declval<Rows const&>()))::value;
+
+    template <class Rows>
     __device__ __forceinline__ static void subtract_lse(Rows& rows, SharedStorage<Config> const& shared,
                                                         float const* lse, int first_query, float scale,
                                                         float slope) {
         int const column = 2 * static_cast<int>(threadIdx.x % 4);
         float const distance = first_distance(shared, first_query);
 #pragma unroll
-        for (int i = 0; i < kQueries / 8; ++i) {
+        for (int i = 0; i < kQueriesOf<Rows> / 8; ++i) {
             float2 const two = *reinterpret_cast<float2 const*>(lse + 8 * i + column);
 #pragma unroll
             for (int r = 0; r < kRowsPerThread; ++r) {
@@ -173,6 +176,7 @@ class Probabilities {
     template <class Rows>
     __device__ __forceinline__ static void hide(Rows& rows, SharedStorage<Config> const& shared,
                                                 int first_query) {
+        constexpr int kQueries = kQueriesOf<Rows>;
         if constexpr (Config::kMask == MaskMode::kNone) {
             int const keys = read_again(shared.tile.keys) - thread_key<Config>();
 #pragma unroll
@@ -203,6 +207,7 @@ class Probabilities {
     // compares.
     template <class Rows>
     __device__ __forceinline__ static void hide_below(Rows& rows, int begin) {
+        constexpr int kQueries = kQueriesOf<Rows>;
 #pragma unroll
         for (int i = 0; i <= kQueries / 8; ++i) {
 #pragma unroll

@@ -56,7 +56,11 @@ FAULTS = (
     Fault(
         "dq_early",
         CAUSAL,
-        (LOOP, "cute::warpgroup_wait<1>();\n            cute::warpgroup_fence_operand(dq);", ""),
+        (
+            LOOP,
+            "cute::warpgroup_wait<behind>();\n                cute::warpgroup_fence_operand(dq);",
+            "",
+        ),
     ),
     Fault(
         "q_released_early",
