@@ -1,9 +1,25 @@
 """The backward kernels on the simulated device: shapes, sequences, masks and numbers.
 
 A finding of the simulator fails the launch; backward_cases.py says what else a case must fulfil.
+Each case runs under three seeds, those of the order of dQ under thirty. By default a third of them.
+
+| what | variants | cases |
+|---|---|---|
+| dense: one row, kBlock - 1 and + 1, primes, MHA and 3 heads a KV head, no key | all | 102 |
+| packed, with used lengths, empty sequences and rows that belong to none; dLSE | all | 17 |
+| MQA and GQA with primes, sinks and dLSE; used lengths of a dense call; packed GQA at the edges
+  of blocks | all | 85 |
+| dLSE; sinks, also packed | default | 13 |
+| scores near -100 and a ragged block of keys | default | 6 |
+| chunks, windows of one key, keys that nobody sees, narrow heads, many heads | some | 5 |
+| K with a bias, and K - mean(K) in its place | causal, window, 192/128 | 7 |
+| the order of dQ, its absence, a turn passed on too early | 128 | 3 |
+
+All: head_dim 64, 96, 128, 192, 192/128, 256 and 128/64, both types, no mask, causal and windows,
+softcap, ALiBi, dQ staged, reduced and in order. Everything that nobody may read is NaN.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -22,6 +38,7 @@ from backward_cases import (
     saved,
 )
 from backward_launch import BackwardKernels
+from defaults import by_default
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from forward_cases import int32, packed
 from simulated_device import missing_compiler
@@ -91,6 +108,65 @@ def test_packed_with_used_lengths(variant):
     )
 
 
+#: Of both sides: lengths at the edges of a block, and used lengths; with heads and features.
+LAYOUTS = {
+    "mqa": {"rows": (67, 131), "heads": (4, 1), "batch": 1},
+    "gqa": {"rows": (61, 127), "heads": (4, 2), "batch": 2, "s_aux": torch.linspace(-1, 3, 4)},
+    "seqused": {
+        "rows": (65, 129),
+        "heads": (2, 1),
+        "batch": 3,
+        "indices": {"seqused_q": int32([65, 1, 0]), "seqused_k": int32([128, 127, 129])},
+    },
+    "packed_edges": {
+        "rows": (256, 321),
+        "heads": (2, 2),
+        "indices": {
+            "cu_seqlens_q": packed([63, 1, 65, 127]),
+            "cu_seqlens_k": packed([129, 127, 1, 64]),
+        },
+        "max_seqlen_q": 127,
+        "max_seqlen_k": 129,
+        "s_aux": torch.tensor([0.5, 2.0]),
+    },
+    "packed_gqa": {
+        "rows": (192, 132),
+        "heads": (4, 2),
+        "indices": {
+            "cu_seqlens_q": packed([61, 0, 131]),
+            "cu_seqlens_k": packed([127, 5, 0]),
+            "seqused_k": int32([126, 5, 0]),
+        },
+        "max_seqlen_q": 131,
+        "max_seqlen_k": 127,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place in the grid of variants and layouts."""
+
+    variant: BackwardVariant
+    layout: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}-{self.layout}"
+
+
+GRID = [Cell(variant, layout) for variant in (*DEFAULT, *SLOW) for layout in LAYOUTS]
+EVERY_DAY = [c for c in GRID if c.variant in DEFAULT and c.layout in ("seqused", "packed_gqa")]
+
+
+@pytest.mark.parametrize("cell", by_default(GRID, EVERY_DAY))
+def test_grid(cell):
+    given = dict(LAYOUTS[cell.layout])
+    rows, heads = given.pop("rows"), given.pop("heads")
+    given |= options(cell.variant, heads[0])
+    check(cell.variant, draw(cell.variant, *rows, *heads, with_dlse=True, seed=1, **given))
+
+
 @pytest.mark.parametrize("variant", DEFAULT, ids=lambda v: v.name)
 def test_gradient_of_lse(variant):
     check(variant, draw(variant, 140, 150, 2, 1, batch=1, with_dlse=True))
@@ -117,7 +193,7 @@ def test_other_windows(given):
     check(LOCAL, draw(LOCAL, 150, 260, 1, 1, batch=1, **given))
 
 
-@pytest.mark.parametrize("variant", [ORDERED, LOCAL], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", by_default(DEFAULT, (ORDERED, LOCAL)))
 def test_low_logits_with_a_ragged_block_of_keys(variant):
     """exp(0 - LSE) is infinite: keys that are not there have to be hidden, zeros are not enough."""
     problem = draw(variant, 70, 150, 1, 1, batch=1, window=(-1, -1))
@@ -191,8 +267,8 @@ def test_one_bit_pattern_under_thirty_seeds():
 
 
 def test_a_turn_passed_on_too_early():
-    """When shared memory has been read a sum may still be on its way, and the next one overtakes it.
-    So a build that waits for the read fails the test above."""
+    """When shared memory has been read a sum may still be on its way, and the next one overtakes
+    it. So a build that waits for the read fails the test above."""
     before, kernel, after = images(ORDERED)
     complete, read = b"cp.async.bulk.wait_group 0;", b"cp.async.bulk.wait_group.read 0;"
     assert kernel.count(complete) == 1
