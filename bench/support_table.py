@@ -166,19 +166,19 @@ ROWS = (
         ],
     ),
     Row(
-        "16-bit q over an e4m3 cache: descales by tensor, head; pages",
+        "16-bit q over an e4m3 cache: descales by tensor, head; smoothing; pages",
         DecodeVariant,
         [
             *(cached(E4M3, BF16, **per_head()), cached(E4M3, FP16, **per_head())),
             cached(E4M3, BF16, page_table=ints([[0]]), **per_head()),
+            cached(E4M3, BF16, k_mean=torch.zeros(2, 64), **per_head()),
         ],
     ),
     Row(
-        "the same with descales by page, smoothing; e4m3 q over pages; KV splits",
+        "the same with descales by page; e4m3 q over pages; KV splits",
         DecodeVariant,
         [
             cached(E4M3, BF16, page_table=ints([[0]]), k_descale=torch.ones(1, 2, 1)),
-            cached(E4M3, BF16, k_mean=torch.zeros(2, 64), **per_head()),
             cached(E4M3, page_table=ints([[0]]), **per_head()),
             cached(BF16, num_splits=2),
         ],

@@ -64,6 +64,19 @@ __device__ __forceinline__ void widen_e4m3(uint32_t word, uint32_t& low, uint32_
         : "r"(word));
 }
 
+__device__ __forceinline__ float2 widen_fp16(uint32_t pair) {
+    float2 values;
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "cvt.f32.f16 %0, low;\n"
+        "cvt.f32.f16 %1, high;\n"
+        "}\n"
+        : "=f"(values.x), "=f"(values.y)
+        : "r"(pair));
+    return values;
+}
+
 // Two floats in one register, `low` in the low half, rounded to nearest even.
 template <ArithmeticType kType>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {

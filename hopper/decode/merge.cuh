@@ -167,7 +167,8 @@ class Merge {
         float const reference = shared_.merged_reference[row];
         float const sum = shared_.merged_sum[row];
         float const* const sinks = params_.scores.sinks;
-        float const sink = used && sinks != nullptr ? sinks[at.head] * kLog2E : -INFINITY;
+        float const shift = shared_.score_shift[row];
+        float const sink = used && sinks != nullptr ? (sinks[at.head] - shift) * kLog2E : -INFINITY;
         float const top = fmaxf(sum == 0.0f ? -INFINITY : reference, sink);
         float const safe = top == -INFINITY ? 0.0f : top;
         float const factor = sum == 0.0f ? 0.0f : ptx::exp2(reference - safe);
@@ -175,11 +176,12 @@ class Merge {
         bool const empty = total == 0.0f;
         float const descale = head_descale(params_.v_descale, segment.batch, segment.head);
         shared_.normalise[row] = sum == 0.0f ? 0.0f : factor / total * descale;
+        shared_.weight[row] = sum == 0.0f ? 0.0f : sum * factor / total;
         if (used && params_.lse.ptr != nullptr) {
             float* const lse = params_.lse.ptr + sequence.info.batch_q * params_.lse.batch_stride +
                                at.head * params_.lse.head_stride;
             lse[sequence.info.offset_q + int64_t{at.query}] =
-                empty ? -INFINITY : (safe + ptx::log2(total)) * kLn2;
+                empty ? -INFINITY : (safe + ptx::log2(total)) * kLn2 + shift;
         }
     }
 
@@ -196,8 +198,14 @@ class Merge {
                             (sequence.info.offset_q + int64_t{at.query}) * params_.o.row_stride +
                             at.head * params_.o.head_stride;
         // A row that has seen no key is zero, whatever its keys hold.
-        *reinterpret_cast<uint32_t*>(o + channel) =
-            factor == 0.0f ? 0 : ptx::pack_pair<Config::kOutput>(sum.x * factor, sum.y * factor);
+        float2 value = factor == 0.0f ? make_float2(0.0f, 0.0f) : make_float2(sum.x * factor, sum.y * factor);
+        if (params_.v_mean.ptr != nullptr) {
+            float const* const mean = params_.v_mean.ptr + segment.batch * params_.v_mean.batch_stride +
+                                      segment.head * params_.v_mean.head_stride + channel;
+            value.x += shared_.weight[row] * mean[0];
+            value.y += shared_.weight[row] * mean[1];
+        }
+        *reinterpret_cast<uint32_t*>(o + channel) = ptx::pack_pair<Config::kOutput>(value.x, value.y);
     }
 
     __device__ int first_cta(Segment const& segment) const {

@@ -20,6 +20,8 @@ struct DecodeParams {
 
     DescaleRef k_descale;  // per tensor, or per (batch, KV head)
     DescaleRef v_descale;
+    ChannelRef k_mean;  // subtracted from K beforehand: LSE gets softmax_scale * q . k_mean back
+    ChannelRef v_mean;  // subtracted from V beforehand: O gets it back, times the weight of the keys
 
     SequenceParams sequences;  // batch_k: rows of page_table, or of the dense cache; max_seqlen_k: keys that
                                // such a row has room for
@@ -41,7 +43,7 @@ struct DecodeParams {
     // position / page_size = position * page_multiplier >> page_shift, for positions below 2^31
     std::uint32_t page_multiplier;
     std::int32_t page_shift;
-    std::int32_t reserved[8];  // zero: fills the struct up to its 64-byte alignment
+    std::int32_t reserved[12];  // zero: fills the struct up to its 64-byte alignment
 };
 
 static_assert(kIsPlain<DecodeParams> && alignof(DecodeParams) == 64);

@@ -58,6 +58,7 @@ class QueryStage {
             }
             fragments[step] = make_uint2(words[0], words[1]);
         }
+        float const shift = mean_product(params, segment, fragments);
         float scale = 1.0f;
         if constexpr (kNarrows) {
             largest = max(largest, __shfl_xor_sync(0xffffffff, largest, 1));
@@ -78,12 +79,45 @@ class QueryStage {
         }
         if (lane % 4 == 0) {
             shared.q_scale[row] = scale;
+            shared.score_shift[row] = shift * params.scores.softmax_scale;
         }
     }
 
   private:
     static constexpr bool kNarrows =
         Config::kArithmetic == ArithmeticType::kFp16 && Config::kElement == ElementChoice::kBf16;
+
+    // The product of a row, as it lies in global memory, and K's mean.
+    __device__ static float mean_product(DecodeParams const& params, Segment const& segment,
+                                         uint2 const (&fragments)[Config::kChannelSteps]) {
+        if (params.k_mean.ptr == nullptr) {
+            return 0.0f;
+        }
+        float const* const mean = params.k_mean.ptr + segment.batch * params.k_mean.batch_stride +
+                                  segment.head * params.k_mean.head_stride;
+        float product = 0.0f;
+#pragma unroll
+        for (int step = 0; step < Config::kChannelSteps; ++step) {
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+                int const channel = 16 * step + Products<Config>::q_channel(threadIdx.x % 4, b);
+                if (channel < params.head_dim) {
+                    float2 const q = widened(b == 0 ? fragments[step].x : fragments[step].y);
+                    product += q.x * mean[channel] + q.y * mean[channel + 1];
+                }
+            }
+        }
+        product += __shfl_xor_sync(0xffffffff, product, 1);
+        return product + __shfl_xor_sync(0xffffffff, product, 2);
+    }
+
+    __device__ __forceinline__ static float2 widened(uint32_t pair) {
+        if constexpr (Config::kElement == ElementChoice::kBf16) {
+            return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+        } else {
+            return ptx::widen_fp16(pair);
+        }
+    }
 
     // Infinity and NaN do not count.
     __device__ __forceinline__ static uint32_t magnitude(uint32_t bits) {

@@ -17,7 +17,9 @@ struct SharedStorage {
     float merged_reference[Config::kBlockM];
     float merged_sum[Config::kBlockM];
     float normalise[Config::kBlockM];
-    float q_scale[Config::kBlockM];  // what the fragments of a row must be multiplied by
+    float weight[Config::kBlockM];       // of the keys, as opposed to the sink
+    float q_scale[Config::kBlockM];      // what the fragments of a row must be multiplied by
+    float score_shift[Config::kBlockM];  // what K's mean would add to a row's scores, natural log
     uint64_t full[Config::kWarps][Config::kSlots];
     // Of each warp. They are looked at once a segment, and registers are for what is used more.
     Walk<Config> loader_walk[Config::kWarps];

@@ -259,6 +259,8 @@ class DecodeParams:
     lse: tuple[int, int, int]
     k_descale: tuple[int, int, int, int]
     v_descale: tuple[int, int, int, int]
+    k_mean: tuple[int, int, int]
+    v_mean: tuple[int, int, int]
     page_table: int
     partials: int
     tickets: int

@@ -84,7 +84,7 @@ def test_layout_of_abi_version_6():
         "SchedulerParams": (24, 8),
         "ForwardParams": (896, 64),
         "BackwardParams": (1088, 64),
-        "DecodeParams": (704, 64),
+        "DecodeParams": (768, 64),
         "GroupRef": (32, 8),
         "AppendParams": (48, 8),
         "QuantizeParams": (360, 8),

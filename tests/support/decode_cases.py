@@ -146,6 +146,9 @@ def reference(call: Call) -> tuple[Tensor, Tensor]:
             descale = getattr(call, name)
             if descale is not None:
                 x *= descale if descale.dim() == 0 else descale[b][:, None]
+        for mean, x in ((call.k_mean, k), (call.v_mean, v)):
+            if mean is not None:
+                x += mean[b]
         slopes = call.alibi_slopes
         o[at], rows_lse = oracle.attend(
             q,

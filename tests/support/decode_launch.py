@@ -33,6 +33,8 @@ class Call:
     s_aux: Tensor | None = None
     k_descale: Tensor | None = None  # scalar or (batch, heads_kv)
     v_descale: Tensor | None = None
+    k_mean: Tensor | None = None  # (batch, heads_kv, head_dim): what k lacks
+    v_mean: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -108,4 +110,8 @@ class DecodeKernel:
             if descale is not None:
                 steps = (0, 0) if descale.dim() == 0 else descale.stride()
                 setattr(params, name, (given.upload(descale.reshape(-1)).address, *steps, 0))
+        for name in ("k_mean", "v_mean"):
+            mean = getattr(call, name)
+            if mean is not None:
+                setattr(params, name, (given.upload(mean).address, *mean.stride()[:2]))
         return params, (o_memory, o), (lse_memory, lse)

@@ -20,6 +20,8 @@ void bind_decode(py::module_& module) {
     def_rows(type, "lse", &P::lse);
     def_descale(type, "k_descale", &P::k_descale);
     def_descale(type, "v_descale", &P::v_descale);
+    def_rows(type, "k_mean", &P::k_mean);
+    def_rows(type, "v_mean", &P::v_mean);
     def_address(type, "page_table", &P::page_table);
     def_address(type, "partials", &P::partials);
     def_address(type, "tickets", &P::tickets);

@@ -148,6 +148,8 @@ StructLayout decode_params() {
                                       FIELD(lse),
                                       FIELD(k_descale),
                                       FIELD(v_descale),
+                                      FIELD(k_mean),
+                                      FIELD(v_mean),
                                       FIELD(sequences),
                                       FIELD(scores),
                                       FIELD(page_table),

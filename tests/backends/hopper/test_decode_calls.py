@@ -100,6 +100,8 @@ def test_other_arguments(launched, monkeypatch):
     tensors, given = to_e4m3(*draw(seqlen_q=2))
     given |= {"cache_leftpad": int32([3, 0, 67]), "cache_batch_idx": int32([2, -1, 0])}
     given |= {"s_aux": torch.linspace(-1, 1, 8), "window_size": (40, 0)}
+    given |= {"k_mean": torch.linspace(-1, 1, 256).view(2, 128)}
+    given |= {"v_mean": torch.linspace(-1, 1, 768).view(3, 2, 128)}
     given["cache_seqlens"] = given["cache_seqlens"].long()
     want = flash_attn_with_kvcache(*tensors, return_softmax_lse=True, **given)[:2]
     out = torch.empty_like(tensors[0])

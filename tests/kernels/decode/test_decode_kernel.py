@@ -97,6 +97,17 @@ def test_sinks():
     check(E8, draw(E8, LENGTHS, seqlen_q=2, causal=True, s_aux=sinks), ctas=7)
 
 
+@pytest.mark.parametrize("dtype", by_default(["bf16", "fp16"], ["bf16"]))
+def test_means(dtype):
+    """K's comes back in LSE and beside a sink, V's in O as far as the keys weigh."""
+    generator = torch.Generator().manual_seed(3)
+    given = {f"{x}_mean": torch.randn(5, 2, 128, generator=generator) for x in "kv"}
+    given["s_aux"] = torch.linspace(-2.0, 6.0, 4)
+    variant = DecodeVariant(dtype, "e4m3", 128, 128, 8)
+    call = draw(variant, (700, 0, 1, 2, 257), heads_kv=2, seqlen_q=3, causal=True, **given)
+    check(variant, call, ctas=7)
+
+
 @pytest.mark.parametrize("softcap, slopes", [(5.0, None), (0.0, (4,)), (4.0, (4, 4))])
 def test_softcap_and_alibi(softcap, slopes):
     generator = torch.Generator().manual_seed(1)

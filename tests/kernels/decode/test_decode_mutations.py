@@ -200,6 +200,11 @@ FAULTS = (
         MODIFIED,
         (LOOP, "at + sequence.info.offset_k - position", "at - position"),
     ),
+    Fault("mean_of_k_left_out", E8, (MERGE, "* kLn2 + shift;", "* kLn2;")),
+    Fault(
+        "sink_unmoved", E8, (MERGE, "(sinks[at.head] - shift) * kLog2E", "sinks[at.head] * kLog2E")
+    ),
+    Fault("mean_unweighted", E8, (MERGE, "shared_.weight[row] * mean[1]", "mean[1]")),
     # Pages.
     Fault(
         "any_page_number",
@@ -238,6 +243,7 @@ def problems(variant: DecodeVariant) -> list[tuple[Call, int]]:
         s_aux=torch.linspace(-1.0, 2.0, heads),
         indices=indices,
         **slopes,
+        **_means(variant),
     )
     long = draw(variant, (64 * 70, 64 * 3), heads=heads, seqlen_q=2, causal=True, **slopes)
     if gathers:
@@ -255,6 +261,13 @@ def problems(variant: DecodeVariant) -> list[tuple[Call, int]]:
     if not gathers:
         calls += [(sizes, 3), (_faint(variant, heads), 3)]
     return calls
+
+
+def _means(variant: DecodeVariant) -> dict[str, torch.Tensor]:
+    if variant.cache == "same":
+        return {}
+    generator = torch.Generator().manual_seed(3)
+    return {f"{x}_mean": 0.5 * torch.randn(5, 1, 128, generator=generator) for x in "kv"}
 
 
 def _faint(variant: DecodeVariant, heads: int) -> Call:

@@ -64,8 +64,7 @@ def _refused_options(q: Tensor, k: Tensor, qv: Tensor | None, options: Options) 
         ("num_splits", options.num_splits > 1),
         ("v_colmajor", options.v_colmajor_tokens is not None),
         ("q_descale", options.q_descale is not None),
-        ("k_mean", options.k_mean is not None),
-        ("v_mean", options.v_mean is not None),
+        ("k_mean with softcap", options.k_mean is not None and options.softcap > 0.0),
         ("v_channel_descale", options.v_channel_descale is not None),
     ):
         if given:
@@ -256,4 +255,11 @@ def _describe_cache(call: _native.DecodeParams, k: Tensor, options: Options) -> 
             ]
             steps = steps if descale.dim() == 2 else [0, 0]
             setattr(call, name, (descale.data_ptr(), *steps, 0))
+    for name in ("k_mean", "v_mean"):
+        mean = getattr(options, name)
+        if mean is not None:
+            mean = mean.contiguous()
+            held.append(mean)
+            batch_stride = mean.stride(0) if mean.dim() == 3 else 0
+            setattr(call, name, (mean.data_ptr(), batch_stride, mean.stride(-2)))
     return held

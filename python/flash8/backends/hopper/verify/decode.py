@@ -98,10 +98,8 @@ def _problem(
         pages, rows = batch * columns + 1, page_size
         order = torch.randperm(pages, generator=generator)
         table = order[: batch * columns].view(batch, columns).int()
-    lengths, leftpad = (
-        int32(_LENGTHS),
-        int32([min(p, n) for p, n in zip(_LEFTPAD, _LENGTHS, strict=True)]),
-    )
+    lengths = int32(_LENGTHS)
+    leftpad = int32([min(p, n) for p, n in zip(_LEFTPAD, _LENGTHS, strict=True)])
     seen = _seen(pages, rows, table, lengths, leftpad)
     stored: list[Tensor] = []
     real = [q.double()]
@@ -112,7 +110,11 @@ def _problem(
             x = (x * _UNIT).to(E4M3)
             factor = torch.tensor([1.0, 1.5]) / _UNIT
             given[f"{name}_descale"] = factor.expand(batch, -1).contiguous().to(device)
-            real.append(x.double() * factor.double()[:, None])
+            # K's is not exact under a softcap.
+            mean = 0.5 * draw(_HEADS_KV, head_dim)
+            mean *= name == "v" or not variant.score_mod
+            given |= {f"{name}_mean": mean.to(device)} if mean.any() else {}
+            real.append(x.double() * factor.double()[:, None] + mean.double())
         else:
             x = x.to(dtype)
             real.append(x.double())
@@ -165,7 +167,8 @@ def _expected(problem: Problem) -> tuple[Tensor, Tensor]:
     device = problem.q.device
     where = torch.device("cpu") if torch.are_deterministic_algorithms_enabled() else device
     q, k, v, s_aux = (x.to(where) for x in (*problem.real, problem.s_aux))
-    options = problem.options._replace(k_descale=None, v_descale=None)
+    plain: dict[str, Any] = dict.fromkeys(("k_descale", "v_descale", "k_mean", "v_mean"))
+    options = problem.options._replace(**plain)
     options = Options._make(x.to(where) if isinstance(x, Tensor) else x for x in options)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     lse, nothing = _rows(q, torch.float64), q.new_empty((0,))
