@@ -13,8 +13,9 @@ enum class NamedBarrier : int {
     kHiddenKeysCleared = 4,
     // The threads of consumer warpgroup i vote: WarpgroupVote + i.
     kWarpgroupVote = 5,  // and 6, 7
-    // Backward: all consumer warpgroups have subtracted their share of K's mean.
-    kKeyMeanSubtracted = 8,
+    // Backward: all consumer warpgroups have subtracted their share of K's mean, or have made their share of
+    // K and V in 16 bits.
+    kKeysPrepared = 8,
 };
 
 // Ping-pong scheduling: the warpgroups take turns to issue their products, so that the softmax of one

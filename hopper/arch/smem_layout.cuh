@@ -3,15 +3,11 @@
 #pragma once
 
 #include "../kernel_info.h"
+#include "swizzled_tile.cuh"
 
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 
 namespace flash8 {
-
-// TMA writes a tile in panels of one swizzle row: the widest of 128, 64 and 32 bytes that divides its rows.
-constexpr int panel_bytes(int row_bytes) {
-    return row_bytes % 128 == 0 ? 128 : row_bytes % 64 == 0 ? 64 : 32;
-}
 
 template <class Element, int kPanelBytes>
 struct SwizzleAtoms;

@@ -4,6 +4,11 @@
 
 namespace flash8 {
 
+// TMA writes a tile in panels of one swizzle row: the widest of 128, 64 and 32 bytes that divides its rows.
+constexpr int panel_bytes(int row_bytes) {
+    return row_bytes % 128 == 0 ? 128 : row_bytes % 64 == 0 ? 64 : 32;
+}
+
 // Byte offsets in a tile of kRows rows, in panels of kPanel bytes: the 16-byte chunks of a panel's row are
 // permuted by an exclusive or.
 template <int kRows, int kPanel>

@@ -65,7 +65,7 @@ struct BackwardConfig : BackwardVariant {
     static constexpr int kDqColumns = Tiles::kDqColumns / Tiles::kDqSlices;  // of a product dQ
 
     // An operand's panels hold no channel that another product takes.
-    static constexpr int kPanelQ = panel_bytes(kColumnsDk * sizeof(Element)) / sizeof(Element);
+    static constexpr int kPanelQ = Tiles::kPanelQ;
     static constexpr int kPanelV = panel_bytes(kColumnsDv * sizeof(Element)) / sizeof(Element);
     static constexpr int kPanelDq = panel_bytes(kDqColumns * sizeof(Element)) / sizeof(Element);
     static constexpr int kPanelK = cute::min(kPanelQ, kPanelDq);
@@ -94,6 +94,17 @@ struct BackwardConfig : BackwardVariant {
     using SmemDst = Transposed<kPanelDs, kBlockM, kBlockN, kStages>;
     using SmemPt = Transposed<kPanelDs, kBlockM, kBlockN>;
 
+    // FP8: Q, K and V as they are stored.
+    static constexpr int kPanelQ8 = panel_bytes(kHeadDim);
+    static constexpr int kPanelV8 = panel_bytes(kHeadDimV);
+    template <int kRows, int kCount>
+    using Tile8 = decltype(cute::tile_to_shape(
+        typename SwizzleAtoms<cutlass::float_e4m3_t, kPanelQ8>::KMajor{},
+        cute::Shape<cute::Int<kRows>, cute::Int<kHeadDim>, cute::Int<kCount>>{}));
+    // What S is made from.
+    using SmemScoreQ = std::conditional_t<kFp8, Tile8<kBlockM, kStages>, SmemQ>;
+    using SmemScoreK = std::conditional_t<kFp8, Tile8<kBlockN, 1>, SmemK>;
+
     static constexpr auto kK = cute::GMMA::Major::K;
     static constexpr auto kMn = cute::GMMA::Major::MN;
     template <int kN, int kDepth>
@@ -101,7 +112,7 @@ struct BackwardConfig : BackwardVariant {
     // S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T can be operands in registers. Split by channels,
     // they are operands in shared memory, where both warpgroups have written them.
     using MmaS = decltype(cute::make_tiled_mma(
-        cute::GMMA::ss_op_selector<Element, Element, float, Shape<kQueries, kHeadDim>>()));
+        cute::GMMA::ss_op_selector<Stored, Stored, float, Shape<kQueries, kHeadDim>>()));
     using MmaDp = decltype(cute::make_tiled_mma(
         cute::GMMA::ss_op_selector<Element, Element, float, Shape<kBlockDp, kHeadDimV>>()));
     using MmaDv = decltype(cute::make_tiled_mma(keys_mma<Element, kSplitChannels, kColumnsDv, kBlockM>()));
@@ -118,6 +129,9 @@ struct BackwardConfig : BackwardVariant {
     static constexpr int kElementsQ = kBlockM * kHeadDim;
     static constexpr int kElementsDo = kBlockM * kHeadDimV;
     static constexpr int kElementsDs = kBlockM * kBlockN;
+    using Rows = RowStats<kBlockM, kFp8>;
+    static_assert(!kFp8 || kBlockN * kHeadDimV <= kStages * kElementsDs * static_cast<int>(sizeof(Element)),
+                  "V in FP8 lies where dS will be");
 };
 
 // dQ between the warpgroups and the bulk reduction, a part each.
@@ -127,7 +141,15 @@ template <class Config>
 struct DqStorage<Config, true> {
     static constexpr int kPart = Config::Tiles::kDqPart / Config::Tiles::kDqSlices;
     alignas(1024) float dq[Config::kConsumerWarpgroups * kPart];
-    Pipeline<1> pipeline_dq[Config::kConsumerWarpgroups];
+};
+
+// FP8: Q and K as they are stored.
+template <class Config, bool kUsed>
+struct Fp8Storage {};
+template <class Config>
+struct Fp8Storage<Config, true> {
+    alignas(1024) typename Config::Stored q8[Config::kStages * Config::kElementsQ];
+    alignas(1024) typename Config::Stored k8[Config::kBlockN * Config::kHeadDim];
 };
 
 // What the loads of tiles count on that a warp clears in part before the consumers see them. One for every
@@ -153,7 +175,6 @@ struct PStorage {};
 template <class Config>
 struct PStorage<Config, true> {
     alignas(1024) typename Config::Element p[Config::kElementsDs];
-    Pipeline<1> pipeline_p;
 };
 
 // The seed of dropout, read once a CTA.
@@ -171,7 +192,8 @@ struct SeedStorage<true> {
 template <class Config>
 struct SharedStorage : DqStorage<Config, Config::kStageDq>,
                        PStorage<Config, Config::kSplitChannels>,
-                       SeedStorage<Config::kDropout> {
+                       SeedStorage<Config::kDropout>,
+                       Fp8Storage<Config, Config::kFp8> {
     using Element = typename Config::Element;
 
     alignas(1024) Element k[Config::kBlockN * Config::kHeadDim];
@@ -179,15 +201,36 @@ struct SharedStorage : DqStorage<Config, Config::kStageDq>,
     alignas(1024) Element q[Config::kStages * Config::kElementsQ];
     alignas(1024) Element dout[Config::kStagesDo * Config::kElementsDo];
     alignas(1024) Element ds[Config::kStages * Config::kElementsDs];
-    alignas(128) RowStats<Config::kBlockM> stats[Config::kStages];
-    KeyTile tile;
+    alignas(128) typename Config::Rows stats[Config::kStages];
+    KeyTileOf<Config> tile;
     // With a window: the queries that see a key. Each warpgroup has its own.
     QueryRange visible[Config::kMask == MaskMode::kLocal ? 64 * Config::kConsumerWarpgroups : 1];
     Pipeline<1> pipeline_kv;
     Pipeline<Config::kStages> pipeline_q;  // and the rows' statistics
     Pipeline<Config::kStagesDo> pipeline_do;
     Pipeline<Config::kStages> pipeline_ds;
+    Pipeline<1> pipeline_p;                                // with split channels
+    Pipeline<1> pipeline_dq[Config::kConsumerWarpgroups];  // staged
     RaggedBarriers<Config::kStages> ragged;
+
+    // FP8: V as it is stored. Nobody writes dS before all have read it.
+    __device__ typename Config::Stored* v8() { return reinterpret_cast<typename Config::Stored*>(ds); }
+
+    // What S is made from.
+    __device__ __forceinline__ auto* score_queries() {
+        if constexpr (Config::kFp8) {
+            return this->q8;
+        } else {
+            return q;
+        }
+    }
+    __device__ __forceinline__ auto* score_keys() {
+        if constexpr (Config::kFp8) {
+            return this->k8;
+        } else {
+            return k;
+        }
+    }
 
     // Every arrival count. Tiles of Q, K, V and dO are filled by one thread's TMA; dS and P by all consumer
     // warps for all of them, whose next wait for it says that the former one has been read; dQ by the warps
@@ -198,11 +241,11 @@ struct SharedStorage : DqStorage<Config, Config::kStageDq>,
         pipeline_do.init(Config::kConsumerWarps);
         pipeline_ds.init(Config::kConsumerWarps, Config::kConsumerWarps);
         if constexpr (Config::kSplitChannels) {
-            this->pipeline_p.init(Config::kConsumerWarps, Config::kConsumerWarps);
+            pipeline_p.init(Config::kConsumerWarps, Config::kConsumerWarps);
         }
         ragged.init();
         if constexpr (Config::kStageDq) {
-            for (auto& pipeline : this->pipeline_dq) {
+            for (auto& pipeline : pipeline_dq) {
                 pipeline.init(1, 4);
             }
         }

@@ -4,6 +4,7 @@
 
 #include "../arch/named_barriers.cuh"
 #include "epilogue.cuh"
+#include "fp8_keys.cuh"
 #include "key_mean.cuh"
 #include "mainloop.cuh"
 #include "mainloop_split.cuh"
@@ -24,12 +25,23 @@ constexpr KernelInfo describe() {
     auto const box = [](unsigned panel, unsigned rows, Swizzle swizzle) {
         return TmaBox{4, {panel, rows, 1, 1, 1}, kType, swizzle};
     };
-    info.tma[0] =
-        box(Config::kPanelQ, Config::kBlockM, SwizzleAtoms<uint16_t, 2 * Config::kPanelQ>::kSwizzle);
-    info.tma[1] =
-        box(Config::kPanelK, Config::kBlockN, SwizzleAtoms<uint16_t, 2 * Config::kPanelK>::kSwizzle);
-    info.tma[2] =
-        box(Config::kPanelV, Config::kBlockN, SwizzleAtoms<uint16_t, 2 * Config::kPanelV>::kSwizzle);
+    if constexpr (Config::kFp8) {
+        auto const box8 = [](unsigned panel, unsigned rows, Swizzle swizzle) {
+            return TmaBox{4, {panel, rows, 1, 1, 1}, ElementType::kUint8, swizzle};
+        };
+        constexpr Swizzle kSwizzleQ = SwizzleAtoms<uint8_t, Config::kPanelQ8>::kSwizzle;
+        info.tma[0] = box8(Config::kPanelQ8, Config::kBlockM, kSwizzleQ);
+        info.tma[1] = box8(Config::kPanelQ8, Config::kBlockN, kSwizzleQ);
+        info.tma[2] =
+            box8(Config::kPanelV8, Config::kBlockN, SwizzleAtoms<uint8_t, Config::kPanelV8>::kSwizzle);
+    } else {
+        info.tma[0] =
+            box(Config::kPanelQ, Config::kBlockM, SwizzleAtoms<uint16_t, 2 * Config::kPanelQ>::kSwizzle);
+        info.tma[1] =
+            box(Config::kPanelK, Config::kBlockN, SwizzleAtoms<uint16_t, 2 * Config::kPanelK>::kSwizzle);
+        info.tma[2] =
+            box(Config::kPanelV, Config::kBlockN, SwizzleAtoms<uint16_t, 2 * Config::kPanelV>::kSwizzle);
+    }
     info.tma[3] =
         box(Config::kPanelV, Config::kBlockM, SwizzleAtoms<uint16_t, 2 * Config::kPanelV>::kSwizzle);
     return info;
@@ -46,7 +58,7 @@ __device__ __forceinline__ void subtract_mean(BackwardParams const& params, Shar
     subtract_mean<Config::Element, Config::kBlockN, Config::kHeadDim, Config::kPanelK, kThreads>(
         shared.k, mean, thread_number() - 128);
     ptx::fence_proxy_async();
-    ptx::named_barrier_sync(static_cast<int>(NamedBarrier::kKeyMeanSubtracted), kThreads);
+    ptx::named_barrier_sync(static_cast<int>(NamedBarrier::kKeysPrepared), kThreads);
 }
 
 // A consumer warpgroup: dK and dV of 64 keys, or half their channels.
@@ -58,7 +70,9 @@ __device__ __forceinline__ void consume(BackwardParams const& params, SharedStor
     cute::clear(dv);
     if (!shared.tile.blocks.empty()) {
         Probabilities<Config>::keep_visible_queries(params, shared);
-        if constexpr (!Config::kSoftcap) {
+        if constexpr (Config::kFp8) {
+            WideKeys<Config>::make(params, shared, thread_number() - 128);
+        } else if constexpr (!Config::kSoftcap) {
             subtract_mean(params, shared);
         }
         using Loop = std::conditional_t<Config::kSplitChannels, MainloopSplit<Config>, Mainloop<Config>>;
@@ -79,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
 
     int const warpgroup = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x / 128), 0);
     if (threadIdx.x < 32) {
-        KeyTile const tile = read_key_tile<Config>(params);
+        auto const tile = read_key_tile<Config>(params);
         if (threadIdx.x == 0) {
             shared.tile = tile;
             shared.read_seed(params.dropout);

@@ -5,9 +5,12 @@
 
 #include "../attention/hidden_keys.cuh"
 #include "../attention/tile_scheduler.cuh"
+#include "fp8_operands.cuh"
 #include "packed_offsets.cuh"
 #include "query_mask.cuh"
 #include "row_stats.cuh"
+
+#include <type_traits>
 
 namespace flash8 {
 
@@ -53,6 +56,17 @@ struct KeySide {
 };
 
 static_assert(sizeof(KeyTile) == 96, "all of it is copied, so there is no padding");
+
+// FP8: what the block's keys are multiplied with.
+struct KeyTileFp8 : KeyTile {
+    float score_scale;  // K's descale and softmax_scale: scores come in log2 units, or as tanh's argument
+    float k_descale;
+    float v_descale;
+    float reserved;
+};
+
+template <class Config>
+using KeyTileOf = std::conditional_t<Config::kFp8, KeyTileFp8, KeyTile>;
 
 // The tile of this number, where each KV head has so many splits. By a whole warp.
 template <int kBlockN>
@@ -127,18 +141,29 @@ __device__ inline KeyTile read_key_block(BackwardParams const& params, int index
 
 // The tile of this CTA. By a whole warp, of which every lane gets the same.
 template <class Config>
-__device__ inline KeyTile read_key_tile(BackwardParams const& params) {
-    KeyTile tile = read_key_block<Config::kBlockM, Config::kBlockN>(params, static_cast<int>(blockIdx.x),
-                                                                    params.head_splits);
+__device__ inline KeyTileOf<Config> read_key_tile(BackwardParams const& params) {
+    KeyTileOf<Config> tile{};
+    static_cast<KeyTile&>(tile) = read_key_block<Config::kBlockM, Config::kBlockN>(
+        params, static_cast<int>(blockIdx.x), params.head_splits);
     if (!tile.valid()) {
         return tile;
     }
+    [[maybe_unused]] int const first_key = tile.n_block * Config::kBlockN;
     if constexpr (Config::kMask == MaskMode::kLocal) {
         Mask<MaskMode::kLocal, Config::kBlockM, Config::kBlockN> const mask(params, tile.info);
-        int const first_key = tile.n_block * Config::kBlockN;
         tile.seen.begin = clamped(mask.visible_keys(0).begin - first_key, 0, tile.seen.end);
     }
     tile.blocks = typename Config::KeyMask(params.scores, tile.info).query_blocks(tile.n_block);
+    if constexpr (Config::kFp8) {
+        if (!tile.blocks.empty()) {
+            KeySequence const keys(params, tile.batch, tile.info.offset_k);
+            ScoreParams const& scores = params.scores;
+            tile.k_descale = keys.descale(params.k_descale, tile.head_kv, first_key);
+            tile.v_descale = keys.descale(params.v_descale, tile.head_kv, first_key);
+            tile.score_scale = tile.k_descale * (Config::kSoftcap ? scores.softmax_scale / scores.softcap
+                                                                  : scores.softmax_scale_log2);
+        }
+    }
     return tile;
 }
 

@@ -109,16 +109,16 @@ class Mainloop {
             }
         };
         float const* const lse = shared_.stats[now_.stage].lse;
+        float const scale = Probabilities<Config>::score_scale(shared_, now_.stage, params_.scores);
         if constexpr (Config::kSoftcap) {
             shared_.pipeline_do.wait(now_);
             finish_dk();  // P goes where dS still is: there are no registers for the factors of both
-            make_half_capped<0, kMasked>(s, p, lse, first_query);
+            make_half_capped<0, kMasked>(s, p, lse, first_query, scale);
             // The wait to store dQ ends the block: ptxas would want too many registers for all of P at once.
             finish_dq(cute::_0{});
-            make_half_capped<1, kMasked>(s, p, lse, first_query);
+            make_half_capped<1, kMasked>(s, p, lse, first_query, scale);
         } else {
-            Probabilities<Config>::template make<kMasked>(s, shared_, lse, first_query, params_.scores,
-                                                          slope_);
+            Probabilities<Config>::template make<kMasked>(s, shared_, lse, first_query, scale, slope_);
             // dO is needed below. Asking here ends the block: ptxas would move the wait for dK, which touches
             // no memory, above the exponentials that are to run under it.
             shared_.pipeline_do.wait(now_);
@@ -137,15 +137,15 @@ class Mainloop {
     // P of half the block's queries.
     template <int kHalf, bool kMasked>
     __device__ __forceinline__ void make_half_capped(AccumulatorS& s, OperandP& p, float const* lse,
-                                                     int first_query) {
+                                                     int first_query, float scale) {
         constexpr int kQueries = Config::kQueries / 2;
         constexpr int kAt = kHalf * kQueries / 2;
         auto half = cute::make_tensor(s.data() + kAt, typename Config::template LayoutC<kQueries>{});
         auto words = cute::make_tensor(cute::recast<uint32_t>(p).data() + kAt / 2,
                                        cute::Layout<cute::Int<kQueries / 4>>{});
         Probabilities<Config>::template make_capped<kMasked, kAt>(
-            half, words, kept_, shared_, lse + kHalf * kQueries, first_query + kHalf * kQueries,
-            params_.scores, slope_);
+            half, words, kept_, shared_, lse + kHalf * kQueries, first_query + kHalf * kQueries, scale,
+            params_.scores.softcap, slope_);
     }
 
     // dP and dS of the present block. dV is done when the first half of dP is.
@@ -174,6 +174,7 @@ class Mainloop {
     __device__ __forceinline__ void differences(AccumulatorS const& s, Dp const& dp, OperandP& p, int part) {
         constexpr int kEights = Config::kBlockDp / 8;
         float const* const d = shared_.stats[now_.stage].d + 2 * (threadIdx.x % 4);
+        DifferenceFrom<Config> const differ(shared_);
         auto words = cute::recast<uint32_t>(p);
 #pragma unroll
         for (int i = 0; i < kEights; ++i) {
@@ -184,7 +185,8 @@ class Mainloop {
                 int const at = 4 * eight + 2 * r;
                 float const low = kept_.gradient(params_, dp(4 * i + 2 * r), at);
                 float const high = kept_.gradient(params_, dp(4 * i + 2 * r + 1), at + 1);
-                words(2 * eight + r) = pack<Element>((low - two.x) * s(at), (high - two.y) * s(at + 1));
+                words(2 * eight + r) =
+                    pack<Element>(differ(low, two.x) * s(at), differ(high, two.y) * s(at + 1));
             }
         }
         uint32_t const rows = ds_rows_ + now_.stage * (Config::kElementsDs * sizeof(Element));

@@ -125,28 +125,29 @@ class MainloopSplit {
     template <bool kMasked>
     __device__ __forceinline__ void make_p(int first_query, AccumulatorS& s) {
         float const* const lse = shared_.stats[now_.stage].lse + first_query_;
+        float const scale = Probabilities<Config>::score_scale(shared_, now_.stage, params_.scores);
         if constexpr (Config::kSoftcap) {
             auto words = cute::make_tensor<uint32_t>(cute::Shape<cute::Int<Config::kQueries / 4>>{});
             Probabilities<Config>::template make_capped<kMasked>(s, words, kept_, shared_, lse, first_query,
-                                                                 params_.scores, slope_);
+                                                                 scale, params_.scores.softcap, slope_);
             write_words(shared_.p, words);
         } else {
-            Probabilities<Config>::template make<kMasked>(s, shared_, lse, first_query, params_.scores,
-                                                          slope_);
+            Probabilities<Config>::template make<kMasked>(s, shared_, lse, first_query, scale, slope_);
             write(shared_.p, s, kept_);
         }
     }
 
     __device__ __forceinline__ void multiply_differences(AccumulatorS const& s, AccumulatorS& dp) const {
         float const* const d = shared_.stats[now_.stage].d + first_query_ + 2 * (threadIdx.x % 4);
+        DifferenceFrom<Config> const differ(shared_);
 #pragma unroll
         for (int i = 0; i < Config::kQueries / 8; ++i) {
             float2 const two = *reinterpret_cast<float2 const*>(d + 8 * i);
 #pragma unroll
             for (int r = 0; r < kRowsPerThread; ++r) {
                 int const at = 4 * i + 2 * r;
-                dp(at) = (kept_.gradient(params_, dp(at), at) - two.x) * s(at);
-                dp(at + 1) = (kept_.gradient(params_, dp(at + 1), at + 1) - two.y) * s(at + 1);
+                dp(at) = differ(kept_.gradient(params_, dp(at), at), two.x) * s(at);
+                dp(at + 1) = differ(kept_.gradient(params_, dp(at + 1), at + 1), two.y) * s(at + 1);
             }
         }
     }

@@ -28,9 +28,9 @@ class Operands {
         using namespace cute;
         typename Config::MmaS mma;
         auto thread = mma.get_slice(threadIdx.x % 128);
-        Tensor sK = make_tensor(make_smem_ptr(shared_.k), typename Config::SmemK{});
+        Tensor sK = make_tensor(make_smem_ptr(shared_.score_keys()), typename Config::SmemScoreK{});
         Tensor keys = local_tile(sK, Box<64, Config::kHeadDim, 1>{}, make_coord(warpgroup_, 0, 0));
-        Tensor sQ = make_tensor(make_smem_ptr(shared_.q), typename Config::SmemQ{});
+        Tensor sQ = make_tensor(make_smem_ptr(shared_.score_queries()), typename Config::SmemScoreQ{});
         Tensor a = made_anew(thread.partition_fragment_A(keys), stage * params_.zero);
         Tensor b = thread.partition_fragment_B(sQ);
         multiply<true>(mma, a, b(_, _, _, stage), s);

@@ -29,8 +29,8 @@ class OperandsSplit {
         using namespace cute;
         typename Config::MmaS mma;
         auto thread = mma.get_slice(threadIdx.x % 128);
-        Tensor sK = make_tensor(make_smem_ptr(shared_.k), typename Config::SmemK{});
-        Tensor sQ = make_tensor(make_smem_ptr(shared_.q), typename Config::SmemQ{});
+        Tensor sK = make_tensor(make_smem_ptr(shared_.score_keys()), typename Config::SmemScoreK{});
+        Tensor sQ = make_tensor(make_smem_ptr(shared_.score_queries()), typename Config::SmemScoreQ{});
         Tensor queries =
             local_tile(sQ, Box<Config::kQueries, Config::kHeadDim, kStages>{}, make_coord(warpgroup_, 0, 0));
         Tensor a = made_anew(thread.partition_fragment_A(sK), stage * params_.zero);

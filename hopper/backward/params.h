@@ -18,12 +18,14 @@
 //
 // and the workspace is linear in tokens. Nothing in it needs to be initialised:
 //
-//   row_stats        heads_q * query_blocks * 2 * kBlockM floats
+//   row_stats        heads_q * query_blocks * 2 * kBlockM floats; FP8: 3 * kBlockM + 4 (row_stats.cuh)
 //   dq_accum         heads_q * query_blocks * kBlockM * kHeadDim floats (kHeadDim of kernel_info)
 //   dq_semaphore     heads_q * query_blocks int32, for a deterministic kernel only
 //   dsinks_partial   heads_q * query_blocks floats, with sinks only
 //   dkv_partial      heads_kv * key_blocks * head_splits * kBlockN * (kHeadDim + kHeadDimV) floats, if
 //                    head_splits is above 1
+//   q16              heads_q * query_blocks * kBlockM * kHeadDim 16-bit numbers, FP8 only
+//   key_mean         batch * heads_kv * kHeadDim floats, FP8 only, batch outermost
 //
 // each aligned to 128 bytes, with heads outermost, then blocks, then splits.
 //
@@ -46,7 +48,7 @@ struct BackwardParams {
     TensorMap tma_v;     // tma[2]
     TensorMap tma_dout;  // tma[3]
 
-    TensorRef q;        // (batch, seqlen_q, heads_q, head_dim)
+    TensorRef q;        // (batch, seqlen_q, heads_q, head_dim); with descales q, k and v are e4m3
     TensorRef k;        // (batch, seqlen_k, heads_kv, head_dim)
     TensorRef v;        // (batch, seqlen_k, heads_kv, head_dim_v)
     TensorRef o;        // (batch, seqlen_q, heads_q, head_dim_v)
@@ -56,7 +58,13 @@ struct BackwardParams {
     TensorRef dv;       // like v; every row is written
     RowRef lse;         // of the forward, natural log
     RowRef dlse;        // null: zero
-    ChannelRef k_mean;  // (batch, heads_kv, head_dim), or null: subtracted from K (key_mean.cuh)
+    ChannelRef k_mean;  // (batch, heads_kv, head_dim), or null: subtracted from K (key_mean.cuh); FP8:
+                        // subtracted from K beforehand, and in LSE (fp8_operands.cuh)
+    ChannelRef v_mean;  // FP8: subtracted from V beforehand, and in O
+
+    DescaleRef q_descale;  // FP8, and so are the next two
+    DescaleRef k_descale;
+    DescaleRef v_descale;
 
     float* row_stats;            // of a block: kBlockM times LSE in log2 units, +inf where a row is not used
                                  // or sees no key, then kBlockM times D = rowsum(dO * O) - dLSE
@@ -66,6 +74,8 @@ struct BackwardParams {
     float* dsinks;               // (heads_q), or null
     float* dkv_partial;          // of a block of keys and a split: kBlockN x kHeadDim sums of dK, then
                                  // kBlockN x kHeadDimV of dV, in the order of the accumulators
+    void* q16;                   // FP8, of a block: Q in 16 bits, as shared memory has it
+    float* key_mean;             // FP8, of a KV head of a sequence: what is taken off K for dQ
 
     SequenceParams sequences;
     ScoreParams scores;
@@ -79,9 +89,10 @@ struct BackwardParams {
     std::int32_t heads_kv;
     std::int32_t head_dim;
     std::int32_t head_dim_v;
-    std::int32_t head_splits;   // CTAs that share the query heads of a KV head: 1 up to heads_q / heads_kv
-    std::int32_t zero;          // is zero, which the compiler must not know
-    std::int32_t reserved[13];  // zero: fills the struct up to its 64-byte alignment
+    std::int32_t head_splits;  // CTAs that share the query heads of a KV head: 1 up to heads_q / heads_kv
+    std::int32_t heads_per_q_descale;  // query heads that share a descale: 1, or heads_q / heads_kv
+    std::int32_t zero;                 // is zero, which the compiler must not know
+    std::int32_t reserved[10];         // zero: fills the struct up to its 64-byte alignment
 };
 
 static_assert(kIsPlain<BackwardParams> && alignof(BackwardParams) == 64);

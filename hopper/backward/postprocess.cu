@@ -30,6 +30,64 @@ __device__ inline float sum_of_ds(BackwardParams const& params, SeqlenInfo const
     return sum;
 }
 
+// What a row of dQ lacks: a factor for each channel, times the row's own.
+class MissingShare {
+  public:
+    __device__ MissingShare(BackwardParams const& params, WorkTile const& tile)
+        : params_(params),
+          head_(tile.head),
+          head_kv_(tile.head / (params.heads_q / params.heads_kv)),
+          batch_(tile.batch),
+          mean_(params, tile.batch, head_kv_) {}
+
+    __device__ bool given() const {
+        if constexpr (Config::kFp8) {
+            bool const sums = params_.dlse.ptr != nullptr || params_.scores.sinks != nullptr;
+            return sums && params_.scores.softcap == 0.0f;
+        } else {
+            return mean_.given();
+        }
+    }
+
+    __device__ float of_row(SeqlenInfo const& info, int64_t block, int row, int query) const {
+        constexpr int kBlockM = Config::Tiles::kBlockM;
+        auto const& stats =
+            reinterpret_cast<BlockStats<kBlockM, Config::kFp8> const*>(params_.row_stats)[block];
+        if constexpr (Config::kFp8) {
+            return stats.ds_sum[row];
+        } else {
+            return sum_of_ds(params_, info, head_, query, stats.rows.d[row]);
+        }
+    }
+
+    // Of two channels.
+    __device__ float2 of_channels(int channel) const {
+        if constexpr (Config::kFp8) {
+            if (channel >= params_.head_dim) {
+                return make_float2(0.0f, 0.0f);
+            }
+            int64_t const head = static_cast<int64_t>(batch_) * params_.heads_kv + head_kv_;
+            float const* const own = params_.key_mean + head * Config::kHeadDim + channel;
+            ChannelRef const& given = params_.k_mean;
+            if (given.ptr == nullptr) {
+                return make_float2(own[0], own[1]);
+            }
+            float const* const mean =
+                given.ptr + batch_ * given.batch_stride + head_kv_ * given.head_stride + channel;
+            return make_float2(own[0] + mean[0], own[1] + mean[1]);
+        } else {
+            return mean_.at(channel);
+        }
+    }
+
+  private:
+    BackwardParams const& params_;
+    int head_;
+    int head_kv_;
+    int batch_;
+    KeyMean<Config::Element> mean_;
+};
+
 // Every query of the sequence in this block is written: zero where it is not used. The threads stand for
 // those of the warpgroups that have made the sums.
 __device__ inline void store_dq(BackwardParams const& params, WorkTile const& tile) {
@@ -50,7 +108,7 @@ __device__ inline void store_dq(BackwardParams const& params, WorkTile const& ti
         dq[4 * i + 2] = four.z;
         dq[4 * i + 3] = four.w;
     }
-    KeyMean<Config::Element> const mean(params, tile.batch, tile.head / (params.heads_q / params.heads_kv));
+    MissingShare const share(params, tile);
     int const first_row = Tiles::kSplitDqRows ? part * 64 : 0;
     int const first_column = Tiles::kSplitDqRows ? 0 : part * Tiles::kDqColumns;
 #pragma unroll
@@ -58,12 +116,11 @@ __device__ inline void store_dq(BackwardParams const& params, WorkTile const& ti
         int const row = first_row + thread / 32 * 16 + thread % 32 / 4 + 8 * r;
         int const query = tile.m_block * Tiles::kBlockM + row;
         int64_t const target = info.offset_q + static_cast<int64_t>(query);
-        if (mean.given() && query < info.seqlen_q) {
-            float const d = params.row_stats[(2 * block + 1) * Tiles::kBlockM + row];
-            float const sum = sum_of_ds(params, info, tile.head, query, d);
+        if (share.given() && query < info.seqlen_q) {
+            float const sum = share.of_row(info, block, row, query);
 #pragma unroll
             for (int i = 0; i < kVectors; ++i) {
-                float2 const m = mean.at(first_column + 8 * i + 2 * (thread % 4));
+                float2 const m = share.of_channels(first_column + 8 * i + 2 * (thread % 4));
                 dq[4 * i + 2 * r] += sum * m.x;
                 dq[4 * i + 2 * r + 1] += sum * m.y;
             }

@@ -20,7 +20,12 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads)
     __shared__ float sums[Config::kThreads / 32];
     WorkTile const tile = query_tile<Config::Tiles::kBlockM>(params);
     if (tile.valid()) {
-        Preprocess<Config>(params, tile).run(sums);
+        Preprocess<Config> const preprocess(params, tile);
+        if constexpr (Config::kFp8) {
+            __shared__ KeySample<Config>::Sums keys;
+            preprocess.store_key_mean(keys);
+        }
+        preprocess.run(sums);
     }
     zero_unused_rows<Config>(params);
 }

@@ -7,6 +7,7 @@
 #include "../attention/tile_scheduler.cuh"
 #include "key_mean.cuh"
 #include "packed_offsets.cuh"
+#include "preprocess_fp8.cuh"
 #include "row_stats.cuh"
 #include "variant.cuh"
 
@@ -20,6 +21,11 @@ struct PreprocessConfig : BackwardVariant {
 template <class Config>
 class Preprocess {
     static constexpr int kBlockM = Config::Tiles::kBlockM;
+    using Stats = BlockStats<kBlockM, Config::kFp8>;
+    struct Nothing {
+        __device__ Nothing(BackwardParams const&, WorkTile const&, SeqlenInfo const&, int64_t) {}
+    };
+    using Queries = std::conditional_t<Config::kFp8, Fp8Queries<Config>, Nothing>;
 
   public:
     __device__ Preprocess(BackwardParams const& params, WorkTile const& tile)
@@ -31,9 +37,15 @@ class Preprocess {
         block_ = tile.head * params.query_blocks + in_head;
     }
 
+    // FP8 only.
+    __device__ void store_key_mean(typename KeySample<Config>::Sums& sums) const {
+        KeySample<Config>::store_mean(params_, tile_, info_, sums);
+    }
+
     // sums: one float per warp.
-    __device__ void run(float* sums) {
-        auto& stats = reinterpret_cast<RowStats<kBlockM>*>(params_.row_stats)[block_];
+    __device__ void run(float* sums) const {
+        auto& stats = reinterpret_cast<Stats*>(params_.row_stats)[block_];
+        Queries const queries(params_, tile_, info_, block_);
         float sink_sum = 0.0f;
         constexpr int kRowsAtOnce = Config::kThreads / Config::kLanes;
         int const lane = threadIdx.x % Config::kLanes;
@@ -42,9 +54,22 @@ class Preprocess {
             int const query = tile_.m_block * kBlockM + row;
             bool const used = query < info_.seqlen_q;
             float const product = sum_of_lanes(used ? o_dot_dout(query, lane) : 0.0f);
-            float const shift = sum_of_lanes(used && mean_.given() ? q_dot_mean(query, lane) : 0.0f);
+            float shift = 0.0f;
+            float v_share = 0.0f;  // of dO * O, by V's mean
+            if constexpr (Config::kFp8) {
+                shift = sum_of_lanes(queries.widen_q(row, query, used, lane));
+                v_share =
+                    sum_of_lanes(used ? queries.dout_dot_mean(row_of(params_.dout, query), lane) : 0.0f);
+            } else {
+                shift = sum_of_lanes(used && mean_.given() ? q_dot_mean(query, lane) : 0.0f);
+            }
             if (lane == 0) {
-                sink_sum += finish_row(stats, row, query, used, product, shift);
+                sink_sum += finish_row(stats, row, query, used, product, shift, v_share);
+            }
+        }
+        if constexpr (Config::kFp8) {
+            if (threadIdx.x < 4) {
+                stats.rows.q_descale[threadIdx.x] = queries.descale();
             }
         }
         zero_dq();
@@ -97,19 +122,24 @@ class Preprocess {
 
     // Returns what the row adds to the sink's gradient. A row that has seen neither key nor sink has P = 0
     // and no gradient; one that is not used has LSE = -inf.
-    __device__ float finish_row(RowStats<kBlockM>& stats, int row, int query, bool used, float product,
-                                float shift) const {
+    __device__ float finish_row(Stats& stats, int row, int query, bool used, float product, float shift,
+                                float v_share) const {
         float const lse = used ? row_value(params_.lse, info_, tile_.head, query) : -INFINITY;
         bool const empty = lse == -INFINITY;
         float const dlse =
             params_.dlse.ptr != nullptr && !empty ? row_value(params_.dlse, info_, tile_.head, query) : 0.0f;
         float const d = empty ? 0.0f : product - dlse;
-        stats.lse[row] = empty ? INFINITY : (lse - params_.scores.softmax_scale * shift) * kLog2E;
-        stats.d[row] = d;
-        if (params_.scores.sinks == nullptr || empty) {
-            return 0.0f;
+        stats.rows.lse[row] = empty ? INFINITY : (lse - params_.scores.softmax_scale * shift) * kLog2E;
+        bool const sink = params_.scores.sinks != nullptr && !empty;
+        float const sink_share =
+            sink ? -ptx::exp2((params_.scores.sinks[tile_.head] - lse) * kLog2E) * d : 0.0f;
+        if constexpr (Config::kFp8) {
+            stats.rows.d[row] = empty ? 0.0f : d - v_share;
+            stats.ds_sum[row] = dlse - sink_share;
+        } else {
+            stats.rows.d[row] = d;
         }
-        return -ptx::exp2((params_.scores.sinks[tile_.head] - lse) * kLog2E) * d;
+        return sink_share;
     }
 
     __device__ void zero_dq() const {

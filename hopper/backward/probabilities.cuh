@@ -40,6 +40,24 @@ __device__ __forceinline__ int thread_key() {
     return Config::kSplitChannels ? thread_slot() % 64 : thread_slot();
 }
 
+// dP - D. In FP8 the product has V's values as they are stored.
+template <class Config>
+class DifferenceFrom {
+  public:
+    __device__ __forceinline__ explicit DifferenceFrom(SharedStorage<Config> const& shared) {
+        if constexpr (Config::kFp8) {
+            v_descale_ = read_again(shared.tile.v_descale);
+        }
+    }
+
+    __device__ __forceinline__ float operator()(float dp, float d) const {
+        return Config::kFp8 ? dp * v_descale_ - d : dp - d;
+    }
+
+  private:
+    float v_descale_ = 1.0f;
+};
+
 template <class Config>
 class Probabilities {
   public:
@@ -69,13 +87,23 @@ class Probabilities {
         return 0.0f;
     }
 
+    // What scores are multiplied with as the product gives them: then they are in log2 units, or with softcap
+    // tanh's argument. stage: of Q.
+    __device__ __forceinline__ static float score_scale(SharedStorage<Config> const& shared, int stage,
+                                                        ScoreParams const& scores) {
+        if constexpr (Config::kFp8) {
+            return shared.stats[stage].q_descale[0] * read_again(shared.tile.score_scale);
+        } else {
+            return Config::kSoftcap ? scores.softmax_scale / scores.softcap : scores.softmax_scale_log2;
+        }
+    }
+
     // `slope` is ALiBi's, in log2 units.
     template <bool kMasked, class Accumulator>
     __device__ __forceinline__ static void make(Accumulator& s, SharedStorage<Config> const& shared,
-                                                float const* lse, int first_query, ScoreParams const& scores,
-                                                float slope) {
+                                                float const* lse, int first_query, float scale, float slope) {
         auto rows = rows_of(s);
-        subtract_lse(rows, shared, lse, first_query, scores.softmax_scale_log2, slope);
+        subtract_lse(rows, shared, lse, first_query, scale, slope);
         if constexpr (kMasked) {
             hide(rows, shared, first_query);
         }
@@ -85,15 +113,14 @@ class Probabilities {
         }
     }
 
-    // With softcap S = cap * t, t = tanh(scale * q.k / cap). Rounds P to `words`, and leaves P * (1 - t^2)
-    // in `s`: what dP - D is multiplied with. `kept` is what dropout keeps of P. `s` may be that of fewer
-    // queries than the block has, from the thread's accumulator kAt on.
+    // With softcap S = cap * t, t = tanh(inner * s). Rounds P to `words`, and leaves P * (1 - t^2) in `s`:
+    // what dP - D is multiplied with. `kept` is what dropout keeps of P. `s` may be that of fewer queries
+    // than the block has, from the thread's accumulator kAt on.
     template <bool kMasked, int kAt = 0, class Accumulator, class Words, class Keep>
     __device__ __forceinline__ static void make_capped(Accumulator& s, Words& words, Keep const& kept,
                                                        SharedStorage<Config> const& shared, float const* lse,
-                                                       int first_query, ScoreParams const& scores,
+                                                       int first_query, float inner, float softcap,
                                                        float slope) {
-        float const inner = scores.softmax_scale / scores.softcap;
 #pragma unroll
         for (int i = 0; i < cute::size(s); ++i) {
             s(i) = ptx::tanh(s(i) * inner);
@@ -103,7 +130,7 @@ class Probabilities {
             hide(rows, shared, first_query);  // t = -inf
         }
         auto const* const column_lse = lse + 2 * (threadIdx.x % 4);
-        float const cap = scores.softcap * kLog2E;
+        float const cap = softcap * kLog2E;
         float const distance = first_distance(shared, first_query);
 #pragma unroll
         for (int i = 0; i < kQueriesOf<decltype(rows)> / 8; ++i) {

@@ -12,9 +12,13 @@ namespace flash8 {
 template <class Config>
 class Producer {
     using Element = typename Config::Element;
+    using Stored = typename Config::Stored;
     using State = PipelineState<Config::kStages>;
     static constexpr int kBlockM = Config::kBlockM;
     static constexpr int kBlockN = Config::kBlockN;
+    static constexpr int kBytesQ =
+        Config::kElementsQ * (sizeof(Element) + (Config::kFp8 ? sizeof(Stored) : 0));
+    static constexpr int kBlockStats = sizeof(BlockStats<kBlockM, Config::kFp8>) / sizeof(float);
 
   public:
     __device__ Producer(BackwardParams const& params, SharedStorage<Config>& shared)
@@ -42,15 +46,24 @@ class Producer {
 
   private:
     __device__ void load_keys() {
-        constexpr int kBytes = kBlockN * (Config::kHeadDim + Config::kHeadDimV) * sizeof(Element);
+        constexpr int kBytes = kBlockN * (Config::kHeadDim + Config::kHeadDimV) * sizeof(Stored);
         bool const ragged = !tile_.seen.template all<kBlockN>();
         uint64_t* const full = ragged ? &shared_.ragged.keys : &shared_.pipeline_kv.full[0];
         ptx::mbarrier_expect_tx(full, kBytes);
         int const row = tile_.info.offset_k + tile_.n_block * kBlockN;
-        load<Config::kPanelK, Config::kHeadDim, kBlockN>(shared_.k, &params_.tma_k, full, row, tile_.head_kv,
-                                                         tile_.info.batch_k);
-        load<Config::kPanelV, Config::kHeadDimV, kBlockN>(shared_.v, &params_.tma_v, full, row, tile_.head_kv,
-                                                          tile_.info.batch_k);
+        int const head = tile_.head_kv;
+        int const batch = tile_.info.batch_k;
+        if constexpr (Config::kFp8) {
+            load<Config::kPanelQ8, Config::kHeadDim, kBlockN>(shared_.k8, &params_.tma_k, full, row, head,
+                                                              batch);
+            load<Config::kPanelV8, Config::kHeadDimV, kBlockN>(shared_.v8(), &params_.tma_v, full, row, head,
+                                                               batch);
+        } else {
+            load<Config::kPanelK, Config::kHeadDim, kBlockN>(shared_.k, &params_.tma_k, full, row, head,
+                                                             batch);
+            load<Config::kPanelV, Config::kHeadDimV, kBlockN>(shared_.v, &params_.tma_v, full, row, head,
+                                                              batch);
+        }
     }
 
     __device__ void load_queries(State const& state, int head, int m_block) {
@@ -59,12 +72,21 @@ class Producer {
 
         uint64_t* full = ragged ? &shared_.ragged.q[state.stage] : &shared_.pipeline_q.full[state.stage];
         shared_.pipeline_q.wait_empty(state);
-        ptx::mbarrier_expect_tx(full, Config::kElementsQ * sizeof(Element) + sizeof(RowStats<kBlockM>));
-        load<Config::kPanelQ, Config::kHeadDim, kBlockM>(shared_.q + state.stage * Config::kElementsQ,
-                                                         &params_.tma_q, full, row, head, tile_.info.batch_q);
+        ptx::mbarrier_expect_tx(full, kBytesQ + sizeof(typename Config::Rows));
         int64_t const block = head * params_.query_blocks + tile_.first_query_block + m_block;
-        ptx::bulk_load(&shared_.stats[state.stage], params_.row_stats + block * (2 * kBlockM),
-                       sizeof(RowStats<kBlockM>), full);
+        int const first = state.stage * Config::kElementsQ;
+        if constexpr (Config::kFp8) {
+            load<Config::kPanelQ8, Config::kHeadDim, kBlockM>(shared_.q8 + first, &params_.tma_q, full, row,
+                                                              head, tile_.info.batch_q);
+            ptx::bulk_load(shared_.q + first,
+                           static_cast<Element const*>(params_.q16) + block * Config::kElementsQ,
+                           Config::kElementsQ * sizeof(Element), full);
+        } else {
+            load<Config::kPanelQ, Config::kHeadDim, kBlockM>(shared_.q + first, &params_.tma_q, full, row,
+                                                             head, tile_.info.batch_q);
+        }
+        ptx::bulk_load(&shared_.stats[state.stage], params_.row_stats + block * kBlockStats,
+                       sizeof(typename Config::Rows), full);
 
         auto const state_do = in_ring_of<Config::kStagesDo>(state);
         full = ragged ? &shared_.ragged.dout[state_do.stage] : &shared_.pipeline_do.full[state_do.stage];
@@ -75,8 +97,8 @@ class Producer {
                                                           tile_.info.batch_q);
     }
 
-    template <int kPanel, int kColumns, int kRows>
-    __device__ static void load(Element* target, TensorMap const* map, uint64_t* full, int row, int head,
+    template <int kPanel, int kColumns, int kRows, class T>
+    __device__ static void load(T* target, TensorMap const* map, uint64_t* full, int row, int head,
                                 int batch) {
 #pragma unroll
         for (int column = 0; column < kColumns; column += kPanel) {
@@ -94,8 +116,6 @@ class Producer {
 // only; the consumers' barrier completes when it has cleared them.
 template <class Config>
 class RaggedRows {
-    using Element = typename Config::Element;
-
   public:
     __device__ static void run(SharedStorage<Config>& shared) {
         KeyTile const& tile = shared.tile;
@@ -104,8 +124,13 @@ class RaggedRows {
         }
         if (!tile.seen.template all<Config::kBlockN>()) {
             ptx::mbarrier_wait(&shared.ragged.keys, 0);
-            clear<Config::kPanelK, Config::kHeadDim, Config::kBlockN>(shared.k, tile.seen);
-            clear<Config::kPanelV, Config::kHeadDimV, Config::kBlockN>(shared.v, tile.seen);
+            if constexpr (Config::kFp8) {
+                clear<Config::kPanelQ8, Config::kHeadDim, Config::kBlockN>(shared.k8, tile.seen);
+                clear<Config::kPanelV8, Config::kHeadDimV, Config::kBlockN>(shared.v8(), tile.seen);
+            } else {
+                clear<Config::kPanelK, Config::kHeadDim, Config::kBlockN>(shared.k, tile.seen);
+                clear<Config::kPanelV, Config::kHeadDimV, Config::kBlockN>(shared.v, tile.seen);
+            }
             arrive(&shared.pipeline_kv.full[0]);
         }
         SeenKeys const queries{0, tile.info.seqlen_q - (tile.blocks.end - 1) * Config::kBlockM};
@@ -118,8 +143,10 @@ class RaggedRows {
         for (int g = 0; g < tile.group; ++g) {
             int const stage = ((g + 1) * blocks - 1) % Config::kStages;
             ptx::mbarrier_wait(&shared.ragged.q[stage], parities >> stage & 1);
-            clear<Config::kPanelQ, Config::kHeadDim, Config::kBlockM>(shared.q + stage * Config::kElementsQ,
-                                                                      queries);
+            // Preprocess has written 16-bit Q with zeros.
+            constexpr int kPanel = Config::kFp8 ? Config::kPanelQ8 : Config::kPanelQ;
+            clear<kPanel, Config::kHeadDim, Config::kBlockM>(
+                shared.score_queries() + stage * Config::kElementsQ, queries);
             arrive(&shared.pipeline_q.full[stage]);
             int const stage_do = Config::kStagesDo == 1 ? 0 : stage;
             uint32_t const parity_do = Config::kStagesDo == 1 ? g : parities >> stage;
@@ -133,9 +160,9 @@ class RaggedRows {
 
   private:
     // All rows that are not `seen`. The swizzle permutes within rows of a panel, so whole rows stay whole.
-    template <int kPanel, int kColumns, int kRows>
-    __device__ static void clear(Element* tile, SeenKeys const& seen) {
-        constexpr int kVectors = kPanel * sizeof(Element) / sizeof(uint4);
+    template <int kPanel, int kColumns, int kRows, class T>
+    __device__ static void clear(T* tile, SeenKeys const& seen) {
+        constexpr int kVectors = kPanel * sizeof(T) / sizeof(uint4);
         constexpr int kPanels = kColumns / kPanel;
         uint4* const vectors = reinterpret_cast<uint4*>(tile);
 #pragma unroll 1

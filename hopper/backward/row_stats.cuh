@@ -7,10 +7,27 @@
 
 namespace flash8 {
 
-template <int kBlockM>
+template <int kBlockM, bool kFp8>
 struct RowStats {
     float lse[kBlockM];  // in log2 units, +inf where P is zero
     float d[kBlockM];    // rowsum(dO * O) - dLSE
+};
+template <int kBlockM>
+struct RowStats<kBlockM, true> {
+    float lse[kBlockM];  // of K as it is stored, without its mean
+    float d[kBlockM];    // rowsum(dO * (O - mean(V))) - dLSE
+    float q_descale[4];  // the same four times: bulk loads move 16 bytes at least
+};
+
+// What the workspace has of a block.
+template <int kBlockM, bool kFp8>
+struct BlockStats {
+    RowStats<kBlockM, kFp8> rows;
+};
+template <int kBlockM>
+struct BlockStats<kBlockM, true> {
+    RowStats<kBlockM, true> rows;
+    float ds_sum[kBlockM];  // rowsum(dS)
 };
 
 // What a query of the sequence has in LSE or its gradient.

@@ -2,9 +2,12 @@
 
 #pragma once
 
+#include "../arch/swizzled_tile.cuh"
+
 namespace flash8 {
 
-template <int kHeadDim, int kHeadDimV>
+// kFp8: Q and K are in shared memory twice.
+template <int kHeadDim, int kHeadDimV, bool kFp8>
 struct BackwardTiles {
     static constexpr int kWidestHead = kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV;
     static constexpr int kWarpgroups = 2;  // that compute
@@ -22,15 +25,18 @@ struct BackwardTiles {
     static constexpr int kDqPart = 64 * kDqColumns;
     static constexpr int kDqFloats = kWarpgroups * kDqPart;
     static_assert(kDqFloats == kBlockM * kHeadDim);
-    // A warpgroup makes its part in so many slices of columns, one after the other.
-    static constexpr int kDqSlices = kWidestHead > 192 ? 2 : 1;
+    // A warpgroup makes its part in so many slices of columns, one after the other. These and the stages of
+    // dO are what shared memory has room for.
+    static constexpr int kDqSlices = kWidestHead > 192 || (kFp8 && kHeadDimV > 128) ? 2 : 1;
+    static constexpr int kStagesDo = kWidestHead > 192 || (kFp8 && kSplitChannels) ? 1 : 2;
 
     // What a warpgroup makes of dK and dV, of 64 keys.
     static constexpr int kColumnsDk = kSplitChannels ? kHeadDim / kWarpgroups : kHeadDim;
     static constexpr int kColumnsDv = kSplitChannels ? kHeadDimV / kWarpgroups : kHeadDimV;
     static constexpr int kDkFloats = kBlockN * kHeadDim;
     static constexpr int kDkvFloats = kBlockN * (kHeadDim + kHeadDimV);
-    static constexpr int kStagesDo = kWidestHead > 192 ? 1 : 2;  // what shared memory has room for
+    // The panels of 16-bit Q, which hold no channel of the other warpgroup's dK.
+    static constexpr int kPanelQ = panel_bytes(2 * kColumnsDk) / 2;
 };
 
 }  // namespace flash8

@@ -19,7 +19,10 @@ struct BackwardVariant {
                                        cutlass::bfloat16_t>;
     static constexpr int kHeadDim = FLASH8_HEAD_DIM;
     static constexpr int kHeadDimV = FLASH8_HEAD_DIM_V;
-    using Tiles = BackwardTiles<kHeadDim, kHeadDimV>;
+    // Q, K and V are those of an FP8 forward. S comes from them, all other products are in 16 bits.
+    static constexpr bool kFp8 = FLASH8_FP8;
+    using Stored = std::conditional_t<kFp8, cutlass::float_e4m3_t, Element>;  // q, k and v
+    using Tiles = BackwardTiles<kHeadDim, kHeadDimV, kFp8>;
 
     // What the host reads of each of them; kernel.cu adds more.
     template <unsigned kLength>
@@ -38,6 +41,7 @@ struct BackwardVariant {
         info.kHeadDimV = kHeadDimV;
         info.threads = threads;
         info.min_ctas_per_sm = 1;
+        info.scale_block = kFp8 ? kScaleBlock : 0;
         info.cluster[0] = info.cluster[1] = info.cluster[2] = 1;
         return info;
     }

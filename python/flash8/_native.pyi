@@ -227,6 +227,10 @@ class BackwardParams:
     lse: tuple[int, int, int]
     dlse: tuple[int, int, int]
     k_mean: tuple[int, int, int]
+    v_mean: tuple[int, int, int]
+    q_descale: tuple[int, int, int, int]
+    k_descale: tuple[int, int, int, int]
+    v_descale: tuple[int, int, int, int]
     row_stats: int
     dq_accum: int
     dq_semaphore: int
@@ -234,6 +238,9 @@ class BackwardParams:
     dsinks: int
     dkv_partial: int
     head_splits: int
+    q16: int
+    key_mean: int
+    heads_per_q_descale: int
     heads_q: int
     heads_kv: int
     head_dim: int

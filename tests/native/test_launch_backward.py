@@ -247,6 +247,60 @@ def test_the_workspace_of_a_billion_tokens_is_no_32_bit_number(fake, kernels):
     assert field(fake, "query_blocks", "q") == 2**24 + 2
 
 
+def fp8_call(**sizes):
+    """With a workspace for what an FP8 forward leaves."""
+    call = dense_call(**sizes)
+    call.q16, call.key_mean, call.heads_per_q_descale = 0x140000, 0x150000, 1
+    return call
+
+
+@pytest.fixture
+def fp8_kernels(driver) -> Kernels:
+    return Kernels(driver, **{step: backward_cubin(f"{name}_fp8") for step, name in STEPS.items()})
+
+
+def test_an_fp8_forward_leaves_8_bit_maps_and_more_workspace(fake, fp8_kernels):
+    call = fp8_call()
+    call.q_descale, call.v_mean = (0x250000, 8, 1, 0), (0x260000, 256, 128)
+    fp8_kernels.launch(call)
+    assert field(fake, "q_descale", "q") == 0x250000
+    assert field(fake, "v_mean", "q") == 0x260000
+    types = [struct.unpack_from("<I", fake.parameter(0), 128 * at)[0] for at in range(4)]
+    assert types == [0, 0, 0, 9]  # uint8, and bfloat16 for dO
+    blocks = 8 * 2 * 5
+    assert _native.backward_workspace(fp8_kernels.kernel, call) == {
+        "row_stats": 4 * blocks * (3 * BLOCK_M + 4),
+        "dq_accum": 4 * blocks * BLOCK_M * 128,
+        "dq_semaphore": 4 * blocks,
+        "q16": 2 * blocks * BLOCK_M * 128,
+        "key_mean": 4 * 2 * 2 * 128,
+    }
+
+
+def test_fp8_calls_that_are_refused(fake, fp8_kernels, kernels):
+    def refused(message, given=fp8_kernels, **changed):
+        call = fp8_call()
+        for name, value in changed.items():
+            setattr(call, name, value)
+        with pytest.raises(ValueError, match=message):
+            given.launch(call)
+
+    refused("head_dim is 120 elements of 8 bits; it must be a multiple of 16", head_dim=120)
+    refused("heads_per_q_descale is 3; supported are 1 and 4", heads_per_q_descale=3)
+    refused("q16 is at address 0; it must be a multiple of 128", q16=0)
+    refused("key_mean is at address 64", key_mean=64)
+    refused("q must have an address and strides", q=(ADDRESS["q"] + 8, 307200, 1024, 128))
+    refused("this kernel is for 16-bit inputs", kernels, q_descale=(0x250000, 8, 1, 0))
+    call = fp8_call()
+    call.k_mean, call.scores.softcap = (0x240000, 256, 128), 1.0
+    with pytest.raises(ValueError, match="k_mean is given with softcap"):
+        fp8_kernels.launch(call)
+    mixed = [fp8_kernels.all[0], *kernels.all[1:]]
+    with pytest.raises(ValueError, match="is compiled for a scale_block of 128"):
+        _native.launch_backward(*mixed, 0, 0, fp8_call())
+    assert fake.launches == []
+
+
 def test_a_missing_or_crooked_workspace_is_refused(fake, kernels):
     for name in WORKSPACE:
         for address in (0, WORKSPACE[name] + 64):

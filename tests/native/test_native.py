@@ -83,7 +83,7 @@ def test_layout_of_abi_version_6():
         "DropoutParams": (16, 8),
         "SchedulerParams": (24, 8),
         "ForwardParams": (896, 64),
-        "BackwardParams": (1088, 64),
+        "BackwardParams": (1280, 64),
         "DecodeParams": (768, 64),
         "GroupRef": (32, 8),
         "AppendParams": (48, 8),

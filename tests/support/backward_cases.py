@@ -64,6 +64,12 @@ class Problem:
     dlse: Tensor | None = None
     k_mean: Tensor | None = None  # (batch, heads_kv, head_dim) in fp32
     head_splits: int = 1
+    wide: Call | None = None  # of an FP8 call: what its tensors stand for
+
+    @property
+    def plain(self) -> Call:
+        """The call without descales and means."""
+        return self.call if self.wide is None else self.wide
 
 
 def draw(
@@ -110,7 +116,7 @@ def draw(
 @functools.cache
 def expected(problem: Problem, dtype: torch.dtype = torch.float64) -> Gradients:
     """Gradients of every row in this precision; zero in rows that are not used."""
-    call = problem.call
+    call = problem.plain
     leaves = {name: getattr(call, name).to(dtype).requires_grad_() for name in "qkv"}
     if call.s_aux is not None:
         leaves["s_aux"] = call.s_aux.double().requires_grad_()
@@ -141,14 +147,15 @@ class Saved:
 @functools.cache
 def saved(problem: Problem) -> Saved:
     call = problem.call
-    o, lse = reference(call)
-    given_o = torch.full(o.shape, math.nan, dtype=call.q.dtype)
-    given_dout = torch.full(o.shape, math.nan, dtype=call.q.dtype)
+    dtype = problem.dout.dtype
+    o, lse = reference(problem.plain)
+    given_o = torch.full(o.shape, math.nan, dtype=dtype)
+    given_dout = torch.full(o.shape, math.nan, dtype=dtype)
     given_lse = torch.full(lse.shape, math.nan, dtype=torch.float32)
     given_dlse = None if problem.dlse is None else torch.full_like(given_lse, math.nan)
     for used in sequences(call):
         rows = (*used.queries[:-1], slice(None), used.queries[-1])
-        given_o[used.queries] = o[used.queries].to(call.q.dtype)
+        given_o[used.queries] = o[used.queries].to(dtype)
         given_dout[used.queries] = problem.dout[used.queries]
         given_lse[rows] = lse[rows].float()
         if given_dlse is not None:
@@ -192,7 +199,7 @@ def launch(
 def compare(problem: Problem, got: Gradients) -> None:
     """FA3's rule for every gradient, and a bound on the error as a whole."""
     exact = expected(problem)
-    dtype = problem.call.q.dtype
+    dtype = problem.dout.dtype
     emulation = expected(problem, dtype)
     factor = tolerances.FA3_FACTOR_SOFTCAP if problem.call.softcap else tolerances.FA3_FACTOR
     for name in ("dq", "dk", "dv"):
@@ -200,8 +207,10 @@ def compare(problem: Problem, got: Gradients) -> None:
         assert not actual.isnan().any(), f"a row of {name} was not written, or NaN leaked"
         rough = getattr(emulation, name)
         if not wanted.any():
-            # With one key dP - D is zero, but for the order in which fp32 adds up the two.
-            assert actual.abs().max() <= 1e-5 if actual.numel() else True, f"{name} is not zero"
+            # With one key dP - D is zero, but for the order in which fp32 adds up the two; O of an
+            # FP8 V is rounded, and D with it.
+            most = 1e-5 if problem.wide is None else 2e-2
+            assert actual.abs().max() <= most if actual.numel() else True, f"{name} is not zero"
             continue
         tolerances.check_fa3(name, actual, wanted, rough, factor=factor, ulps=1.0)
         if wanted.count_nonzero() >= tolerances.MANY:

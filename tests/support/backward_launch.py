@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
-from forward_launch import Call, Launch
+from forward_launch import Call, Launch, descales
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ class BackwardKernels:
             given.tensor(params, name, x)
         outputs = {}
         for name, like in (("dq", call.q), ("dk", call.k), ("dv", call.v)):
-            filled = torch.full_like(like, math.nan)
+            filled = torch.full(like.shape, math.nan, dtype=o.dtype)
             outputs[name] = (given.tensor(params, name, filled), filled)
+        descales(given, params, call)
         if k_mean is not None:
             strides = k_mean.stride(0), k_mean.stride(1)
             params.k_mean = (given.upload(k_mean).address, *strides)

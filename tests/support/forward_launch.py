@@ -171,7 +171,7 @@ class ForwardKernel:
         given.sequences(params.sequences, call)
         given.scores(params.scores, call)
         given.dropout(params.dropout, call)
-        _descales(given, params, call)
+        descales(given, params, call)
         counter = given.upload(torch.tensor([schedule.first_draw, 0], dtype=torch.int32))
         params.scheduler.tile_count = counter.address if schedule.dynamic else 0
         params.scheduler.heads_per_section = schedule.heads_per_section
@@ -184,7 +184,8 @@ class ForwardKernel:
         return o_memory.read(o), lse_memory.read(lse)
 
 
-def _descales(given: Launch, params: _native.ForwardParams, call: Call) -> None:
+def descales(given: Launch, params: Any, call: Call) -> None:
+    """Descales and means of an FP8 call."""
     heads = call.q.shape[-2]
     params.heads_per_q_descale = 1
     for name, descale in call.descales.items():

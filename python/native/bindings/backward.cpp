@@ -26,6 +26,10 @@ void bind_params(py::module_& module) {
     def_rows(type, "lse", &P::lse);
     def_rows(type, "dlse", &P::dlse);
     def_rows(type, "k_mean", &P::k_mean);
+    def_rows(type, "v_mean", &P::v_mean);
+    def_descale(type, "q_descale", &P::q_descale);
+    def_descale(type, "k_descale", &P::k_descale);
+    def_descale(type, "v_descale", &P::v_descale);
     def_address(type, "row_stats", &P::row_stats);
     def_address(type, "dq_accum", &P::dq_accum);
     def_address(type, "dq_semaphore", &P::dq_semaphore);
@@ -33,6 +37,9 @@ void bind_params(py::module_& module) {
     def_address(type, "dsinks", &P::dsinks);
     def_address(type, "dkv_partial", &P::dkv_partial);
     type.def_readwrite("head_splits", &P::head_splits);
+    def_address(type, "q16", &P::q16);
+    def_address(type, "key_mean", &P::key_mean);
+    type.def_readwrite("heads_per_q_descale", &P::heads_per_q_descale);
     def_call(type);
 }
 
@@ -47,6 +54,10 @@ py::dict workspace(const Kernel& kernel, const BackwardParams& call) {
     }
     if (bytes.dkv_partial > 0) {
         parts["dkv_partial"] = bytes.dkv_partial;
+    }
+    if (bytes.q16 > 0) {
+        parts["q16"] = bytes.q16;
+        parts["key_mean"] = bytes.key_mean;
     }
     return parts;
 }

@@ -50,6 +50,10 @@ void check_kernel(const Kernel& kernel, KernelKind kind, const char* what) {
     require(kernel.info()->kind == kind, "backward: ", kernel.name(), " is not a ", what);
 }
 
+bool is_fp8(const KernelInfo& info) {
+    return info.scale_block > 0;
+}
+
 // `kernel` works on the blocks of the backward kernel.
 void check_tiles(const Kernel& kernel, const KernelInfo& wanted) {
     const KernelInfo& info = *kernel.info();
@@ -61,6 +65,44 @@ void check_tiles(const Kernel& kernel, const KernelInfo& wanted) {
     check("kBlockN", info.kBlockN, wanted.kBlockN);
     check("kHeadDim", info.kHeadDim, wanted.kHeadDim);
     check("kHeadDimV", info.kHeadDimV, wanted.kHeadDimV);
+    check("scale_block", info.scale_block, wanted.scale_block);
+}
+
+void check_fp8(const BackwardParams& call, const KernelInfo& info) {
+    if (!is_fp8(info)) {
+        require(call.q_descale.ptr == nullptr && call.k_descale.ptr == nullptr &&
+                    call.v_descale.ptr == nullptr && call.v_mean.ptr == nullptr,
+                "backward: descales or v_mean are given; this kernel is for 16-bit inputs");
+        return;
+    }
+    const auto check = [](const char* name, std::int32_t width) {
+        require(width % 16 == 0, "backward: ", name, " is ", width,
+                " elements of 8 bits; it must be a multiple of 16");
+    };
+    check("head_dim", call.head_dim);
+    check("head_dim_v", call.head_dim_v);
+    const std::int32_t group = call.heads_q / call.heads_kv;
+    require(call.heads_per_q_descale == 1 || call.heads_per_q_descale == group,
+            "backward: heads_per_q_descale is ", call.heads_per_q_descale, "; supported are 1 and ", group,
+            ", the query heads of a KV head");
+    require(call.k_mean.ptr == nullptr || call.scores.softcap == 0.0f,
+            "backward: k_mean is given with softcap; a shift of a row's scores does not cancel then");
+}
+
+// Preprocess reads 16 values of Q and of K at a time.
+void check_fp8_rows(const BackwardParams& call, const Extent& extent) {
+    const auto check = [](const char* name, const TensorRef& tensor) {
+        const bool fits = reinterpret_cast<std::uintptr_t>(tensor.ptr) % 16 == 0 && tensor.ptr != nullptr &&
+                          tensor.batch_stride % 16 == 0 && tensor.row_stride % 16 == 0 &&
+                          tensor.head_stride % 16 == 0;
+        require(fits, "backward: ", name, " must have an address and strides that are multiples of 16 bytes");
+    };
+    if (extent.has_queries()) {
+        check("q", call.q);
+    }
+    if (extent.has_keys()) {
+        check("k", call.k);
+    }
 }
 
 // 0 is 1.
@@ -75,6 +117,7 @@ void check_sizes(const BackwardParams& call, const KernelInfo& info) {
     const std::int32_t group = call.heads_q / call.heads_kv;
     require(call.head_splits >= 0 && call.head_splits <= group, "backward: head_splits is ", call.head_splits,
             "; supported are 0 to ", group, ", the query heads of a KV head");
+    check_fp8(call, info);
     const SequenceParams& sequences = call.sequences;
     check_sequences(kCall, sequences);
     require(sequences.leftpad_k == nullptr, "backward: leftpad_k is given; it is not supported");
@@ -121,6 +164,8 @@ void check_workspace(const BackwardParams& call, const BackwardWorkspace& worksp
     check("dq_semaphore", call.dq_semaphore, workspace.dq_semaphore);
     check("dsinks_partial", call.dsinks_partial, workspace.dsinks_partial);
     check("dkv_partial", call.dkv_partial, workspace.dkv_partial);
+    check("q16", call.q16, workspace.q16);
+    check("key_mean", call.key_mean, workspace.key_mean);
     require(call.dsinks != nullptr || call.dsinks_partial == nullptr,
             "backward: dsinks_partial is given without dsinks");
 }
@@ -130,9 +175,19 @@ BackwardWorkspace workspace_of(const BackwardParams& call, const Extent& extent,
     constexpr std::int64_t kWord = 4;  // of all parts. There are less than 2^31 blocks: nothing overflows
     const std::int64_t splits = head_splits(call);
     const std::int64_t key_blocks = splits > 1 ? call.heads_kv * extent.key_blocks * splits : 0;
-    return {kWord * blocks * 2 * info.kBlockM, kWord * blocks * info.kBlockM * info.kHeadDim, kWord * blocks,
-            call.dsinks != nullptr ? kWord * blocks : 0,
-            kWord * key_blocks * info.kBlockN * (info.kHeadDim + info.kHeadDimV)};
+    const std::int64_t elements = blocks * info.kBlockM * info.kHeadDim;
+    const std::int64_t stats = is_fp8(info) ? 3 * info.kBlockM + 4 : 2 * info.kBlockM;
+    BackwardWorkspace workspace{};
+    workspace.row_stats = kWord * blocks * stats;
+    workspace.dq_accum = kWord * elements;
+    workspace.dq_semaphore = kWord * blocks;
+    workspace.dsinks_partial = call.dsinks != nullptr ? kWord * blocks : 0;
+    workspace.dkv_partial = kWord * key_blocks * info.kBlockN * (info.kHeadDim + info.kHeadDimV);
+    if (is_fp8(info) && blocks > 0) {
+        workspace.q16 = 2 * elements;
+        workspace.key_mean = kWord * call.sequences.batch * call.heads_kv * info.kHeadDim;
+    }
+    return workspace;
 }
 
 void encode_maps(const Driver& driver, const KernelInfo& info, const Extent& extent, BackwardParams& params) {
@@ -192,6 +247,9 @@ void launch_backward(const BackwardKernels& kernels, int device, std::uint64_t s
         return;
     }
     check_tensors(call, extent);
+    if (is_fp8(info)) {
+        check_fp8_rows(call, extent);
+    }
     check_workspace(call, workspace_of(call, extent, info));
 
     BackwardParams params = complete(call, extent);

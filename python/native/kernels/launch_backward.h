@@ -24,6 +24,8 @@ struct BackwardWorkspace {
     std::int64_t dq_semaphore;
     std::int64_t dsinks_partial;  // 0 without dsinks
     std::int64_t dkv_partial;     // 0 without head_splits
+    std::int64_t q16;             // 0 without FP8, and so is the next one
+    std::int64_t key_mean;
 };
 inline constexpr std::int64_t kWorkspaceUnit = 128;
 

@@ -10,6 +10,7 @@ from flash8.backends.hopper import kernels
 from flash8.backends.hopper.backward_variants import (
     SHIPPED_BACKWARDS,
     TILES,
+    TILES_FP8,
     BackwardStep,
     BackwardVariant,
 )
@@ -26,13 +27,20 @@ def every_variant():
         yield BackwardVariant(*choices, dropout=dropout)
         yield BackwardVariant(*choices, dq="reduced", dropout=dropout)
         yield BackwardVariant(*choices, deterministic=True, dropout=dropout)
+    for dtype, tile, *choices in itertools.product(
+        ("fp16", "bf16"), TILES_FP8, masks, flags, flags
+    ):
+        choices = (dtype, *tile, *choices)
+        yield BackwardVariant(*choices, fp8=True)
+        yield BackwardVariant(*choices, dq="reduced", fp8=True)
+        yield BackwardVariant(*choices, deterministic=True, fp8=True)
 
 
 def test_names_and_defines_tell_kernels_apart():
     variants = list(every_variant())
     assert len({variant.defines for variant in variants}) == len(variants)
     parts = {part for variant in variants for part in kernels.kernels_of(variant)}
-    assert len(parts) == len(variants) + 2 * 2 * len(TILES)
+    assert len(parts) == len(variants) + 2 * 2 * (len(TILES) + len(TILES_FP8))
     names = {part.name for part in parts} | {variant.name for variant in SHIPPED}
     assert len(names) == len(parts) + len(SHIPPED)
     assert all(name.replace("_", "").isalnum() for name in names)
@@ -52,6 +60,7 @@ def test_names_and_defines_of_one():
         "FLASH8_DROPOUT": "0",
         "FLASH8_DQ": "kReduced",
         "FLASH8_DETERMINISTIC": "0",
+        "FLASH8_FP8": "0",
     }
     assert variant.unit().label == variant.name
     first, kernel, last = kernels.kernels_of(variant)
@@ -82,6 +91,7 @@ def test_the_device_code_has_these_choices_and_no_other():
         ({"dq": "reduced", "deterministic": True}, "deterministic is True with dq 'reduced'"),
         ({"head_dim": 72}, r"head_dim and head_dim_v are \(72, 128\); supported are \(\(64, 64\)"),
         ({"head_dim_v": 256}, r"head_dim and head_dim_v are \(128, 256\)"),
+        ({"head_dim": 256, "head_dim_v": 256, "fp8": True}, r"are \(256, 256\); .*192\)\)$"),
     ],
 )
 def test_bad_choices_are_named(change, message):

@@ -113,7 +113,7 @@ FAULTS = (
         (PROBABILITIES, "shared.visible[slot + 8 * r].begin", "shared.visible[slot].begin"),
     ),
     # Numbers.
-    Fault("d_left_out", CAUSAL, (LOOP, "(low - two.x)", "low")),
+    Fault("d_left_out", CAUSAL, (LOOP, "differ(low, two.x)", "low")),
     Fault(
         "no_slope_of_tanh",
         CAPPED,

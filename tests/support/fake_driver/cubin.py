@@ -117,6 +117,10 @@ def backward_cubin(
     block_m, block_n = 128 if head_dim == 64 else 64, 128 if head_dim <= 128 else 64
     rows = (block_m, block_n, block_n, block_m) if step == "kernel" else ()
     boxes = [(4, (width, n, 1, 1), element_type, _native.Swizzle.B128) for n in rows]
+    fp8 = variant.endswith("_fp8")
+    if fp8 and boxes:  # of q, k and v
+        stored, swizzle = _native.ElementType.UINT8, _native.Swizzle.B128
+        boxes[:3] = [(4, (min(head_dim, 128), n, 1, 1), stored, swizzle) for n in rows[:3]]
     given: dict[str, int | str | tuple[int, ...]] = {
         "kind": _KINDS[step],
         "entry": "backward" if step == "kernel" else step,
@@ -125,6 +129,7 @@ def backward_cubin(
         "kBlockN": block_n,
         "kHeadDim": head_dim,
         "kHeadDimV": head_dim,
+        "scale_block": 128 if fp8 else 0,
         "tma": tma_boxes(*boxes),
         "threads": 384 if step == "kernel" else 256,
         "shared_bytes": 200_000 if step == "kernel" else 0,

@@ -18,6 +18,8 @@ _CHOICES = {"dtype": Element, "mask": Mask, "dq": DqStore, "job": Job}
 #: head_dim and head_dim_v that tiles are made for, the smallest first; others are filled up with
 #: zeros by TMA.
 TILES = ((64, 64), (96, 96), (128, 64), (128, 128), (192, 128), (192, 192), (256, 256))
+#: With FP8 operands: Q and K are in shared memory twice, for which 256 channels leave no room.
+TILES_FP8 = TILES[:-1]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class BackwardStep:
         dtype: Element type of all tensors of rows.
         head_dim: Head dimension of q and k that the tiles are made for.
         head_dim_v: Head dimension of v and of the output.
+        fp8: As in `BackwardVariant`.
 
     Raises:
         ValueError: A choice is unknown.
@@ -38,6 +41,7 @@ class BackwardStep:
     dtype: Element
     head_dim: int
     head_dim_v: int
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         _check(self, "job", "dtype")
@@ -45,7 +49,8 @@ class BackwardStep:
     @cached_property
     def name(self) -> str:
         """A name that no other variant has: backward_preprocess_bf16_d128."""
-        return "_".join(["backward", self.job, *_type_and_tile(self)])
+        parts = ["backward", self.job, *_type_and_tile(self)]
+        return "_".join([*parts, *(["fp8"] if self.fp8 else [])])
 
     @property
     def defines(self) -> tuple[tuple[str, str], ...]:
@@ -62,7 +67,7 @@ class BackwardVariant:
     """One compilation of hopper/backward/kernel.cu, and what runs around it.
 
     Attributes:
-        dtype: Element type of q, k, v, the output and all gradients.
+        dtype: Element type of q, k, v, the output and all gradients; with `fp8` not of q, k and v.
         head_dim: Head dimension of q and k that the tiles are made for.
         head_dim_v: Head dimension of v and of the output.
         mask: "local" serves windows and chunks, with or without causal.
@@ -73,6 +78,8 @@ class BackwardVariant:
             reductions from registers.
         deterministic: Whether blocks of keys add to dQ in one order, so that equal calls give
             equal bits. Staged dQ only.
+        fp8: Whether q, k and v are e4m3, those of an FP8 forward: S comes from them, the other
+            products have operands of `dtype` that are made of them.
 
     Raises:
         ValueError: A choice is unknown, or the choices exclude each other.
@@ -87,6 +94,7 @@ class BackwardVariant:
     dq: DqStore = "staged"
     deterministic: bool = False
     dropout: bool = False
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         _check(self, "dtype", "mask", "dq")
@@ -103,6 +111,7 @@ class BackwardVariant:
         parts += ["dropout"] if self.dropout else []
         parts += [self.dq] if self.dq != "staged" else []
         parts += ["deterministic"] if self.deterministic else []
+        parts += ["fp8"] if self.fp8 else []
         return "_".join(["backward", *parts])
 
     @property
@@ -125,22 +134,26 @@ class BackwardVariant:
     @cached_property
     def preprocess(self) -> BackwardStep:
         """What runs before the kernel."""
-        return BackwardStep("preprocess", self.dtype, self.head_dim, self.head_dim_v)
+        return self._step("preprocess")
 
     @cached_property
     def postprocess(self) -> BackwardStep:
         """What runs after the kernel."""
-        return BackwardStep("postprocess", self.dtype, self.head_dim, self.head_dim_v)
+        return self._step("postprocess")
+
+    def _step(self, job: Job) -> BackwardStep:
+        return BackwardStep(job, self.dtype, self.head_dim, self.head_dim_v, self.fp8)
 
 
 def _check(variant: BackwardVariant | BackwardStep, *names: str) -> None:
     for name in names:
-        value, supported = getattr(variant, name), get_args(_CHOICES[name])
-        if value not in supported:
-            raise ValueError(f"{name} is {value!r}; supported are {supported}")
+        value, choices = getattr(variant, name), get_args(_CHOICES[name])
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}; supported are {choices}")
     tile = variant.head_dim, variant.head_dim_v
-    if tile not in TILES:
-        raise ValueError(f"head_dim and head_dim_v are {tile}; supported are {TILES}")
+    supported = TILES_FP8 if variant.fp8 else TILES
+    if tile not in supported:
+        raise ValueError(f"head_dim and head_dim_v are {tile}; supported are {supported}")
 
 
 def _type_and_tile(variant: BackwardVariant | BackwardStep) -> list[str]:
@@ -153,6 +166,7 @@ def _common_defines(variant: BackwardVariant | BackwardStep) -> tuple[tuple[str,
         ("FLASH8_DTYPE", enumerator(variant.dtype)),
         ("FLASH8_HEAD_DIM", str(variant.head_dim)),
         ("FLASH8_HEAD_DIM_V", str(variant.head_dim_v)),
+        ("FLASH8_FP8", str(int(variant.fp8))),
     )
 
 
