@@ -84,6 +84,22 @@ def backward_backend(
     return cpu
 
 
+def has_fp8_backward(q8: Tensor, k8: Tensor, v8: Tensor, out: Tensor, options: "Options") -> bool:
+    """Whether kernels serve the 16-bit backward of an FP8 forward as it is. Where not, it is that
+    of dequantized tensors, which `backward_backend` finds a backend for.
+
+    Raises: as `forward_backend`.
+    """
+    if not kernels_wanted(q8):
+        return False
+    from flash8.backends.hopper import backward_fp8 as hopper
+    from flash8.backends.hopper.verify import trust
+
+    if hopper.refusal(q8, k8, v8, out, options) is not None:
+        return False
+    return trust.is_trusted(hopper.choose(q8, v8, out, options), q8.device)
+
+
 def kernels_wanted(tensor: Tensor) -> bool:
     """Whether calls on this tensor go to compiled kernels, as far as its device tells."""
     return tensor.is_cuda and mode.has_kernels(tensor.get_device())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8.backends import backend_for
+from flash8 import backends
 from flash8.call import derivatives
 from flash8.call.autocast import unaffected
 from flash8.call.options import SCHEMA, Options, without_tensors
@@ -77,8 +77,17 @@ def _backward(
     gradient_descale: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = Options(*options)
     gradients = _empty_gradients(q8, k8, v8, s_aux, out)
-    backend_for(q8).fp8_backward(
+    if fp8_products == 0:
+        if backends.has_fp8_backward(q8, k8, v8, out, given):
+            from flash8.backends.hopper import backward_fp8
+
+            backward_fp8.serve(dout, dlse, q8, k8, v8, s_aux, out, lse, given, *gradients)
+            return gradients
+        dq, dk, dv, ds_aux = backward16.backward(dout, dlse, q8, k8, v8, s_aux, out, lse, given)
+        return dq, dk, dv, gradients[3] if ds_aux is None else ds_aux
+    backends.backend_for(q8).fp8_backward(
         dout,
         dlse,
         q8,
@@ -90,7 +99,7 @@ def _backward(
         fp8_products,
         gradient_dtype,
         gradient_descale,
-        Options(*options),
+        given,
         *gradients,
     )
     return gradients
@@ -139,13 +148,9 @@ def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
     if ctx.gradient_amax is not None and dout is not None:
         amax = Tokens(options.cu_seqlens_q).finite_amax(dout.float(), "tensor")
         ctx.gradient_amax.copy_(torch.maximum(ctx.gradient_amax, amax))
-    if ctx.how[0] == 0:
-        gradients = backward16.backward(dout, dlse, q8, k8, v8, s_aux, out, lse, options)
-    else:
-        gradients = torch.ops.flash8.fp8_backward(
-            dout, dlse, q8, k8, v8, s_aux, out, lse, *ctx.how, descale, *options
-        )
-    *widened, ds_aux = gradients
+    *widened, ds_aux = torch.ops.flash8.fp8_backward(
+        dout, dlse, q8, k8, v8, s_aux, out, lse, *ctx.how, descale, *options
+    )
     dq, dk, dv = (x.to(dtype) for x, dtype in zip(widened, ctx.dtypes, strict=True))
     if ctx.rotation is not None:
         dq, dk = (_widened(x, ctx.rotation.invert) for x in (dq, dk))

@@ -12,31 +12,38 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
-from flash8.backends.hopper import attention_params, heuristics, kernels, streams
+from flash8.backends.hopper import attention_params, forward_fp8, heuristics, kernels, streams
 from flash8.backends.hopper.backward_variants import TILES, BackwardVariant, Element
 from flash8.backends.hopper.key_mean import key_mean
 from flash8.backends.hopper.variants import Mask
 from flash8.call.options import Options
 
-_DTYPES: dict[torch.dtype, Element] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPES: dict[torch.dtype, Element] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _MAX_HEAD_DIM = TILES[-1][0]
 _FP8_FIELDS = ("q_descale", "k_descale", "v_descale", "k_mean", "v_mean", "v_channel_descale")
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: Options) -> str | None:
-    """Why no backward kernel serves this call, or None."""
-    if q.dtype not in _DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+    """Why no backward kernel serves this call, or None. Of FP8 inputs see `backward_fp8`."""
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return f"there is no backward kernel for {q.dtype} q, {k.dtype} k and {v.dtype} v"
     for name, size in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
         if size > _MAX_HEAD_DIM or size % 8 != 0:
             return f"{name} is {size}; backward kernels take multiples of 8 up to {_MAX_HEAD_DIM}"
+    given = {"qv": qv, **{name: getattr(options, name) for name in _FP8_FIELDS}}
+    for name, x in given.items():
+        if x is not None:
+            return f"{name} has no backward kernel yet"
+    return refusal_of_options(q, k, v, options)
+
+
+def refusal_of_options(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:
+    """The same for what 16-bit and FP8 inputs have in common."""
     for name, given in (
-        ("qv", qv is not None),
         ("page_table", options.page_table is not None),
         ("leftpad_k", options.leftpad_k is not None),
         ("kv_batch_idx", options.kv_batch_idx is not None),
         ("dropout without a seed", options.dropout_p > 0.0 and options.dropout_seed is None),
-        *((name, getattr(options, name) is not None) for name in _FP8_FIELDS),
     ):
         if given:
             return f"{name} has no backward kernel yet"
@@ -64,14 +71,29 @@ def backward(
 ) -> None:
     """Fills dq, dk, dv (every row of them), and ds_aux where the forward had s_aux, on q's stream,
     without a synchronisation."""
+    mean = key_mean(k, options) if options.smooth_k and k.numel() > 0 else None
+    dout = torch.zeros_like(out) if dout is None else dout
+    given = Given(dout, dlse, q, k, v, out, lse, mean)
+    serve(given, s_aux, options, choose(q, k, v, options), dq, dk, dv, ds_aux)
+
+
+def serve(
+    given: "Given",
+    s_aux: Tensor | None,
+    options: Options,
+    variant: BackwardVariant,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    ds_aux: Tensor,
+) -> None:
+    """The same by the kernels of this variant."""
+    q = given.q
     sinks = None if s_aux is None else (s_aux, ds_aux)
     if q.numel() == 0:  # there may be nothing to launch then
         ds_aux.zero_()
         sinks = None
-    mean = key_mean(k, options) if options.smooth_k and k.numel() > 0 else None
-    dout = torch.zeros_like(out) if dout is None else dout
-    given = Given(dout, dlse, q, k, v, out, lse, mean)
-    planned = plan(given, sinks, options, dq, dk, dv)
+    planned = plan(given, sinks, options, dq, dk, dv, variant=variant)
     launch(planned, streams.current_stream(q))
     if planned.dsinks is not None and planned.dsinks is not ds_aux:
         ds_aux.copy_(planned.dsinks)
@@ -107,8 +129,15 @@ def launch(planned: Plan, stream: int) -> None:
 
 def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> BackwardVariant:
     """The variant that serves a call."""
+    return choose_for(q.dtype, q, v, options)
+
+
+def choose_for(
+    dtype: torch.dtype, q: Tensor, v: Tensor, options: Options, *, fp8: bool = False
+) -> BackwardVariant:
+    """The same for gradients of this type."""
     return _variant(
-        _DTYPES[q.dtype],
+        DTYPES[dtype],
         q.shape[-1],
         v.shape[-1],
         attention_params.mask_of(options),
@@ -116,6 +145,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> BackwardVariant
         options.alibi_slopes is not None,
         options.dropout_p > 0.0,
         options.deterministic or torch.are_deterministic_algorithms_enabled(),
+        fp8,
     )
 
 
@@ -129,11 +159,12 @@ def _variant(
     alibi: bool,
     dropout: bool,
     deterministic: bool,
+    fp8: bool,
 ) -> BackwardVariant:
     """The variant for these choices, made once per process."""
     tile = next(tile for tile in TILES if head_dim <= tile[0] and head_dim_v <= tile[1])
     return BackwardVariant(
-        dtype, *tile, mask, softcap, alibi, dropout=dropout, deterministic=deterministic
+        dtype, *tile, mask, softcap, alibi, dropout=dropout, deterministic=deterministic, fp8=fp8
     )
 
 
@@ -175,6 +206,8 @@ def plan(
     attention_params.describe(call, q, k, indices, options)
     call.head_splits = _head_splits(call, kernel, device) if head_splits is None else head_splits
     call.scheduler.heads_per_section = _heads_per_section(call, variant, options)
+    if variant.fp8:
+        held += forward_fp8.describe_scales(call, q, k, options)
     held += attention_params.describe_scores(call, None if sinks is None else sinks[0], options)
     dsinks = None
     if sinks is not None:

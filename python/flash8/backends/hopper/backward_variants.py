@@ -100,6 +100,8 @@ class BackwardVariant:
         _check(self, "dtype", "mask", "dq")
         if self.deterministic and self.dq != "staged":
             raise ValueError(f"deterministic is True with dq {self.dq!r}; supported is 'staged'")
+        if self.dropout and self.fp8:
+            raise ValueError("dropout and fp8 are True; supported is one of them")
 
     @cached_property
     def name(self) -> str:
@@ -182,6 +184,8 @@ SHIPPED_BACKWARDS: tuple[BackwardVariant, ...] = (
     BackwardVariant("fp16", 128, 128, mask="causal"),
     BackwardVariant("bf16", 128, 128, mask="causal", deterministic=True),
     BackwardVariant("bf16", 128, 128, mask="local"),
+    BackwardVariant("bf16", 128, 128, fp8=True),
+    BackwardVariant("bf16", 128, 128, mask="causal", fp8=True),
     BackwardVariant("bf16", 192, 128, mask="causal"),
     BackwardVariant("bf16", 256, 256, mask="causal"),
 )

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
+from flash8.backends.hopper import attention_params
 from flash8.backends.hopper.variants import Scales
 from flash8.call.options import Options
 
@@ -43,6 +44,13 @@ def describe(
     if out.dtype not in _OUTPUTS:
         raise TypeError(f"out has dtype {out.dtype}; FP8 kernels write {list(_OUTPUTS)}")
     call.o_type = _OUTPUTS[out.dtype]
+    return describe_scales(call, q, k, options)
+
+
+def describe_scales(
+    call: attention_params.Call, q: Tensor, k: Tensor, options: Options
+) -> list[Tensor]:
+    """Fills in descales and means, which a backward has too. Returns what `call` points to then."""
     held = []
     heads, heads_kv = q.shape[-2], k.shape[-2]
     call.heads_per_q_descale = 1

@@ -4,6 +4,7 @@ Sequences are ragged, two query heads share a KV head, there are sinks, and what
 NaN.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -52,19 +53,22 @@ class Problem(NamedTuple):
     sm_margin: int
 
 
-def problems(variant: ForwardVariant, device: torch.device) -> Iterator[Problem]:
+def problems(
+    variant: ForwardVariant, device: torch.device, *, channel_descales: bool = True
+) -> Iterator[Problem]:
     """Two: one by as many CTAs as there are tiles, one by a single one, or a single cluster.
 
     The first is packed; the second is dense. Without a mask that makes tiles uneven it has no
     ragged lengths either, so that its schedule is static. Clusters serve such calls only. A problem
-    is made when the one before it has been passed.
+    is made when the one before it has been passed. channel_descales: whether an FP8 V has them.
     """
+    draw = functools.partial(_Draw, variant, device, channel_descales=channel_descales)
     if variant.cluster:
-        yield _Draw(variant, device, *_ODD, packed=False, seed=1).problem(0)
+        yield draw(*_ODD, packed=False, seed=1).problem(0)
     else:
-        yield _Draw(variant, device, _QUERIES, _KEYS, packed=True, seed=1).problem(0)
+        yield draw(_QUERIES, _KEYS, packed=True, seed=1).problem(0)
     dense = _EVEN if variant.mask == "none" else (_QUERIES, _KEYS)
-    yield _Draw(variant, device, *dense, packed=False, seed=2).problem(_MANY)
+    yield draw(*dense, packed=False, seed=2).problem(_MANY)
 
 
 class _Draw:
@@ -79,8 +83,10 @@ class _Draw:
         *,
         packed: bool,
         seed: int,
+        channel_descales: bool,
     ) -> None:
         self._variant, self._device, self._packed = variant, device, packed
+        self._channel_descales = channel_descales
         self._queries, self._keys = queries, keys
         self._generator = torch.Generator("cpu").manual_seed(seed)
 
@@ -131,10 +137,12 @@ class _Draw:
             "k_descale": self._descale(_HEADS_KV, self._keys),
             "v_descale": self._descale(_HEADS_KV, self._keys),
             "v_mean": self._normal(batch, _HEADS_KV, variant.head_dim_v) * 0.2,
-            "v_channel_descale": self._uniform(batch, _HEADS_KV, variant.head_dim_v) + 0.5,
         }
         if variant.dropout:  # the weights that it leaves do not sum to 1
             found["v_mean"] = None
+        if self._channel_descales:
+            channels = self._uniform(batch, _HEADS_KV, variant.head_dim_v)
+            found["v_channel_descale"] = channels + 0.5
         if not variant.softcap:  # the cap is of scores that the mean belongs to
             found["k_mean"] = self._normal(batch, _HEADS_KV, variant.head_dim) * 0.5
         return found
@@ -171,7 +179,8 @@ class _Draw:
         q = q.double() * scale.repeat_interleave(q.shape[-2] // scale.shape[-2], dim=-2)
         k = k.double() * of_k.spread_descale(options.k_descale, k)  # type: ignore[arg-type]
         v = v.double() * of_k.spread_descale(options.v_descale, v)  # type: ignore[arg-type]
-        v = v * of_k.spread(options.v_channel_descale, v)  # type: ignore[arg-type]
+        if options.v_channel_descale is not None:
+            v = v * of_k.spread(options.v_channel_descale, v)
         v = v if options.v_mean is None else v + of_k.spread(options.v_mean, v)
         return q, k if options.k_mean is None else k + of_k.spread(options.k_mean, k), v
 
