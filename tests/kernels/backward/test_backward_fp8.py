@@ -159,6 +159,11 @@ def test_a_descale_that_is_none_gives_nan():
         assert not got.dq[0, :, 0].isnan().any() and not got.dk[0, :, 0].isnan().any()
 
 
+def test_query_heads_that_ctas_share():
+    problem = draw(CAUSAL, 65, 257, 3, 1, batch=1, scales="block")
+    check(CAUSAL, replace(problem, head_splits=2), seeds=(0, 1))
+
+
 @pytest.mark.slow
 def test_one_bit_pattern_under_thirty_seeds():
     problem = draw(ORDERED, 130, 700, 1, 1, batch=1, scales="block")
