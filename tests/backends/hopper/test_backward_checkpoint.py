@@ -20,7 +20,7 @@ needs_compiler = pytest.mark.skipif(missing_compiler() is not None, reason=str(m
 LENGTHS = (300, 61, 0)
 WAYS = [
     f"{kind}, {way}, {layout}"
-    for kind in ("16 bits", "FP8 forward")
+    for kind in ("16 bits", "16 bits and dropout", "FP8 forward")
     for way in ("reentrant", "not reentrant")
     for layout in ("packed", "dense")
 ]
@@ -104,7 +104,8 @@ def differences(found, expected):
 def test_gradients_have_the_bits_of_those_without(way, monkeypatch):
     """Under schedules of their own."""
     kind, again, layout = way.split(", ")
-    model = Model(kind, deterministic=True)
+    dropout = 0.2 if kind.endswith("dropout") else 0.0
+    model = Model(kind, deterministic=True, dropout=dropout)
     plain = on_kernels(monkeypatch, 1, model, layout, None)
     found = on_kernels(monkeypatch, 2, model, layout, {"use_reentrant": again == "reentrant"})
     assert differences(found, plain) == []
