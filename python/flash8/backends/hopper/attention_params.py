@@ -21,7 +21,8 @@ _INDEX_FIELDS = (
     "kv_batch_idx",
 )
 
-Call = _native.ForwardParams | _native.BackwardParams | _native.DecodeParams
+TrainingCall = _native.ForwardParams | _native.BackwardParams
+Call = TrainingCall | _native.DecodeParams
 
 
 def tma_can_read(x: Tensor) -> bool:
@@ -83,7 +84,7 @@ def indices_of(options: Options) -> dict[str, Tensor]:
 def describe(
     call: Call, q: Tensor, k: Tensor, indices: dict[str, Tensor], options: Options
 ) -> None:
-    """Head counts, sequences, scores and dropout of a call, but for `describe_scores`."""
+    """Head counts, sequences and scores of a call, but for `describe_scores`."""
     call.heads_q, call.heads_kv = q.shape[-2], k.shape[-2]
     call.head_dim = q.shape[-1]
     sequences, scores = call.sequences, call.scores
@@ -103,6 +104,10 @@ def describe(
     scores.softcap = options.softcap
     scores.window_left, scores.window_right = options.window_left, options.window_right
     scores.attention_chunk = options.attention_chunk
+
+
+def describe_dropout(call: TrainingCall, options: Options) -> None:
+    """Dropout, which is not decoding's."""
     if options.dropout_seed is not None:
         call.dropout.seed = options.dropout_seed.data_ptr()
         call.dropout.threshold = threshold(options.dropout_p)

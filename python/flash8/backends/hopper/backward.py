@@ -204,6 +204,7 @@ def plan(
         call.k_mean = attention_params.row_ref(given.k_mean)
     call.head_dim_v = v.shape[-1]
     attention_params.describe(call, q, k, indices, options)
+    attention_params.describe_dropout(call, options)
     call.head_splits = _head_splits(call, kernel, device) if head_splits is None else head_splits
     call.scheduler.heads_per_section = _heads_per_section(call, variant, options)
     if variant.fp8:

@@ -199,6 +199,7 @@ def _describe(
     call.lse = attention_params.row_ref(lse)
     call.head_dim_v = options.head_dim_v(v)
     attention_params.describe(call, q, k, indices, options)
+    attention_params.describe_dropout(call, options)
     return call
 
 

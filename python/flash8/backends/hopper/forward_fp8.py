@@ -48,7 +48,7 @@ def describe(
 
 
 def describe_scales(
-    call: attention_params.Call, q: Tensor, k: Tensor, options: Options
+    call: attention_params.TrainingCall, q: Tensor, k: Tensor, options: Options
 ) -> list[Tensor]:
     """Fills in descales and means, which a backward has too. Returns what `call` points to then."""
     held = []
