@@ -7,7 +7,12 @@ import sys
 import pytest
 
 from compiler_fixtures import LOG, Workshop
-from flash8.backends.hopper import backward_variants, quantize_variants, variants
+from flash8.backends.hopper import (
+    backward_variants,
+    decode_variants,
+    quantize_variants,
+    variants,
+)
 from flash8.backends.hopper.kernels import kernels_of
 from flash8.cli import main
 from flash8.compiler import (
@@ -140,6 +145,7 @@ class Row:
 
 def test_compile_into_a_folder(package, monkeypatch, capsys):
     monkeypatch.setattr(variants, "SHIPPED", [Row(package.forward)])
+    monkeypatch.setattr(decode_variants, "SHIPPED_DECODERS", ())
     monkeypatch.setattr(backward_variants, "SHIPPED_BACKWARDS", ())
     monkeypatch.setattr(quantize_variants, "SHIPPED_QUANTIZERS", [Row(package.cast)])
     assert main(["compile", "--all", "--into", str(package.kernels)]) == 0
@@ -168,6 +174,7 @@ def test_the_kernels_target_builds_what_ships(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     manifest = json.loads((tmp_path / "kernels" / "manifest.json").read_text())
     rows = [*variants.SHIPPED, *quantize_variants.SHIPPED_QUANTIZERS]
+    rows += decode_variants.SHIPPED_DECODERS
     rows += [x for row in backward_variants.SHIPPED_BACKWARDS for x in kernels_of(row)]
     names = {row.unit().name for row in rows}
     assert set(manifest) == names

@@ -185,6 +185,7 @@ def test_check_is_a_table_of_what_was_found(monkeypatch, capsys):
     rows = [ForwardVariant("bf16", 64, 64), ForwardVariant("bf16", 96, 96)]
     found = {rows[0]: None, rows[1]: "O is off by 0.5"}
     monkeypatch.setattr(check_command, "SHIPPED", rows)
+    monkeypatch.setattr(check_command, "SHIPPED_DECODERS", ())
     monkeypatch.setattr(check_command, "SHIPPED_BACKWARDS", ())
     monkeypatch.setattr(check_command, "SHIPPED_QUANTIZERS", ())
     monkeypatch.setattr(check_command.hopper_kernels, "kernel", lambda *_: None)

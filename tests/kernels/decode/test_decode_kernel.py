@@ -200,3 +200,8 @@ def test_launches_one_after_the_other():
     for call, found in zip(calls, together, strict=True):
         (alone,) = launch(E8, call, ctas=9, seed=3)
         assert all(torch.equal(x, y) for x, y in zip(found, alone, strict=True))
+
+
+@pytest.mark.slow
+def test_as_many_keys_as_contexts_have():
+    check(E8, draw(E8, (131072,), heads=1, cache=Cache(16)), ctas=132, seeds=(0,))
