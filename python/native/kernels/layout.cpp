@@ -130,6 +130,7 @@ StructLayout backward_params() {
                                         FIELD(sequences),
                                         FIELD(scores),
                                         FIELD(scheduler),
+                                        FIELD(dropout),
                                         FIELD(query_blocks),
                                         FIELD(key_blocks),
                                         FIELD(max_n_blocks),
@@ -140,7 +141,6 @@ StructLayout backward_params() {
                                         FIELD(head_splits),
                                         FIELD(heads_per_q_descale),
                                         FIELD(zero),
-                                        FIELD(dropout),
                                         FIELD(reserved)});
 }
 
