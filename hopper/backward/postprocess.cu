@@ -31,6 +31,7 @@ __device__ inline float sum_of_ds(BackwardParams const& params, SeqlenInfo const
 }
 
 // What a row of dQ lacks: a factor for each channel, times the row's own.
+template <class Config>
 class MissingShare {
   public:
     __device__ MissingShare(BackwardParams const& params, WorkTile const& tile)
@@ -85,7 +86,7 @@ class MissingShare {
     int head_;
     int head_kv_;
     int batch_;
-    KeyMean<Config::Element> mean_;
+    KeyMean<typename Config::Element> mean_;
 };
 
 // Every query of the sequence in this block is written: zero where it is not used. The threads stand for
@@ -108,7 +109,7 @@ __device__ inline void store_dq(BackwardParams const& params, WorkTile const& ti
         dq[4 * i + 2] = four.z;
         dq[4 * i + 3] = four.w;
     }
-    MissingShare const share(params, tile);
+    MissingShare<Config> const share(params, tile);
     int const first_row = Tiles::kSplitDqRows ? part * 64 : 0;
     int const first_column = Tiles::kSplitDqRows ? 0 : part * Tiles::kDqColumns;
 #pragma unroll
