@@ -5,7 +5,10 @@ What is left is flash8's own cost: argument conversion, checks, outputs, tensor 
 the launch structure. On a GPU the driver's own time comes on top. Every call is a hit of the plan
 cache except the first of its kind. Calls with gradients are timed with and without the node for
 autograd, which is built after the launch. Beside them the same of torch's SDPA for one query and
-one key on a CPU, kernel included. Writes bench/results/launch.json.
+one key on a CPU, kernel included.
+
+A backward is timed from where autograd enters the node until its three launches are made, and as
+torch.autograd.grad runs it, beside a node that does nothing. Writes bench/results/launch.json.
 """
 
 import json
@@ -26,10 +29,10 @@ import environment
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 from fake_driver import control
-from fake_driver.cubin import forward_cubin
+from fake_driver.cubin import any_cubin
 from flash8 import _native, backends, flash_attn_func, flash_attn_varlen_func, fp8
 from flash8.backends.hopper import kernels, mode
-from flash8.ops import plan_cache
+from flash8.ops import autograd, backward_plans, plan_cache
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REPEAT, NUMBER = 40, 1_000
@@ -52,7 +55,7 @@ def kernels_on_a_fake_driver() -> Iterator[None]:
         fake = control.FakeDriver(path)
         fake.reset()
         fake.record(False)
-        registry = _native.Registry(_native.Driver(str(path)), forward_cubin)
+        registry = _native.Registry(_native.Driver(str(path)), any_cubin)
         with (
             replaced(backends, "kernels_wanted", wanted_as_on_a_gpu),
             replaced(mode, "kernels_mode", lambda: "on"),
@@ -83,6 +86,22 @@ class NoNode:
     @staticmethod
     def apply(*arguments: Any) -> Any:
         return arguments[4]
+
+
+class Idle(torch.autograd.Function):
+    """Saves what a node of attention saves, and has its gradients already."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, out: Any, gradients: Any) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, *out)
+        ctx.gradients = gradients
+        return out[0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any) -> Any:
+        _ = ctx.saved_tensors
+        return (*ctx.gradients, None, None)
 
 
 def draw() -> list[torch.Tensor]:
@@ -158,6 +177,48 @@ def calls_with_gradients() -> Calls:
     }
 
 
+def backwards() -> Calls:
+    """Of nodes that stay, so that one forward serves all calls."""
+    leaves = [x.requires_grad_() for x in draw()]
+    packed = [x.detach().flatten(0, 1).requires_grad_() for x in leaves]
+    ends = torch.tensor([0, 64, 128], dtype=torch.int32)
+    out = flash_attn_func(*leaves, causal=True)
+    out_packed = flash_attn_varlen_func(*packed, ends, ends, 64, 64, causal=True)
+    in_order = flash_attn_func(*leaves, causal=True, deterministic=True)
+    dout, dout_packed = torch.randn_like(out), torch.randn_like(out_packed)
+    gradients = [torch.empty_like(x) for x in leaves]
+    with torch.no_grad():
+        outputs = flash_attn_func(*leaves, causal=True, return_attn_probs=True)
+    idle = Idle.apply(*leaves, outputs, gradients)
+    workspace = torch.empty(1, dtype=torch.uint8).expand(1 << 20)
+
+    def of_node(node: Any, given: torch.Tensor) -> Callable[[], object]:
+        def launched() -> object:
+            with torch.no_grad():
+                return autograd.gradients(node, given, None)
+
+        return launched
+
+    def whole(found: torch.Tensor, given: torch.Tensor, of: Any) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(found, of, given, retain_graph=True)
+
+    def first_of_its_kind() -> object:
+        backward_plans.cache().clear()
+        return of_node(out.grad_fn, dout)()
+
+    return {
+        "dense, backward, until the launches": of_node(out.grad_fn, dout),
+        "dense, deterministic, backward, until the launches": of_node(in_order.grad_fn, dout),
+        "varlen, backward, until the launches": of_node(out_packed.grad_fn, dout_packed),
+        "dense, backward, first of its kind": first_of_its_kind,
+        "dense, torch.autograd.grad": whole(out, dout, leaves),
+        "torch.autograd.grad of a node that does nothing": whole(idle, dout, leaves),
+        "torch.empty_like of three gradients and a workspace": lambda: [
+            torch.empty_like(x) for x in (*gradients, workspace)
+        ],
+    }
+
+
 def measure() -> dict[str, float]:
     one = torch.randn(1, 1, 1, 64).bfloat16()
     with torch.no_grad():
@@ -173,6 +234,7 @@ def measure() -> dict[str, float]:
         with replaced(plan_cache, "Launched", NoNode):
             rows[f"{name}, gradients, until the launch"] = microseconds(call)
         rows[f"{name}, gradients, with the node"] = microseconds(call)
+    rows |= {name: microseconds(call) for name, call in backwards().items()}
     with torch.no_grad():
         rows["torch SDPA, one query, one key"] = microseconds(
             lambda: F.scaled_dot_product_attention(one, one, one)
@@ -185,7 +247,7 @@ def main() -> None:
     with kernels_on_a_fake_driver():
         rows = measure()
     for name, value in rows.items():
-        print(f"{name:40} {value:6.2f} us")
+        print(f"{name:52} {value:6.2f} us")
     results = {"environment": environment.describe(), "microseconds": rows}
     (RESULTS / "launch.json").write_text(json.dumps(results, indent=1) + "\n")
 

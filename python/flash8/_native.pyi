@@ -376,3 +376,44 @@ class PlanCache:
     ) -> None: ...
     def clear(self) -> None: ...
     def __len__(self) -> int: ...
+
+class BackwardCache:
+    def __init__(
+        self,
+        *,
+        exchange_api: object | None,
+        tensor: type,
+        parameter: type,
+        empty_like: Callable[..., object],
+        current_stream: Callable[..., int],
+        field_names: tuple[str, ...],
+    ) -> None: ...
+    def run(
+        self,
+        scope: object,
+        saved: tuple[Any, ...],
+        incoming: tuple[Any, Any],
+        options: tuple[Any, ...],
+        names: tuple[str, ...],
+        deterministic: bool,
+        /,
+    ) -> tuple[Any, Any, Any, Any] | None: ...
+    def insert(
+        self,
+        scope: object,
+        saved: tuple[Any, ...],
+        incoming: tuple[Any, Any],
+        options: tuple[Any, ...],
+        names: tuple[str, ...],
+        deterministic: bool,
+        *,
+        kernels: tuple[Kernel, Kernel, Kernel],
+        device: int,
+        params: BackwardParams,
+        gradients_like: tuple[object, object, object],
+        dsinks_like: object | None,
+        workspace_like: object,
+        most_plans: int,
+    ) -> None: ...
+    def clear(self) -> None: ...
+    def __len__(self) -> int: ...

@@ -10,7 +10,7 @@ from fake_driver.cubin import any_cubin
 from flash8 import _native, backends
 from flash8.backends.hopper import kernels, mode
 from flash8.ops import attention as ops
-from flash8.ops import plan_cache
+from flash8.ops import backward_plans, plan_cache
 from simulated_device import SimulatedDevice
 
 READERS = ("DLPack", "attributes")
@@ -18,7 +18,7 @@ READERS = ("DLPack", "attributes")
 
 @pytest.fixture(params=READERS)
 def own_cache(request, monkeypatch):
-    """A plan cache of the test's own. Tensors are read in either of two ways."""
+    """Plan caches of the test's own. Tensors are read in either of two ways."""
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if request.param == "attributes":
         api = None
@@ -26,6 +26,8 @@ def own_cache(request, monkeypatch):
         pytest.skip("this torch has no table of DLPack functions")
     cache = functools.cache(lambda: plan_cache.new_plan_cache(api))
     monkeypatch.setattr(plan_cache, "_plan_cache", cache)
+    gradients = functools.cache(lambda: backward_plans.new_cache(api))
+    monkeypatch.setattr(backward_plans, "cache", gradients)
 
 
 @pytest.fixture

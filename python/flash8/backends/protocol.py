@@ -5,7 +5,7 @@ and `tests/backends/test_protocol.py` compares the signatures. Every output is a
 caller, unless a function returns it.
 """
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -66,8 +66,11 @@ class Backward(Protocol):
         dv: Tensor,
         dqv: Tensor,
         ds_aux: Tensor,
-    ) -> None:
-        """dqv and ds_aux are empty where the forward had no qv or s_aux. No gradient: zero."""
+    ) -> Any:
+        """dqv and ds_aux are empty where the forward had no qv or s_aux. No gradient: zero.
+
+        Returns the Hopper backend's plan, by which such calls may be launched again, or None.
+        """
 
 
 class Backend(Forward, Backward, Protocol):

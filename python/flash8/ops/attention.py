@@ -21,7 +21,7 @@ from flash8.call import checks, derivatives
 from flash8.call.autocast import unaffected
 from flash8.call.geometry import Geometry
 from flash8.call.options import SCHEMA, Options, without_tensors
-from flash8.ops import autograd, batching
+from flash8.ops import autograd, backward_plans, batching
 
 
 class ForwardResult(NamedTuple):
@@ -110,9 +110,17 @@ def _backward(
     *options: Any,
 ) -> Gradients:
     opts = Options(*options)
+    saved = (q, k, v, qv, s_aux, out, lse)
+    done = backward_plans.find(saved, dout, dlse, opts)
+    if done is not None:
+        dq, dk, dv, ds_aux = done
+        nothing = q.new_empty((0,))
+        return Gradients(dq, dk, dv, nothing, q.new_empty((0,)) if ds_aux is None else ds_aux)
     gradients = _empty_gradients(q, k, v, qv, s_aux)
     backend = backward_backend(q, k, v, qv, opts)
-    backend.backward(dout, dlse, q, k, v, qv, s_aux, out, lse, opts, *gradients)
+    plan = backend.backward(dout, dlse, *saved, opts, *gradients)
+    if plan is not None:
+        backward_plans.keep(plan, saved, dout, dlse, opts)
     return gradients
 
 

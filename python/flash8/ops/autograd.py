@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flash8.call.options import Arguments, Options, WithoutTensors
+from flash8.ops import backward_plans
 from flash8.tensors.float8 import E4M3
 
 InputGradients = tuple[Tensor | None, ...]
@@ -35,7 +36,12 @@ def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> InputGradie
     """Those of q, k, v, qv and s_aux."""
     if dout is None and dlse is None:
         return (None,) * 5
-    q, k, v, qv, s_aux, out, lse, options = _saved(ctx)
+    saved, given = ctx.saved_tensors, ctx.options
+    if not torch.is_grad_enabled():  # nobody differentiates once more, which the op would refuse
+        done = backward_plans.find(saved, dout, dlse, given.numbers, given.tensors)
+        if done is not None:
+            return done[0], done[1], done[2], None, done[3]
+    q, k, v, qv, s_aux, out, lse, options = _with_options(saved, given)
     dq, dk, dv, dqv, ds_aux = torch.ops.flash8.backward(
         dout, dlse, q, k, v, qv, s_aux, out, lse, *options
     )
@@ -61,13 +67,17 @@ def refuse_tangents(tangents: Iterable[Any]) -> None:
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
     """q, k, v, qv and s_aux, O and LSE, and the options, as `save` got them."""
-    q, k, v, qv, s_aux, out, lse, *tensors = ctx.saved_tensors
+    return _with_options(ctx.saved_tensors, ctx.options)
+
+
+def _with_options(saved: tuple[Any, ...], options: WithoutTensors) -> tuple[Any, ...]:
+    q, k, v, qv, s_aux, out, lse, *tensors = saved
     if k.dtype == E4M3:
         raise ValueError(
             f"attention on raw {E4M3} inputs has no backward: call flash8.fp8_attention on "
             "16-bit tensors, which quantizes inside and is differentiable"
         )
-    return q, k, v, qv, s_aux, out, lse, ctx.options.with_tensors(tensors)
+    return q, k, v, qv, s_aux, out, lse, options.with_tensors(tensors)
 
 
 class Launched(torch.autograd.Function):

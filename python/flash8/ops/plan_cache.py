@@ -12,35 +12,29 @@ gets a node of its own for what has been launched.
 
 import contextlib
 import functools
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, empty_like, is_grad_enabled
+from torch import Tensor, is_grad_enabled
 from torch.autograd.profiler import record_function
 
 from flash8 import backends
 from flash8.backends import index_checks
-from flash8.call.observed import is_observed, is_profiled
+from flash8.call.observed import is_profiled
 from flash8.call.options import Arguments, Options, WithoutTensors, without_tensors
+from flash8.ops import planned
 from flash8.ops.attention import empty_lse, empty_out
 from flash8.ops.autograd import Launched
 
 if TYPE_CHECKING:
     from flash8 import _native
 
-_MOST_PLANS = 4096
 _OP = "flash8::forward"  # what profilers call a launch
 
 
 def may_launch(q: Any) -> bool:
     """Whether a call with this q is for kernels, and nobody has to see the torch op."""
-    return (
-        isinstance(q, Tensor)
-        and not is_observed()
-        and backends.kernels_wanted(q)
-        and not index_checks.wanted()
-    )
+    return planned.may_launch(q) and not index_checks.wanted()
 
 
 def find(arguments: Arguments, return_lse: bool) -> Any:
@@ -50,7 +44,7 @@ def find(arguments: Arguments, return_lse: bool) -> Any:
     run = _plan_cache().run
     if is_profiled():
         run = record_function(_OP)(run)
-    done = run(_hopper().kernels.registry(), arguments, return_lse, is_grad_enabled())
+    done = run(planned.hopper().kernels.registry(), arguments, return_lse, is_grad_enabled())
     if done is None:
         return None
     out, lse, options = done
@@ -64,7 +58,7 @@ def launch(arguments: Arguments, options: Options, return_lse: bool) -> Any:
     `options` are its own, checked. None where no kernel serves it, and nothing was done."""
     if not may_launch(arguments["q"]):
         return None
-    hopper, cache = _hopper(), _plan_cache()
+    hopper, cache = planned.hopper(), _plan_cache()
     registry = hopper.kernels.registry()
     if not cache.has_key(registry, arguments):
         return None
@@ -79,8 +73,8 @@ def launch(arguments: Arguments, options: Options, return_lse: bool) -> Any:
         lse = empty_lse(q)
         plan = hopper.forward.plan_and_launch(q, k, v, s_aux, options, out, lse)
     kept = without_tensors(options)
-    out_like, lse_like = _like(out), _like(lse)
-    if empty_like(out_like).is_contiguous() and empty_like(lse_like).is_contiguous():
+    out_like, lse_like = planned.like(out), planned.like(lse)
+    if planned.make_contiguous((out_like, lse_like)):
         cache.insert(
             registry,
             arguments,
@@ -92,7 +86,7 @@ def launch(arguments: Arguments, options: Options, return_lse: bool) -> Any:
             out_like=out_like,
             lse_like=lse_like,
             options=kept,
-            most_plans=_MOST_PLANS,
+            most_plans=planned.MOST_PLANS,
         )
     if is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, s_aux)):
         out, lse = _with_node(arguments, out, lse, kept)
@@ -105,47 +99,16 @@ def _with_node(arguments: Arguments, out: Tensor, lse: Tensor, options: WithoutT
     return Launched.apply(q, k, v, arguments.get("s_aux"), (out, lse), arguments, options)
 
 
-def _like(x: Tensor) -> Tensor:
-    """One element that empty_like takes for a tensor of x's shape, and that keeps no x alive."""
-    return _one_element(x.dtype, x.device).expand(x.shape)
-
-
-@functools.cache
-def _one_element(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(1, dtype=dtype, device=device)
-
-
 @functools.cache
 def _plan_cache() -> "_native.PlanCache":
-    return new_plan_cache(getattr(Tensor, "__dlpack_c_exchange_api__", None))
+    return new_plan_cache(planned.own_exchange_api())
 
 
 def new_plan_cache(exchange_api: object | None) -> "_native.PlanCache":
-    """An empty one. Without torch's DLPack table, which an older torch lacks, it reads tensors by
-    their attributes."""
+    """An empty one."""
     from flash8 import _native
 
-    hopper = _hopper()
     return _native.PlanCache(
-        exchange_api=exchange_api,
-        tensor=Tensor,
-        parameter=torch.nn.Parameter,
-        empty_like=empty_like,
-        current_stream=hopper.streams.current_stream,
-        tile_count=hopper.streams.get_tile_count,
+        **planned.functions(exchange_api)._asdict(),
+        tile_count=planned.hopper().streams.get_tile_count,
     )
-
-
-class _Hopper(NamedTuple):
-    """Modules of the Hopper backend, which need the extension and are imported when a call does."""
-
-    forward: ModuleType
-    kernels: ModuleType
-    streams: ModuleType
-
-
-@functools.cache
-def _hopper() -> _Hopper:
-    from flash8.backends.hopper import forward, kernels, streams
-
-    return _Hopper(forward, kernels, streams)

@@ -1,5 +1,8 @@
-#include "plan_cache/plan_cache.h"
+#include <pybind11/stl.h>
+
 #include "bindings/bindings.h"
+#include "plan_cache/backward_cache.h"
+#include "plan_cache/plan_cache.h"
 
 namespace py = pybind11;
 
@@ -7,14 +10,13 @@ namespace flash8 {
 
 namespace {
 
-PlanCache::Torch torch_of(py::object exchange_api, py::object tensor, py::object parameter,
-                          py::object empty_like, py::object current_stream, py::object tile_count) {
-    PlanCache::Torch torch;
+TorchTensors::Functions torch_of(py::object exchange_api, py::object tensor, py::object parameter,
+                                 py::object empty_like, py::object current_stream) {
+    TorchTensors::Functions torch;
     torch.exchange_api = std::move(exchange_api);
     torch.tensor_types = {std::move(tensor), std::move(parameter)};
     torch.empty_like = std::move(empty_like);
     torch.current_stream = std::move(current_stream);
-    torch.tile_count = std::move(tile_count);
     return torch;
 }
 
@@ -33,16 +35,68 @@ void insert(PlanCache& self, py::handle scope, py::dict arguments, std::shared_p
     self.insert({scope, std::move(arguments)}, std::move(plan), most_plans);
 }
 
+void insert_backward(BackwardCache& self, py::handle scope, py::tuple saved, py::tuple incoming,
+                     py::tuple options, py::tuple names, bool deterministic,
+                     std::array<std::shared_ptr<Kernel>, 3> kernels, int device, const BackwardParams& params,
+                     const std::array<py::object, 3>& gradients_like, py::object dsinks_like,
+                     py::object workspace_like, std::size_t most_plans) {
+    BackwardPlan plan;
+    plan.kernels = std::move(kernels);
+    plan.device = device;
+    plan.params = params;
+    plan.dq_like = gradients_like[0];
+    plan.dk_like = gradients_like[1];
+    plan.dv_like = gradients_like[2];
+    plan.dsinks_like = std::move(dsinks_like);
+    plan.workspace_like = std::move(workspace_like);
+    self.insert(
+        {scope, std::move(saved), std::move(incoming), std::move(options), std::move(names), deterministic},
+        std::move(plan), most_plans);
+}
+
+void bind_backward_cache(py::module_& module) {
+    py::class_<BackwardCache> type(module, "BackwardCache",
+                                   "The plans of backward calls, by all but their addresses.");
+    type.def(py::init([](py::object exchange_api, py::object tensor, py::object parameter,
+                         py::object empty_like, py::object current_stream, const py::tuple& field_names) {
+                 return std::make_unique<BackwardCache>(
+                     torch_of(std::move(exchange_api), std::move(tensor), std::move(parameter),
+                              std::move(empty_like), std::move(current_stream)),
+                     field_names);
+             }),
+             py::kw_only(), py::arg("exchange_api").none(true), py::arg("tensor"), py::arg("parameter"),
+             py::arg("empty_like"), py::arg("current_stream"), py::arg("field_names"));
+    type.def(
+        "run",
+        [](const BackwardCache& self, py::handle scope, py::tuple saved, py::tuple incoming,
+           py::tuple options, py::tuple names, bool deterministic) {
+            return self.run({scope, std::move(saved), std::move(incoming), std::move(options),
+                             std::move(names), deterministic});
+        },
+        "On a hit launches and gives (dQ, dK, dV, gradient of the sinks or None); None on a miss.\n"
+        "saved: q, k, v, qv, s_aux, O, LSE, and the options called `names`, which are None in `options`.\n"
+        "incoming: the gradients of O and LSE.");
+    type.def("insert", &insert_backward, py::arg("scope"), py::arg("saved"), py::arg("incoming"),
+             py::arg("options"), py::arg("names"), py::arg("deterministic"), py::kw_only(),
+             py::arg("kernels"), py::arg("device"), py::arg("params"), py::arg("gradients_like"),
+             py::arg("dsinks_like").none(true), py::arg("workspace_like"), py::arg("most_plans"),
+             "Keep the plan of a call, unless its launches point to more than the arguments.");
+    type.def("clear", &BackwardCache::clear);
+    type.def("__len__", &BackwardCache::size);
+}
+
 }  // namespace
 
 void bind_plan_cache(py::module_& module) {
+    bind_backward_cache(module);
     py::class_<PlanCache> type(module, "PlanCache",
                                "The plans of forward calls, by all but their addresses.");
     type.def(py::init([](py::object exchange_api, py::object tensor, py::object parameter,
                          py::object empty_like, py::object current_stream, py::object tile_count) {
                  return std::make_unique<PlanCache>(
                      torch_of(std::move(exchange_api), std::move(tensor), std::move(parameter),
-                              std::move(empty_like), std::move(current_stream), std::move(tile_count)));
+                              std::move(empty_like), std::move(current_stream)),
+                     std::move(tile_count));
              }),
              py::kw_only(), py::arg("exchange_api").none(true), py::arg("tensor"), py::arg("parameter"),
              py::arg("empty_like"), py::arg("current_stream"), py::arg("tile_count"));

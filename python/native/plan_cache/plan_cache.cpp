@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
-#include <stdexcept>
 #include <utility>
 
 #include "driver/gil.h"
@@ -71,11 +70,11 @@ bool spans_meet(const TensorView& a, const TensorView& b) {
 
 }  // namespace
 
-PlanCache::PlanCache(Torch torch)
-    : torch_(std::move(torch)), reader_(torch_.exchange_api), names_(kTensors) {}
+PlanCache::PlanCache(TorchTensors::Functions torch, py::object tile_count)
+    : torch_(std::move(torch)), tile_count_(std::move(tile_count)), names_(kTensors) {}
 
 py::object PlanCache::run(const CallArguments& call, bool want_lse, bool grad_enabled) {
-    CallKey key = new_key();
+    CallKey key = torch_.new_key();
     // Shared: other threads may drop it while torch's functions, called below, let them run.
     const std::shared_ptr<const CachedPlan> cached = read(key, call) ? find(key) : nullptr;
     bool graph = false;
@@ -89,15 +88,15 @@ py::object PlanCache::run(const CallArguments& call, bool want_lse, bool grad_en
     ForwardParams params = plan.params;
     const py::object converted = put_arguments(key, graph, params);
     py::object out = make_out(key, plan);
-    params.o.ptr = reinterpret_cast<void*>(address_of(out));
+    params.o.ptr = reinterpret_cast<void*>(torch_.address_of(out));
     // The kernel leaves LSE out where there is none.
-    py::object lse = want_lse || graph ? torch_.empty_like(plan.lse_like) : py::none();
-    params.lse.ptr = lse.is_none() ? nullptr : reinterpret_cast<float*>(address_of(lse));
-    const std::uint64_t stream = current_stream(q);
+    py::object lse = want_lse || graph ? torch_.new_like(plan.lse_like) : py::none();
+    params.lse.ptr = lse.is_none() ? nullptr : reinterpret_cast<float*>(torch_.address_of(lse));
+    const std::uint64_t stream = torch_.current_stream(q);
     py::object tile_count;
     if (plan.dynamic_schedule) {
         tile_count = counter(q, plan, stream);
-        params.scheduler.tile_count = reinterpret_cast<std::int32_t*>(address_of(tile_count));
+        params.scheduler.tile_count = reinterpret_cast<std::int32_t*>(torch_.address_of(tile_count));
     }
     {
         const GilRelease release;
@@ -107,12 +106,12 @@ py::object PlanCache::run(const CallArguments& call, bool want_lse, bool grad_en
 }
 
 bool PlanCache::has_key(const CallArguments& call) {
-    CallKey key = new_key();
+    CallKey key = torch_.new_key();
     return read(key, call);
 }
 
 void PlanCache::insert(const CallArguments& call, CallPlan plan, std::size_t most_plans) {
-    CallKey key = new_key();
+    CallKey key = torch_.new_key();
     if (!read(key, call) || find(key) != nullptr) {
         return;
     }
@@ -130,10 +129,6 @@ void PlanCache::insert(const CallArguments& call, CallPlan plan, std::size_t mos
 void PlanCache::clear() {
     // What they hold may run Python code as it goes, which must find the table in order.
     const auto dropped = std::exchange(plans_, {});
-}
-
-CallKey PlanCache::new_key() const {
-    return {reader_, {torch_.tensor_types[0].ptr(), torch_.tensor_types[1].ptr()}};
 }
 
 // False: the call has no key.
@@ -164,7 +159,7 @@ bool PlanCache::needs_graph(const CallKey& key, bool grad_enabled, bool& needed)
         if (differentiable && (needed || !grad_enabled)) {
             continue;
         }
-        if (reader_.requires_grad(tensor.object)) {
+        if (torch_.reader().requires_grad(tensor.object)) {
             if (!differentiable) {
                 return false;
             }
@@ -181,10 +176,10 @@ bool PlanCache::can_write_out(const CallKey& key) const {
     if (out == nullptr) {
         return true;
     }
-    const std::uintptr_t written = reader_.storage(out->object, out->view);
+    const std::uintptr_t written = torch_.reader().storage(out->object, out->view);
     return std::none_of(key.begin(), key.end(), [&](const CallKey::Tensor& tensor) {
-        return &tensor != out &&
-               (spans_meet(tensor.view, out->view) || reader_.storage(tensor.object, tensor.view) == written);
+        return &tensor != out && (spans_meet(tensor.view, out->view) ||
+                                  torch_.reader().storage(tensor.object, tensor.view) == written);
     });
 }
 
@@ -196,7 +191,7 @@ py::object PlanCache::put_arguments(const CallKey& key, bool graph, ForwardParam
         if (is_converted(tensor)) {
             converted = py::reinterpret_borrow<py::object>(tensor.object);
             converted = (graph ? converted.attr("detach")() : converted).attr("float")();
-            address = address_of(converted);
+            address = torch_.address_of(converted);
         }
         put_address(params, tensor.argument->place, address);
     }
@@ -206,20 +201,13 @@ py::object PlanCache::put_arguments(const CallKey& key, bool graph, ForwardParam
 py::object PlanCache::make_out(const CallKey& key, const CallPlan& plan) const {
     const CallKey::Tensor* const given = key.find(Argument::kWritten);
     return given != nullptr ? py::reinterpret_borrow<py::object>(given->object)
-                            : torch_.empty_like(plan.out_like);
-}
-
-std::uint64_t PlanCache::current_stream(const CallKey::Tensor& q) const {
-    if (reader_.has_streams()) {
-        return reader_.stream(q.view.device);
-    }
-    return torch_.current_stream(py::handle(q.object)).cast<std::uint64_t>();
+                            : torch_.new_like(plan.out_like);
 }
 
 // A launch that runs uses its stream's counter, which never changes; one that is captured gets its own.
 py::object PlanCache::counter(const CallKey::Tensor& q, const CallPlan& plan, std::uint64_t stream) {
     const auto ask = [&](bool captured) {
-        return torch_.tile_count(py::handle(q.object).attr("device"), stream, captured);
+        return tile_count_(py::handle(q.object).attr("device"), stream, captured);
     };
     if (plan.kernel->is_captured(plan.device, stream)) {
         return ask(true);
@@ -228,16 +216,6 @@ py::object PlanCache::counter(const CallKey::Tensor& q, const CallPlan& plan, st
     const CounterKey key{q.view.device.type, q.view.device.id, stream, thread};
     const auto found = counters_.find(key);
     return found != counters_.end() ? found->second : counters_.emplace(key, ask(false)).first->second;
-}
-
-std::uintptr_t PlanCache::address_of(const py::object& tensor) const {
-    TensorView view;
-    const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
-    const bool known = type == torch_.tensor_types[0].ptr() || type == torch_.tensor_types[1].ptr();
-    if (!known || !reader_.read(tensor.ptr(), view)) {
-        throw std::runtime_error("forward: torch gave a tensor without memory");
-    }
-    return view.address;
 }
 
 }  // namespace flash8

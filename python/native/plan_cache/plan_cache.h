@@ -4,7 +4,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <map>
 #include <memory>
 #include <string>
@@ -14,7 +13,7 @@
 #include "driver/library.h"
 #include "forward/params.h"
 #include "plan_cache/call_key.h"
-#include "plan_cache/tensor_reader.h"
+#include "plan_cache/torch_tensors.h"
 
 namespace flash8 {
 
@@ -40,16 +39,8 @@ struct CallPlan {
 // The plans of calls. Everything here runs with the GIL, which guards it too, but for the launch itself.
 class PlanCache {
   public:
-    // What torch and the Hopper backend do for it, as Python objects.
-    struct Torch {
-        pybind11::object exchange_api;  // torch.Tensor.__dlpack_c_exchange_api__, or None
-        std::array<pybind11::object, 2> tensor_types;
-        pybind11::object empty_like;
-        pybind11::object current_stream;  // (tensor) -> handle
-        pybind11::object tile_count;      // (device, stream, captured) -> int32 tensor of two elements
-    };
-
-    explicit PlanCache(Torch torch);
+    // tile_count: (device, stream, captured) -> int32 tensor of two elements.
+    PlanCache(TorchTensors::Functions torch, pybind11::object tile_count);
 
     // A hit launches: (O, LSE or None, options or None). None on a miss, which is every call too whose
     // tensors cannot be launched by the plan that is there. LSE is made if it is wanted; it and the options
@@ -76,7 +67,6 @@ class PlanCache {
 
     using CounterKey = std::tuple<int, int, std::uint64_t, unsigned long>;  // device, stream, thread
 
-    CallKey new_key() const;
     bool read(CallKey& key, const CallArguments& call);
     std::shared_ptr<const CachedPlan> find(const CallKey& key) const;
     bool needs_graph(const CallKey& key, bool grad_enabled, bool& needed) const;
@@ -84,11 +74,9 @@ class PlanCache {
     pybind11::object put_arguments(const CallKey& key, bool graph, ForwardParams& params) const;
     pybind11::object make_out(const CallKey& key, const CallPlan& plan) const;
     pybind11::object counter(const CallKey::Tensor& q, const CallPlan& plan, std::uint64_t stream);
-    std::uint64_t current_stream(const CallKey::Tensor& q) const;
-    std::uintptr_t address_of(const pybind11::object& tensor) const;
 
-    Torch torch_;
-    TensorReader reader_;
+    TorchTensors torch_;
+    pybind11::object tile_count_;
     ArgumentNames names_;
     std::unordered_map<std::string, std::shared_ptr<const CachedPlan>> plans_;
     std::map<CounterKey, pybind11::object> counters_;

@@ -68,13 +68,13 @@ def backward(
     dv: Tensor,
     dqv: Tensor,
     ds_aux: Tensor,
-) -> None:
+) -> "Plan | None":
     """Fills dq, dk, dv (every row of them), and ds_aux where the forward had s_aux, on q's stream,
-    without a synchronisation."""
+    without a synchronisation. Returns the plan, if calls like this one may be launched by it."""
     mean = key_mean(k, options) if options.smooth_k and k.numel() > 0 else None
     dout = torch.zeros_like(out) if dout is None else dout
     given = Given(dout, dlse, q, k, v, out, lse, mean)
-    serve(given, s_aux, options, choose(q, k, v, options), dq, dk, dv, ds_aux)
+    return serve(given, s_aux, options, choose(q, k, v, options), dq, dk, dv, ds_aux)
 
 
 def serve(
@@ -86,7 +86,7 @@ def serve(
     dk: Tensor,
     dv: Tensor,
     ds_aux: Tensor,
-) -> None:
+) -> "Plan | None":
     """The same by the kernels of this variant."""
     q = given.q
     sinks = None if s_aux is None else (s_aux, ds_aux)
@@ -97,6 +97,8 @@ def serve(
     launch(planned, streams.current_stream(q))
     if planned.dsinks is not None and planned.dsinks is not ds_aux:
         ds_aux.copy_(planned.dsinks)
+        return None
+    return planned if given.k_mean is None else None
 
 
 class Given(NamedTuple):

@@ -1,0 +1,72 @@
+"""What the plan caches of forward and backward share: who may be served by a plan, and outputs."""
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, empty_like
+
+from flash8 import backends
+from flash8.call.observed import is_observed
+
+MOST_PLANS = 4096
+
+
+def may_launch(q: Any) -> bool:
+    """Whether a call with this q is for kernels, and nobody has to see the torch op."""
+    return isinstance(q, Tensor) and not is_observed() and backends.kernels_wanted(q)
+
+
+def like(x: Tensor) -> Tensor:
+    """One element that empty_like takes for a tensor of x's shape, and that keeps no x alive."""
+    return one_element(x.dtype, x.device).expand(x.shape)
+
+
+@functools.cache
+def one_element(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(1, dtype=dtype, device=device)
+
+
+def make_contiguous(likes: tuple[Tensor, ...]) -> bool:
+    """Whether empty_like of each gives rows without gaps, as plans have them."""
+    return all(empty_like(x).is_contiguous() for x in likes)
+
+
+class Functions(NamedTuple):
+    """What the native caches ask of torch and of the Hopper backend."""
+
+    exchange_api: object | None  # torch's DLPack table; an older torch lacks it
+    tensor: type
+    parameter: type
+    empty_like: Callable[..., Tensor]
+    current_stream: Callable[..., int]
+
+
+def functions(exchange_api: object | None) -> Functions:
+    """Without `exchange_api` tensors are read by their attributes."""
+    from flash8.backends.hopper import streams
+
+    return Functions(exchange_api, Tensor, torch.nn.Parameter, empty_like, streams.current_stream)
+
+
+def own_exchange_api() -> object | None:
+    """That of this torch."""
+    return getattr(Tensor, "__dlpack_c_exchange_api__", None)
+
+
+class Hopper(NamedTuple):
+    """Modules of the Hopper backend, which need the extension and are imported when a call does."""
+
+    forward: ModuleType
+    backward: ModuleType
+    kernels: ModuleType
+    streams: ModuleType
+
+
+@functools.cache
+def hopper() -> Hopper:
+    from flash8.backends.hopper import backward, forward, kernels, streams
+
+    return Hopper(forward, backward, kernels, streams)
