@@ -57,7 +57,6 @@ struct DecodeConfig {
     static constexpr int kThreads = kWarps * 32;
     // Each warp has a ring of slots of its own, which hold a tile of K and a tile of V by turns.
     static constexpr int kSlotBytes = kBlockN * kWidestRow;
-    static constexpr int kSlots = smaller(8, 192 * 1024 / (kWarps * kSlotBytes));
     // A CTA gets at least so many tiles: one a warp.
     static constexpr int kLeastTiles = kWarps;
 
@@ -72,6 +71,13 @@ struct DecodeConfig {
     static constexpr int kMergeChannels = kBlockM == 8 && kHeadDimV % 64 == 0 ? 64 : kBlockM <= 16 ? 32 : 16;
     static constexpr int kMergePitch = kMergeChannels + 4;  // no bank conflicts
     static_assert(kHeadDimV % kMergeChannels == 0);
+
+    // What shared memory has room for beside Q, the warps' parts of O and their statistics.
+    static constexpr int kOtherBytes =
+        kBlockM * kHeadDim * 2 + kWarps * kBlockM * (kMergePitch + 2) * 4 + 4096;
+    static constexpr int kRingBytes = smaller(192 * 1024, 227 * 1024 - kOtherBytes);
+    static constexpr int kSlots = smaller(8, kRingBytes / (kWarps * kSlotBytes));
+    static_assert(kSlots >= 2);
 
     using TileMask = Mask<MaskMode::kLocal, kBlockM, kBlockN, true>;
 };
