@@ -120,6 +120,20 @@ def test_a_second_step_is_launched_by_the_plan_of_the_first(name, fake, on_fake_
     assert all(address(found[0], part) % 128 == 0 for part in WORKSPACE)
 
 
+def test_a_hit_reads_the_index_tensors_of_its_own_call(fake, on_fake_driver, missed):
+    at = PLACES["sequences"][0] + LAYOUT["SequenceParams"]["fields"]["cu_seqlens_q"][0]
+    for _ in range(2):
+        ends = ENDS.clone()
+        step(
+            lambda q, k, v, ends=ends: flash_attn_varlen_func(
+                *(x.flatten(0, 1) for x in (q, k, v)), ends, ends, 67, 67, num_splits=0
+            )
+        )
+        found = fake.parameter(len(fake.launches) - 1)
+        assert struct.unpack_from("<Q", found, at)[0] == ends.data_ptr()
+    assert len(missed) == 1
+
+
 def test_split_heads_have_their_place(fake, on_fake_driver, missed, monkeypatch):
     monkeypatch.setattr(heuristics, "head_splits", lambda *_: 2)
     for seed in range(2):

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash8 import flash_attn_func, flash_attn_varlen_func
 from flash8.call.options import Options
+from flash8.ops import backward_plans
 from plan_cache_cases import ENDS, clear, draw
 from simulated_device import missing_compiler
 
@@ -183,6 +184,7 @@ def test_options_reach_the_backward(on_fake_driver, misses, monkeypatch):
     )
     q, k, v = (x.flatten(0, 1).requires_grad_() for x in draw())
     for _ in range(2):
+        backward_plans.cache().clear()  # of which neither may be a hit
         ends = ENDS.clone()
         out = flash_attn_varlen_func(
             q, k, v, ends, ends, 67, 67, softmax_scale=1, causal=True, num_splits=0
