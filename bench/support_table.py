@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 import flash8
 from flash8 import backends, fp8
@@ -26,6 +25,7 @@ from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.backends.hopper.verify import trust
+from flash8.ops import planned
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- table: support (bench/support_table.py --write) -->\n", "<!-- end -->"
@@ -278,27 +278,20 @@ def _run(kind: type, call: Call) -> None:
         result.sum().backward()
 
 
-class _Mode(TorchFunctionMode):
-    """Changes nothing. While a mode is active nobody asks the plan cache, which wants a driver."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return function(*args, **(kwargs or {}))
-
-
 @contextlib.contextmanager
 def as_on_hopper() -> Iterator[list[Any]]:
-    """CPU tensors are routed as a Hopper GPU's. The variants that are asked for; none serves."""
+    """CPU tensors are routed as a Hopper GPU's. The variants that are asked for; none serves.
+    Nobody asks the plan caches, which want a driver."""
     asked: list[Any] = []
-    before = backends.kernels_wanted, trust.is_trusted
+    before = backends.kernels_wanted, trust.is_trusted, planned.may_launch
+    planned.may_launch = lambda q: False
     backends.kernels_wanted = lambda tensor: True
     trust.is_trusted = lambda variant, device: asked.append(variant) is not None
     try:
-        with warnings.catch_warnings(action="ignore"), _Mode():
+        with warnings.catch_warnings(action="ignore"):
             yield asked
     finally:
-        backends.kernels_wanted, trust.is_trusted = before
+        backends.kernels_wanted, trust.is_trusted, planned.may_launch = before
 
 
 def table() -> str:

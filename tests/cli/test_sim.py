@@ -13,7 +13,6 @@ import pytest
 import flash8
 from flash8 import _native, cli
 from flash8.backends.hopper import backward, forward
-from flash8.backends.hopper.backward_variants import SHIPPED_BACKWARDS
 from flash8.backends.hopper.variants import SHIPPED
 from flash8.cli import sim
 from repository import DOCS, TESTS
@@ -62,7 +61,7 @@ def test_of_a_backward_its_main_kernel_is_drawn(tmp_path):
     assert 0 < float(error) < 0.1
 
 
-@pytest.mark.parametrize("variant", SHIPPED_BACKWARDS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", sim._BACKWARDS, ids=lambda variant: variant.name)
 def test_the_call_has_gradients_by_the_variant(variant):
     call = sim.draw(variant, 130, 200, 2, seed=0)
     options = sim._options(variant, call)._replace(deterministic=variant.deterministic)
@@ -113,7 +112,7 @@ def test_the_command_gets_what_follows_sim(monkeypatch):
 
     monkeypatch.setattr(metadata, "entry_points", lambda **_: (Entry(),))
     assert cli.main(["sim", "a", "--b", "--help"]) == 3
-    names = tuple(v.name for v in (*SHIPPED, *SHIPPED_BACKWARDS))
+    names = tuple(v.name for v in (*SHIPPED, *sim._BACKWARDS))
     assert got == [(["a", "--b", "--help"], names)]
 
 

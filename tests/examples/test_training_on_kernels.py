@@ -147,7 +147,7 @@ def test_the_demo_trains_on_kernels_and_names_them(as_on_a_gpu, monkeypatch, cap
         _, found = demo().train_and_tell(trainers, corpus, few)
     assert len(seen) == 2 * 2 * few.layers
     assert found["forward"] == ["forward_bf16_d64_causal", "forward_e4m3_d64_causal_headscales"]
-    assert found["backward"] == ["backward_bf16_d64_causal"]
+    assert found["backward"] == ["backward_bf16_d64_causal", "backward_bf16_d64_causal_fp8"]
     assert found["quantize"]
     printed = capsys.readouterr().out
     assert "backward: backward_bf16_d64_causal\n" in printed

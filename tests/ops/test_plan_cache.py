@@ -164,7 +164,7 @@ def test_sparse_and_nested_tensors_are_refused_as_before(on_fake_driver):
 
 
 def test_the_cache_is_bounded(monkeypatch, on_fake_driver):
-    monkeypatch.setattr(plan_cache, "_MOST_PLANS", 3)
+    monkeypatch.setattr(plan_cache.planned, "MOST_PLANS", 3)
     for rows in range(20, 30):
         flash_attn_func(*draw(rows=rows))
     assert 1 <= len(plan_cache._plan_cache()) <= 3

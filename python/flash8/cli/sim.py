@@ -26,7 +26,9 @@ from flash8.tensors.descales import BLOCK
 from flash8.tensors.tokens import Tokens
 
 _Variant = ForwardVariant | BackwardVariant
-_VARIANTS: tuple[_Variant, ...] = (*SHIPPED, *SHIPPED_BACKWARDS)
+#: The backward of an FP8 forward reads operands that no call of flash_attn_func has.
+_BACKWARDS = tuple(variant for variant in SHIPPED_BACKWARDS if not variant.fp8)
+_VARIANTS: tuple[_Variant, ...] = (*SHIPPED, *_BACKWARDS)
 _GROUP = "flash8.commands"
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
 _SOFTCAP = 30.0
