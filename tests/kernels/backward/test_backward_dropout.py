@@ -32,7 +32,7 @@ SLOW = (
     BackwardVariant("bf16", 256, 256, mask="causal", dropout=True),
     BackwardVariant("bf16", 256, 256, mask="local", dropout=True, deterministic=True),
 )
-VARIANTS = by_default((*DEFAULT, *SLOW), DEFAULT)
+VARIANTS = by_default((*DEFAULT, *SLOW), [CAUSAL])
 #: (batch, seqlen_q, seqlen_k, heads, heads_kv): one row, both sides of a tile, primes, no key.
 SHAPES = [
     (1, 1, 1, 1, 1),

@@ -13,6 +13,7 @@ import torch
 import tolerances
 from backward_cases import check, expected, launch, same_bits, saved
 from backward_fp8_cases import draw, widened
+from defaults import by_default
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from forward_cases import int32, packed
 from simulated_device import missing_compiler
@@ -28,8 +29,10 @@ CAUSAL = variant(128, 128, mask="causal")
 ORDERED = variant(128, 128, deterministic=True)
 LOCAL = variant(64, 64, "fp16", mask="local")
 MLA = variant(192, 128, mask="causal")
-DEFAULT = (CAUSAL, LOCAL, MLA)
+DEFAULT = (CAUSAL,)
 SLOW = (
+    LOCAL,
+    MLA,
     ORDERED,
     variant(128, 128, "fp16", mask="local"),
     variant(128, 128, "fp16", mask="causal", dq="reduced"),
@@ -97,7 +100,7 @@ def test_packed_with_used_lengths(variant, scales):
     check(variant, problem)
 
 
-@pytest.mark.parametrize("variant", DEFAULT, ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", by_default((CAUSAL, LOCAL, MLA), DEFAULT))
 @pytest.mark.parametrize("means", [False, True])
 def test_sinks_and_gradients_of_lse(variant, means):
     """What the means of K and V are to D, to LSE and to rowsum(dS)."""
@@ -106,12 +109,14 @@ def test_sinks_and_gradients_of_lse(variant, means):
     check(variant, draw(variant, 140, 130, 2, 1, batch=2, **given))
 
 
+@pytest.mark.slow
 def test_windows_and_chunks():
     for given in ({"attention_chunk": 64}, {"window": (0, 0)}):
         problem = draw(LOCAL, 150, 260, 1, 1, batch=1, **{"window": (-1, -1), **given})
         check(LOCAL, problem, seeds=(0, 1))
 
 
+@pytest.mark.slow
 def test_keys_that_no_query_sees():
     """Left of every window K and V may hold anything."""
     problem = draw(LOCAL, 40, 150, 1, 1, batch=1)
@@ -124,6 +129,7 @@ def test_keys_that_no_query_sees():
     assert not got.dk[:, :first].any() and not got.dv[:, :first].any()
 
 
+@pytest.mark.slow
 def test_low_logits_with_a_ragged_block_of_keys():
     """exp(0 - LSE) is infinite: keys that are not there have to be hidden, zeros are not enough."""
     problem = draw(LOCAL, 70, 150, 1, 1, batch=1, window=(-1, -1), means=False)
