@@ -34,6 +34,9 @@ class Mainloop {
     static constexpr int kPool = kDqAt + Config::kDqColumns / 2;
     using Pool = decltype(cute::make_tensor<float>(cute::Shape<cute::Int<kPool>>{}));
     using OperandP = decltype(cute::make_tensor<Element>(typename Config::LayoutP{}));
+    // With softcap ptxas would want too many registers for P of 128 queries at once. Fewer have no need of
+    // it, and would find their masks twice.
+    static constexpr bool kHalves = Config::kSoftcap && Config::kQueries == 128;
 
   public:
     __device__ __forceinline__ Mainloop(BackwardParams const& params, SharedStorage<Config>& shared,
@@ -113,10 +116,11 @@ class Mainloop {
         if constexpr (Config::kSoftcap) {
             shared_.pipeline_do.wait(now_);
             finish_dk();  // P goes where dS still is: there are no registers for the factors of both
-            make_half_capped<0, kMasked>(s, p, lse, first_query, scale);
-            // The wait to store dQ ends the block: ptxas would want too many registers for all of P at once.
-            finish_dq(cute::_0{});
-            make_half_capped<1, kMasked>(s, p, lse, first_query, scale);
+            make_capped<0, kMasked>(s, p, lse, first_query, scale);
+            if constexpr (kHalves) {
+                finish_dq(cute::_0{});  // whose wait for room ends the block
+                make_capped<1, kMasked>(s, p, lse, first_query, scale);
+            }
         } else {
             Probabilities<Config>::template make<kMasked>(s, shared_, lse, first_query, scale, slope_);
             // dO is needed below. Asking here ends the block: ptxas would move the wait for dK, which touches
@@ -126,7 +130,7 @@ class Mainloop {
             convert_p(s, p);
         }
         operands_.issue_dv(now_.stage, p, dv);
-        if constexpr (!Config::kSoftcap) {
+        if constexpr (!kHalves) {
             finish_dq(cute::_1{});
         }
         make_ds(s, pool, p, dv);
@@ -134,17 +138,17 @@ class Mainloop {
         now_.advance();
     }
 
-    // P of half the block's queries.
-    template <int kHalf, bool kMasked>
-    __device__ __forceinline__ void make_half_capped(AccumulatorS& s, OperandP& p, float const* lse,
-                                                     int first_query, float scale) {
-        constexpr int kQueries = Config::kQueries / 2;
-        constexpr int kAt = kHalf * kQueries / 2;
-        auto half = cute::make_tensor(s.data() + kAt, typename Config::template LayoutC<kQueries>{});
+    // P of a part of the block's queries: the first or the second half of them, or all.
+    template <int kPart, bool kMasked>
+    __device__ __forceinline__ void make_capped(AccumulatorS& s, OperandP& p, float const* lse,
+                                                int first_query, float scale) {
+        constexpr int kQueries = Config::kQueries / (kHalves ? 2 : 1);
+        constexpr int kAt = kPart * kQueries / 2;
+        auto part = cute::make_tensor(s.data() + kAt, typename Config::template LayoutC<kQueries>{});
         auto words = cute::make_tensor(cute::recast<uint32_t>(p).data() + kAt / 2,
                                        cute::Layout<cute::Int<kQueries / 4>>{});
         Probabilities<Config>::template make_capped<kMasked, kAt>(
-            half, words, kept_, shared_, lse + kHalf * kQueries, first_query + kHalf * kQueries, scale,
+            part, words, kept_, shared_, lse + kPart * kQueries, first_query + kPart * kQueries, scale,
             params_.scores.softcap, slope_);
     }
 
