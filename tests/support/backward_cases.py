@@ -113,6 +113,13 @@ def draw(
     return Problem(Call(q, k, v, **given), dout, dlse)
 
 
+def with_low_logits(problem: Problem) -> Problem:
+    """With scores near -100, where exp(0 - LSE) of a key that is not there is infinite."""
+    q, k = problem.call.q.clone(), problem.call.k.clone()
+    q[..., 0], k[..., 0] = 100 * q.shape[-1] ** 0.5, -1.0
+    return replace(problem, call=replace(problem.call, q=q, k=k))
+
+
 @functools.cache
 def expected(problem: Problem, dtype: torch.dtype = torch.float64) -> Gradients:
     """Gradients of every row in this precision; zero in rows that are not used."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from backward_cases import Problem, check, draw
+from backward_cases import Problem, check, draw, with_low_logits
 from defaults import by_default
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from forward_cases import int32, packed
@@ -153,7 +153,7 @@ KEPT = tuple(f for f in FAULTS if f.name in ("ds_early", "nothing_cleared", "no_
 
 @functools.cache
 def problems(variant: BackwardVariant) -> list[Problem]:
-    """A few blocks on both sides with two heads, and packed sequences with unused rows."""
+    """A few blocks on both sides with two heads, packed sequences with unused rows, low scores."""
     indices = {
         "cu_seqlens_q": packed([5, 0, 130, 1, 64]) + 3,
         "cu_seqlens_k": packed([7, 40, 141, 1, 64]) + 2,
@@ -165,6 +165,7 @@ def problems(variant: BackwardVariant) -> list[Problem]:
         draw(variant, 211, 260, 2, 1, indices=indices, **lengths, with_dlse=True),
         draw(variant, 330, 290, 2, 1, batch=1),
         draw(variant, 130, 700, 1, 1, batch=1),
+        with_low_logits(draw(variant, 70, 150, 1, 1, batch=1, window=(-1, -1))),
     ]
 
 
