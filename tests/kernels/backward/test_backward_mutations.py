@@ -153,7 +153,8 @@ KEPT = tuple(f for f in FAULTS if f.name in ("ds_early", "nothing_cleared", "no_
 
 @functools.cache
 def problems(variant: BackwardVariant) -> list[Problem]:
-    """A few blocks on both sides with two heads, packed sequences with unused rows, low scores."""
+    """A few blocks on both sides with two heads, packed sequences with unused rows, low scores, and
+    a window that is wider than a block."""
     indices = {
         "cu_seqlens_q": packed([5, 0, 130, 1, 64]) + 3,
         "cu_seqlens_k": packed([7, 40, 141, 1, 64]) + 2,
@@ -161,11 +162,13 @@ def problems(variant: BackwardVariant) -> list[Problem]:
         "seqused_k": int32([3, 11, 137, 0, 64]),
     }
     lengths = {"max_seqlen_q": 130, "max_seqlen_k": 141}
+    wide = {"window": (150, 21)} if variant.mask == "local" else {}
     return [
         draw(variant, 211, 260, 2, 1, indices=indices, **lengths, with_dlse=True),
         draw(variant, 330, 290, 2, 1, batch=1),
         draw(variant, 130, 700, 1, 1, batch=1),
         with_low_logits(draw(variant, 70, 150, 1, 1, batch=1, window=(-1, -1))),
+        draw(variant, 290, 450, 1, 1, batch=1, **wide),
     ]
 
 
