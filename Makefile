@@ -58,8 +58,10 @@ fuzz: $(TOOLS) $(PACKAGE) $(SIMULATOR) $(COMPILER)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/support/run_fuzz.py \
 		--calls $(FUZZ_CALLS) --seed $(FUZZ_SEED) --workers $(FUZZ_WORKERS)
 
+# tests/support: bench_launch.py times calls of the driver that the tests bring.
 bench: $(PACKAGE)
-	@set -e; for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in bench/bench_*.py; do echo "== $$script"; \
+		PYTHONPATH=tests/support $(BIN)/python $$script; done
 
 gpu-pack: $(TOOLS) $(PACKAGE) $(COMPILER)
 	$(BIN)/python bench/gpu_pack.py $(GPU_PACK_ARGS)

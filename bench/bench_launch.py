@@ -9,10 +9,11 @@ one key on a CPU, kernel included.
 
 A backward is timed from where autograd enters the node until its three launches are made, and as
 torch.autograd.grad runs it, beside a node that does nothing. Writes bench/results/launch.json.
+
+usage: PYTHONPATH=tests/support python bench/bench_launch.py    (the driver is that of the tests)
 """
 
 import json
-import sys
 import tempfile
 import time
 import timeit
@@ -25,9 +26,6 @@ import torch
 import torch.nn.functional as F
 
 import environment
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
-
 from fake_driver import control
 from fake_driver.cubin import any_cubin
 from flash8 import _native, backends, flash_attn_func, flash_attn_varlen_func, fp8

@@ -20,13 +20,11 @@ from pathlib import Path
 import pybind11
 
 import environment
+import facts
+from flash8.compiler import Compiled, Unit, compile_unit, write_package
 from gpu_steps import units
 from gpu_steps.journal import write_json
 from gpu_steps.pack import PACK, ROOT, source_digest
-
-sys.path.insert(0, str(ROOT / "bench" / "hopper_facts"))
-import facts
-from flash8.compiler import Compiled, Unit, compile_unit, write_package
 
 MOST_BYTES = 60 << 20
 
@@ -76,7 +74,7 @@ def build(folder: Path, jobs: int, pythons: list[str]) -> None:
     (folder / "tests" / "gpu_driver.ptx").write_bytes(compiled_tests.ptx.read_bytes())
     shutil.copytree(pybind11.get_include(), folder / "pybind11" / "include")
     for python in pythons:  # an interpreter without packages will do
-        script = ROOT / "bench" / "gpu_steps" / "extension.py"
+        script = ROOT / "bench" / "gpu_extension.py"
         subprocess.run([python, str(script), str(folder)], check=True)
     if source_digest() != digest:
         raise ValueError("the sources have changed while the pack was built: build it again")

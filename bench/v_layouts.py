@@ -5,16 +5,15 @@ bytes that threads read and write in shared memory, bytes that TMA brings. Two l
 their difference is what further tiles cost. Counts, not times; machine instructions of the
 consumers are in machine_code.md.
 
-usage: python bench/v_layouts.py    (writes bench/results/v_layouts.*)
+The calls are those of the tests. Writes bench/results/v_layouts.*.
+
+usage: PYTHONPATH=tests/support python bench/v_layouts.py
 """
 
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 
 from flash8.backends.hopper.variants import ForwardVariant
 from forward_cases import device, kernel, launch

@@ -1,4 +1,5 @@
-"""The law of the folders: none of the package imports one above it, no test file another."""
+"""The law of the folders: none of the package imports one above it, no test file another, and no
+script edits the path that it imports from."""
 
 import ast
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import flash8
-from repository import TESTS
+from repository import ROOT, TESTS
 
 PACKAGE = Path(flash8.__file__).parent
 #: Ground first. What is not listed is the face: what users import, and the command line.
@@ -93,7 +94,7 @@ def test_a_planted_import_is_found():
 
 
 def strays(text: str) -> list[str]:
-    """Test modules that a test imports, and its edits of the path."""
+    """Test modules that a file imports, and its uses of the path."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -108,8 +109,12 @@ def strays(text: str) -> list[str]:
 TEST_FILES = sorted(TESTS.rglob("test_*.py"))
 
 
-def test_no_test_file_imports_another():
-    wrong = {path.name: strays(path.read_text()) for path in TEST_FILES}
+def test_no_test_file_imports_another_and_no_script_edits_the_path():
+    scripts = [
+        path for name in ("bench", "examples", "tests") for path in (ROOT / name).rglob("*.py")
+    ]
+    assert {ROOT / "bench" / "facts.py", *TEST_FILES} < {*scripts}
+    wrong = {str(path.relative_to(ROOT)): strays(path.read_text()) for path in scripts}
     assert {name: found for name, found in wrong.items() if found} == {}
 
 

@@ -23,7 +23,7 @@ from .pack import ROOT, Pack, gpu_tests
 from .runner import Step
 
 RESULTS = ROOT / "bench" / "results"
-_FACTS = "bench/hopper_facts/facts.py"
+_FACTS = "bench/facts.py"
 _DEVICE, _TORCH, _EXTENSION = "device", "torch", "extension"
 #: Seconds. `registers` hangs on purpose, ten seconds for each exchange that does not end.
 _FACT_LIMITS = {"arithmetic": 40, "wgmma": 25, "l2": 25, "rates": 15, "mma": 20, "registers": 65}
@@ -89,7 +89,7 @@ def _setup(pack: Pack, work: Path) -> Iterator[Step]:
     yield Step(
         "setup", _DEVICE, (*device, f"--json={work}/device.json"), 30, result=work / "device.json"
     )
-    extension = (python, "bench/gpu_steps/extension.py", str(pack.folder))
+    extension = (python, "bench/gpu_extension.py", str(pack.folder))
     yield Step("setup", _EXTENSION, extension, 150, gpu=False, together=True)
     # It also takes torch from the disk, which the steps after it then find in memory.
     torch = (python, "bench/environment.py", str(work / "environment.json"))

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-import formats
-from accumulation import BF16_BITS, FP8_BITS, step
-from driver import Device, Module
+from . import formats
+from .accumulation import BF16_BITS, FP8_BITS, step
+from .driver import Device, Module
 
 _M, _N, _ROW_BYTES, _THREADS = 64, 8, 32, 128
 _KINDS = {

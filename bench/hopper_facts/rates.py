@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-import formats
-from driver import Device, Module
+from . import formats
+from .driver import Device, Module
 
 _CHAINS = 8
 

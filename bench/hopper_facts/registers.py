@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from driver import Device, Module
 from limited import run_limited
 
-_HERE = Path(__file__).resolve().parent
+from .driver import Device, Module
+
+_FACTS = Path(__file__).resolve().parent.parent / "facts.py"
 #: (given by one warpgroup, asked for by two). At launch there are 3 * 168 = 504 registers a column.
 PAIRS = ((40, 232), (56, 224), (24, 240), (48, 232), (56, 232))
 _POOL, _SECONDS = 504, 10.0
@@ -36,7 +37,7 @@ def run(images: Path, kind: str, *, seconds: float = _SECONDS) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         for given, asked in PAIRS:
             log = Path(folder) / "log"
-            command = [sys.executable, str(_HERE / "facts.py"), "pair", f"--pair={given},{asked}"]
+            command = [sys.executable, str(_FACTS), "pair", f"--pair={given},{asked}"]
             command += [f"--images={images}", f"--kind={kind}", f"--json={folder}/pair.json"]
             ending = run_limited(command, limit=seconds, log=log, environ=environ)
             said = log.read_text(errors="replace").strip().splitlines()

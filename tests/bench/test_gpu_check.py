@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+import facts
 import flash8_sim
 import gpu_check
+import gpu_extension
 from flash8 import _native
-from gpu_steps import extension, pack, plan
-from hopper_facts_fixtures import facts
+from gpu_steps import pack, plan
 from processes import is_alive
 from repository import ROOT
 from simulated_device import missing_compiler
@@ -162,15 +163,15 @@ def test_results_of_a_record_are_written_under_their_names(tmp_path, monkeypatch
 def test_the_extension_of_this_python_loads_and_others_are_told_apart(tmp_path, monkeypatch):
     built = Path(_native.__file__)
     assert built.name == f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-    assert extension.trouble(built) is None
-    target = extension.extension_path(tmp_path)
+    assert gpu_extension.trouble(built) is None
+    target = gpu_extension.extension_path(tmp_path)
     assert target.name == built.name
-    assert extension.trouble(target) == f"the pack has no {built.name}"
+    assert gpu_extension.trouble(target) == f"the pack has no {built.name}"
     target.parent.mkdir(parents=True)
     target.write_bytes(b"no library")
-    assert "ImportError" in extension.trouble(target)
-    monkeypatch.setattr(extension, "package_version", lambda: "9.9")
-    assert f", not 9.9 {_native.ABI_VERSION}" in extension.trouble(built)
+    assert "ImportError" in gpu_extension.trouble(target)
+    monkeypatch.setattr(gpu_extension, "package_version", lambda: "9.9")
+    assert f", not 9.9 {_native.ABI_VERSION}" in gpu_extension.trouble(built)
 
 
 def test_the_extension_is_built_from_all_of_its_sources():
@@ -185,7 +186,7 @@ def test_the_extension_builds_by_the_compiler_alone(tmp_path):
     (tmp_path / "pybind11").mkdir()
     (tmp_path / "pybind11" / "include").symlink_to(pybind11.get_include())
     (tmp_path / "site" / "flash8").mkdir(parents=True)
-    script = ROOT / "bench" / "gpu_steps" / "extension.py"
+    script = ROOT / "bench" / "gpu_extension.py"
     for words in ("built, and loads", "of the pack loads"):
         command = [sys.executable, str(script), str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+import facts
 import flash8_sim
 import machine_code
-from hopper_facts_fixtures import arithmetic, driver, facts, formats, rates, registers
+from hopper_facts import arithmetic, driver, formats, rates, registers
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))

@@ -4,7 +4,7 @@
 build. Where the pack's does not load, g++ builds it from the checkout against the pybind11 of the
 pack, all sources at once: seconds on a machine with many cores. It needs this Python's headers.
 
-usage: python bench/gpu_steps/extension.py PACK
+usage: python bench/gpu_extension.py PACK
 """
 
 import os
@@ -15,8 +15,6 @@ import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpu_steps.pack import ROOT, native_sources
 

@@ -13,7 +13,7 @@ Each fact says under "as_expected" whether it is what the design assumes, and ra
 kernel's results are right. Needs a driver and NumPy, no torch. The kernels come compiled, from
 `make gpu-pack`, or are compiled by flash8 where it is installed.
 
-usage: python bench/hopper_facts/facts.py [FACT ...] [--images DIR] [--json FILE] [--quick]
+usage: python bench/facts.py [FACT ...] [--images DIR] [--json FILE] [--quick]
 """
 
 import argparse
@@ -24,17 +24,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hopper_facts import arithmetic, rates, registers
+from hopper_facts.driver import Device, DriverError, Module
+
 if TYPE_CHECKING:
     from flash8.compiler import Compiled
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # bench/ is a folder of scripts, not a package
-
-import arithmetic  # noqa: E402
-import rates  # noqa: E402
-import registers  # noqa: E402
-from driver import Device, DriverError, Module  # noqa: E402
-
+KERNELS = Path(__file__).resolve().parent / "hopper_facts"
 Fact = Callable[..., dict[str, Any]]
 #: By name: the source, and the function. `registers` is apart: it starts processes.
 FACTS: dict[str, tuple[str, Fact]] = {
@@ -61,7 +57,7 @@ def compile_images(folder: Path) -> None:
 def compile_source(name: str) -> "Compiled":
     from flash8.compiler import Unit, compile_unit
 
-    return compile_unit(Unit(HERE / f"{name}.cu", (), f"facts_{name}"))
+    return compile_unit(Unit(KERNELS / f"{name}.cu", (), f"facts_{name}"))
 
 
 def measure(name: str, images: Path, kind: str, *, quick: bool) -> dict[str, Any]:
