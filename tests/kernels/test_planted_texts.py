@@ -13,22 +13,34 @@ from repository import TESTS
 
 ROOTS = (kernel_root(), cutlass_root() / "quantize")
 DEVICE = (".cu", ".cuh", ".h")
-#: What makes a copy of the device code with edits.
-EDITORS = (
-    *("changed_sources(", "changed_kernel(", "changed_kernels("),
-    *("changed_image(", "changed_quantizers("),
-)
-#: These make copies with edits that others give them.
-HELPERS = ("decode_cases", "fp8_forward_cases", "quantizer_device", "trust_cases")
+
+
+def called(node: ast.AST) -> set[str]:
+    """Names of the functions that a piece of source calls."""
+    calls = (call.func for call in ast.walk(node) if isinstance(call, ast.Call))
+    return {getattr(function, "id", getattr(function, "attr", "")) for function in calls}
+
+
+def editors() -> set[str]:
+    """Functions of tests/support that copy a folder, or call one that does: the copies of device
+    code with edits."""
+    trees = [ast.parse(path.read_text()) for path in (TESTS / "support").rglob("*.py")]
+    functions = [node for tree in trees for node in ast.walk(tree)]
+    calls = {node.name: called(node) for node in functions if isinstance(node, ast.FunctionDef)}
+    found = {"copytree"}
+    while more := {name for name, names in calls.items() if names & found} - found:
+        found |= more
+    return found - {"copytree"}
+
+
+EDITORS = editors()
 
 
 def plants(path: Path) -> bool:
-    text = path.read_text()
-    copies = "copytree(cutlass_root()" in text or any(editor in text for editor in EDITORS)
-    return copies and path.stem not in (*HELPERS, Path(__file__).stem)
+    return bool(called(ast.parse(path.read_text())) & EDITORS)
 
 
-PLANTING = {path.stem: path for path in sorted(TESTS.rglob("*.py")) if plants(path)}
+PLANTING = {path.stem: path for path in sorted(TESTS.rglob("test_*.py")) if plants(path)}
 
 
 def value(node: ast.expr, names: dict[str, Any]) -> Any:

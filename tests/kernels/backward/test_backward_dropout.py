@@ -1,7 +1,7 @@
 """Dropout in the backward kernel: the forward's mask bit for bit, and gradients behind it."""
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ import flash8
 from backward_cases import Problem, check, compare, draw, launch, saved
 from cases import Case, as_leaves, build, check_backward, gradients, run_flash8, upstream
 from defaults import by_default
+from faults import Fault
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.compiler import compile_unit
 from forward_cases import device, int32, packed
@@ -155,16 +156,6 @@ def test_the_bounds_catch(bad):
 
 KEPT, LOOP, WIDE = "backward/kept.cuh", "backward/mainloop.cuh", "backward/mainloop_split.cuh"
 EPILOGUE, PROBABILITIES_H = "backward/epilogue.cuh", "backward/probabilities.cuh"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A text of the device code that another takes the place of."""
-
-    name: str
-    variant: BackwardVariant
-    edit: tuple[str, str, str]
-
 
 FAULTS = (
     Fault("row", CAUSAL, (KEPT, "first_query + query", "query")),

@@ -1,7 +1,6 @@
 """Faults planted in what the backward of an FP8 forward has of its own. Each is found."""
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from backward_cases import Problem, check
 from backward_fp8_cases import draw
 from defaults import by_default
+from faults import Fault
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from forward_cases import int32, packed
 from fp8_forward_cases import changed_sources
@@ -26,22 +26,13 @@ OPERANDS, BEFORE = "backward/fp8_operands.cuh", "backward/preprocess_fp8.cuh"
 ROWS, TILE = "backward/preprocess.cuh", "backward/key_tile.cuh"
 AFTER, PROBABILITIES = "backward/postprocess.cu", "backward/probabilities.cuh"
 
-
-@dataclass(frozen=True)
-class Fault:
-    """A text of the device code that another takes the place of."""
-
-    name: str
-    edit: tuple[str, str, str]
-    variant: BackwardVariant = CAUSAL
-
-
 FAULTS = (
     # Waits and fences.
-    Fault("keys_early", (KEYS, "shared.pipeline_kv.wait(PipelineState<1>{});", "")),
-    Fault("keys_unfenced", (KEYS, "ptx::fence_proxy_async();", "")),
+    Fault("keys_early", CAUSAL, (KEYS, "shared.pipeline_kv.wait(PipelineState<1>{});", "")),
+    Fault("keys_unfenced", CAUSAL, (KEYS, "ptx::fence_proxy_async();", "")),
     Fault(
         "half_of_the_keys",
+        CAUSAL,
         (
             KEYS,
             "ptx::named_barrier_sync(static_cast<int>(NamedBarrier::kKeysPrepared), kThreads);",
@@ -50,11 +41,13 @@ FAULTS = (
     ),
     Fault(
         "nothing_of_q_counted",
+        CAUSAL,
         (PRODUCER, "(Config::kFp8 ? sizeof(Stored) : 0)", "0"),
     ),
     # Rows that belong to nobody.
     Fault(
         "keys_not_cleared",
+        CAUSAL,
         (
             PRODUCER,
             "clear<Config::kPanelQ8, Config::kHeadDim, Config::kBlockN>(shared.k8, tile.seen);",
@@ -63,34 +56,43 @@ FAULTS = (
     ),
     Fault(
         "values_not_cleared",
+        CAUSAL,
         (
             PRODUCER,
             "clear<Config::kPanelV8, Config::kHeadDimV, Config::kBlockN>(shared.v8(), tile.seen);",
             "",
         ),
     ),
-    Fault("unused_q", (BEFORE, "used && column < params_.head_dim", "column < params_.head_dim")),
+    Fault(
+        "unused_q",
+        CAUSAL,
+        (BEFORE, "used && column < params_.head_dim", "column < params_.head_dim"),
+    ),
     # Scales.
-    Fault("no_q_descale", (PROBABILITIES, "shared.stats[stage].q_descale[0] * ", "")),
-    Fault("no_v_descale", (PROBABILITIES, "dp * v_descale_ - d", "dp - d")),
-    Fault("no_k_descale", (TILE, "tile.score_scale = tile.k_descale *", "tile.score_scale = ")),
-    Fault("unscaled_q", (BEFORE, "inside ? descale_ : 0.0f", "inside ? 1.0f : 0.0f")),
-    Fault("wrong_block", (OPERANDS, "offset / kScaleBlock + batch", "offset / kScaleBlock")),
-    Fault("first_block", (OPERANDS, "static_cast<int64_t>(row / kScaleBlock)", "0")),
-    Fault("first_head", (BEFORE, "tile.head / params.heads_per_q_descale", "0")),
+    Fault("no_q_descale", CAUSAL, (PROBABILITIES, "shared.stats[stage].q_descale[0] * ", "")),
+    Fault("no_v_descale", CAUSAL, (PROBABILITIES, "dp * v_descale_ - d", "dp - d")),
+    Fault(
+        "no_k_descale", CAUSAL, (TILE, "tile.score_scale = tile.k_descale *", "tile.score_scale = ")
+    ),
+    Fault("unscaled_q", CAUSAL, (BEFORE, "inside ? descale_ : 0.0f", "inside ? 1.0f : 0.0f")),
+    Fault(
+        "wrong_block", CAUSAL, (OPERANDS, "offset / kScaleBlock + batch", "offset / kScaleBlock")
+    ),
+    Fault("first_block", CAUSAL, (OPERANDS, "static_cast<int64_t>(row / kScaleBlock)", "0")),
+    Fault("first_head", CAUSAL, (BEFORE, "tile.head / params.heads_per_q_descale", "0")),
     Fault(
         "cap_twice",
-        (TILE, "scores.softmax_scale / scores.softcap", "scores.softmax_scale_log2"),
         CAPPED,
+        (TILE, "scores.softmax_scale / scores.softcap", "scores.softmax_scale_log2"),
     ),
     # Means.
-    Fault("k_mean_in_s", (ROWS, "params_.scores.softmax_scale * shift", "0.0f * shift")),
-    Fault("v_mean_in_d", (ROWS, "d - v_share", "d")),
-    Fault("mean_not_taken_off", (KEYS, " - mean[column + c]", "")),
-    Fault("mean_not_given_back", (AFTER, "own[0] + mean[0]", "mean[0]")),
-    Fault("given_mean_forgotten", (AFTER, "own[0] + mean[0]", "own[0]")),
-    Fault("sum_without_sink", (ROWS, "dlse - sink_share", "dlse")),
-    Fault("capped_mean", (KEYS, "Config::kSoftcap ? nullptr : ", ""), CAPPED),
+    Fault("k_mean_in_s", CAUSAL, (ROWS, "params_.scores.softmax_scale * shift", "0.0f * shift")),
+    Fault("v_mean_in_d", CAUSAL, (ROWS, "d - v_share", "d")),
+    Fault("mean_not_taken_off", CAUSAL, (KEYS, " - mean[column + c]", "")),
+    Fault("mean_not_given_back", CAUSAL, (AFTER, "own[0] + mean[0]", "mean[0]")),
+    Fault("given_mean_forgotten", CAUSAL, (AFTER, "own[0] + mean[0]", "own[0]")),
+    Fault("sum_without_sink", CAUSAL, (ROWS, "dlse - sink_share", "dlse")),
+    Fault("capped_mean", CAPPED, (KEYS, "Config::kSoftcap ? nullptr : ", "")),
 )
 KEPT = tuple(f for f in FAULTS if f.name in ("v_mean_in_d", "sum_without_sink"))
 

@@ -1,7 +1,6 @@
 """Faults planted in the backward kernels: waits, fences, masks, scales and order. Each is found."""
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 
 from backward_cases import Problem, check, draw, with_low_logits
 from defaults import by_default
+from faults import Fault
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from forward_cases import int32, packed
 from fp8_forward_cases import changed_sources
@@ -27,16 +27,6 @@ PRODUCER, LOOP = "backward/producer.cuh", "backward/mainloop.cuh"
 SPLIT, MASK = "backward/mainloop_split.cuh", "backward/query_mask.cuh"
 PROBABILITIES, CONFIG = "backward/probabilities.cuh", "backward/config.cuh"
 BEFORE, TILE = "backward/preprocess.cuh", "backward/key_tile.cuh"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A text of the device code that another takes the place of."""
-
-    name: str
-    variant: BackwardVariant
-    edit: tuple[str, str, str]
-
 
 FAULTS = (
     # Waits of the producer warpgroup.

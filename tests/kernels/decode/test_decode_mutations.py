@@ -1,7 +1,7 @@
 """Faults planted in the decode kernel: waits, tickets, masks, scales and pages. Each is found."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from decode_cases import Cache, changed_kernel, check, draw
 from decode_launch import Call
 from defaults import by_default
+from faults import Fault
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from forward_cases import int32
 from simulated_device import missing_compiler
@@ -26,16 +27,6 @@ SEEDS = range(1, 13)
 LOOP, LOADER, MERGE = "decode/mainloop.cuh", "decode/loader.cuh", "decode/merge.cuh"
 ROWS, WORK, CONFIG = "decode/rows.cuh", "decode/work.cuh", "decode/config.cuh"
 ARCH, KERNEL, PRODUCTS = "arch/mma_sync.cuh", "decode/kernel.cu", "decode/products.cuh"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A text of the device code that another takes the place of."""
-
-    name: str
-    variant: DecodeVariant
-    edit: tuple[str, str, str]
-
 
 FAULTS = (
     # Waits.

@@ -1,6 +1,6 @@
 """Dropout in the forward kernel: the published mask bit for bit, and O and LSE behind it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ import torch
 import flash8
 import tolerances
 from defaults import by_default
+from faults import Fault
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.compiler import compile_unit
 from forward_cases import check, compare, device, draw, int32, launch, masks, packed
@@ -194,33 +195,23 @@ DROPOUT, CONSUMER, LOOP = (
     "forward/mainloop.cuh",
 )
 
-
-@dataclass(frozen=True)
-class Fault:
-    """Texts of the device code that others take the place of."""
-
-    name: str
-    variant: ForwardVariant
-    edits: tuple[tuple[str, str, str], ...]
-
-
 FAULTS = (
-    Fault("row", CAUSAL, ((DROPOUT, "row_ = row.query;", "row_ = first_row;"),)),
-    Fault("row_of_a_folded_head", FOLDED, ((DROPOUT, "row_ = row.query;", "row_ = first_row;"),)),
-    Fault("head", CAUSAL, ((DROPOUT, "+ row.head;", "+ 0 * row.head;"),)),
-    Fault("head_of_a_folded_row", FOLDED, ((DROPOUT, "+ row.head;", "+ tile.head;"),)),
-    Fault("batch", CAUSAL, ((DROPOUT, "tile.batch * params.heads_q", "0"),)),
-    Fault("column", CAUSAL, ((DROPOUT, "+ lane() % 2;", ";"),)),
-    Fault("block", CAUSAL, ((DROPOUT, "first = n_block *", "first = 0 * n_block *"),)),
-    Fault("lanes", CAUSAL, ((DROPOUT, "transpose_quad(words, lane());", ""),)),
-    Fault("rounds", CAUSAL, ((DROPOUT, "kRounds = 7", "kRounds = 10"),)),
-    Fault("seed", CAUSAL, ((DROPOUT, "seed >> 32", "seed >> 31"),)),
-    Fault("scale", CAUSAL, ((CONSUMER, "scales.v_scale = params_.dropout.keep_scale;", ""),)),
+    Fault("row", CAUSAL, (DROPOUT, "row_ = row.query;", "row_ = first_row;")),
+    Fault("row_of_a_folded_head", FOLDED, (DROPOUT, "row_ = row.query;", "row_ = first_row;")),
+    Fault("head", CAUSAL, (DROPOUT, "+ row.head;", "+ 0 * row.head;")),
+    Fault("head_of_a_folded_row", FOLDED, (DROPOUT, "+ row.head;", "+ tile.head;")),
+    Fault("batch", CAUSAL, (DROPOUT, "tile.batch * params.heads_q", "0")),
+    Fault("column", CAUSAL, (DROPOUT, "+ lane() % 2;", ";")),
+    Fault("block", CAUSAL, (DROPOUT, "first = n_block *", "first = 0 * n_block *")),
+    Fault("lanes", CAUSAL, (DROPOUT, "transpose_quad(words, lane());", "")),
+    Fault("rounds", CAUSAL, (DROPOUT, "kRounds = 7", "kRounds = 10")),
+    Fault("seed", CAUSAL, (DROPOUT, "seed >> 32", "seed >> 31")),
+    Fault("scale", CAUSAL, (CONSUMER, "scales.v_scale = params_.dropout.keep_scale;", "")),
     Fault(
         "row_sum",
         CAUSAL,
+        (LOOP, "alpha);\n        dropout_.apply(s, last);", "alpha);"),
         (
-            (LOOP, "alpha);\n        dropout_.apply(s, last);", "alpha);"),
             (
                 LOOP,
                 "        softmax.template step<true",
