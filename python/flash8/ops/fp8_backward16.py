@@ -40,10 +40,13 @@ def backward(
         own = Tokens(options.cu_seqlens_k).finite_mean(k)
         k = k - Tokens(options.cu_seqlens_k).spread(own, k)
         mean = own if mean is None else own + mean
+    # Rows of no sequence, and those that see nothing: what else they hold must not matter.
+    empty = torch.isneginf(lse)
     centred_lse = lse
     if mean is not None:
         mean = rows.of_queries(mean)
-        centred_lse = lse - rows.scale * rows.heads_first((q * mean).sum(dim=-1))
+        shift = rows.scale * rows.heads_first((q * mean).sum(dim=-1))
+        centred_lse = torch.where(empty, lse, lse - shift)
     dtype = out.dtype
     dq, dk, dv, _, _ = torch.ops.flash8.backward(
         dout,
@@ -62,12 +65,12 @@ def backward(
     if mean is not None:
         row_sum = _row_sum_of_ds(p_sink, d, dlse)
         if row_sum is not None:
-            row_sum = row_sum.masked_fill(torch.isneginf(lse), 0.0)
+            row_sum = row_sum.masked_fill(empty, 0.0)
             dq = (dq + rows.scale * rows.tokens_first(row_sum)[..., None] * mean).to(dtype)
     if s_aux is None or p_sink is None or d is None:
         return dq, dk, dv, None
-    ds_aux = -(p_sink * (d if dlse is None else d - dlse)).transpose(-1, -2)
-    return dq, dk, dv, ds_aux.flatten(0, -2).sum(dim=0).to(s_aux.dtype)
+    ds_aux = -(p_sink * (d if dlse is None else d - dlse)).masked_fill(empty, 0.0)
+    return dq, dk, dv, ds_aux.transpose(-1, -2).flatten(0, -2).sum(dim=0).to(s_aux.dtype)
 
 
 def tangents(
@@ -149,9 +152,9 @@ class _Rows:
         return rows.transpose(-1, -2)
 
     def sink_share(self, s_aux: Tensor, lse: Tensor) -> Tensor:
-        """exp(s_aux - LSE) in LSE's layout: the weight of the sink."""
-        share = (s_aux.float()[:, None] - lse).exp()
-        return share.masked_fill(torch.isneginf(lse), 0.0)
+        """exp(s_aux - LSE) in LSE's layout: the weight of the sink. It has no meaning where a row
+        is empty."""
+        return (s_aux.float()[:, None] - lse).exp()
 
     def row_sum(self, dout: Tensor | None, out: Tensor) -> Tensor:
         """rowsum(dO * O) in LSE's layout."""

@@ -103,8 +103,10 @@ def _load_rows(
         dlse = unit.queries.rows(dlse).unflatten(1, grouped)
         d -= dlse
     lse_rows = unit.queries.rows(lse).unflatten(1, grouped)
-    lse_rows = lse_rows.masked_fill(lse_rows == float("-inf"), float("inf"))
-    return _Rows(dout_rows, lse_rows, d, dlse)
+    empty = lse_rows == float("-inf")
+    # Whatever dO holds where nothing is seen: 0 * NaN would be NaN.
+    d.masked_fill_(empty, 0.0)
+    return _Rows(dout_rows, lse_rows.masked_fill(empty, float("inf")), d, dlse)
 
 
 def _backward_unit(operands: Operands, rows: _Rows, options: Options) -> _Accumulators:

@@ -163,8 +163,9 @@ def _forward_block(
         o *= operands.v_channel_descale
     if operands.v_mean is not None:
         o += (softmax.row_sum() * normalise)[..., None] * operands.v_mean
-    o = torch.where(lse[..., None] == float("-inf"), 0.0, o)
-    return o, lse if shift is None else lse + shift
+    empty = lse == float("-inf")
+    o = torch.where(empty[..., None], 0.0, o)
+    return o, lse if shift is None else torch.where(empty, lse, lse + shift)
 
 
 def _shifted(sink: Tensor | None, shift: Tensor | None) -> Tensor | None:

@@ -127,7 +127,7 @@ def _wide_rows(
     out_rows = heads_first(unit.queries.tokens(out), heads_kv, torch.float32)
     lse_rows = unit.queries.rows(lse).unflatten(1, grouped)
     empty = lse_rows == float("-inf")
-    d = (dout_rows * out_rows).sum(dim=-1)
+    d = torch.where(empty, 0.0, (dout_rows * out_rows).sum(dim=-1))
     share = 0.0 if operands.sink is None else (operands.sink - lse_rows).exp()
     p_sink = None if operands.sink is None else torch.where(empty, 0.0, share)
     ds_sum = torch.zeros_like(d) if p_sink is None else p_sink * d
