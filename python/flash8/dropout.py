@@ -13,8 +13,9 @@ def dropout_mask(
 ) -> Tensor:
     """The mask that the attention functions apply for `dropout_seed=seed` and `dropout_p=p`.
 
-    Returns bool (batch, heads, seqlen_q, seqlen_k), True where the probability is kept (and
-    scaled by 1 / (1 - p)). Rows and columns count from the start of each sequence's used part.
+    Returns bool (batch, heads, seqlen_q, seqlen_k), True where the probability is kept, and
+    scaled by 65536 / (65536 - round(65536 p)). Rows and columns count from the start of each
+    sequence's used part.
     Raises TypeError or ValueError naming the argument that is wrong.
     """
     sizes = (("batch", batch), ("heads", heads), ("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k))

@@ -89,6 +89,38 @@ def test_backward_uses_the_same_mask(name, dtype):
     check_backward(build(case(name, dtype=dtype)))
 
 
+@pytest.mark.parametrize("p", [1e-5, 0.1, 0.999, 0.99998])
+def test_the_scale_makes_up_for_what_the_mask_drops(p):
+    """Not for p, of which the mask has 16 bits."""
+    q, k = (torch.randn(1, 9, 1, 16, dtype=torch.float64) for _ in range(2))
+    eye = torch.eye(9, dtype=torch.float64)[None, :, None, :]
+    leaves = [x.requires_grad_() for x in (q, k, eye)]
+    whole = flash8.flash_attn_func(*leaves)
+    seed = next(s for s in range(100000) if flash8.dropout_mask(s, 1, 1, 9, 9, p).any())
+    left = flash8.flash_attn_func(*leaves, dropout_p=p, dropout_seed=seed)
+    keep = flash8.dropout_mask(seed, 1, 1, 9, 9, p)[0, 0]
+    right = torch.where(keep, whole[0, :, 0] / (1.0 - round(65536 * p) / 65536), 0.0)
+    torch.testing.assert_close(left[0, :, 0], right, rtol=1e-12, atol=0.0)
+    weights = torch.randn_like(right)
+    found = torch.autograd.grad((left[0, :, 0] * weights).sum(), leaves)
+    expected = torch.autograd.grad((right * weights).sum(), leaves[:2])
+    expected += ((right.detach().T @ weights)[None, :, None, :],)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-13 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_everything_may_be_dropped(dtype):
+    wide = torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
+    leaves = [torch.randn(1, 20, 2, 32, dtype=wide).requires_grad_() for _ in range(3)]
+    attend = flash8.fp8.fp8_attention if dtype != wide else flash8.flash_attn_func
+    for p in (1.0 - 2**-18, 1.0 - 2**-53):
+        out, lse = attend(*leaves, dropout_p=p, return_attn_probs=True)
+        assert not out.any() and lse.isfinite().all()
+        found = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        assert not any(x.any() for x in found)
+
+
 def test_lse_knows_nothing_of_dropout():
     problem = build(case("plain"))
     _, lse = run_flash8(problem)

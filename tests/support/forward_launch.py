@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import oracle
 from flash8 import _native
 from flash8.tensors import v_colmajor
 from flash8.tensors.tokens import Tokens
@@ -122,8 +123,8 @@ class Launch:
         if call.dropout_p > 0.0:
             seed = torch.tensor([call.dropout_seed], dtype=torch.int64)
             dropout.seed = self.upload(seed).address
-            dropout.threshold = round(call.dropout_p * 65536)
-            dropout.keep_scale = 1.0 / (1.0 - call.dropout_p)
+            dropout.threshold = oracle.threshold(call.dropout_p)
+            dropout.keep_scale = oracle.keep_scale(call.dropout_p)
 
     def upload(self, x: Tensor) -> Uploaded:
         data = x.contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b""

@@ -86,7 +86,7 @@ def attend(
     lse = torch.where(anything, peak + torch.log(total), torch.full_like(peak, float("-inf")))
 
     if keep is not None:
-        p = torch.where(keep, p / (1.0 - dropout_p), torch.zeros_like(p))
+        p = torch.where(keep, p * keep_scale(dropout_p), torch.zeros_like(p))
     return torch.einsum("hij,jhd->ihd", p.to(v.dtype), v), lse.squeeze(-1)
 
 
@@ -401,4 +401,14 @@ def dropout_keep(
     words = philox4x32(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF), rounds=7)
     halves = np.stack([words & np.uint64(0xFFFF), words >> np.uint64(16)], axis=-1)
     values = halves.reshape(heads, seqlen_q, groups * 8)[..., :seqlen_k]
-    return values >= np.uint64(round(p * 65536))
+    return values >= np.uint64(threshold(p))
+
+
+def threshold(p: float) -> int:
+    """Of the 65536 values of a draw so many drop."""
+    return round(p * 65536)
+
+
+def keep_scale(p: float) -> float:
+    """By the share of the values that keep; without any, nothing is left to scale."""
+    return 65536 / (65536 - threshold(p)) if threshold(p) < 65536 else 0.0

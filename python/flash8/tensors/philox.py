@@ -5,7 +5,8 @@ counter-based generator that GPUs use as well; the signs of a rotation come from
 counter words are (column // 8, row, batch * heads + head, 0), its key is the low and high 32 bits
 of the seed. The four output words carry eight 16-bit values, one for each of eight neighbouring
 columns, low half first. An element is kept when its value is at least round(p * 65536), whatever
-the tiling, so forward, backward, a later replay and a CUDA kernel all see one mask.
+the tiling, so forward, backward, a later replay and a CUDA kernel all see one mask. What is kept is
+multiplied with what makes up for it exactly, 65536 / (65536 - round(p * 65536)).
 """
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 COLUMNS_PER_DRAW = 8
 MASK32 = 0xFFFFFFFF
 _ROUNDS = 7
+_VALUES = 65536
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
@@ -56,7 +58,13 @@ def keep_mask(
 
 def threshold(p: float) -> int:
     """The least of the 65536 values that keeps its element when a share p of them is dropped."""
-    return round(p * 65536)
+    return round(p * _VALUES)
+
+
+def keep_scale(p: float) -> float:
+    """What kept elements are multiplied with; 0 where p is so near 1 that none is kept."""
+    kept = _VALUES - threshold(p)
+    return _VALUES / kept if kept else 0.0
 
 
 def draw_seed(device: torch.device) -> Tensor:

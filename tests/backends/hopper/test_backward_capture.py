@@ -55,6 +55,20 @@ def field(parameters: bytes, name: str) -> int:
     return struct.unpack_from("<Q", parameters, LAYOUT["BackwardParams"]["fields"][name][0])[0]
 
 
+@pytest.mark.parametrize("p", [0.1, 0.999, 1.0 - 2**-18])
+def test_the_scale_of_dropout_is_that_of_its_threshold(p, fake, on_fake_driver):
+    trained(lambda *x: dense(*x, dropout_p=p))
+    threshold, scale = (
+        LAYOUT["DropoutParams"]["fields"][x][0] for x in ("threshold", "keep_scale")
+    )
+    for at, struct_name in enumerate(("ForwardParams", *["BackwardParams"] * 3)):
+        dropout = fake.parameter(at)[LAYOUT[struct_name]["fields"]["dropout"][0] :]
+        (least,) = struct.unpack_from("<I", dropout, threshold)
+        (factor,) = struct.unpack_from("<f", dropout, scale)
+        assert least == round(65536 * p)
+        assert factor == pytest.approx(65536 / (65536 - least) if p < 0.9999 else 0.0, rel=1e-7)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_a_captured_step_is_four_launches_and_nothing_illegal(name, fake, on_fake_driver):
     trained(CALLS[name])

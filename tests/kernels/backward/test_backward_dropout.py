@@ -82,6 +82,12 @@ def test_probabilities(p):
     check(CAUSAL, dense(CAUSAL, (1, 130, 150, 2, 1), dropout_p=p), seeds=(1,))
 
 
+def test_everything_may_be_dropped():
+    problem = dense(CAUSAL, (1, 70, 90, 1, 1), dropout_p=1.0 - 2**-18)
+    got = launch(CAUSAL, saved(problem))
+    assert not (got.dq.any() or got.dk.any() or got.dv.any())
+
+
 @pytest.mark.parametrize("variant", by_default(DEFAULT, [CAUSAL]))
 @pytest.mark.parametrize("splits", [2, 3])
 def test_heads_that_ctas_share(variant, splits):

@@ -22,6 +22,7 @@ from flash8.backends.cpu.products import product, select, transposed
 from flash8.backends.cpu.scores import Scores
 from flash8.backends.cpu.sequences import Unit, units
 from flash8.call.options import Options
+from flash8.tensors.philox import keep_scale
 
 #: How far the sum of a row of P may be from 1 by rounding.
 _WHOLE = {torch.float32: 1e-5, torch.float64: 1e-13}
@@ -161,7 +162,7 @@ def _backward_tile(
     p_dropped = p
     keep = scores.keep(tile)
     if keep is not None:
-        survival = keep.to(p.dtype).div_(1.0 - dropout_p)
+        survival = keep.to(p.dtype).mul_(keep_scale(dropout_p))
         p_dropped, dp = p * survival, dp.mul_(survival)
     p_tile = _product_operand(p_dropped, operands).transpose(-1, -2)
     sums.dv[:, :, keys] += product(p_tile, dout_tile, by_keys)

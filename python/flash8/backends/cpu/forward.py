@@ -16,6 +16,7 @@ from flash8.backends.cpu.sequences import Unit, check_values, units
 from flash8.backends.cpu.softmax import softmax_for
 from flash8.call.checks import FP8
 from flash8.call.options import Options
+from flash8.tensors.philox import keep_scale
 from flash8.tensors.tokens import Tokens
 from flash8.tensors.v_colmajor import from_colmajor
 
@@ -157,7 +158,7 @@ def _forward_block(
         sums.add(alpha, p, operands.v[:, :, tile.n_begin : tile.n_end], hidden)
     shift = operands.lse_shift(queries)
     normalise, lse = softmax.finish(_shifted(operands.sink, shift))
-    factor = v_descale.leave(normalise / (1.0 - dropout_p))
+    factor = v_descale.leave(normalise * keep_scale(dropout_p))
     o = sums.finish().mul_(factor[..., None])
     if operands.v_channel_descale is not None:
         o *= operands.v_channel_descale

@@ -30,6 +30,7 @@ from flash8.backends.cpu.sequences import Unit, units
 from flash8.call.options import Options
 from flash8.tensors.descales import BLOCK
 from flash8.tensors.float8 import E4M3, MAX, saturating_cast
+from flash8.tensors.philox import keep_scale
 
 _SMALLEST_DESCALE = 2.0**-126
 
@@ -225,7 +226,7 @@ class _Unit:
         dp = select(self._dp(rows, o.v[:, :, keys], tile), hidden)
         keep = self._scores.keep(tile)
         kept = p if keep is None else p * keep
-        survival = 1.0 / (1.0 - self._dropout_p)
+        survival = keep_scale(self._dropout_p)
         if keep is not None:
             dp = dp * keep * survival
         self._sums.dv[:, :, keys] += self._dv(kept, rows, hidden) * survival

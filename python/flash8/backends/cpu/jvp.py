@@ -20,6 +20,7 @@ from flash8.backends.cpu.products import product, select
 from flash8.backends.cpu.scores import Scores
 from flash8.backends.cpu.sequences import Unit, units
 from flash8.call.options import Options
+from flash8.tensors.philox import keep_scale
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class _Block:
         hidden = scores.hidden(tile)
         p = select(scores.bias_and_mask(s, tile, hidden).sub_(self._lse[..., None]).exp_(), hidden)
         keep = scores.keep(tile)
-        kept = p if keep is None else p * keep / (1.0 - self._dropout_p)
+        kept = p if keep is None else p * keep * keep_scale(self._dropout_p)
         v_tile = operands.v[:, :, keys]
         ds = self._scores_tangent(q_tile, qv_tile, tile)
         if ds is not None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from flash8 import _native
 from flash8.backends.hopper.variants import Mask
 from flash8.call.options import Options
-from flash8.tensors.philox import threshold
+from flash8.tensors.philox import keep_scale, threshold
 
 INT32_MAX = 2**31 - 1
 _TMA_UNIT = 16  # bytes: of addresses and strides
@@ -111,7 +111,7 @@ def describe_dropout(call: TrainingCall, options: Options) -> None:
     if options.dropout_seed is not None:
         call.dropout.seed = options.dropout_seed.data_ptr()
         call.dropout.threshold = threshold(options.dropout_p)
-        call.dropout.keep_scale = 1.0 / (1.0 - options.dropout_p)
+        call.dropout.keep_scale = keep_scale(options.dropout_p)
 
 
 def describe_scores(call: Call, s_aux: Tensor | None, options: Options) -> list[Tensor]:
