@@ -88,7 +88,7 @@ def _workspace_like(workspace: Tensor) -> Tensor:
     from flash8 import _native
 
     size = workspace.numel() + _native.WORKSPACE_UNIT
-    return planned.one_element(torch.uint8, workspace.device).expand(size)
+    return planned.without_memory((size,), torch.uint8, workspace.device)
 
 
 @functools.cache

@@ -20,13 +20,16 @@ def may_launch(q: Any) -> bool:
 
 
 def like(x: Tensor) -> Tensor:
-    """One element that empty_like takes for a tensor of x's shape, and that keeps no x alive."""
-    return one_element(x.dtype, x.device).expand(x.shape)
+    """What empty_like takes for a tensor of x's shape, and that keeps neither x nor memory."""
+    return without_memory(x.shape, x.dtype, x.device)
 
 
-@functools.cache
-def one_element(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(1, dtype=dtype, device=device)
+def without_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor whose one element is given back: it may have come from a pool that others expect to
+    be empty later, like that of a CUDA graph."""
+    expanded = torch.empty(1, dtype=dtype, device=device).expand(shape)
+    expanded.untyped_storage().resize_(0)
+    return expanded
 
 
 def make_contiguous(likes: tuple[Tensor, ...]) -> bool:

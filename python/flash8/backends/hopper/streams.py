@@ -2,6 +2,7 @@
 
 import functools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -18,37 +19,50 @@ def current_stream(q: Tensor) -> int:
 
 def get_tile_count(device: torch.device, stream: int, captured: bool = False) -> Tensor:
     """The counters of one launch, of tiles claimed and of CTAs done: zero before it and after it.
+    `stream` is the current one, and `captured` says that a graph is being made of it.
 
     Launches that run at the same time must not share one. Those of one stream never do, so each
     stream has its own for ever. A captured launch may run again on any stream, next to anything:
     it gets counters of its own, in the graph's memory, that the graph sets to zero every time.
     """
-    if captured:
-        return new_tile_count(device)
-    # The handle of the per-thread default stream means another stream in every thread.
-    thread = threading.get_ident() if stream == _PER_THREAD_STREAM else 0
-    return _stream_tile_count(device, stream, thread)
-
-
-@functools.cache
-def _stream_tile_count(device: torch.device, stream: int, thread: int) -> Tensor:
-    return new_tile_count(device)
+    return new_tile_count(device) if captured else _of_stream(device, stream, COUNTERS)
 
 
 def get_tickets(device: torch.device, stream: int, count: int, captured: bool = False) -> Tensor:
     """Zeros that a decode launch counts in and leaves zero, at least `count`: whose they are is as
     with `get_tile_count`."""
     if captured:
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    thread = threading.get_ident() if stream == _PER_THREAD_STREAM else 0
-    return _stream_tickets(device, stream, thread, max(count, _MANY_TICKETS))
-
-
-@functools.cache
-def _stream_tickets(device: torch.device, stream: int, thread: int, count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=device)
+        return _zeros(device, count)
+    return _of_stream(device, stream, max(count, _MANY_TICKETS))
 
 
 def new_tile_count(device: torch.device) -> Tensor:
     """Counters for one launch at a time."""
-    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return _zeros(device, COUNTERS)
+
+
+def _of_stream(device: torch.device, stream: int, count: int) -> Tensor:
+    # The handle of the per-thread default stream means another stream in every thread.
+    thread = threading.get_ident() if stream == _PER_THREAD_STREAM else 0
+    return _kept_zeros(device, stream, thread, count)
+
+
+@functools.cache
+def _kept_zeros(device: torch.device, stream: int, thread: int, count: int) -> Tensor:
+    """Made by another thread: memory pools that torch is told to allocate from, like those of
+    torch.compile's CUDA graphs, are those of a thread, and must not keep what outlives them."""
+    if thread:
+        return _zeros(device, count)  # another thread cannot enqueue on this stream
+    where = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(max_workers=1) as another:
+        return another.submit(_zeros_on, where, device, count).result()
+
+
+def _zeros_on(stream: torch.cuda.Stream | None, device: torch.device, count: int) -> Tensor:
+    """Set to zero in that stream's order."""
+    with torch.cuda.stream(stream):
+        return _zeros(device, count)
+
+
+def _zeros(device: torch.device, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)
