@@ -63,6 +63,14 @@ def tensor_ref(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), batch[0] if batch else 0, rows, heads
 
 
+def descale_ref(descale: Tensor) -> tuple[int, int, int, int]:
+    """Address, and the strides of batch, head and block: 0 for those that there are not."""
+    # The stride of a dimension of one is never stepped over.
+    steps = [0 if n == 1 else s for n, s in zip(descale.shape, descale.stride(), strict=True)]
+    batch, head, block = steps + [0] * (3 - len(steps))
+    return descale.data_ptr(), batch, head, block
+
+
 def row_ref(lse: Tensor) -> tuple[int, int, int]:
     """Address and strides of values by row or channel, (batch, heads, n) or (heads, n)."""
     return lse.data_ptr(), 0 if lse.dim() == 2 else lse.stride(0), lse.stride(-2)
@@ -112,6 +120,26 @@ def describe_dropout(call: TrainingCall, options: Options) -> None:
         call.dropout.seed = options.dropout_seed.data_ptr()
         call.dropout.threshold = threshold(options.dropout_p)
         call.dropout.keep_scale = keep_scale(options.dropout_p)
+
+
+def describe_scaling(
+    call: Call, options: Options, descales: tuple[str, ...], channels: tuple[str, ...]
+) -> list[Tensor]:
+    """The named descales, and values by channel; returns what the call points to then."""
+    held = []
+    for name in descales:
+        descale = getattr(options, name)
+        if descale is not None:
+            held.append(descale)
+            setattr(call, name, descale_ref(descale))
+    for name in channels:
+        given = getattr(options, name)
+        if given is not None:
+            values = given.contiguous()
+            held.append(values)
+            batch_stride = values.stride(0) if values.dim() == 3 else 0
+            setattr(call, name, (values.data_ptr(), batch_stride, values.stride(-2)))
+    return held
 
 
 def describe_scores(call: Call, s_aux: Tensor | None, options: Options) -> list[Tensor]:

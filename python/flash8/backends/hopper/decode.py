@@ -247,19 +247,6 @@ def _describe_cache(call: _native.DecodeParams, k: Tensor, options: Options) -> 
         call.max_pages = table.shape[1]
         call.sequences.batch_k = table.shape[0]
         call.sequences.max_seqlen_k = _room(k, options)
-    for name in ("k_descale", "v_descale"):
-        descale = getattr(options, name)
-        if descale is not None:
-            steps = [
-                0 if n == 1 else s for n, s in zip(descale.shape, descale.stride(), strict=True)
-            ]
-            steps = steps if descale.dim() == 2 else [0, 0]
-            setattr(call, name, (descale.data_ptr(), *steps, 0))
-    for name in ("k_mean", "v_mean"):
-        mean = getattr(options, name)
-        if mean is not None:
-            mean = mean.contiguous()
-            held.append(mean)
-            batch_stride = mean.stride(0) if mean.dim() == 3 else 0
-            setattr(call, name, (mean.data_ptr(), batch_stride, mean.stride(-2)))
-    return held
+    return held + attention_params.describe_scaling(
+        call, options, ("k_descale", "v_descale"), ("k_mean", "v_mean")
+    )

@@ -51,24 +51,8 @@ def describe_scales(
     call: attention_params.TrainingCall, q: Tensor, k: Tensor, options: Options
 ) -> list[Tensor]:
     """Fills in descales and means, which a backward has too. Returns what `call` points to then."""
-    held = []
     heads, heads_kv = q.shape[-2], k.shape[-2]
-    call.heads_per_q_descale = 1
-    for name in _DESCALES:
-        descale = getattr(options, name)
-        if descale is None:
-            continue
-        held.append(descale)
-        # The stride of a dimension of one is never stepped over.
-        steps = [0 if n == 1 else s for n, s in zip(descale.shape, descale.stride(), strict=True)]
-        setattr(call, name, (descale.data_ptr(), *steps, *[0] * (3 - len(steps))))
-        if name == "q_descale" and descale.dim() > 1 and descale.shape[1] == heads_kv:
-            call.heads_per_q_descale = heads // heads_kv
-    for name in _CHANNELS:
-        given = getattr(options, name)
-        if given is not None:
-            channels = given.contiguous()
-            held.append(channels)
-            batch_stride = channels.stride(0) if channels.dim() == 3 else 0
-            setattr(call, name, (channels.data_ptr(), batch_stride, channels.stride(-2)))
-    return held
+    descale = options.q_descale
+    of_kv_heads = descale is not None and descale.dim() > 1 and descale.shape[1] == heads_kv
+    call.heads_per_q_descale = heads // heads_kv if of_kv_heads else 1
+    return attention_params.describe_scaling(call, options, _DESCALES, _CHANNELS)
