@@ -115,8 +115,9 @@ def test_the_workspace_depends_on_the_grid_alone(fake, driver, kernel):
 
 
 def test_nothing_to_do_is_no_launch(fake, kernel):
-    for sizes in ({"batch": 0}, {"rows": 0}):
-        _native.launch_decode(kernel, 0, 0, dense_call(**sizes))
+    _native.launch_decode(kernel, 0, 0, dense_call(rows=0))
+    _native.launch_decode(kernel, 0, 0, changed(dense_call(), batch=0))
+    _native.launch_decode(kernel, 0, 0, changed(dense_call(), cu_seqlens_q=16, total_q=0))
     assert not fake.launches
     _native.launch_decode(kernel, 0, 0, dense_call(keys=1))
     call = dense_call(keys=1)
@@ -135,7 +136,9 @@ REFUSED = {
     "heads": (changed(dense_call(), heads_q=5), "heads_q is 5; it must be a multiple of heads_kv"),
     "head_dim": (changed(dense_call(), head_dim=136), "head_dim is 136; this kernel supports"),
     "page_size": (changed(dense_call(), page_size=0), "page_size is 0; it must be positive"),
-    "pages": (changed(dense_call(), num_pages=-1), "num_pages is -1"),
+    "pages": (changed(dense_call(), num_pages=-1), "num_pages is -1; it must be positive"),
+    "no pages": (changed(paged_call(), num_pages=0), "num_pages is 0; it must be positive"),
+    "columns": (changed(paged_call(), max_pages=-1), "max_pages is -1; it must not be negative"),
     "packed": (changed(dense_call(), cu_seqlens_k=16), "cu_seqlens_k is given"),
     "room": (
         changed(paged_call(), max_seqlen_k=641),

@@ -39,8 +39,8 @@ void check_sizes(const DecodeParams& call, const KernelInfo& info) {
     check_sequences(kCall, sequences);
     require(sequences.cu_seqlens_k == nullptr, "decode: cu_seqlens_k is given; the keys are a cache's");
     require(call.page_size >= 1, "decode: page_size is ", call.page_size, "; it must be positive");
-    require(call.num_pages >= 0 && call.max_pages >= 0, "decode: num_pages is ", call.num_pages,
-            " and max_pages ", call.max_pages, "; neither may be negative");
+    require(call.num_pages >= 1, "decode: num_pages is ", call.num_pages, "; it must be positive");
+    require(call.max_pages >= 0, "decode: max_pages is ", call.max_pages, "; it must not be negative");
     const std::int64_t room =
         call.page_table != nullptr ? std::int64_t{call.page_size} * call.max_pages : call.page_size;
     require(sequences.max_seqlen_k <= room, "decode: max_seqlen_k is ", sequences.max_seqlen_k,

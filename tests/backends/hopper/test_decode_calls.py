@@ -170,6 +170,21 @@ def test_refusals_have_names(name, launched, monkeypatch):
     assert launched == []
 
 
+@pytest.mark.parametrize("page_size", [0, 16], ids=["dense", "paged"])
+def test_a_cache_without_keys_is_for_the_portable_code(page_size, launched, monkeypatch):
+    """O = 0, LSE = -inf."""
+    q, k, v = (x.to(E4M3) if i else x for i, x in enumerate(draw()[0]))
+    flash8.backends._warn_of_refusal.cache_clear()
+    if page_size == 0:
+        cache, given = [k[:3, :0], v[:3, :0]], {}
+    else:
+        cache = [k[:0], v[:0]]
+        given = {"page_table": int32([[]] * 3), "cache_seqlens": int32([0] * 3)}
+    with pytest.warns(UserWarning, match="the cache has no keys"):
+        o, lse = run(monkeypatch, [q, *cache], given)
+    assert not o.any() and (lse == -float("inf")).all() and launched == []
+
+
 def test_more_rows_of_a_dense_cache_are_for_the_forward_kernel(launched, on_fake_driver, fake):
     tensors, given = dense(seqlen_q=20)
     with warnings.catch_warnings():

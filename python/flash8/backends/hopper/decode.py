@@ -76,6 +76,8 @@ def _refused_options(q: Tensor, k: Tensor, qv: Tensor | None, options: Options) 
 
 
 def _refused_sizes(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:
+    if 0 in k.shape[:2]:
+        return "the cache has no keys"
     if _tile(q, v) is None:
         return f"head_dim is {q.shape[-1]} and head_dim_v {v.shape[-1]}; tiles are {TILES}"
     unit = 16 // k.element_size()
