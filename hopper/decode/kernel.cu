@@ -1,6 +1,7 @@
 // The decode kernel: few rows of Q over a KV cache. One variant per compilation;
 // flash8.backends.hopper.decode_variants says which -D options there are.
 
+#include "empty_rows.cuh"
 #include "merge.cuh"
 
 namespace flash8 {
@@ -76,12 +77,12 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
         Walk<Config> const& walk = shared.walk[warp];
         // Since the last reads of Q all threads have met.
         if (warp < Config::kRowTiles) {
-            QueryStage<Config>::fill(params, shared, walk.segment, walk.sequence.info, warp);
+            QueryStage<Config>::fill(params, shared, walk.segment, walk.sequence, warp);
         }
         __syncthreads();
         Accumulators<Config> sums;
         mainloop.run(walk, sums);
         merge.finish(walk, sums);
     }
-    store_rows_without_work<Config>(params);
+    EmptyRows<Config>(params).store();
 }

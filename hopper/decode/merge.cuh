@@ -163,7 +163,7 @@ class Merge {
     // value.
     __device__ void finish_row(Segment const& segment, SequenceWork<Config> const& sequence, int row) {
         UnitRow const at = UnitRow::of<Config>(params_, segment, row);
-        bool const used = at.query < sequence.info.seqlen_q;
+        bool const used = at.query < sequence.queries;
         float const reference = shared_.merged_reference[row];
         float const sum = shared_.merged_sum[row];
         float const* const sinks = params_.scores.sinks;
@@ -189,7 +189,7 @@ class Merge {
     __device__ __forceinline__ void store(Segment const& segment, SequenceWork<Config> const& sequence,
                                           int row, int channel, float2 sum) const {
         UnitRow const at = UnitRow::of<Config>(params_, segment, row);
-        if (at.query >= sequence.info.seqlen_q || channel >= params_.head_dim_v) {
+        if (at.query >= sequence.queries || channel >= params_.head_dim_v) {
             return;
         }
         float const factor = shared_.normalise[row];
@@ -273,34 +273,5 @@ class Merge {
     Share const& share_;
     int warp_;
 };
-
-// Rows that belong to no unit: those of a sequence without a key that a query sees, and unused ones.
-template <class Config>
-__device__ void store_rows_without_work(DecodeParams const& params) {
-    for (int batch = blockIdx.x; batch < params.sequences.batch; batch += gridDim.x) {
-        SequenceWork<Config> const sequence = SequenceWork<Config>::read(params, batch);
-        SeqlenInfo const& info = sequence.info;
-        int const first = sequence.tiles == 0 ? 0 : info.seqlen_q;
-        int const rows = (info.rows_q - first) * params.heads_q;
-        for (int i = threadIdx.x / 32; i < rows; i += Config::kWarps) {
-            int const query = first + i / params.heads_q;
-            int const head = i % params.heads_q;
-            int64_t const target = info.offset_q + int64_t{query};
-            uint32_t* const o = reinterpret_cast<uint32_t*>(
-                static_cast<uint16_t*>(params.o.ptr) + info.batch_q * params.o.batch_stride +
-                target * params.o.row_stride + head * params.o.head_stride);
-            int const lane = threadIdx.x % 32;
-            for (int pair = lane; pair < params.head_dim_v / 2; pair += 32) {
-                o[pair] = 0;
-            }
-            if (lane == 0 && params.lse.ptr != nullptr) {
-                bool const sink = query < info.seqlen_q && params.scores.sinks != nullptr;
-                params.lse
-                    .ptr[info.batch_q * params.lse.batch_stride + head * params.lse.head_stride + target] =
-                    sink ? params.scores.sinks[head] : -INFINITY;
-            }
-        }
-    }
-}
 
 }  // namespace flash8

@@ -35,11 +35,12 @@ class QueryStage {
   public:
     // By one warp per row tile; the others have nothing to do.
     __device__ static void fill(DecodeParams const& params, SharedStorage<Config>& shared,
-                                Segment const& segment, SeqlenInfo const& info, int n) {
+                                Segment const& segment, SequenceWork<Config> const& sequence, int n) {
+        SeqlenInfo const& info = sequence.info;
         int const lane = threadIdx.x % 32;
         int const row = 8 * n + lane / 4;
         UnitRow const at = UnitRow::of<Config>(params, segment, row);
-        bool const exists = at.query < info.seqlen_q;
+        bool const exists = at.query < sequence.queries;
         uint16_t const* const q = static_cast<uint16_t const*>(params.q.ptr) +
                                   info.batch_q * params.q.batch_stride +
                                   (info.offset_q + int64_t{exists ? at.query : 0}) * params.q.row_stride +

@@ -15,6 +15,29 @@
 
 namespace flash8 {
 
+// The first row of a sequence in packed Q, by the largest offset of the sequences before it: where offsets
+// decrease, every row still belongs to one sequence at most.
+__device__ __forceinline__ int first_row(SequenceParams const& sequences, int batch, int before) {
+    if (sequences.cu_seqlens_q == nullptr) {
+        return 0;
+    }
+    return max(before, clamped(sequences.cu_seqlens_q[batch], 0, static_cast<int>(sequences.total_q)));
+}
+
+// The same of 32 sequences from `first` on, one a lane, by all lanes of a warp. `before` is the first row of
+// the last sequence before them, and then that of the last one of them.
+__device__ __forceinline__ int first_rows(SequenceParams const& sequences, int first, int& before) {
+    int const lane = threadIdx.x % 32;
+    int row = first + lane < sequences.batch ? first_row(sequences, first + lane, before) : before;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        // A lane without a lower one gets its own.
+        row = max(row, __shfl_up_sync(0xffffffff, row, distance));
+    }
+    before = __shfl_sync(0xffffffff, row, 31);
+    return row;
+}
+
 // One sequence. Keys are counted by their place in the cache, left padding included.
 template <class Config>
 struct SequenceWork {
@@ -23,23 +46,23 @@ struct SequenceWork {
     int end;
     int common_begin;  // keys [common_begin, common_end) are those that every query sees
     int common_end;
-    int tiles;  // of a unit
+    int queries;  // that there is work for; the mask goes by info.seqlen_q
+    int tiles;    // of a unit
     int m_blocks;
 
-    __device__ static SequenceWork read(DecodeParams const& params, int batch) {
+    // offset_q: `first_row` of the sequence.
+    __device__ static SequenceWork read(DecodeParams const& params, int batch, int offset_q) {
         SequenceParams const& sequences = params.sequences;
-        bool const packed = sequences.cu_seqlens_q != nullptr;
-        int const offset = packed ? packed_rows(sequences.cu_seqlens_q, batch, sequences.total_q).begin : 0;
         SequenceWork work{};
-        work.info = SeqlenInfo::read(sequences, batch, offset);
+        work.info = SeqlenInfo::read(sequences, batch, offset_q);
         // The host has counted units by this bound.
-        work.info.seqlen_q = min(work.info.seqlen_q, sequences.max_seqlen_q);
-        if (work.info.seqlen_q == 0) {
+        work.queries = min(work.info.seqlen_q, sequences.max_seqlen_q);
+        if (work.queries == 0) {
             return work;
         }
         typename Config::TileMask const mask(params, work.info);
         KeyRange const head = mask.visible_keys(0);
-        KeyRange const tail = mask.visible_keys(work.info.seqlen_q - 1);
+        KeyRange const tail = mask.visible_keys(work.queries - 1);
         int const offset_k = work.info.offset_k;
         work.begin = offset_k + max(0, head.begin);
         work.end = offset_k + max(0, tail.end);
@@ -49,7 +72,7 @@ struct SequenceWork {
             work.tiles = (work.end + Config::kBlockN - 1) / Config::kBlockN - work.first_tile();
         }
         int const ratio = params.heads_q / params.heads_kv;
-        work.m_blocks = (work.info.seqlen_q * ratio + Config::kBlockM - 1) / Config::kBlockM;
+        work.m_blocks = (work.queries * ratio + Config::kBlockM - 1) / Config::kBlockM;
         return work;
     }
 
@@ -64,6 +87,7 @@ struct Share {
     int end;
     int batch;        // the sequence of the first tile, or -1
     int batch_begin;  // the number of that sequence's first tile
+    int batch_row;    // that sequence's first row
 };
 
 // By all lanes of a warp. The host keeps the number of tiles below 2^30.
@@ -80,17 +104,20 @@ class Shares {
 #pragma unroll 1
         for (int pass = 0; pass < 2; ++pass) {
             int before = 0;
+            int row_before = 0;
 #pragma unroll 1
             for (int first = 0; first < params.sequences.batch && share.batch < 0; first += 32) {
                 bool const exists = first + lane < params.sequences.batch;
+                int const row = first_rows(params.sequences, first, row_before);
                 int const own =
-                    exists ? SequenceWork<Config>::read(params, first + lane).all_tiles(params) : 0;
+                    exists ? SequenceWork<Config>::read(params, first + lane, row).all_tiles(params) : 0;
                 int const end = before + inclusive_sum(own);
                 unsigned const ends_after = __ballot_sync(0xffffffff, pass == 1 && end > share.begin);
                 if (ends_after != 0) {
                     int const found = __ffs(ends_after) - 1;
                     share.batch = first + found;
                     share.batch_begin = __shfl_sync(0xffffffff, end - own, found);
+                    share.batch_row = __shfl_sync(0xffffffff, row, found);
                 }
                 before = __shfl_sync(0xffffffff, end, 31);
             }
@@ -138,6 +165,7 @@ struct Walk {
     int tile;  // the number of the first tile of the next segment
     int end;
     int sequence_begin;  // the number of the sequence's first tile
+    int sequence_row;    // its first row
     SequenceWork<Config> sequence;
     Segment segment;
 
@@ -146,6 +174,7 @@ struct Walk {
         walk.tile = share.begin;
         walk.end = share.end;
         walk.sequence_begin = share.batch_begin;
+        walk.sequence_row = share.batch_row;
         walk.segment.batch = share.batch - 1;  // which has no tiles here
         return walk;
     }
@@ -159,7 +188,8 @@ struct Walk {
         while (tile >= sequence_begin + sequence.all_tiles(params)) {
             sequence_begin += sequence.all_tiles(params);
             segment.batch += 1;
-            sequence = SequenceWork<Config>::read(params, segment.batch);
+            sequence_row = first_row(params.sequences, segment.batch, sequence_row);
+            sequence = SequenceWork<Config>::read(params, segment.batch, sequence_row);
         }
         int const unit = (tile - sequence_begin) / sequence.tiles;
         segment.unit_begin = sequence_begin + unit * sequence.tiles;

@@ -136,7 +136,7 @@ void encode_maps(const Driver& driver, const KernelInfo& info, DecodeParams& par
 
 bool has_rows(const SequenceParams& sequences) {
     const bool packed = sequences.cu_seqlens_q != nullptr;
-    return sequences.batch > 0 && (packed ? sequences.total_q : sequences.max_seqlen_q) > 0;
+    return packed ? sequences.total_q > 0 : sequences.batch > 0 && sequences.max_seqlen_q > 0;
 }
 
 }  // namespace

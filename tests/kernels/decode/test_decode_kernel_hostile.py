@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from decode_cases import Cache, check, compare, draw, kernel, launch, poisoned
+from decode_cases import Cache, check, compare, draw, launch, poisoned
 from flash8.backends.hopper.decode_variants import DecodeVariant
-from forward_cases import device, int32
+from forward_cases import int32
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
@@ -97,16 +97,60 @@ def test_rows_of_the_cache(variant):
 
 
 @pytest.mark.parametrize(
-    "offsets", [(0, -1, 5, 2, 8), (MOST,) * 5, (8, 6, 4, 2, 0), (LEAST, 3, 3, MOST, 0)]
+    "offsets",
+    [
+        (0, -1, 5, 2, 8),
+        (MOST,) * 5,
+        (8, 6, 4, 2, 0),
+        (LEAST, 3, 3, MOST, 0),
+        (2, 3, 3, 5, 6),
+    ],
 )
 def test_offsets_of_queries(offsets):
-    """Sequences may then share rows, of which any may be the last to write."""
+    """A row belongs to one sequence, by the largest offset before it, or to none: then O = 0."""
     call = call_of(TMA)
     given = {**call.indices, "cu_seqlens_q": int32(offsets)}
-    hostile = replace(call, q=call.q.reshape(8, 2, 128), indices=given, max_seqlen_q=2)
-    device().configure(checks=False)
-    kernel(TMA)(hostile)
+    hostile = replace(call, q=call.q.reshape(8, 2, 128), indices=given, max_seqlen_q=8)
+    effective = {**given, "cu_seqlens_q": int32(offsets).clamp(0, 8).cummax(0).values.int()}
+    for seed in (0, 1):
+        compare(replace(hostile, indices=effective), *launch(TMA, hostile, seed=seed)[0])
     check(TMA, call_of(TMA), seeds=(0,))
+
+
+def test_offsets_of_more_queries_than_a_warp_has_lanes():
+    """Up and down over several groups of 32 sequences."""
+    generator = torch.Generator().manual_seed(4)
+    call = draw(TMA, [17, 0, 70, 3] * 20, heads=2, causal=True)
+    offsets = torch.randint(-9, 60, (81,), generator=generator) + torch.arange(81) // 8
+    given = {**call.indices, "cu_seqlens_q": offsets.int()}
+    hostile = replace(call, q=call.q.reshape(80, 2, 128), indices=given, max_seqlen_q=80)
+    effective = {**given, "cu_seqlens_q": offsets.clamp(0, 80).cummax(0).values.int()}
+    compare(replace(hostile, indices=effective), *launch(TMA, hostile, ctas=7)[0])
+
+
+def test_no_sequence_at_all():
+    """Rows of a packed q without one are zeros."""
+    call = call_of(TMA)
+    given = {"cu_seqlens_q": int32([0])}
+    q = call.q.reshape(8, 2, 128)
+    ((o, lse),) = launch(TMA, replace(call, q=q, indices=given, max_seqlen_q=2))
+    assert not o.any() and (lse == -float("inf")).all()
+
+
+@pytest.mark.parametrize("heads", [2, 16])
+def test_a_bound_of_queries_that_is_too_low(heads):
+    """The rows within it see the keys that they always see, the others are zeros."""
+    variant = replace(TMA, rows=8 if heads == 2 else 16)
+    call = draw(variant, (150, 64, 0, 77), heads=heads, seqlen_q=2, causal=True, cache=Cache(16))
+    given = {**call.indices, "cu_seqlens_q": int32([0, 3, 5, 7, 8])}
+    call = replace(call, q=call.q.reshape(8, heads, 128), indices=given, max_seqlen_q=3)
+    ((want, want_lse),) = launch(variant, call)
+    ((o, lse),) = launch(variant, replace(call, max_seqlen_q=1))
+    kept = torch.tensor([0, 3, 5, 7])
+    torch.testing.assert_close(o[kept], want[kept], atol=4e-3, rtol=8e-3)
+    torch.testing.assert_close(lse[:, kept], want_lse[:, kept], atol=1e-5, rtol=1e-5)
+    dropped = torch.tensor([1, 2, 4, 6])
+    assert not o[dropped].any() and (lse[:, dropped] == -float("inf")).all()
 
 
 @pytest.mark.parametrize("descale", [0.0, -1.0, float("inf"), float("nan"), 2.0**127])

@@ -131,7 +131,7 @@ FAULTS = (
             "begin + tiles * (warp + 1) / Config::kWarps - (warp == 3)",
         ),
     ),
-    Fault("rows_without_work", E8, (KERNEL, "    store_rows_without_work<Config>(params);\n", "")),
+    Fault("rows_without_work", E8, (KERNEL, "    EmptyRows<Config>(params).store();\n", "")),
     # Masks.
     Fault("a_key_too_many", E8, (LOOP, "key(i, h) < end;", "key(i, h) <= end;")),
     Fault("a_key_too_few", E8, (LOOP, "key(i, h) >= begin", "key(i, h) > begin")),
