@@ -6,6 +6,8 @@
 #include "products.cuh"
 #include "storage.cuh"
 
+#include <cfloat>
+
 namespace flash8 {
 
 struct UnitRow {
@@ -136,6 +138,19 @@ class QueryStage {
     }
 };
 
+// The product of three positive factors; NaN stays NaN. The smallest meets the largest first, so nothing
+// overflows or vanishes on the way. It is a normal number: 0 times the -inf of a hidden key would be NaN, and
+// with scales so small all scores are 0 as good as exactly.
+__device__ __forceinline__ float score_scale(float softmax_scale, float descale, float q_scale) {
+    if (isnan(descale)) {
+        return descale;
+    }
+    float const low = fminf(softmax_scale, descale);
+    float const high = fmaxf(softmax_scale, descale);
+    float const middle = fmaxf(low, fminf(high, q_scale));
+    return fmaxf(fminf(low, q_scale) * fmaxf(high, q_scale) * middle, FLT_MIN);
+}
+
 // How this lane's rows turn products into scores: two for each row tile.
 template <class Config>
 struct RowScales {
@@ -145,15 +160,14 @@ struct RowScales {
 
     __device__ void read(DecodeParams const& params, SharedStorage<Config> const& shared,
                          Segment const& segment) {
-        float const of_head = params.scores.softmax_scale *
-                              head_descale(params.k_descale, segment.batch, segment.head) *
-                              (Config::kScoreMod ? 1.0f : kLog2E);
+        float const softmax_scale = params.scores.softmax_scale * (Config::kScoreMod ? 1.0f : kLog2E);
+        float const descale = head_descale(params.k_descale, segment.batch, segment.head);
 #pragma unroll
         for (int n = 0; n < Config::kRowTiles; ++n) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 int const row = 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + r;
-                scale[n][r] = of_head * shared.q_scale[row];
+                scale[n][r] = score_scale(softmax_scale, descale, shared.q_scale[row]);
                 if constexpr (Config::kScoreMod) {
                     UnitRow const at = UnitRow::of<Config>(params, segment, row);
                     float const* const slopes = params.scores.alibi_slopes;

@@ -19,6 +19,8 @@
 #include "config.cuh"
 #include "mainloop.cuh"
 
+#include <cfloat>
+
 namespace flash8 {
 
 template <class Config>
@@ -67,7 +69,8 @@ class MainloopFp8 {
             warpgroup_wait<0>();
             warpgroup_fence_operand(s);
             release<Config::kClusterM>(shared_.pipeline_k, state_.k);
-            float const scale[kRowsPerThread] = {score_scale[0] * k_scale, score_scale[1] * k_scale};
+            float const scale[kRowsPerThread] = {not_zero<kMasked>(score_scale[0] * k_scale),
+                                                 not_zero<kMasked>(score_scale[1] * k_scale)};
             scores_.template apply<kMasked>(s, n_block, scale);
             float alpha[kRowsPerThread];
             // exp2_polynomial never returns 0, so masked tiles use ex2.
@@ -119,6 +122,12 @@ class MainloopFp8 {
     static constexpr bool kScaleAppliedInScores = Config::kSoftcap || Scores<Config>::kScoresInLog2;
     __device__ static float final_scale(ForwardParams const& params) {
         return Config::kSoftcap ? params.scores.softcap * kLog2E : 1.0f;
+    }
+
+    // 0 times the -inf of a hidden key would be NaN. An invalid scale stays NaN.
+    template <bool kMasked>
+    __device__ __forceinline__ static float not_zero(float scale) {
+        return kMasked && scale < FLT_MIN ? FLT_MIN : scale;
     }
 
     // O = alpha O + P V. If O is computed in chunks of columns, the next chunk's product is in flight while

@@ -86,9 +86,9 @@ def draw(
         given["k_descale"], given["v_descale"] = factors / 32.0, (factors + 0.5) / 32.0
     else:
         k, v = k.to(dtype), v.to(dtype)
-    given |= options
+    given |= {"softmax_scale": variant.head_dim**-0.5, **options}
     given["indices"] = {"seqused_k": int32(lengths), **options.get("indices", {})}
-    return Call(q, k, v, variant.head_dim**-0.5, **given)
+    return Call(q, k, v, **given)
 
 
 def keys_of(call: Call) -> oracle.Keys:

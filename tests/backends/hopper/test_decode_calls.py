@@ -149,6 +149,7 @@ REFUSED = {
         {},
         "rows of the cache share memory",
     ),
+    "scale": (lambda *x: x, {"softmax_scale": 1e-40}, "softmax_scale is 1e-40; kernels take"),
     "alignment": (
         lambda q, k, v: (q, torch.cat([k, k], dim=-1)[..., 4:132], v),
         {},

@@ -167,6 +167,23 @@ def test_queries_that_fp16_has_no_room_for(size):
     check(E8, replace(call, q=q), ctas=3)
 
 
+@pytest.mark.parametrize("variant", [E8, MODIFIED], ids=["plain", "softcap"])
+@pytest.mark.parametrize("scale, descale", [(2.0**-9, 2.0**-5), (2.0**-60, 2.0**-126)])
+def test_scales_that_are_zero_in_fp32(scale, descale, variant):
+    """A row of zeros, and descales as small as they may be: every score is 0, none NaN."""
+    softcap = 20.0 if variant.score_mod else 0.0
+    call = draw(variant, (200, 70), seqlen_q=2, causal=True, softmax_scale=scale, softcap=softcap)
+    q = call.q.clone()
+    q[:, 1] = 0.0
+    check(variant, replace(call, q=q, k_descale=torch.tensor(descale)), ctas=3)
+
+
+def test_a_scale_of_factors_far_apart():
+    """softmax_scale * k_descale alone is 0 in fp32, and Q makes it an ordinary number."""
+    call = draw(E8, (200, 70), seqlen_q=2, causal=True, softmax_scale=2.0**-18)
+    check(E8, replace(call, q=call.q * 2.0**120, k_descale=torch.tensor(2.0**-110)), ctas=3)
+
+
 def test_faint_keys_count():
     """Keys of weight 2^-26, less than fp16 has, beside one without a value."""
     call = draw(E8, (1000,), heads=1)

@@ -153,7 +153,8 @@ FAULTS = (
         (ROWS, "head_descale(params.k_descale, segment.batch, segment.head)", "1.0f"),
     ),
     Fault("v_unscaled", E8, (MERGE, "factor / total * descale", "factor / total")),
-    Fault("power_of_two_forgotten", E8, (ROWS, "of_head * shared.q_scale[row]", "of_head")),
+    Fault("power_of_two_forgotten", E8, (ROWS, "descale, shared.q_scale[row])", "descale, 1.0f)")),
+    Fault("a_scale_vanishes", E8, (ROWS, "* middle, FLT_MIN)", "* middle, 0.0f)")),
     Fault("no_offset", E8, (CONFIG, "? 12.0f : 0.0f", "? 0.0f : 0.0f")),
     Fault(
         "o_not_rescaled",
@@ -250,7 +251,9 @@ def problems(variant: DecodeVariant) -> list[tuple[Call, int]]:
     table[0, :3] = 2**31 - 1
     calls = [(ragged, 5), (long, 9), (replace(ragged, page_table=table, window=(-1, -1)), 5)]
     if not gathers:
-        calls += [(sizes, 3), (_faint(variant, heads), 3)]
+        zeros = replace(sizes, q=sizes.q.clone(), softmax_scale=2.0**-9)
+        zeros.q[:, 1] = 0.0
+        calls += [(sizes, 3), (_faint(variant, heads), 3), (zeros, 3)]
     return calls
 
 

@@ -12,6 +12,7 @@ INT32_MAX = 2**31 - 1
 _TMA_UNIT = 16  # bytes: of addresses and strides
 _TMA_MAX_STRIDE = 1 << 40  # bytes
 _ROW_BYTES = 16  # kernels read and write rows of 16-bit tensors in units of this size
+_MIN_SCALE = 2.0**-126  # the smallest normal number of fp32
 _INDEX_FIELDS = (
     "cu_seqlens_q",
     "cu_seqlens_k",
@@ -23,6 +24,15 @@ _INDEX_FIELDS = (
 
 TrainingCall = _native.ForwardParams | _native.BackwardParams
 Call = TrainingCall | _native.DecodeParams
+
+
+def refused_scale(options: Options) -> str | None:
+    """Why no kernel takes this softmax_scale, or None. Kernels flush subnormal numbers to 0, and 0
+    times the -inf of a hidden key is NaN."""
+    scale = options.softmax_scale
+    if scale is None or scale >= _MIN_SCALE:
+        return None
+    return f"softmax_scale is {scale}; kernels take {_MIN_SCALE} and more"
 
 
 def tma_can_read(x: Tensor) -> bool:

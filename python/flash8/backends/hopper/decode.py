@@ -50,7 +50,8 @@ def refusal(
     """Why no decode kernel serves this call, or None. `out` is the caller's."""
     if q.dtype not in _DTYPES or k.dtype not in (q.dtype, E4M3):
         return f"there is no decode kernel for {q.dtype} q and {k.dtype} k"
-    reason = _refused_options(q, k, qv, options) or _refused_sizes(q, k, v, options)
+    reason = attention_params.refused_scale(options)
+    reason = reason or _refused_options(q, k, qv, options) or _refused_sizes(q, k, v, options)
     if reason is None and out is not None and not attention_params.can_be_stored(out):
         return "out is not aligned to 16 bytes in address and strides"
     return reason

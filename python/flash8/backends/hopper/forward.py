@@ -53,6 +53,8 @@ def refusal(
         return "q, k or v is not aligned to 16 bytes in address and strides, or a stride is 2^40"
     if out is not None and not attention_params.can_be_stored(out):
         return "out is not aligned to 16 bytes in address and strides"
+    if (reason := attention_params.refused_scale(options)) is not None:
+        return reason
     return forward_fp8.refusal(v, options) if q.dtype == E4M3 else None
 
 
