@@ -19,6 +19,7 @@ from attention_cases import Case, gpu_cases, shows_order
 from bench_backward_choices import choices as backward_choices
 from bench_choices import choices
 from flash8.backends.hopper import backward as hopper_backward
+from flash8.backends.hopper import backward_fp8
 from flash8.backends.hopper import forward as hopper
 from flash8.backends.hopper.backward_variants import SHIPPED_BACKWARDS, BackwardVariant
 from flash8.backends.hopper.kernels import Variant, kernels_of
@@ -55,11 +56,20 @@ def _attention() -> Iterator[Variant]:
                 if shows_order(case):
                     ordered = call[-1]._replace(deterministic=True)
                     yield hopper_backward.choose(*call[:-1], ordered)
+                yield from _fp8_backward(same)
                 for granularity, v_colmajor in itertools.product(("head", "block"), (False, True)):
                     yield hopper.choose(*_call(same, _E4M3, _fp8(granularity, v_colmajor)))
     for head_dim in (64, 128, 256):
         for job, v_colmajor in (("cast", False), ("cast", True), ("amax", False)):
             yield QuantizeVariant(job, "bf16", head_dim, v_colmajor=v_colmajor)
+
+
+def _fp8_backward(case: Case) -> Iterator[Variant]:
+    """That of fp8_attention; without one the 16-bit kernels serve."""
+    q, k, v, options = _call(case, _E4M3, _fp8("head", False))
+    out = torch.empty(q.shape, dtype=torch.bfloat16, device="meta")
+    if backward_fp8.refusal(q, k, v, out, options) is None:
+        yield backward_fp8.choose(q, v, out, options)
 
 
 def _fp8(granularity: str, v_colmajor: bool) -> Options:

@@ -69,6 +69,8 @@ def test_kernels_of_the_benchmarks_are_chosen_without_tensors():
         "backward_bf16_d256",
         "backward_bf16_d64_causal_deterministic",
         "backward_bf16_d256_causal_deterministic",
+        "backward_bf16_d64_fp8",
+        "backward_bf16_d128_causal_fp8",
     } <= names
     assert "backward_bf16_d128_deterministic" not in names  # is not measured
 
