@@ -88,10 +88,20 @@ float one_element(const float* a, size_t a_step, const float* b, size_t b_step, 
     return as_float(format.short_result ? bits & ~0x3ffu : bits);
 }
 
-using Floats = float __attribute__((vector_size(64)));
-using Integers = int32_t __attribute__((vector_size(64)));
-using Doubles = double __attribute__((vector_size(128)));
-using Longs = int64_t __attribute__((vector_size(128)));
+// As wide as the machine's registers: of wider vectors the compiler takes comparisons apart, lane by lane.
+#if defined(__AVX512F__)
+constexpr size_t kBytes = 64;
+#elif defined(__AVX2__)
+constexpr size_t kBytes = 32;
+#else
+constexpr size_t kBytes = 16;
+#endif
+constexpr size_t kWidth = kBytes / sizeof(float);
+
+using Floats = float __attribute__((vector_size(kBytes)));
+using Integers = int32_t __attribute__((vector_size(kBytes)));
+using Doubles = double __attribute__((vector_size(2 * kBytes)));
+using Longs = int64_t __attribute__((vector_size(2 * kBytes)));
 
 template <class V, class T>
 V load_vector(const T* from) {
@@ -110,17 +120,14 @@ Integers exponent_field(Floats value) {
     return ((bits >> 23) & 0xff) - 127;
 }
 
-template <class Half, class V>
-Half or_halves(V value) {
-    Half halves[2];
-    std::memcpy(halves, &value, sizeof value);
-    return halves[0] | halves[1];
-}
-
 bool any_lane(Integers value) {
-    using Eight = int32_t __attribute__((vector_size(32)));
     using Four = int32_t __attribute__((vector_size(16)));
-    const Four four = or_halves<Four>(or_halves<Eight>(value));
+    Four parts[kBytes / 16];
+    std::memcpy(parts, &value, sizeof value);
+    Four four = parts[0];
+    for (size_t i = 1; i < kBytes / 16; ++i) {
+        four |= parts[i];
+    }
     int64_t two[2];
     std::memcpy(two, &four, sizeof four);
     return (two[0] | two[1]) != 0;
@@ -147,7 +154,17 @@ Floats round_sums(Integers sum0, Integers sum1, Integers shift, const Format& fo
     return __builtin_convertvector(truncated, Floats);
 }
 
-// Sum of truncated products for 16 lanes; false when an exponent is out of the fast path's range.
+// Lanes that have a product other than zero, or C.
+template <int k_count>
+Integers nonzero_lanes(const float* a, const float* b, Floats c) {
+    Integers found = c != Floats{};
+    for (int k = 0; k < k_count; ++k) {
+        found |= load_vector<Floats>(a + k * 32) * load_vector<Floats>(b + k * 32) != Floats{};
+    }
+    return found;
+}
+
+// Sum of truncated products for kWidth lanes; false when an exponent is out of the fast path's range.
 template <int k_count>
 bool exact_lanes(const float* a, const int32_t* ea, const float* b, const int32_t* eb, float* c,
                  const Format& format) {
@@ -157,8 +174,12 @@ bool exact_lanes(const float* a, const int32_t* ea, const float* b, const int32_
     for (int k = 0; k < k_count; ++k) {
         top = larger(top, load_vector<Integers>(ea + k * 32) + load_vector<Integers>(eb + k * 32));
     }
-    if (any_lane((top < -90) | (top > 90))) {
-        return false;
+    const Integers outside = (top < -90) | (top > 90);
+    if (any_lane(outside)) {
+        if (any_lane(outside & nonzero_lanes<k_count>(a, b, old))) {
+            return false;
+        }
+        top &= ~outside;  // masked keys are common
     }
     const Integers shift = format.fraction - top;
     const Floats scale = as_floats((shift + 127) << 23);
@@ -176,14 +197,16 @@ bool exact_lanes(const float* a, const int32_t* ea, const float* b, const int32_
 }
 
 void plain_lanes(const float* a, const float* b, int k_count, float* c) {
-    Floats low = load_vector<Floats>(c), high = load_vector<Floats>(c + 16);
+    constexpr size_t parts = 32 / kWidth;
+    Floats sums[parts];
+    std::memcpy(sums, c, sizeof sums);
     for (int k = 0; k < k_count; ++k) {
         const Floats y = load_vector<Floats>(b + k * 32);
-        low += load_vector<Floats>(a + k * 32) * y;
-        high += load_vector<Floats>(a + k * 32 + 16) * y;
+        for (size_t part = 0; part < parts; ++part) {
+            sums[part] += load_vector<Floats>(a + k * 32 + part * kWidth) * y;
+        }
     }
-    std::memcpy(c, &low, sizeof low);
-    std::memcpy(c + 16, &high, sizeof high);
+    std::memcpy(c, sums, sizeof sums);
 }
 
 // The accumulator registers as floats and back: f16 results hold two columns each.
@@ -220,7 +243,7 @@ void write_accumulator(Warp& w, const WgmmaShape& shape, int index, const float*
 template <int k_count>
 void exact_register(const WgmmaOperand& a, size_t a_at, const WgmmaOperand& b, size_t b_at,
                     const WgmmaShape& shape, const Format& format, float* c) {
-    for (size_t at = 0; at < 32; at += 16) {
+    for (size_t at = 0; at < 32; at += kWidth) {
         const float* a_lanes = a.values.data() + a_at + at;
         const float* b_lanes = b.values.data() + b_at;
         if (!format.f16_result && exact_lanes<k_count>(a_lanes, a.exponents.data() + a_at + at, b_lanes,
@@ -228,7 +251,7 @@ void exact_register(const WgmmaOperand& a, size_t a_at, const WgmmaOperand& b, s
             continue;
         }
         const int smallest_a = smallest_exponent(shape.a), smallest_b = smallest_exponent(shape.b);
-        for (size_t l = 0; l < 16; ++l) {
+        for (size_t l = 0; l < kWidth; ++l) {
             c[at + l] = one_element(a_lanes + l, 32, b_lanes + l, 32, k_count, c[at + l], smallest_a,
                                     smallest_b, format);
         }
