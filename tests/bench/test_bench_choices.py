@@ -4,6 +4,7 @@ import pytest
 
 import bench_choices
 from attention_cases import dense
+from defaults import by_default
 from flash8 import _native
 from flash8.compiler import compile_unit
 from forward_cases import device
@@ -22,12 +23,17 @@ RUN = [
 ]
 
 
+FOUND = [choice for choice in CHOICES if choice.name in RUN]
+#: The polynomial and descales per block without clusters are compiled for nothing else.
+KEPT = [choice for choice in FOUND if choice.name not in RUN[2:4]]
+
+
 def test_choices_have_names_of_their_own():
     names = [choice.name for choice in CHOICES]
     assert len(set(names)) == len(names) and set(RUN) <= set(names)
 
 
-@pytest.mark.parametrize("choice", [x for x in CHOICES if x.name in RUN], ids=lambda x: x.name)
+@pytest.mark.parametrize("choice", by_default(FOUND, KEPT))
 def test_every_kind_of_choice_computes_attention(choice, monkeypatch):
     image = compile_unit(choice.unit()).ptx.read_bytes() + b"\0"
     kernel = _native.Library(device().driver, image).kernel()

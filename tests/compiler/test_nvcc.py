@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from defaults import by_default
 from flash8 import _native
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.compiler import (
@@ -167,7 +168,9 @@ def test_a_variant_becomes_defines_that_the_compiler_takes(compile_text):
     assert compile_text(include + checks + SCALE, FACTOR="1", **given).cubin.is_file()
 
 
-@pytest.mark.parametrize("define", ["FLASH8_MASK", "FLASH8_DTYPE", "FLASH8_SCALES"])
+@pytest.mark.parametrize(
+    "define", by_default(["FLASH8_MASK", "FLASH8_DTYPE", "FLASH8_SCALES"], ["FLASH8_MASK"])
+)
 def test_a_choice_that_the_device_code_does_not_know_does_not_compile(compile_text, define):
     variant = ForwardVariant("e4m3", 128, 64, mask="local", scales="block")
     given = dict(variant.defines) | {define: "kMissing"}

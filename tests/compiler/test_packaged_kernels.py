@@ -161,7 +161,7 @@ def test_compile_into_a_folder(package, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)  # a quarter of an hour of CPU time where no other test has compiled them
 @pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 def test_the_kernels_target_builds_what_ships(tmp_path):
     pybind11 = [sys.executable, "-m", "pybind11", "--cmakedir"]

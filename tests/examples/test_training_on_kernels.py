@@ -135,23 +135,28 @@ def as_on_a_gpu(monkeypatch):
     return train
 
 
-def test_the_demo_trains_on_kernels_and_names_them(as_on_a_gpu, monkeypatch, capsys):
+@pytest.mark.parametrize("count", by_default([1, 2], [1]))
+def test_the_demo_trains_on_kernels_and_names_them(count, as_on_a_gpu, monkeypatch, capsys):
+    """Two models in bf16, or one of them in FP8."""
     few = dataclasses.replace(
         config(), layers=1, most_steps=1, train_seconds=1e6, validations=1, batch_tokens=TOKENS
     )
     corpus = demo().data.Corpus(documents(), documents()[:1])
     with served(monkeypatch) as seen:
-        trainers = [demo().Trainer(few, variant) for variant in demo().PRECISIONS.values()]
+        precisions = list(demo().PRECISIONS.values())[:count] * (2 // count)
+        trainers = [demo().Trainer(few, variant) for variant in precisions]
         for trainer in trainers:
             trainer.warm_up(batches()[0])
         _, found = demo().train_and_tell(trainers, corpus, few)
     assert len(seen) == 2 * 2 * few.layers
-    assert found["forward"] == ["forward_bf16_d64_causal", "forward_e4m3_d64_causal_headscales"]
-    assert found["backward"] == ["backward_bf16_d64_causal", "backward_bf16_d64_causal_fp8"]
-    assert found["quantize"]
+    forwards = ["forward_bf16_d64_causal", "forward_e4m3_d64_causal_headscales"]
+    backwards = ["backward_bf16_d64_causal", "backward_bf16_d64_causal_fp8"]
+    assert found["forward"] == forwards[:count] and found["backward"] == backwards[:count]
+    assert bool(found["quantize"]) == (count == 2)
     printed = capsys.readouterr().out
     assert f"backward: {', '.join(found['backward'])}\n" in printed
-    assert "Warning" not in printed and "tiled PyTorch" not in printed
+    assert "Warning" not in printed
+    assert printed.count("tiled PyTorch") == 2 - count  # bf16 alone quantizes nothing
 
 
 def test_a_demo_without_kernels_says_so(as_on_a_gpu, capsys):

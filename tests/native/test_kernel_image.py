@@ -4,10 +4,10 @@ import random
 
 import pytest
 
+from defaults import SHIPPED_BY_DEFAULT
 from fake_driver.cubin import LAYOUT, elf, fake_cubin, kernel_info
 from flash8 import _native
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
-from flash8.backends.hopper.variants import SHIPPED
 from flash8.compiler import Unit, compile_unit
 from simulated_device import missing_compiler
 
@@ -140,7 +140,9 @@ def test_a_compiled_cubin_and_its_ptx_say_the_same(tmp_path, driver):
 
 
 @needs_compiler
-@pytest.mark.parametrize("variant", [SHIPPED[0], SHIPPED[-1], SHIPPED_QUANTIZERS[0]])
+@pytest.mark.parametrize(
+    "variant", [*SHIPPED_BY_DEFAULT[:1], *SHIPPED_BY_DEFAULT[-1:], *SHIPPED_QUANTIZERS[:1]]
+)
 def test_shipped_kernels_say_what_they_are(variant, driver):
     cubin, text = (described(driver, image) for image in images(compile_unit(variant.unit())))
     assert cubin == text

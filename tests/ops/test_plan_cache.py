@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from defaults import by_default
 from flash8 import _native, flash_attn_func, flash_attn_varlen_func
 from flash8.backends.hopper import forward as hopper
 from flash8.call.options import Options
@@ -413,11 +414,11 @@ def resident_bytes():
     return pages * resource.getpagesize()
 
 
+SERVED = ["causal", "packed", "strided", "sinks", "sinks in bf16", "used", "output", "scaled"]
+
+
 @pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
-@pytest.mark.parametrize(
-    "name",
-    ["causal", "packed", "strided", "sinks", "sinks in bf16", "slopes", "used", "output", "scaled"],
-)
+@pytest.mark.parametrize("name", by_default([*SERVED, "slopes"], SERVED))
 def test_a_hit_gives_the_results_of_a_miss(name, on_simulated_device, misses):
     first, second = draw(0), draw(1)
     CALLS[name](*first)

@@ -72,14 +72,16 @@ CALLS: dict[str, Call] = {
     "window, softcap, scale": lambda q, k, v: flash_attn_func(
         q, k, v, window_size=(7, 2), softcap=3.0, softmax_scale=0.2, sm_margin=3
     ),
-    "packed": lambda q, k, v: flash_attn_varlen_func(*_packed(q, k, v), ENDS, ENDS, 67, 67),
+    "packed": lambda q, k, v: flash_attn_varlen_func(
+        *_packed(q, k, v), ENDS, ENDS, 67, 67, causal=True
+    ),
     "packed queries": lambda q, k, v: flash_attn_varlen_func(
         q.flatten(0, 1), k, v, ENDS, None, 67, None
     ),
     "grouped heads in a tile": lambda q, k, v: flash_attn_func(q, k, v, pack_gqa=True),
     "strided": lambda q, k, v: flash_attn_func(q[:, ::2], k[:, 1:], v[:, 1:], causal=True),
     "sinks": lambda q, k, v: flash_attn_func(q, k, v, causal=True, s_aux=SINKS),
-    "sinks in bf16": lambda q, k, v: flash_attn_func(q, k, v, s_aux=SINKS.bfloat16()),
+    "sinks in bf16": lambda q, k, v: flash_attn_func(q, k, v, causal=True, s_aux=SINKS.bfloat16()),
     "dropout": lambda q, k, v: flash_attn_func(q, k, v, causal=True, dropout_p=0.1),
     "dropout by a seed": lambda q, k, v: flash_attn_func(
         q, k, v, dropout_p=0.1, dropout_seed=torch.tensor([3])

@@ -159,7 +159,7 @@ def ptx_of(name: str) -> Image:
     return lambda variant: changed_ptx(variant, *PTX_EDITS[name])
 
 
-KEPT = ["causal mask off by one", "unused rows unwritten", "LSE keeps the offset", *PTX_EDITS]
+KEPT = ["causal mask off by one", "LSE keeps the offset", *PTX_EDITS]
 
 
 @pytest.mark.parametrize("name", by_default(CALLS, KEPT))

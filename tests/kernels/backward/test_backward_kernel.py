@@ -52,8 +52,10 @@ LOCAL = BackwardVariant("fp16", 64, 64, mask="local")
 NARROW = BackwardVariant("bf16", 96, 96, mask="causal")
 MLA = BackwardVariant("bf16", 192, 128, mask="causal")
 WIDE = BackwardVariant("bf16", 256, 256, mask="local", deterministic=True)
-DEFAULT = (CAUSAL, ORDERED, LOCAL, NARROW, MLA, WIDE)
+DEFAULT = (CAUSAL, ORDERED, LOCAL, WIDE)
 SLOW = (
+    NARROW,
+    MLA,
     BackwardVariant("bf16", 128, 128),
     BackwardVariant("fp16", 128, 128, mask="causal", dq="reduced"),
     BackwardVariant("bf16", 128, 128, mask="local", softcap=True, alibi=True),
@@ -212,12 +214,13 @@ def test_keys_that_no_query_sees():
     assert not got.dk[:, :first].any() and not got.dv[:, :first].any()
 
 
-def test_heads_narrower_than_the_tiles():
-    problem = draw(NARROW, 70, 90, 1, 1, batch=1)
+@pytest.mark.parametrize("variant", by_default([NARROW, CAUSAL], [CAUSAL]))
+def test_heads_narrower_than_the_tiles(variant):
+    problem = draw(variant, 70, 90, 1, 1, batch=1)
     call = problem.call
     q, k, v = (x[..., :80].contiguous() for x in (call.q, call.k, call.v))
     narrow = Problem(replace(call, q=q, k=k, v=v), problem.dout[..., :80].contiguous())
-    check(NARROW, narrow)
+    check(variant, narrow)
 
 
 def biased(variant: BackwardVariant, **options) -> Problem:
@@ -228,7 +231,7 @@ def biased(variant: BackwardVariant, **options) -> Problem:
     return replace(problem, call=replace(problem.call, k=k))
 
 
-@pytest.mark.parametrize("variant", [CAUSAL, LOCAL, MLA], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", by_default([CAUSAL, LOCAL, MLA], [CAUSAL, LOCAL]))
 @pytest.mark.parametrize("given", [{}, {"with_dlse": True, "s_aux": torch.tensor([0.5, 3.0])}])
 def test_keys_with_a_bias(variant, given):
     """dQ = dS (K - mean) + rowsum(dS) mean is as precise as without the bias, dS K is not."""

@@ -41,11 +41,10 @@ pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missi
 DENSE = ForwardVariant("e4m3", 128, 128, scales="head")
 CAUSAL = ForwardVariant("e4m3", 128, 128, mask="causal", scales="block")
 LOCAL = ForwardVariant("e4m3", 64, 64, mask="local", softcap=True, scales="block")
-MLA = ForwardVariant("e4m3", 192, 128, mask="causal", scales="head")
 WIDE = ForwardVariant("e4m3", 256, 256, mask="causal", scales="head")
 #: Around the widths of the tiles.
 WIDTHS = [(1, 64, 577, 3, 1), (1, 70, 223, 1, 1), (1, 33, 225, 1, 1)]
-DEFAULT = (DENSE, CAUSAL, LOCAL, MLA, WIDE)
+DEFAULT = (DENSE, CAUSAL, LOCAL, WIDE)
 SLOW = tuple(v for v in SHIPPED if v.dtype == "e4m3" and v not in DEFAULT)
 VARIANTS = [pytest.param(v, id=v.name) for v in DEFAULT] + [
     pytest.param(v, id=v.name, marks=pytest.mark.slow) for v in SLOW
@@ -73,7 +72,7 @@ def test_packed_with_used_lengths(variant):
 def test_left_padding_and_cache_rows():
     given = {"leftpad_k": [7, 0], "seqused_k": [150, 33], "kv_batch_idx": [1, 0]}
     indices = {name: int32(values) for name, values in given.items()}
-    check(MLA, dense_call(MLA, 2, 40, 150, 2, 2, indices=indices))
+    check(WIDE, dense_call(WIDE, 2, 40, 150, 2, 2, indices=indices))
 
 
 def cache_rows_call(rows=(3, 0, 3)) -> Call:
@@ -122,7 +121,7 @@ def test_the_bounds_catch_blocks_by_the_wrong_number(name, tmp_path):
         compare(call, *changed(call, Schedule()))
 
 
-@pytest.mark.parametrize("mask", by_default(["none", "causal"], ["none"]))
+@pytest.mark.parametrize("mask", by_default(["none", "causal"], ["causal"]))
 def test_packed_query_heads(mask):
     """Rows of one tile belong to heads with descales of their own."""
     variant = ForwardVariant("e4m3", 128, 128, mask=mask, scales="head", pack_gqa=True)
@@ -203,7 +202,7 @@ def test_nan_reaches_the_output_where_it_is_visible():
     check_visible_nan(CAUSAL)
 
 
-@pytest.mark.parametrize("every", by_default([4, 1], [4]))
+@pytest.mark.parametrize("every", by_default([4, 1], []))
 def test_exponentials_by_polynomial(every):
     """One in four, which a GPU may want; and all, where e4m3 still hides the difference."""
     variant = ForwardVariant("e4m3", 128, 128, mask="causal", scales="head")
@@ -303,7 +302,7 @@ def test_scaled_tensors(granularity, monkeypatch):
 def test_packed_scaled_tensors_with_a_mean_per_sequence(granularity, pack_gqa, monkeypatch):
     cu_seqlens = packed([100, 0, 170, 30])
     g = torch.Generator().manual_seed(2)
-    q, k, v = (torch.randn(300, h, 64, generator=g) for h in (4, 2, 2))
+    q, k, v = (torch.randn(300, h, 128, generator=g) for h in (4, 2, 2))
     k[..., :3] += 8.0
     scaled = (
         fp8.quantize(q, granularity, cu_seqlens=cu_seqlens),

@@ -75,7 +75,7 @@ def tiles(variant: ForwardVariant) -> list[slice]:
     return [slice(begin, min(begin + block, ROWS)) for begin in range(0, ROWS, block)]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", by_default(CASES, list(CASES)[:8]))
 def test_nan_in_keys_that_a_tile_does_not_see(name):
     variant, options = CASES[name]
     call = problem(variant, options)
@@ -99,7 +99,7 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", by_default(MUTATIONS, ["e4m3 window"]))
+@pytest.mark.parametrize("name", by_default(MUTATIONS, []))
 def test_the_cases_catch_keys_that_are_left(name, tmp_path):
     variant, options = CASES[name]
     call, rows = problem(variant, options), tiles(variant)[0]

@@ -67,17 +67,21 @@ def test_alibi_and_windows(shape, per_batch, mask):
     check(ALIBI_LOCAL, Call(q, k, v, SCALE, alibi_slopes=given, **mask))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(130, 300), (257, 127), (1, 1)], ids=str)
 def test_alibi_and_softcap(shape):
     q, k, v = draw(ALIBI, *shape, 3, 1, batch=1)
     check(ALIBI, Call(q, k, v, 128**-0.5, softcap=2.0, alibi_slopes=slopes(3)))
 
 
-def test_alibi_of_packed_sequences():
-    q, k, v = draw(ALIBI, 100, 170, 2, 2)
+@pytest.mark.parametrize("variant", by_default([ALIBI, ALIBI_LOCAL], [ALIBI_LOCAL]))
+def test_alibi_of_packed_sequences(variant):
+    q, k, v = draw(variant, 100, 170, 2, 2)
     indices = {"cu_seqlens_q": packed([60, 40]), "cu_seqlens_k": packed([20, 150])}
-    call = Call(q, k, v, 128**-0.5, indices=indices, max_seqlen_q=60, max_seqlen_k=150)
-    check(ALIBI, replace(call, softcap=5.0, alibi_slopes=slopes(2, 2)))
+    options = {"softcap": 5.0} if variant.softcap else {"window": (70, 30)}
+    scale = variant.head_dim**-0.5
+    call = Call(q, k, v, scale, indices=indices, max_seqlen_q=60, max_seqlen_k=150, **options)
+    check(variant, replace(call, alibi_slopes=slopes(2, 2)))
 
 
 @pytest.mark.parametrize(

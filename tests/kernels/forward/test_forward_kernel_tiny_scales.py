@@ -21,7 +21,5 @@ CAUSAL = ForwardVariant("e4m3", 128, 128, mask="causal", scales="block")
 def test_tiny_descales(variant):
     """More queries than keys where the mask is causal: some see none."""
     call = dense_call(variant, 1, 70, 40, 1, 1)
-    tiny = {
-        f"{x}_descale": torch.full_like(call.descales[f"{x}_descale"], 2.0**-126) for x in "qk"
-    }
+    tiny = {f"{x}_descale": torch.full_like(call.descales[f"{x}_descale"], 2.0**-126) for x in "qk"}
     check(variant, replace(call, descales={**call.descales, **tiny}), seeds=(0,))
