@@ -16,15 +16,10 @@
 #pragma once
 
 #include "../arch/swizzled_tile.cuh"
+#include "../attention/pages.cuh"
 #include "storage.cuh"
 
 namespace flash8 {
-
-// Where a key is in the cache.
-struct KeyPlace {
-    int page;  // num_pages, which does not exist, for a key that is not to be read
-    int row;
-};
 
 template <class Config>
 class KeyFinder {
@@ -38,14 +33,9 @@ class KeyFinder {
         if (params_.page_table == nullptr) {
             return {seen ? batch_k : params_.num_pages, position};
         }
-        uint64_t const product = static_cast<uint64_t>(position) * params_.page_multiplier;
-        int const index = static_cast<int>(product >> params_.page_shift);
-        int page = params_.num_pages;
-        if (seen && index < params_.max_pages) {
-            page = params_.page_table[batch_k * params_.page_table_stride + index];
-        }
-        bool const exists = page >= 0 && page < params_.num_pages;
-        return {exists ? page : params_.num_pages, position - index * params_.page_size};
+        KeyPlace const place = look_up_page(params_, batch_k, position, seen);
+        bool const exists = place.page >= 0 && place.page < params_.num_pages;
+        return {exists ? place.page : params_.num_pages, place.row};
     }
 
   private:

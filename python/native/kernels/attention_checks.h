@@ -16,6 +16,9 @@ inline constexpr std::int64_t kMaxRows = 2147483647 - 1024;
 // Below 2^31 by more than any grid: every persistent CTA claims one number past the last tile.
 inline constexpr std::int64_t kMaxTiles = 2147483647 - (1 << 20);
 
+// Rows of a page after which the swizzle of a tile repeats: TMA loads pages of a multiple of them.
+inline constexpr std::int64_t kBoxRows = 8;
+
 inline constexpr float kLog2E = 1.44269504088896340736f;
 
 struct HeadCounts {
@@ -33,6 +36,18 @@ void check_row_unit(const char* call, const char* name, std::int64_t value);
 
 // The same of a tensor's address and strides.
 void check_rows_of(const char* call, const char* name, const TensorRef& tensor);
+
+// position / page_size by a multiplication: exact for positions below 2^31.
+template <class Pages>
+void divide_by_page_size(Pages& pages) {
+    int bits = 0;
+    while ((std::int64_t{1} << bits) < pages.page_size) {
+        ++bits;
+    }
+    const std::uint64_t size = static_cast<std::uint64_t>(pages.page_size);
+    pages.page_multiplier = static_cast<std::uint32_t>(((std::uint64_t{1} << (31 + bits)) + size - 1) / size);
+    pages.page_shift = 31 + bits;
+}
 
 // A TensorRef as a (head_dim, row, head, batch) tensor. A tensor without rows may have no valid address. None
 // of it is read, so one row `somewhere` in the call's memory takes its place.

@@ -15,7 +15,6 @@ namespace {
 constexpr const char* kCall = "decode";
 constexpr std::int64_t kMaxUnits = std::int64_t{1} << 30;  // of tiles over all units: 32 bits count them
 constexpr std::int64_t kUnitBytes = 16;                    // of a cache: what one lane copies
-constexpr std::int64_t kBoxRows = 8;                       // the rows after which the swizzle repeats
 constexpr std::int64_t kWarps = 8;
 
 void check_kernel(const Kernel& kernel) {
@@ -106,18 +105,6 @@ std::int64_t count_ctas(const Kernel& kernel, int device, const DecodeParams& ca
     const int multiprocessors = kernel.driver().primary(device).multiprocessors;
     return std::clamp<std::int64_t>(blocks(count_tiles(call, *kernel.info()), kWarps), 1,
                                     std::max(1, multiprocessors - sm_margin));
-}
-
-// position / page_size by a multiplication: exact for positions below 2^31.
-void divide_by_page_size(DecodeParams& params) {
-    int bits = 0;
-    while ((std::int64_t{1} << bits) < params.page_size) {
-        ++bits;
-    }
-    const std::uint64_t size = static_cast<std::uint64_t>(params.page_size);
-    params.page_multiplier =
-        static_cast<std::uint32_t>(((std::uint64_t{1} << (31 + bits)) + size - 1) / size);
-    params.page_shift = 31 + bits;
 }
 
 void encode_maps(const Driver& driver, const KernelInfo& info, DecodeParams& params) {
