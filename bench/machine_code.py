@@ -46,7 +46,7 @@ TILES = {
     (192, 192): (128, 96),
     (256, 256): (128, 80),
 }
-#: With a mask that makes the difference.
+#: With a mask, or with pages, that makes the difference.
 MASKED_TILES = {
     (128, 128, "causal"): (128, 128),
     (128, 128, "local"): (128, 128),

@@ -20,6 +20,13 @@ enum class KernelKind : std::uint32_t {
     kOther = 255,
 };
 
+// Where the keys of a forward kernel lie.
+enum class PageChoice : std::int32_t {
+    kNone = 0,
+    kPages = 1,        // without leftpad_k
+    kPaddedPages = 2,  // with or without
+};
+
 // The driver's CUtensorMapSwizzle.
 enum class Swizzle : std::uint32_t { kNone = 0, k32B = 1, k64B = 2, k128B = 3 };
 
@@ -56,6 +63,7 @@ struct KernelInfo {
     std::int32_t pack_gqa;     // 1: query heads of one KV head are folded into kBlockM
     std::int32_t scale_block;  // rows that share a descale; 0: no blocks
     std::int32_t v_colmajor;   // 1: V is read column-major, as the quantizer writes it
+    PageChoice paged;          // whether K and V lie in pages
     TmaBox tma[kMaxTmaBoxes];  // in the order in which the params struct names its maps
 };
 

@@ -34,11 +34,14 @@ struct KeyRange {
     int end;
 };
 
-template <MaskMode kMask, int kBlockM, int kBlockN, bool kPackGqa = false>
+// kHidesFirst: the first info.hidden_k keys are not of the sequence, which begins after them.
+template <MaskMode kMask, int kBlockM, int kBlockN, bool kPackGqa = false, bool kHidesFirst = false>
 class Mask {
+    static_assert(!kHidesFirst || kMask == MaskMode::kLocal, "others have no mask at the left edge");
+
   public:
-    template <class Params>
-    __device__ Mask(Params const& params, SeqlenInfo const& info)
+    template <class Params, class Info>  // SeqlenInfo, with kHidesFirst also hidden_k
+    __device__ Mask(Params const& params, Info const& info)
         : seqlen_q_(info.seqlen_q),
           seqlen_k_(info.seqlen_k),
           shift_(info.seqlen_k - info.seqlen_q),
@@ -49,6 +52,9 @@ class Mask {
             right_ = bounded(params.scores.window_right, seqlen_q_);
             // A chunk as long as the sequences already holds all their positions.
             chunk_ = min(params.scores.attention_chunk, max(seqlen_q_, seqlen_k_));
+        }
+        if constexpr (kHidesFirst) {
+            hidden_ = info.hidden_k;
         }
     }
 
@@ -81,10 +87,14 @@ class Mask {
             int const position = query + shift_;
             keys = {position - left_, min(keys.end, position + right_ + 1)};
             if (chunk_ > 0) {
-                int const remainder = position % chunk_;  // negative where the position is
+                // Negative where the position is.
+                int const remainder = (kHidesFirst ? position - hidden_ : position) % chunk_;
                 int const chunk_begin = position - (remainder < 0 ? remainder + chunk_ : remainder);
                 keys = {max(keys.begin, chunk_begin), min(keys.end, chunk_begin + chunk_)};
             }
+        }
+        if constexpr (kHidesFirst) {
+            keys.begin = max(keys.begin, hidden_);
         }
         return keys;
     }
@@ -139,6 +149,7 @@ class Mask {
     int left_ = 0;
     int right_ = 0;
     int chunk_ = 0;
+    int hidden_ = 0;
 };
 
 }  // namespace flash8

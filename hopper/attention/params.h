@@ -22,6 +22,19 @@ struct SequenceParams {
     std::int32_t max_seqlen_k;
 };
 
+// A paged KV cache, K[page][row][head]. A sequence's row of page_table has the numbers of its pages.
+struct PageParams {
+    const std::int32_t* page_table;  // (batch_k, max_pages), or null
+    std::int64_t page_table_stride;
+    std::int32_t page_size;
+    std::int32_t num_pages;
+    std::int32_t max_pages;  // columns of page_table
+    std::int32_t box_rows;   // rows of a page that one TMA instruction loads
+    // position / page_size = position * page_multiplier >> page_shift, for positions below 2^31
+    std::uint32_t page_multiplier;
+    std::int32_t page_shift;
+};
+
 // S = softmax_scale * q.k, then softcap, then ALiBi, then the mask, then softmax with the sink.
 struct ScoreParams {
     const float* sinks;               // (heads_q) natural log, or null: one more logit without a value

@@ -50,6 +50,13 @@ struct ForwardConfig {
     // FP8: V in global memory is column-major (keys contiguous), as the quantizer writes it.
     static constexpr bool kVColMajor = FLASH8_V_COLMAJOR;
     static constexpr bool kTransposeV = kFp8 && !kVColMajor;
+    // K and V lie in pages. Left padding that ends inside of a tile needs a mask at the left edge.
+    static constexpr auto kPages = !FLASH8_PAGED               ? PageChoice::kNone
+                                   : kMask == MaskMode::kLocal ? PageChoice::kPaddedPages
+                                                               : PageChoice::kPages;
+    static constexpr bool kPaged = kPages != PageChoice::kNone;
+    static_assert(!kPaged || (kClusterM == 1 && !kVColMajor && !kBlockScales && !kDropout),
+                  "pages are loaded by one CTA, by token, and number no keys of a whole sequence");
     static_assert(kFp8 == (kScales != ScaleGranularity::kNone), "e4m3 has descales, 16-bit types have none");
     static_assert(kFp8 || !kVColMajor, "16-bit products take V as it is");
     static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0,
@@ -59,12 +66,13 @@ struct ForwardConfig {
     static constexpr int kBlockM = block_m(kWidestHead);
     static constexpr int kBlockN = kFp8       ? block_n_fp8(kHeadDim, kHeadDimV, kScales)
                                    : kDropout ? block_n_dropout(kHeadDim, kHeadDimV)
+                                   : kPaged   ? block_n_paged(kHeadDim, kHeadDimV, kMask)
                                               : block_n(kHeadDim, kHeadDimV, kMask);
     static constexpr int kStages = 2;
     static_assert(kClusterM == 1 || kMask == MaskMode::kNone, "the CTAs of a cluster need the same keys");
     static_assert(kBlockN / kClusterM % 8 == 0, "a share is made of whole swizzle atoms");
 
-    using TileMask = Mask<kMask, kBlockM, kBlockN, kPackGqa>;
+    using TileMask = Mask<kMask, kBlockM, kBlockN, kPackGqa, kPages == PageChoice::kPaddedPages>;
 
     static constexpr int kRowsPerWarpgroup = 64;
     static constexpr int kConsumerWarpgroups = kBlockM / kRowsPerWarpgroup;

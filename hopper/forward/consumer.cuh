@@ -9,6 +9,7 @@
 #include "epilogue.cuh"
 #include "mainloop.cuh"
 #include "mainloop_fp8.cuh"
+#include "page_loader.cuh"
 #include "score_shift.cuh"
 #include "zero_unused_rows.cuh"
 
@@ -43,7 +44,7 @@ class Consumer {
     __device__ WorkTile next_tile() { return shared_.tiles.take(tiles_state_); }
 
     __device__ void work(WorkTile const& tile) {
-        SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch, tile.offset_q);
+        auto const info = sequence_of<Config>(params_, tile);
         TileMask const mask(params_, info);
         KeyBlocks const blocks = mask.key_blocks(first_of_cluster<Config::kClusterM>(tile));
         int const row = first_row(tile.m_block);

@@ -49,6 +49,7 @@ constexpr KernelInfo describe() {
     info.tma[1] = box(Config::kPanel, Config::kBlockN / Config::kClusterM, Config::Atoms::kSwizzle);
     info.tma[2] = box(Config::kPanelV, Config::kBlockN / Config::kClusterM, Config::AtomsV::kSwizzle);
     info.v_colmajor = Config::kVColMajor;
+    info.paged = Config::kPages;
     if (Config::kVColMajor) {
         info.tma[2] = box(Config::kPanelVt, Config::kHeadDimV / Config::kClusterM, Config::AtomsVt::kSwizzle);
     }

@@ -6,6 +6,7 @@
 #include "../attention/pack_gqa.cuh"
 #include "../attention/tile_scheduler.cuh"
 #include "config.cuh"
+#include "page_loader.cuh"
 
 namespace flash8 {
 
@@ -25,7 +26,12 @@ class Producer {
         while (tile.valid()) {
             if (leader) {
                 shared_.tiles.publish(tiles_state_, tile);
-                load_tile(tile, scheduler);
+                if constexpr (!Config::kPaged) {
+                    load_tile(tile, scheduler);
+                }
+            }
+            if constexpr (Config::kPaged) {
+                load_tile_of_pages(tile, scheduler, leader);
             }
             __syncwarp();
             tile = scheduler.next();
@@ -51,7 +57,7 @@ class Producer {
     // The next tile is claimed just before the last load, which waits until the consumers are nearly done
     // with this tile. A tile that is claimed earlier waits, while an idle CTA could have it.
     __device__ void load_tile(WorkTile const& tile, Scheduler& scheduler) {
-        SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch, tile.offset_q);
+        auto const info = sequence_of<Config>(params_, tile);
         typename Config::TileMask const mask(params_, info);
         KeyBlocks const blocks = mask.key_blocks(first_of_cluster<Config::kClusterM>(tile));
         if (blocks.empty()) {
@@ -71,6 +77,43 @@ class Producer {
         }
         scheduler.claim();
         load_v(kv_state_, info, tile.batch, head_kv, blocks.begin);
+        kv_state_.advance();
+    }
+
+    // The same from pages, by the whole warp. The entries of the page table are read a tile before their
+    // keys.
+    __device__ void load_tile_of_pages(WorkTile const& tile, Scheduler& scheduler, bool leader) {
+        auto const info = sequence_of<Config>(params_, tile);
+        typename Config::TileMask const mask(params_, info);
+        KeyBlocks const blocks = mask.key_blocks(tile.m_block);
+        if (blocks.empty()) {
+            if (leader) {
+                scheduler.claim();
+            }
+            return;
+        }
+        PageLoader<Config> const loader(params_, info, blocks, kv_head<Config::kPackGqa>(params_, tile));
+        KeyPlace place = loader.look_up(blocks.end - 1);
+        KeyPlace next = loader.look_up(blocks.end - 2);
+        load_k(kv_state_, loader, place);
+        if (leader) {
+            load_q(info, tile);
+        }
+#pragma unroll 1
+        for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
+            PipelineState<Config::kStages> ahead = kv_state_;
+            ahead.advance();
+            load_k(ahead, loader, next);
+            KeyPlace const second = loader.look_up(n_block - 1);
+            load_v(kv_state_, loader, place);
+            place = next;
+            next = second;
+            kv_state_ = ahead;
+        }
+        if (leader) {
+            scheduler.claim();
+        }
+        load_v(kv_state_, loader, place);
         kv_state_.advance();
     }
 
@@ -97,6 +140,23 @@ class Producer {
     __device__ void load_k(KvState const& state, SeqlenInfo const& info, int head, int n_block) {
         load_keys<Config::kPanel, Config::kHeadDim>(shared_.pipeline_k, state, shared_.k, &params_.tma_k,
                                                     info, head, n_block);
+    }
+
+    __device__ __forceinline__ void load_k(KvState const& state, PageLoader<Config> const& loader,
+                                           KeyPlace const& place) {
+        loader.template load<Config::kPanel, Config::kHeadDim>(shared_.pipeline_k, state, shared_.k,
+                                                               &params_.tma_k, place);
+    }
+
+    __device__ __forceinline__ void load_v(KvState const& state, PageLoader<Config> const& loader,
+                                           KeyPlace const& place) {
+        if constexpr (Config::kTransposeV) {
+            loader.template load<Config::kPanelV, Config::kHeadDimV>(shared_.pipeline_v_rows, state,
+                                                                     shared_.v_rows, &params_.tma_v, place);
+        } else {
+            loader.template load<Config::kPanelV, Config::kHeadDimV>(shared_.pipeline_v, state, shared_.v,
+                                                                     &params_.tma_v, place);
+        }
     }
 
     // For the consumers, or for the warps that transpose it for them.

@@ -24,6 +24,10 @@ constexpr int block_n(int head_dim, int head_dim_v, MaskMode mask) {
     }
     return mask == MaskMode::kLocal ? 64 : 80;
 }
+// 176 keys would be eleven boxes of 16, whatever the page.
+constexpr int block_n_paged(int head_dim, int head_dim_v, MaskMode mask) {
+    return block_n(head_dim, head_dim_v, mask == MaskMode::kNone ? MaskMode::kCausal : mask);
+}
 // Drawing takes registers.
 constexpr int block_n_dropout(int head_dim, int head_dim_v) {
     if (head_dim_v <= 128 && head_dim <= 192) {

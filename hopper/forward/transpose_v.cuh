@@ -18,6 +18,7 @@
 #include "../attention/pack_gqa.cuh"
 #include "../attention/tile_scheduler.cuh"
 #include "config.cuh"
+#include "page_loader.cuh"
 
 namespace flash8 {
 
@@ -37,7 +38,7 @@ class Transposer {
 
     __device__ void run() {
         for (WorkTile tile = shared_.tiles.take(tiles_); tile.valid(); tile = shared_.tiles.take(tiles_)) {
-            SeqlenInfo const info = SeqlenInfo::read(params_.sequences, tile.batch, tile.offset_q);
+            auto const info = sequence_of<Config>(params_, tile);
             typename Config::TileMask const mask(params_, info);
             KeyBlocks const blocks = mask.key_blocks(first_of_cluster<Config::kClusterM>(tile));
             if (!blocks.empty()) {

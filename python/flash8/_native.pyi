@@ -118,6 +118,8 @@ class KernelInfo:
     @property
     def v_colmajor(self) -> bool: ...
     @property
+    def paged(self) -> bool: ...
+    @property
     def threads(self) -> int: ...
     @property
     def cluster(self) -> tuple[int, int, int]: ...
@@ -188,6 +190,13 @@ class SchedulerParams:
     tile_count: int
     heads_per_section: int
 
+class PageParams:
+    page_table: int
+    page_table_stride: int
+    page_size: int
+    num_pages: int
+    max_pages: int
+
 class ForwardParams:
     q: tuple[int, int, int, int]
     k: tuple[int, int, int, int]
@@ -206,6 +215,8 @@ class ForwardParams:
     head_dim_v: int
     o_type: ElementType
     heads_per_q_descale: int
+    @property
+    def pages(self) -> PageParams: ...
     @property
     def sequences(self) -> SequenceParams: ...
     @property

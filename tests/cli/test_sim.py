@@ -70,7 +70,7 @@ def test_the_call_has_gradients_by_the_variant(variant):
     assert backward.choose(*given, options) == variant
 
 
-@pytest.mark.parametrize("variant", SHIPPED, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", sim._FORWARDS, ids=lambda variant: variant.name)
 def test_the_call_is_the_variants(variant):
     """But for what a heuristic adds: whether heads are packed, and clusters."""
     call = sim.draw(variant, 130, 200, 2, seed=0)
@@ -112,7 +112,7 @@ def test_the_command_gets_what_follows_sim(monkeypatch):
 
     monkeypatch.setattr(metadata, "entry_points", lambda **_: (Entry(),))
     assert cli.main(["sim", "a", "--b", "--help"]) == 3
-    names = tuple(v.name for v in (*SHIPPED, *sim._BACKWARDS))
+    names = tuple(v.name for v in (*sim._FORWARDS, *sim._BACKWARDS))
     assert got == [(["a", "--b", "--help"], names)]
 
 

@@ -68,10 +68,10 @@ def test_structs_have_no_implicit_padding(name):
     assert end % LAYOUT[name]["align"] == 0
 
 
-def test_layout_of_abi_version_6():
+def test_layout_of_abi_version_7():
     """A change here means that old cubins would be misread: raise kAbiVersion with it."""
     sizes = {name: (struct["size"], struct["align"]) for name, struct in LAYOUT.items()}
-    assert _native.ABI_VERSION == 6
+    assert _native.ABI_VERSION == 7
     assert sizes == {
         "TensorMap": (128, 64),
         "TensorRef": (32, 8),
@@ -79,17 +79,18 @@ def test_layout_of_abi_version_6():
         "RowRef": (24, 8),
         "ChannelRef": (24, 8),
         "SequenceParams": (80, 8),
+        "PageParams": (40, 8),
         "ScoreParams": (48, 8),
         "DropoutParams": (16, 8),
         "SchedulerParams": (24, 8),
-        "ForwardParams": (896, 64),
+        "ForwardParams": (960, 64),
         "BackwardParams": (1280, 64),
         "DecodeParams": (768, 64),
         "GroupRef": (32, 8),
         "AppendParams": (48, 8),
         "QuantizeParams": (360, 8),
         "TmaBox": (32, 4),
-        "KernelInfo": (400, 4),
+        "KernelInfo": (404, 4),
     }
 
 

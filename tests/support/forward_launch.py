@@ -24,7 +24,8 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call: (batch, seqlen, heads, d), or packed (total, heads, d)."""
+    """One attention call: (batch, seqlen, heads, d), or packed (total, heads, d). With a page_table
+    k and v are pages, and there are seqused_k."""
 
     q: Tensor
     k: Tensor
@@ -36,6 +37,7 @@ class Call:
     attention_chunk: int = 0
     alibi_slopes: Tensor | None = None  # (heads) or (batch, heads)
     indices: dict[str, Tensor] = field(default_factory=dict)  # cu_seqlens_q, seqused_k, ...: int32
+    page_table: Tensor | None = None  # (rows of the cache, columns): int32
     v_offsets: Tensor | None = None  # by which V becomes v_colmajor, where it is not cu_seqlens_k
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
@@ -105,6 +107,16 @@ class Launch:
         packed = call.indices.get("cu_seqlens_q")
         sequences.batch = call.q.shape[0] if packed is None else packed.numel() - 1
         sequences.batch_k = call.k.shape[0]
+        table = getattr(call, "page_table", None)
+        if table is not None:
+            sequences.batch_k = table.shape[0]
+            sequences.max_seqlen_k = table.shape[1] * call.k.shape[1]
+
+    def pages(self, pages: _native.PageParams, call: Call) -> None:
+        if call.page_table is not None:
+            pages.num_pages, pages.page_size = call.k.shape[:2]
+            pages.max_pages = pages.page_table_stride = call.page_table.shape[1]
+            pages.page_table = self.upload(call.page_table).address
 
     def scores(self, scores: _native.ScoreParams, call: Call) -> None:
         scores.softmax_scale = call.softmax_scale
@@ -170,6 +182,7 @@ class ForwardKernel:
         params.heads_q, params.heads_kv = heads, call.k.shape[-2]
         params.head_dim, params.head_dim_v = call.q.shape[-1], call.v.shape[-1]
         given.sequences(params.sequences, call)
+        given.pages(params.pages, call)
         given.scores(params.scores, call)
         given.dropout(params.dropout, call)
         descales(given, params, call)

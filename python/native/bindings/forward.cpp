@@ -41,6 +41,16 @@ void bind_scores(py::module_& module) {
         .def_readwrite("alibi_batch_stride", &S::alibi_batch_stride);
 }
 
+void bind_pages(py::module_& module) {
+    using S = PageParams;
+    py::class_<S> type(module, "PageParams", "A paged KV cache.");
+    def_address(type, "page_table", &S::page_table);
+    type.def_readwrite("page_table_stride", &S::page_table_stride)
+        .def_readwrite("page_size", &S::page_size)
+        .def_readwrite("num_pages", &S::num_pages)
+        .def_readwrite("max_pages", &S::max_pages);
+}
+
 void bind_dropout(py::module_& module) {
     using S = DropoutParams;
     py::class_<S> type(module, "DropoutParams", "Which probabilities are kept.");
@@ -71,6 +81,7 @@ void bind_forward(py::module_& module) {
     def_rows(type, "v_mean", &P::v_mean);
     def_rows(type, "v_channel_descale", &P::v_channel_descale);
     def_call(type);
+    type.def_property_readonly("pages", [](P& self) { return &self.pages; });
     type.def_readwrite("o_type", &P::o_type).def_readwrite("heads_per_q_descale", &P::heads_per_q_descale);
     module.def("launch_forward", &launch_forward, py::arg("kernel"), py::arg("device"), py::arg("stream"),
                py::arg("call"), py::arg("sm_margin") = 0, ReleaseGil(),
@@ -83,6 +94,7 @@ void bind_forward(py::module_& module) {
 void bind_calls(py::module_& module) {
     bind_sequences(module);
     bind_scores(module);
+    bind_pages(module);
     bind_dropout(module);
     bind_scheduler(module);
     bind_forward(module);

@@ -60,6 +60,8 @@ void bind_kernel_info(py::module_& module) {
         .def_readonly("head_dim_v", &KernelInfo::kHeadDimV)
         .def_readonly("stages", &KernelInfo::kStages)
         .def_property_readonly("v_colmajor", [](const KernelInfo& self) { return self.v_colmajor != 0; })
+        .def_property_readonly("paged",
+                               [](const KernelInfo& self) { return self.paged != PageChoice::kNone; })
         .def_readonly("threads", &KernelInfo::threads)
         .def_property_readonly("cluster",
                                [](const KernelInfo& self) {

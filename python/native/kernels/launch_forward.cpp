@@ -1,6 +1,7 @@
 #include "kernels/launch_forward.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "driver/launch.h"
 #include "driver/require.h"
@@ -44,6 +45,27 @@ void check_descales(const ForwardParams& call, const KernelInfo& info) {
             "forward: leftpad_k is not supported with descales per block or transposed v");
 }
 
+void check_pages(const ForwardParams& call, const KernelInfo& info) {
+    const PageParams& pages = call.pages;
+    const SequenceParams& sequences = call.sequences;
+    const bool paged = info.paged != PageChoice::kNone;
+    require(paged == (pages.page_table != nullptr), "forward: this kernel reads ",
+            paged ? "pages, and page_table is null" : "no pages, and page_table is given");
+    if (!paged) {
+        return;
+    }
+    require(sequences.cu_seqlens_k == nullptr, "forward: cu_seqlens_k is given with a page_table");
+    require(info.paged == PageChoice::kPaddedPages || sequences.leftpad_k == nullptr,
+            "forward: leftpad_k is given; this kernel reads pages without left padding");
+    require(pages.page_size >= 1 && pages.page_size % kBoxRows == 0, "forward: page_size is ",
+            pages.page_size, "; it must be a positive multiple of ", kBoxRows);
+    require(pages.num_pages >= 1 && pages.max_pages >= 0, "forward: num_pages is ", pages.num_pages,
+            " and max_pages ", pages.max_pages, "; there must be a page, and no negative number of them");
+    const std::int64_t room = std::int64_t{pages.page_size} * pages.max_pages;
+    require(sequences.max_seqlen_k <= room, "forward: max_seqlen_k is ", sequences.max_seqlen_k,
+            "; the pages of a sequence hold ", room, " keys");
+}
+
 // Q as (head_dim, ratio, row, KV head, batch); a box holds all query heads of a KV head for as many rows as
 // fit a tile.
 TensorMap encode_folded_q(const Driver& driver, const KernelInfo& info, const ForwardParams& params,
@@ -66,6 +88,22 @@ TensorMap encode_folded_q(const Driver& driver, const KernelInfo& info, const Fo
     return encode_tensor_map(driver, tensor, box);
 }
 
+// K and V as (head_dim, row, head, page), in boxes that no page boundary cuts and tiles are made of.
+void encode_pages(const Driver& driver, const KernelInfo& info, ForwardParams& params) {
+    PageParams& pages = params.pages;
+    pages.box_rows = std::gcd(pages.page_size, info.kBlockN);
+    divide_by_page_size(pages);
+    const auto encode = [&](const TensorRef& ref, std::int64_t head_dim, TmaBox box) {
+        box.box[1] = static_cast<std::uint32_t>(pages.box_rows);
+        return encode_tensor_map(driver,
+                                 tiled(ref, head_dim, pages.page_size, params.heads_kv, pages.num_pages,
+                                       box.element_type, params.o.ptr),
+                                 box);
+    };
+    params.tma_k = encode(params.k, params.head_dim, info.tma[1]);
+    params.tma_v = encode(params.v, params.head_dim_v, info.tma[2]);
+}
+
 void encode_maps(const Driver& driver, const KernelInfo& info, ForwardParams& params) {
     const SequenceParams& sequences = params.sequences;
     const bool packed_q = sequences.cu_seqlens_q != nullptr;
@@ -83,6 +121,10 @@ void encode_maps(const Driver& driver, const KernelInfo& info, ForwardParams& pa
         params.tma_q = encode_folded_q(driver, info, params, rows_q, batch_q);
     } else {
         params.tma_q = encode(params.q, params.head_dim, rows_q, params.heads_q, batch_q, info.tma[0]);
+    }
+    if (info.paged != PageChoice::kNone) {
+        encode_pages(driver, info, params);
+        return;
     }
     params.tma_k = encode(params.k, params.head_dim, rows_k, params.heads_kv, batch_k, info.tma[1]);
     if (info.v_colmajor) {
@@ -141,6 +183,7 @@ void launch_forward(Kernel& kernel, int device, std::uint64_t stream, const Forw
     check_heads(kCall, {call.heads_q, call.heads_kv, call.head_dim, call.head_dim_v}, info);
     check_folding(call, info);
     check_sequences(kCall, call.sequences);
+    check_pages(call, info);
     require(sm_margin >= 0, "forward: sm_margin is ", sm_margin, "; it must not be negative");
     const bool packed = call.sequences.cu_seqlens_q != nullptr;
     if (packed ? call.sequences.total_q == 0

@@ -52,6 +52,13 @@ StructLayout sequence_params() {
                       FIELD(batch_k), FIELD(max_seqlen_q), FIELD(max_seqlen_k)});
 }
 
+StructLayout page_params() {
+    using T = PageParams;
+    return layout<T>("PageParams",
+                     {FIELD(page_table), FIELD(page_table_stride), FIELD(page_size), FIELD(num_pages),
+                      FIELD(max_pages), FIELD(box_rows), FIELD(page_multiplier), FIELD(page_shift)});
+}
+
 StructLayout score_params() {
     using T = ScoreParams;
     return layout<T>("ScoreParams", {FIELD(sinks), FIELD(alibi_slopes), FIELD(alibi_batch_stride),
@@ -95,7 +102,9 @@ StructLayout forward_params() {
                                        FIELD(head_dim_v),
                                        FIELD(o_type),
                                        FIELD(heads_per_q_descale),
-                                       FIELD(dropout)});
+                                       FIELD(dropout),
+                                       FIELD(pages),
+                                       FIELD(reserved)});
 }
 
 StructLayout backward_params() {
@@ -245,6 +254,7 @@ StructLayout kernel_info() {
                                     FIELD(pack_gqa),
                                     FIELD(scale_block),
                                     FIELD(v_colmajor),
+                                    FIELD(paged),
                                     FIELD(tma)});
 }
 
@@ -253,10 +263,10 @@ StructLayout kernel_info() {
 }  // namespace
 
 std::vector<StructLayout> struct_layouts() {
-    return {tensor_map(),      tensor_ref(),    descale_ref(),    row_ref(),          channel_ref(),
-            sequence_params(), score_params(),  dropout_params(), scheduler_params(), forward_params(),
-            backward_params(), decode_params(), group_ref(),      append_params(),    quantize_params(),
-            tma_box(),         kernel_info()};
+    return {tensor_map(),      tensor_ref(),      descale_ref(),   row_ref(),        channel_ref(),
+            sequence_params(), page_params(),     score_params(),  dropout_params(), scheduler_params(),
+            forward_params(),  backward_params(), decode_params(), group_ref(),      append_params(),
+            quantize_params(), tma_box(),         kernel_info()};
 }
 
 }  // namespace flash8

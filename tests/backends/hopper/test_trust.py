@@ -103,6 +103,17 @@ def e4m3(granularity, **options):
     )
 
 
+def paged_bf16():
+    q, k, v = draw(torch.bfloat16)
+    pages = [x.reshape(20, 15, 2, 128)[:, :8].contiguous() for x in (k, v)]
+    table = int32(range(19, -1, -1)).view(2, 10)
+    given = {"page_table": table, "cache_seqlens": int32([70, 33]), "pack_gqa": False}
+    out, lse, *_ = flash8.flash_attn_with_kvcache(
+        q, *pages, causal=True, return_softmax_lse=True, **given
+    )
+    return out, lse
+
+
 def packed_bf16():
     q, k, v = (x.flatten(0, 1) for x in draw(torch.bfloat16, rows=(70, 70)))
     ends = packed([40, 100])
@@ -115,6 +126,7 @@ SINKS = {"s_aux": torch.linspace(0.0, 3.0, 4)}
 SLOPES = {"alibi_slopes": torch.linspace(0.01, 0.3, 4)}
 CAUSAL, LOCAL = replace(BF16, mask="causal"), replace(BF16, mask="local")
 SLOPED = replace(BF16, alibi=True)
+PAGED = replace(CAUSAL, paged=True)
 MASK, EPILOGUE, SCORES = "attention/mask.cuh", "forward/epilogue.cuh", "attention/score_mod.cuh"
 SINK = "params.scores.sinks != nullptr"
 SHIFT = "float shift = reference;"
@@ -130,6 +142,7 @@ CALLS = {
     "dropout ignored": (DROPPED, bf16(causal=True, dropout_p=0.5, dropout_seed=7), "O is off"),
     "another KV head": (BF16, bf16(), "off"),
     "unused rows unwritten": (BF16, packed_bf16, "rows are not written"),
+    "pages in their own order": (PAGED, paged_bf16, "not written, or NaN"),
     "descales swapped": (HEAD, e4m3("head"), "LSE is off"),
     "LSE keeps the offset": (BLOCK, e4m3("block"), "LSE is off"),
     "counter left": (CAUSAL, bf16(causal=True), "counter of tiles is left at"),
@@ -142,6 +155,11 @@ EDITS = {
     "sinks ignored": (EPILOGUE, SINK, "false"),
     "another KV head": ("attention/pack_gqa.cuh", KV_HEAD, "tile.head % params.heads_kv"),
     "unused rows unwritten": (EPILOGUE, f"{INSIDE} < info.rows_q", f"{INSIDE} < info.seqlen_q"),
+    "pages in their own order": (
+        "attention/pages.cuh",
+        "pages.page_table[table_row * pages.page_table_stride + index]",
+        "table_row * pages.max_pages + index",
+    ),
     "descales swapped": ("forward/consumer.cuh", "(params_.k_descale,", "(params_.v_descale,"),
     "LSE keeps the offset": ("attention/softmax_fp8.cuh", SHIFT, f"{SHIFT} reference += kOffset;"),
 }

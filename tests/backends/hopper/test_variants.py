@@ -21,6 +21,8 @@ def every_variant():
         ):
             choices = (dtype, *dims, mask, softcap, pack_gqa, scales, alibi)
             yield ForwardVariant(*choices, dropout=dropout)
+            if not dropout and scales != "block":
+                yield ForwardVariant(*choices, paged=True)
             if mask == "none" and dtype != "e4m3":
                 yield ForwardVariant(*choices, cluster=True, dropout=dropout)
 
@@ -47,6 +49,7 @@ def test_names_and_defines_of_one():
         "FLASH8_CLUSTER": "0",
         "FLASH8_V_COLMAJOR": "0",
         "FLASH8_DROPOUT": "0",
+        "FLASH8_PAGED": "0",
     }
     assert variant.unit().label == variant.name
 
@@ -61,6 +64,7 @@ def test_names_and_defines_of_one():
         ({"head_dim": 100}, "head_dim is 100"),
         ({"head_dim_v": 520}, "head_dim_v is 520"),
         ({"cluster": True, "mask": "causal"}, "cluster is True with mask 'causal'"),
+        ({"paged": True, "dropout": True}, "paged is True with cluster, dropout, v_colmajor or"),
         ({"scales": "head"}, "scales is 'head' with dtype 'bf16'"),
         ({"dtype": "e4m3"}, "scales is 'none' with dtype 'e4m3'"),
     ],

@@ -9,6 +9,7 @@ from flash8.call.options import Options
 from flash8.tensors.philox import keep_scale, threshold
 
 INT32_MAX = 2**31 - 1
+TMA_PAGE = 8  # keys of whose multiples pages are that TMA loads
 _TMA_UNIT = 16  # bytes: of addresses and strides
 _TMA_MAX_STRIDE = 1 << 40  # bytes
 _ROW_BYTES = 16  # kernels read and write rows of 16-bit tensors in units of this size
@@ -122,6 +123,28 @@ def describe(
     scores.softcap = options.softcap
     scores.window_left, scores.window_right = options.window_left, options.window_right
     scores.attention_chunk = options.attention_chunk
+
+
+def room(k: Tensor, options: Options) -> int:
+    """Keys that a sequence of a cache has room for."""
+    return k.shape[1] if options.page_table is None else k.shape[1] * options.page_table.shape[1]
+
+
+def describe_pages(
+    pages: _native.PageParams | _native.DecodeParams,
+    sequences: _native.SequenceParams,
+    k: Tensor,
+    options: Options,
+) -> list[Tensor]:
+    """Where the keys of a paged cache are; returns what `pages` points to then."""
+    if options.page_table is None:
+        return []
+    table = options.page_table.contiguous()
+    pages.num_pages, pages.page_size = k.shape[:2]
+    pages.page_table, pages.page_table_stride = table.data_ptr(), table.stride(0)
+    pages.max_pages = table.shape[1]
+    sequences.batch_k, sequences.max_seqlen_k = table.shape[0], room(k, options)
+    return [table]
 
 
 def describe_dropout(call: TrainingCall, options: Options) -> None:

@@ -41,12 +41,15 @@ def refusal(
             return f"{name} is {size}; kernels take multiples of 8 up to {_HEAD_DIMS[-1]}"
     for name, given in (
         ("qv", qv is not None),
-        ("page_table", options.page_table is not None),
         ("num_splits", options.num_splits > 1),
         ("dropout without a seed", options.dropout_p > 0.0 and options.dropout_seed is None),
     ):
         if given:
             return f"{name} has no kernel yet"
+    if options.page_table is not None:
+        reason = _refused_pages(q, k, v, options)
+        if reason is not None:
+            return reason
     if any(n > attention_params.INT32_MAX for x in (q, k, v) for n in x.shape):
         return "q, k or v has a dimension above 2^31 - 1"
     if not all(attention_params.overlaps(x) or attention_params.tma_can_read(x) for x in (q, k, v)):
@@ -56,6 +59,28 @@ def refusal(
     if (reason := attention_params.refused_scale(options)) is not None:
         return reason
     return forward_fp8.refusal(v, options) if q.dtype == E4M3 else None
+
+
+def _refused_pages(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:
+    table, page_size = options.page_table, k.shape[1]
+    assert table is not None
+    if options.dropout_p > 0.0:
+        return "page_table with dropout has no kernel yet"
+    if options.v_colmajor_tokens is not None:
+        return "page_table with a v_colmajor v has no kernel yet"
+    if page_size % attention_params.TMA_PAGE != 0:
+        return (
+            f"pages have {page_size} keys; the forward kernel takes multiples of "
+            f"{attention_params.TMA_PAGE}"
+        )
+    if k.shape[0] == 0 or table.numel() == 0:
+        return "there is no page"
+    if any(attention_params.overlaps(x) for x in (k, v)):
+        return "rows of the cache share memory"
+    rows = q.shape[1] if options.cu_seqlens_q is None else q.shape[0]
+    if attention_params.room(k, options) + rows > attention_params.INT32_MAX - 1024:
+        return "a sequence has room for more than 2^31 keys"
+    return None
 
 
 def _apart(x: Tensor) -> Tensor:
@@ -132,14 +157,17 @@ def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> ForwardVariant:
         widest,
         options.pack_gqa,
     )
-    cluster = not heuristics.has_uneven_tiles(options) and heuristics.loads_in_clusters(
+    paged = options.page_table is not None
+    even = not paged and not heuristics.has_uneven_tiles(options)
+    cluster = even and heuristics.loads_in_clusters(
         q.shape[1], ratio if pack_gqa else 1, widest, q.dtype == E4M3
     )
     return _variant(
         q.dtype,
         q.shape[-1],
         head_dim_v,
-        attention_params.mask_of(options),
+        # Pages with left padding begin inside of a tile, which takes a mask at the left edge.
+        "local" if paged and options.leftpad_k is not None else attention_params.mask_of(options),
         options.softcap > 0.0,
         options.alibi_slopes is not None,
         pack_gqa,
@@ -147,6 +175,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> ForwardVariant:
         cluster,
         options.v_colmajor_tokens is not None,
         options.dropout_p > 0.0,
+        paged,
     )
 
 
@@ -168,6 +197,7 @@ def plan(
     device = q.device.index or 0
     uneven = heuristics.has_uneven_tiles(options)
     call = _describe(q, k, v, indices, options, out, lse)
+    held += attention_params.describe_pages(call.pages, call.sequences, k, options)
     call.scheduler.heads_per_section = 1
     if uneven:
         call.scheduler.heads_per_section = heuristics.heads_per_section(
@@ -218,6 +248,7 @@ def _variant(
     cluster: bool,
     v_colmajor: bool,
     dropout: bool,
+    paged: bool,
 ) -> ForwardVariant:
     """The variant for these choices, made once per process."""
     return ForwardVariant(
@@ -232,4 +263,5 @@ def _variant(
         cluster=cluster,
         v_colmajor=v_colmajor,
         dropout=dropout,
+        paged=paged,
     )

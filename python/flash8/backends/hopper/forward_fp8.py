@@ -18,6 +18,8 @@ _CHANNELS = ("k_mean", "v_mean", "v_channel_descale")
 
 def refusal(v: Tensor, options: Options) -> str | None:
     """Why no FP8 kernel serves a call with these options, or None."""
+    if scales(options) == "block" and options.page_table is not None:
+        return "page_table with descales by page or block has no forward kernel yet"
     if scales(options) == "block" and options.leftpad_k is not None:
         return "leftpad_k with descales per block has no kernel: blocks start with the sequence"
     if options.v_colmajor_tokens is not None and v.shape[-2] % 16 != 0:

@@ -34,6 +34,7 @@ class ForwardVariant:
         dropout: Whether probabilities are dropped.
         cluster: Whether two CTAs load K and V together; without a mask only.
         v_colmajor: Whether v of e4m3 has keys innermost, as the quantizer writes it.
+        paged: Whether k and v are the pages of a cache; left padding of them needs mask "local".
 
     Raises:
         ValueError: A choice is unknown, or the choices exclude each other.
@@ -50,6 +51,7 @@ class ForwardVariant:
     cluster: bool = False
     v_colmajor: bool = False
     dropout: bool = False
+    paged: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -73,6 +75,13 @@ class ForwardVariant:
             )
         if self.cluster and self.mask != "none":
             raise ValueError(f"cluster is True with mask {self.mask!r}; supported is mask 'none'")
+        if self.paged and (
+            self.cluster or self.dropout or self.v_colmajor or self.scales == "block"
+        ):
+            raise ValueError(
+                "paged is True with cluster, dropout, v_colmajor or scales 'block'; supported are "
+                "pages without them"
+            )
 
     @cached_property
     def name(self) -> str:
@@ -86,6 +95,7 @@ class ForwardVariant:
         parts += ["packgqa"] if self.pack_gqa else []
         parts += ["cluster"] if self.cluster else []
         parts += ["vcolmajor"] if self.v_colmajor else []
+        parts += ["paged"] if self.paged else []
         parts += [f"{self.scales}scales"] if self.scales != "none" else []
         return "_".join(["forward", *parts])
 
@@ -117,6 +127,10 @@ SHIPPED: tuple[ForwardVariant, ...] = (
     ForwardVariant("bf16", 128, 128, mask="causal", pack_gqa=True),
     ForwardVariant("fp16", 128, 128, mask="causal"),
     ForwardVariant("bf16", 128, 128, mask="local"),
+    ForwardVariant("bf16", 128, 128, mask="causal", paged=True),
+    ForwardVariant("bf16", 128, 128, mask="causal", pack_gqa=True, paged=True),
+    ForwardVariant("fp16", 128, 128, mask="causal", paged=True),
+    ForwardVariant("bf16", 128, 128, mask="local", paged=True),
     ForwardVariant("bf16", 192, 128, mask="causal"),
     ForwardVariant("fp16", 192, 192, mask="local"),
     ForwardVariant("bf16", 256, 256, mask="causal"),
@@ -126,6 +140,7 @@ SHIPPED: tuple[ForwardVariant, ...] = (
     ForwardVariant("e4m3", 96, 96, scales="head"),
     ForwardVariant("e4m3", 128, 128, scales="head"),
     ForwardVariant("e4m3", 128, 128, mask="causal", scales="head"),
+    ForwardVariant("e4m3", 128, 128, mask="causal", scales="head", paged=True),
     ForwardVariant("e4m3", 128, 128, scales="head", v_colmajor=True),
     ForwardVariant("e4m3", 128, 128, mask="causal", scales="head", v_colmajor=True),
     ForwardVariant("e4m3", 128, 128, scales="block"),

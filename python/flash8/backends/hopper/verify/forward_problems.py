@@ -58,7 +58,8 @@ def problems(
 ) -> Iterator[Problem]:
     """Two: one by as many CTAs as there are tiles, one by a single one, or a single cluster.
 
-    The first is packed; the second is dense. Without a mask that makes tiles uneven it has no
+    The first is packed; the second is dense. With pages both have K and V in pages, of other sizes.
+    Without a mask that makes tiles uneven it has no
     ragged lengths either, so that its schedule is static. Clusters serve such calls only. A problem
     is made when the one before it has been passed. channel_descales: whether an FP8 V has them.
     """
@@ -67,7 +68,7 @@ def problems(
         yield draw(*_ODD, packed=False, seed=1).problem(0)
     else:
         yield draw(_QUERIES, _KEYS, packed=True, seed=1).problem(0)
-    dense = _EVEN if variant.mask == "none" else (_QUERIES, _KEYS)
+    dense = _EVEN if variant.mask == "none" and not variant.paged else (_QUERIES, _KEYS)
     yield draw(*dense, packed=False, seed=2).problem(_MANY)
 
 
@@ -104,10 +105,15 @@ class _Draw:
             **self._lengths(),
             **(self._fp8() if float8 else {}),
         )
-        q = self._tensor(self._queries, _HEADS, variant.head_dim)
-        k = self._tensor(self._keys, _HEADS_KV, variant.head_dim)
-        v = self._tensor(self._keys, _HEADS_KV, variant.head_dim_v)
+        q = self._tensor(self._queries, _HEADS, variant.head_dim, self._packed)
+        k = self._tensor(self._keys, _HEADS_KV, variant.head_dim, self._packed_keys)
+        v = self._tensor(self._keys, _HEADS_KV, variant.head_dim_v, self._packed_keys)
         real = self._real(q, k, v, options)
+        if variant.paged:
+            paged = _Pages.draw(self._keys, 16 if self._packed else 48, self._generator)
+            options = options._replace(page_table=paged.table.to(self._device))
+            k, v = paged.store(k), paged.store(v)
+            real = real[0], paged.store(real[1]), paged.store(real[2])
         if variant.v_colmajor:
             options = options._replace(v_colmajor_tokens=v.shape[-3])
             v = to_colmajor(v, Tokens(options.cu_seqlens_k, options.seqused_k))
@@ -116,13 +122,17 @@ class _Draw:
         sinks = self._uniform(_HEADS) * 4.0
         return Problem(q, k, v, sinks, options, real, out_dtype, sm_margin)
 
+    @property
+    def _packed_keys(self) -> bool:
+        return self._packed and not self._variant.paged
+
     def _lengths(self) -> dict[str, Any]:
         if all(rows in (*_EVEN, *_ODD) for rows in (self._queries, self._keys)):
             return {}
         found: dict[str, Any] = {}
         for side, rows in (("q", self._queries), ("k", self._keys)):
             found[f"seqused_{side}"] = self._int32([used for _, used in rows])
-            if self._packed:
+            if self._packed if side == "q" else self._packed_keys:
                 ends = [_total(rows[:n]) for n in range(len(rows) + 1)]
                 found[f"cu_seqlens_{side}"] = self._int32(ends)
                 found[f"max_seqlen_{side}"] = _longest(rows)
@@ -155,7 +165,7 @@ class _Draw:
             shape = (*shape, num_blocks(_longest(rows)))
         return (self._uniform(*shape) * 0.6 + 0.5) / _UNIT
 
-    def _tensor(self, rows: _Lengths, heads: int, width: int) -> Tensor:
+    def _tensor(self, rows: _Lengths, heads: int, width: int, packed: bool) -> Tensor:
         """Normal values in used rows, NaN in the others."""
         longest = _longest(rows)
         x = torch.full(
@@ -163,7 +173,7 @@ class _Draw:
         )
         for sequence, (_, used) in zip(x, rows, strict=True):
             sequence[:used].normal_(generator=self._generator)
-        if self._packed:
+        if packed:
             x = torch.cat([sequence[: length[0]] for sequence, length in zip(x, rows, strict=True)])
         unit = _UNIT if self._variant.dtype == "e4m3" else 1.0
         return (x * unit).to(_DTYPES[self._variant.dtype]).to(self._device)
@@ -199,6 +209,35 @@ class _Draw:
 
     def _int32(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self._device)
+
+
+class _Pages(NamedTuple):
+    """Pages in no order. Nobody owns the last one; where a sequence has no key, the table has no
+    page."""
+
+    table: Tensor  # (sequences, columns)
+    size: int
+
+    @classmethod
+    def draw(cls, keys: _Lengths, size: int, generator: torch.Generator) -> "_Pages":
+        columns = -(-_longest(keys) // size)
+        order = torch.randperm(len(keys) * columns, generator=generator, device="cpu").int()
+        table = order.view(len(keys), columns)
+        for row, (_, used) in zip(table, keys, strict=True):
+            row[-(-used // size) :] = -1
+        return cls(table, size)
+
+    def store(self, x: Tensor) -> Tensor:
+        """x, (sequences, rows, heads, d), in pages; the rest is NaN."""
+        sequences, columns = self.table.shape
+        shape = (sequences * columns + 1, self.size, *x.shape[2:])
+        pages = torch.full(shape, math.nan, dtype=torch.float32, device=x.device).to(x.dtype)
+        for row, sequence in zip(self.table.tolist(), x, strict=True):
+            for column, page in enumerate(row):
+                if page >= 0:
+                    keys = sequence[column * self.size : (column + 1) * self.size]
+                    pages[page, : len(keys)] = keys
+        return pages
 
 
 def _total(rows: _Lengths) -> int:

@@ -1,0 +1,108 @@
+"""What the host makes of a forward call over pages: maps, boxes, and what it refuses."""
+
+import random
+import struct
+
+import pytest
+
+from fake_driver.cubin import LAYOUT, fake_cubin, tma_boxes
+from flash8 import _native
+
+pytest_plugins = ["driver_fixtures"]
+
+BF16, SWIZZLE_128B = 9, 3
+ADDRESS = {"q": 0x10000, "k": 0x20000, "v": 0x30000, "o": 0x40000}
+#: KernelInfo.paged: no pages, pages, pages with left padding.
+DENSE, PAGES, PADDED = 0, 1, 2
+
+
+def load(driver, paged=PAGES, block_n=128) -> _native.Kernel:
+    q, keys = ((4, (64, rows, 1, 1), BF16, SWIZZLE_128B) for rows in (128, block_n))
+    cubin = fake_cubin(kBlockN=block_n, paged=paged, tma=tma_boxes(q, keys, keys))
+    return _native.Library(driver, cubin).kernel()
+
+
+def paged_call(page_size=16, max_pages=40, pages=100) -> _native.ForwardParams:
+    call = _native.ForwardParams()
+    for name, rows, heads in (("q", 300, 8), ("o", 300, 8), *((x, page_size, 2) for x in "kv")):
+        setattr(call, name, (ADDRESS[name], rows * heads * 128, heads * 128, 128))
+    call.lse = (0x50000, 8 * 300, 300)
+    call.heads_q, call.heads_kv = 8, 2
+    call.head_dim = call.head_dim_v = 128
+    sequences = call.sequences
+    sequences.batch, sequences.batch_k = 2, 5
+    sequences.max_seqlen_q, sequences.max_seqlen_k = 300, page_size * max_pages
+    call.scores.window_left = call.scores.window_right = -1
+    call.pages.page_table, call.pages.page_table_stride = 0x70000, max_pages
+    call.pages.page_size, call.pages.num_pages, call.pages.max_pages = page_size, pages, max_pages
+    return call
+
+
+def field(fake, name: str, code: str):
+    offset = LAYOUT["ForwardParams"]["fields"]["pages"][0]
+    offset += LAYOUT["PageParams"]["fields"][name][0]
+    return struct.unpack_from(f"<{code}", fake.parameter(len(fake.launches) - 1), offset)[0]
+
+
+def test_pages_are_the_batch_of_the_maps(fake, driver):
+    _native.launch_forward(load(driver), 0, 0, paged_call())
+    for at, name in ((1, "k"), (2, "v")):
+        words = struct.unpack_from("<7Q", fake.parameter(0), 128 * at)
+        assert words[:4] == (BF16, 4, ADDRESS[name], SWIZZLE_128B)
+        assert words[5:] == (100, 16 * 2 * 128 * 2)  # pages, and bytes from one to the next
+    assert field(fake, "page_table", "Q") == 0x70000
+
+
+@pytest.mark.parametrize(
+    ("page_size", "block_n", "box"),
+    [
+        *((8, 128, 8), (16, 128, 16), (128, 128, 128), (256, 128, 128), (176, 128, 16)),
+        *((48, 96, 48), (64, 224, 32), (224, 224, 224), (16, 80, 16)),
+    ],
+)
+def test_boxes_that_no_page_boundary_cuts(fake, driver, page_size, block_n, box):
+    _native.launch_forward(load(driver, block_n=block_n), 0, 0, paged_call(page_size))
+    assert field(fake, "box_rows", "i") == box
+
+
+def test_division_by_the_page_size_is_exact(fake, driver):
+    kernel, numbers = load(driver), random.Random(1)
+    for size in (8, 16, 24, 176, 528, 65544, 2**30 - 8):
+        _native.launch_forward(kernel, 0, 0, paged_call(size, 1, 1))
+        factor, shift = field(fake, "page_multiplier", "I"), field(fake, "page_shift", "i")
+        for n in (0, size - 1, size, 2**31 - 1, *(numbers.randrange(2**31) for _ in range(2000))):
+            assert n * factor >> shift == n // size, (n, size)
+
+
+def changed(**values) -> _native.ForwardParams:
+    call = paged_call()
+    for name, value in values.items():
+        setattr(call.pages if hasattr(call.pages, name) else call.sequences, name, value)
+    return call
+
+
+REFUSED = {
+    "a kernel without pages": (DENSE, changed(), "this kernel reads no pages, and page_table is"),
+    "no table": (PAGES, changed(page_table=0), "this kernel reads pages, and page_table is null"),
+    "packed keys": (PAGES, changed(cu_seqlens_k=16), "cu_seqlens_k is given with a page_table"),
+    "padding": (PAGES, changed(leftpad_k=16), "this kernel reads pages without left padding"),
+    "size": (PAGES, changed(page_size=12), "page_size is 12; it must be a positive multiple of 8"),
+    "no rows": (PAGES, changed(page_size=0), "page_size is 0"),
+    "no page": (PAGES, changed(num_pages=0), "num_pages is 0 and max_pages 40; there must be a"),
+    "columns": (PAGES, changed(max_pages=-1), "max_pages -1"),
+    "room": (PAGES, changed(max_seqlen_k=641), "max_seqlen_k is 641; the pages of a sequence hold"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_kernel_cannot_take_is_refused(fake, driver, name):
+    paged, call, words = REFUSED[name]
+    with pytest.raises(ValueError, match=words):
+        _native.launch_forward(load(driver, paged), 0, 0, call)
+    assert fake.launches == []
+
+
+def test_a_kernel_for_padding_takes_calls_with_and_without(fake, driver):
+    for call in (changed(leftpad_k=16), changed()):
+        _native.launch_forward(load(driver, PADDED), 0, 0, call)
+    assert len(fake.launches) == 2
