@@ -75,6 +75,19 @@ def cached(dtype: torch.dtype, q_dtype: torch.dtype | None = None, **options: An
     return call
 
 
+def prefilled(dtype: torch.dtype, **options: Any) -> Call:
+    """32 queries of two heads for each KV head, over a cache of `dtype`."""
+
+    def call() -> Any:
+        q, k, v = tensors(dtype)
+        with torch.no_grad():
+            return flash8.flash_attn_with_kvcache(
+                q, k, v, cache_seqlens=ints([32]), num_splits=1, **options
+            )
+
+    return call
+
+
 def quantized(granularity: str, of_v: str | None = None, **steps: Any) -> Call:
     """Attention on tensors that fp8.quantize made."""
 
@@ -166,6 +179,16 @@ ROWS = (
         ],
     ),
     Row(
+        "the same, more rows than decoding has: pages of a multiple of 8 keys, e4m3 q over them",
+        ForwardVariant,
+        [
+            *(prefilled(BF16), prefilled(FP16, cache_leftpad=ints([2]))),
+            *(prefilled(BF16, page_table=ints([[0]])), prefilled(E4M3, page_table=ints([[0]]))),
+            prefilled(BF16, page_table=ints([[0]]), cache_leftpad=ints([2])),
+            cached(E4M3, page_table=ints([[0]]), **per_head()),
+        ],
+    ),
+    Row(
         "16-bit q over an e4m3 cache: descales by tensor, head; smoothing; pages",
         DecodeVariant,
         [
@@ -175,11 +198,10 @@ ROWS = (
         ],
     ),
     Row(
-        "the same with descales by page; e4m3 q over pages; KV splits",
+        "an e4m3 cache with descales by page; KV splits",
         DecodeVariant,
         [
             cached(E4M3, BF16, page_table=ints([[0]]), k_descale=torch.ones(1, 2, 1)),
-            cached(E4M3, page_table=ints([[0]]), **per_head()),
             cached(BF16, num_splits=2),
         ],
     ),

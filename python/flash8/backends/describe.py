@@ -66,7 +66,7 @@ def _describe_cuda(name: str) -> list[Service]:
     checked = "unchecked" if chosen == "on" else "checked once per process"
     kernel = f"{name}: FLASH8_KERNELS={chosen}; compiled when first used, {checked}"
     return [
-        Service("CUDA tensors, fp16 / bf16 / e4m3 forward, no pages or splits", "hopper", kernel),
+        Service("CUDA tensors, fp16 / bf16 / e4m3 forward, pages, no splits", "hopper", kernel),
         Service("CUDA tensors, 16-bit q over 16-bit and e4m3 caches, pages", "hopper", kernel),
         Service("CUDA tensors, fp16 / bf16 backward", "hopper", kernel),
         Service("CUDA tensors, fp8.quantize, append to e4m3 caches", "hopper", kernel),

@@ -125,10 +125,13 @@ def test_packed_queries_and_new_keys(launched, monkeypatch):
 
 
 REFUSED = {
-    "e4m3 q": (lambda q, k, v: (q.to(E4M3), k.to(E4M3), v.to(E4M3)), {}, "float8_e4m3fn q and"),
     "num_splits": (lambda *x: x, {"num_splits": 2}, "num_splits has no decode kernel yet"),
     "qv": (lambda *x: x, {"qv": torch.zeros(3, 1, 8, 128).bfloat16()}, "qv has no decode kernel"),
-    "rows": (lambda q, k, v: (q.repeat(1, 65, 1, 1), k, v), {}, "there are 260 rows of q for a KV"),
+    "rows": (
+        lambda q, k, v: (q.repeat(1, 65, 1, 1), k.to(E4M3), v.to(E4M3)),
+        {},
+        "there are 260 rows of q for a KV",
+    ),
     "narrow": (
         lambda q, k, v: (q[..., :40], k[..., :40].to(E4M3), v[..., :40].to(E4M3)),
         {},

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flash8 import _native
 from flash8.backends.hopper import attention_params, kernels, streams
+from flash8.backends.hopper import forward as many_rows
 from flash8.backends.hopper.decode_variants import (
     ROWS,
     TILES,
@@ -26,11 +27,10 @@ from flash8.call.options import Options
 from flash8.tensors.float8 import E4M3
 
 _DTYPES: dict[torch.dtype, Element] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-#: Rows up to which a dense 16-bit cache, which the forward kernel serves too, is for this one.
+#: Rows up to which a cache that the forward kernel serves too is for this one.
 _FEW_ROWS = ROWS[-1]
 #: And any other cache, which no other kernel serves.
 _MOST_ROWS = 256
-_TMA_PAGE = 8  # keys of whose multiples pages are that TMA loads
 _MOST_BYTES = 1 << 36  # of a cache: 32 bits count units of 16 bytes
 
 
@@ -52,6 +52,9 @@ def refusal(
         return f"there is no decode kernel for {q.dtype} q and {k.dtype} k"
     reason = attention_params.refused_scale(options)
     reason = reason or _refused_options(q, k, qv, options) or _refused_sizes(q, k, v, options)
+    many = reason is None and _rows(q, k, options) > _FEW_ROWS
+    if many and many_rows.refusal(q, k, v, qv, options, out) is None:
+        return f"more than {_FEW_ROWS} rows of q for a KV head are for the forward kernel"
     if reason is None and out is not None and not attention_params.can_be_stored(out):
         return "out is not aligned to 16 bytes in address and strides"
     return reason
@@ -85,11 +88,10 @@ def _refused_sizes(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | N
     for name, size in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
         if size % max(unit, 8) != 0:
             return f"{name} is {size}; the decode kernel takes multiples of {max(unit, 8)}"
-    limit = _FEW_ROWS if options.page_table is None and k.dtype == q.dtype else _MOST_ROWS
-    if _rows(q, k, options) > limit:
+    if _rows(q, k, options) > _MOST_ROWS:
         return (
             f"there are {_rows(q, k, options)} rows of q for a KV head; the decode kernel takes up "
-            f"to {limit}"
+            f"to {_MOST_ROWS}"
         )
     if not all(attention_params.tma_can_read(x) for x in (q, k, v)):
         return "q, k or v is not aligned to 16 bytes in address and strides, or a stride is 2^40"
@@ -101,7 +103,7 @@ def _refused_sizes(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | N
 
 
 def _too_long(q: Tensor, k: Tensor, options: Options) -> str | None:
-    keys = _room(k, options)
+    keys = attention_params.room(k, options)
     units = -(-_rows(q, k, options) // ROWS[0]) * k.shape[-2] * _batch(q, options)
     if keys + _max_seqlen_q(q, options) > attention_params.INT32_MAX - 1024:
         return "a sequence has room for more than 2^31 keys"
@@ -128,11 +130,6 @@ def _batch(q: Tensor, options: Options) -> int:
     return q.shape[0] if options.cu_seqlens_q is None else options.cu_seqlens_q.shape[0] - 1
 
 
-def _room(k: Tensor, options: Options) -> int:
-    """Keys that a sequence has room for."""
-    return k.shape[1] if options.page_table is None else k.shape[1] * options.page_table.shape[1]
-
-
 def _span(x: Tensor) -> int:
     steps = zip(x.shape, x.stride(), strict=True)
     return x.element_size() * sum((n - 1) * step for n, step in steps if n > 1)
@@ -149,7 +146,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> DecodeVariant:
         "e4m3" if k.dtype == E4M3 else "same",
         *tile,
         next((n for n in supported if rows <= n), supported[-1]),
-        "gather" if paged and k.shape[1] % _TMA_PAGE != 0 else "tma",
+        "gather" if paged and k.shape[1] % attention_params.TMA_PAGE != 0 else "tma",
         options.softcap > 0.0 or options.alibi_slopes is not None,
     )
 
@@ -241,15 +238,8 @@ def plan(
 
 def _describe_cache(call: _native.DecodeParams, k: Tensor, options: Options) -> list[Tensor]:
     """Pages and descales; returns what the call points to then."""
-    held = []
     call.num_pages, call.page_size = k.shape[:2]
-    if options.page_table is not None:
-        table = options.page_table.contiguous()
-        held.append(table)
-        call.page_table, call.page_table_stride = table.data_ptr(), table.stride(0)
-        call.max_pages = table.shape[1]
-        call.sequences.batch_k = table.shape[0]
-        call.sequences.max_seqlen_k = _room(k, options)
+    held = attention_params.describe_pages(call, call.sequences, k, options)
     return held + attention_params.describe_scaling(
         call, options, ("k_descale", "v_descale"), ("k_mean", "v_mean")
     )

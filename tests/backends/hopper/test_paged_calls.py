@@ -1,0 +1,157 @@
+"""Caches on the forward kernel: more rows than the decode kernel takes, dense and paged. On CPU
+tensors, the simulated device and the fake driver."""
+
+import warnings
+
+import pytest
+import torch
+
+import flash8
+from flash8 import flash_attn_varlen_func, flash_attn_with_kvcache
+from flash8.backends.hopper import decode
+from flash8.backends.hopper import forward as hopper
+from forward_cases import device, int32
+from simulated_device import missing_compiler
+
+pytest_plugins = ["driver_fixtures", "plan_cache_fixtures"]
+needs_compiler = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+E4M3 = torch.float8_e4m3fn
+
+
+def draw(page_size=16, *, seqlen_q=40, heads=2, heads_kv=2, width=128, dtype=torch.bfloat16):
+    """q, and caches of as many pages as three sequences of 150 keys take."""
+    generator = torch.Generator().manual_seed(5)
+
+    def tensor(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    columns = -(-150 // page_size)
+    cache = [tensor(3 * columns + 1, page_size, heads_kv, width) for _ in "kv"]
+    table = torch.randperm(3 * columns + 1, generator=generator)[: 3 * columns]
+    given = {"page_table": table.view(3, columns).int(), "cache_seqlens": int32([150, 1, 67])}
+    return [tensor(3, seqlen_q, heads, width), *cache], {**given, "causal": True}
+
+
+def dense(**options):
+    (q, *cache), given = draw(150, **options)
+    given.pop("page_table")
+    return [q, *(x[:3] for x in cache)], given
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that calls inside took."""
+    names = []
+    for module in (decode, hopper):
+        plan = module.plan
+
+        def named(q, k, v, s_aux, options, *rest, module=module, plan=plan):
+            names.append(module.choose(q, k, v, options).name)
+            return plan(q, k, v, s_aux, options, *rest)
+
+        monkeypatch.setattr(module, "plan", named)
+    return names
+
+
+CALLS = {
+    "paged": (draw(), {}, "forward_bf16_d128_causal_paged"),
+    "a row for decoding": (draw(seqlen_q=16), {}, "decode_bf16_d128_rows16"),
+    "more rows": (draw(heads=8), {}, "forward_bf16_d128_causal_packgqa_paged"),
+    "all keys": (draw(), {"causal": False}, "forward_bf16_d128_paged"),
+    "window": (draw(), {"window_size": (9, 0)}, "forward_bf16_d128_local_paged"),
+    "padding": (draw(), {"cache_leftpad": int32([1, 1, 9])}, "forward_bf16_d128_local_paged"),
+    "softcap": (draw(), {"softcap": 9.0}, "forward_bf16_d128_causal_softcap_paged"),
+    "e4m3": (draw(dtype=E4M3), {}, "forward_e4m3_d128_causal_paged_headscales"),
+    "e4m3, one row": (
+        draw(dtype=E4M3, seqlen_q=1),
+        {"pack_gqa": False},
+        "forward_e4m3_d128_causal_paged_headscales",
+    ),
+    "pages of 20 keys": (draw(20), {}, "decode_bf16_d128_rows32_gather"),
+    "dense": (dense(), {}, "forward_bf16_d128_causal"),
+    "dense, padding": (
+        dense(),
+        {"cache_leftpad": int32([1, 1, 9]), "cache_batch_idx": int32([2, -1, 0])},
+        "forward_bf16_d128_causal",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_which_kernel_serves(name, launched, on_fake_driver, fake, monkeypatch):
+    """One launch, and nothing is read from the device."""
+    (tensors, given), more, kernel = CALLS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # The fake driver's kernels are for dense keys.
+        monkeypatch.setattr("flash8._native.launch_forward", lambda *args: None)
+        flash_attn_with_kvcache(*tensors, **{**given, **more})
+    assert launched == [kernel]
+    assert fake.count("cuMemcpyDtoH_v2") == 0
+
+
+REFUSED = {
+    "many rows of odd pages": (draw(20, seqlen_q=300), {}, "there are 300 rows of q for a KV head"),
+    "e4m3 over odd pages": (draw(20, dtype=E4M3), {}, "float8_e4m3fn q and"),
+    "splits": (draw(), {"num_splits": 2}, "num_splits has no"),
+    "pages' descales": (
+        draw(dtype=E4M3),
+        {"k_descale": torch.ones(31, 2, 1), "v_descale": torch.ones(31, 2, 1)},
+        "float8_e4m3fn q and",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_have_names(name, launched, monkeypatch):
+    (tensors, given), more, words = REFUSED[name]
+    given = {**given, **more}
+    flash8.backends._warn_of_refusal.cache_clear()
+    with pytest.warns(UserWarning, match=words), device().serving_cpu_tensors(monkeypatch):
+        found = flash_attn_with_kvcache(*tensors, **given)
+    assert torch.equal(found, flash_attn_with_kvcache(*tensors, **given))
+    assert launched == []
+
+
+def agree(found, want):
+    for x, y, bound in zip(found, want, (2e-2, 1e-4), strict=True):
+        finite = torch.isfinite(y)
+        assert torch.equal(finite, torch.isfinite(x))
+        torch.testing.assert_close(x[finite], y[finite], atol=bound, rtol=bound)
+
+
+@needs_compiler
+def test_a_chunk_of_a_prompt_appends_and_attends(launched, monkeypatch):
+    (q, *cache), given = draw()
+    given |= {x: torch.randn(3, 40, 2, 128).bfloat16() for x in ("k", "v")}
+    given["cache_seqlens"] = int32([90, 1, 67])
+    copies = [[q, *(x.clone() for x in cache)] for _ in range(2)]
+    want = flash_attn_with_kvcache(*copies[0], return_softmax_lse=True, **given)[:2]
+    with device().serving_cpu_tensors(monkeypatch):
+        found = flash_attn_with_kvcache(*copies[1], return_softmax_lse=True, **given)[:2]
+    agree(found, want)
+    assert all(torch.equal(x, y) for x, y in zip(*copies, strict=True))
+    assert launched == ["forward_bf16_d128_causal_paged"]
+
+
+@needs_compiler
+def test_the_varlen_function(launched, monkeypatch):
+    (q, *cache), given = draw(seqlen_q=50)
+    lengths = {"cu_seqlens_q": int32([0, 90, 90, 150]), "seqused_k": given["cache_seqlens"]}
+    lengths |= {"cu_seqlens_k": None, "max_seqlen_q": 90, "max_seqlen_k": 150}
+
+    def call():
+        return flash_attn_varlen_func(
+            q.reshape(150, 2, 128),
+            *cache,
+            page_table=given["page_table"],
+            causal=True,
+            return_attn_probs=True,
+            **lengths,
+        )
+
+    want = call()
+    with device().serving_cpu_tensors(monkeypatch):
+        found = call()
+    agree(found, want)
+    assert launched == ["forward_bf16_d128_causal_paged"]
