@@ -33,6 +33,13 @@ class BackwardKernels:
         self._driver = driver
         self._kernels = [_native.Library(driver, image).kernel() for image in images]
 
+    def with_kernel(self, image: bytes) -> "BackwardKernels":
+        """Between the same preprocess and postprocess."""
+        other = BackwardKernels(self._driver, image)
+        before, _, behind = self._kernels
+        other._kernels = [before, *other._kernels, behind]
+        return other
+
     def __call__(
         self,
         call: Call,

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
+import backward_cases
 import flash8
+from backward_launch import BackwardKernels, Gradients
 from cases import int32
 from flash8 import _native, fp8
+from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.kernels import variant_of
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
@@ -27,6 +30,7 @@ from forward_launch import Call, ForwardKernel, Schedule
 from fp8_forward_cases import descales
 from quantizer_device import device as quantizer_device
 from quantizer_device import kernels
+from tolerances import rel_l2
 
 Run = Callable[[str], None]
 
@@ -141,6 +145,89 @@ class Forward:
         for problem, (o, lse, _) in zip(given, wanted, strict=True):
             compare(problem.call, o, lse)
         return lambda ptx: check_forward(load(ptx), wanted, given)
+
+
+# ------------------------------------------------------------------------------------ backward
+
+
+@functools.cache
+def backward_problems(variant: BackwardVariant) -> tuple[tuple[backward_cases.Problem, range], ...]:
+    """Calls and seeds: a tile with ragged sides; two heads over one block of keys; so many that a
+    barrier that expects one warp too few is a round ahead in the end, and K without a mean; short
+    and empty sequences, used lengths; blocks of keys that add to the same queries; unmasked tiles.
+    """
+    offsets = packed((70, 0, 5))
+    total = int(offsets[-1])
+    indices = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "seqused_k": int32([61, 0, 0])}
+    longest = {"max_seqlen_q": 70, "max_seqlen_k": 70}
+    many = backward_cases.draw(variant, 20, 20, 16, 1, batch=1)
+    return (
+        (backward_cases.draw(variant, 20, 20, 1, 1, batch=1), range(1)),
+        (backward_cases.draw(variant, 130, 100, 2, 1, batch=1), range(4)),
+        (replace(many, k_mean=torch.linspace(-1, 1, variant.head_dim)[None, None]), range(1)),
+        (backward_cases.draw(variant, total, total, 1, 1, indices=indices, **longest), range(2)),
+        (backward_cases.draw(variant, 100, 200, 1, 1, batch=1), range(4)),
+        (backward_cases.draw(variant, 250, 250, 1, 1, batch=1), range(3)),
+    )
+
+
+def load_backward(variant: BackwardVariant, ptx: str) -> BackwardKernels:
+    try:
+        return backward_cases.kernels(variant).with_kernel(ptx.encode() + b"\0")
+    except RuntimeError as error:
+        raise InvalidMutantError(f"{error} {device().last_error()}") from error
+
+
+def launch_backward(
+    kernels: BackwardKernels, variant: BackwardVariant, problem: backward_cases.Problem, seed: int
+) -> tuple[Gradients, int]:
+    """Gradients, and how many bytes have been loaded."""
+    device().configure(watch="flash8_backward")
+    try:
+        given = backward_cases.saved(problem)
+        found = backward_cases.launch(variant, given, seed=seed, built=kernels)
+        loaded = device().report()["statistics"]["bytes"]
+    finally:
+        device().configure(watch="")
+    return found, sum(n for name, n in loaded.items() if name in ("tensor load", "bulk load"))
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The kernel between preprocess and postprocess, which stay what they are."""
+
+    name: str
+    variant: BackwardVariant
+
+    def ptx(self) -> str:
+        return text_of(backward_cases.images(self.variant)[1])
+
+    def cases(self) -> Run:
+        kernels = backward_cases.kernels(self.variant)
+        given = backward_problems(self.variant)
+        wanted = [launch_backward(kernels, self.variant, problem, 0) for problem, _ in given]
+        for (problem, _), (right, _) in zip(given, wanted, strict=True):
+            backward_cases.compare(problem, right)
+        turns = [
+            (seed, problem, want)
+            for (problem, seeds), want in zip(given, wanted, strict=True)
+            for seed in seeds
+        ]
+        turns.sort(key=lambda turn: turn[0])
+
+        def run(ptx: str) -> None:
+            mutant = load_backward(self.variant, ptx)
+            for seed, problem, (right, bytes_) in turns:
+                found, loaded = launch_backward(mutant, self.variant, problem, seed)
+                for name in ("dk", "dv"):
+                    same = torch.equal(getattr(found, name), getattr(right, name))
+                    assert same, f"seed {seed}: {name} differs"
+                # Blocks of keys add to dQ in any order.
+                error = rel_l2(found.dq, right.dq.double())
+                assert error <= 1e-3, f"seed {seed}: dQ differs by {error:.1e}"
+                assert loaded == bytes_, f"seed {seed}: {loaded} bytes loaded, not {bytes_}"
+
+        return run
 
 
 # ---------------------------------------------------------------------------------- quantizers
@@ -259,7 +346,7 @@ class Quantizer:
         return _native.Registry(quantizer_device().driver, image)
 
 
-FAMILIES: tuple[Forward | Quantizer, ...] = (
+FAMILIES: tuple[Forward | Backward | Quantizer, ...] = (
     Forward("forward_16bit", ForwardVariant("bf16", 64, 64, mask="causal")),
     Forward("forward_fp8", ForwardVariant("e4m3", 64, 64, mask="causal", scales="head")),
     Forward(
@@ -268,6 +355,7 @@ FAMILIES: tuple[Forward | Quantizer, ...] = (
     ),
     Forward("forward_16bit_cluster", ForwardVariant("bf16", 64, 64, cluster=True)),
     Forward("forward_fp8_cluster", ForwardVariant("e4m3", 64, 64, scales="head", cluster=True)),
+    Backward("backward_16bit", BackwardVariant("bf16", 128, 128, mask="causal")),
     Quantizer("quantize_cast", QuantizeVariant("cast", "bf16", 64)),
     Quantizer("quantize_cast_v_colmajor", QuantizeVariant("cast", "bf16", 64, v_colmajor=True)),
     Quantizer("quantize_amax", QuantizeVariant("amax", "bf16", 64)),
