@@ -12,7 +12,12 @@ def rows_of(text):
 
 
 @pytest.mark.parametrize(
-    "table, document", [("machine_code.md", "forward.md"), ("quantizer_traffic.md", "fp8.md")]
+    "table, document",
+    [
+        ("machine_code.md", "forward.md"),
+        ("machine_code_backward.md", "backward.md"),
+        ("quantizer_traffic.md", "fp8.md"),
+    ],
 )
 def test_the_document_quotes_the_results(table, document):
     rows = rows_of((RESULTS / table).read_text())
