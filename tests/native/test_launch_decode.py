@@ -135,6 +135,10 @@ def changed(call, **fields):
 REFUSED = {
     "heads": (changed(dense_call(), heads_q=5), "heads_q is 5; it must be a multiple of heads_kv"),
     "head_dim": (changed(dense_call(), head_dim=136), "head_dim is 136; this kernel supports"),
+    "rows of a cache": (
+        changed(dense_call(), head_dim=40),
+        "head_dim is 40 and head_dim_v 128; this kernel takes multiples of 16",
+    ),
     "page_size": (changed(dense_call(), page_size=0), "page_size is 0; it must be positive"),
     "pages": (changed(dense_call(), num_pages=-1), "num_pages is -1; it must be positive"),
     "no pages": (changed(paged_call(), num_pages=0), "num_pages is 0; it must be positive"),

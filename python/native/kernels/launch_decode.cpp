@@ -34,6 +34,9 @@ void check_sizes(const DecodeParams& call, const KernelInfo& info) {
     check_heads(kCall, {call.heads_q, call.heads_kv, call.head_dim, call.head_dim_v}, info);
     check_row_unit(kCall, "head_dim", call.head_dim);
     check_row_unit(kCall, "head_dim_v", call.head_dim_v);
+    const std::int64_t unit = kUnitBytes / element_bytes(info.tma[0].element_type);
+    require(call.head_dim % unit == 0 && call.head_dim_v % unit == 0, "decode: head_dim is ", call.head_dim,
+            " and head_dim_v ", call.head_dim_v, "; this kernel takes multiples of ", unit);
     const SequenceParams& sequences = call.sequences;
     check_sequences(kCall, sequences);
     require(sequences.cu_seqlens_k == nullptr, "decode: cu_seqlens_k is given; the keys are a cache's");
