@@ -178,12 +178,26 @@ def forward(
     lse_partial: Tensor,
 ) -> None:
     """Fills out and lse on q's stream, without a synchronisation."""
+    plan_and_launch(q, k, v, s_aux, options, out, lse)
+
+
+def plan_and_launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+) -> "Plan":
+    """Does it, and returns the plan by which it was done."""
     planned = plan(q, k, v, s_aux, options, out, lse)
     stream = streams.current_stream(q)
     captured = planned.kernel.is_captured(planned.device, stream)
     count = planned.workspace["tickets"] // 4
-    tickets = streams.get_tickets(q.device, stream, count, captured)
-    launch(planned, stream, tickets, options.sm_margin)
+    launch(planned, stream, streams.get_tickets(q.device, stream, count, captured))
+    # What the call points to may go: freed memory is not reused before the kernel on this stream.
+    return planned._replace(held=[])
 
 
 class Plan(NamedTuple):
@@ -192,11 +206,12 @@ class Plan(NamedTuple):
     kernel: _native.Kernel
     device: int
     call: _native.DecodeParams
+    sm_margin: int  # that the workspace is for
     workspace: dict[str, int]  # bytes
     held: list[Tensor]  # what `call` points to besides the arguments of `plan`
 
 
-def launch(planned: Plan, stream: int, tickets: Tensor, sm_margin: int = 0) -> None:
+def launch(planned: Plan, stream: int, tickets: Tensor) -> None:
     """Enqueues it. The tickets are zero, and are so again after the launch."""
     if tickets.numel() * 4 < planned.workspace["tickets"]:
         raise ValueError(
@@ -204,7 +219,7 @@ def launch(planned: Plan, stream: int, tickets: Tensor, sm_margin: int = 0) -> N
             f"{planned.workspace['tickets'] // 4}"
         )
     planned.call.tickets = tickets.data_ptr()
-    _native.launch_decode(planned.kernel, planned.device, stream, planned.call, sm_margin)
+    _native.launch_decode(planned.kernel, planned.device, stream, planned.call, planned.sm_margin)
 
 
 def plan(
@@ -233,7 +248,7 @@ def plan(
     workspace = _native.decode_workspace(kernel, device, call, options.sm_margin)
     partials = torch.empty(workspace["partials"] // 4, dtype=torch.float32, device=q.device)
     call.partials = partials.data_ptr()
-    return Plan(kernel, device, call, workspace, [*held, partials])
+    return Plan(kernel, device, call, options.sm_margin, workspace, [*held, partials])
 
 
 def _describe_cache(call: _native.DecodeParams, k: Tensor, options: Options) -> list[Tensor]:

@@ -157,7 +157,7 @@ def _run(variant: DecodeVariant, problem: Problem) -> tuple[Tensor, Tensor, int]
     count = planned.workspace["tickets"] // 4
     tickets = torch.zeros(count, dtype=torch.int32, device=q.device)
     watchdog = Watchdog(q.device)
-    hopper.launch(planned, streams.current_stream(q), tickets, sm_margin)
+    hopper.launch(planned, streams.current_stream(q), tickets)
     watchdog.wait()
     return out, lse, int(tickets.abs().max())
 
