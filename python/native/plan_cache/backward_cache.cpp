@@ -16,7 +16,6 @@ namespace {
 
 using Argument = TensorArgument;
 
-constexpr std::uintptr_t kAddressUnit = 16;
 constexpr std::size_t kQv = 3;  // among what is saved; no kernel reads it
 
 // What is saved of every call, in its order. There is no tensor for qv.
@@ -49,22 +48,6 @@ constexpr Argument kOptions[] = {
 constexpr std::size_t kFirstIncoming = 16;
 constexpr std::size_t kFirstOption = 32;
 constexpr std::size_t kMostFields = 64;
-
-void put_address(BackwardParams& params, std::size_t place, std::uintptr_t address) {
-    std::memcpy(reinterpret_cast<char*>(&params) + place, &address, sizeof(address));
-}
-
-std::uintptr_t address_at(const BackwardParams& params, std::size_t place) {
-    std::uintptr_t address = 0;
-    std::memcpy(&address, reinterpret_cast<const char*>(&params) + place, sizeof(address));
-    return address;
-}
-
-bool is_aligned(const CallKey& key) {
-    return std::all_of(key.begin(), key.end(), [](const CallKey::Tensor& tensor) {
-        return !tensor.argument->has(Argument::kAligned) || tensor.view.address % kAddressUnit == 0;
-    });
-}
 
 // Moves the parts of the workspace, of which row_stats is the first, to where it begins now.
 void move_workspace(BackwardParams& params, std::uintptr_t begin) {

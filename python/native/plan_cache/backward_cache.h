@@ -13,7 +13,7 @@
 
 #include "backward/params.h"
 #include "kernels/launch_backward.h"
-#include "plan_cache/call_key.h"
+#include "plan_cache/launch_arguments.h"
 #include "plan_cache/torch_tensors.h"
 
 namespace flash8 {

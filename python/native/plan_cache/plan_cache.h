@@ -4,24 +4,16 @@
 
 #include <pybind11/pybind11.h>
 
-#include <map>
 #include <memory>
 #include <string>
-#include <tuple>
 #include <unordered_map>
 
 #include "driver/library.h"
 #include "forward/params.h"
-#include "plan_cache/call_key.h"
+#include "plan_cache/launch_arguments.h"
 #include "plan_cache/torch_tensors.h"
 
 namespace flash8 {
-
-// An attention call as the caller made it.
-struct CallArguments {
-    pybind11::handle scope;    // whose kernels serve it; told apart by identity
-    pybind11::dict arguments;  // by name
-};
 
 // What a miss made of a call.
 struct CallPlan {
@@ -65,21 +57,11 @@ class PlanCache {
         pybind11::object scope;  // kept alive: its identity is in the key
     };
 
-    using CounterKey = std::tuple<int, int, std::uint64_t, unsigned long>;  // device, stream, thread
-
-    bool read(CallKey& key, const CallArguments& call);
     std::shared_ptr<const CachedPlan> find(const CallKey& key) const;
-    bool needs_graph(const CallKey& key, bool grad_enabled, bool& needed) const;
-    bool can_write_out(const CallKey& key) const;
-    pybind11::object put_arguments(const CallKey& key, bool graph, ForwardParams& params) const;
-    pybind11::object make_out(const CallKey& key, const CallPlan& plan) const;
-    pybind11::object counter(const CallKey::Tensor& q, const CallPlan& plan, std::uint64_t stream);
-
     TorchTensors torch_;
-    pybind11::object tile_count_;
     ArgumentNames names_;
     std::unordered_map<std::string, std::shared_ptr<const CachedPlan>> plans_;
-    std::map<CounterKey, pybind11::object> counters_;
+    StreamCounters counters_;
 };
 
 }  // namespace flash8

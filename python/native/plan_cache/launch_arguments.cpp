@@ -1,0 +1,98 @@
+#include "plan_cache/launch_arguments.h"
+
+#include <algorithm>
+
+#include "driver/driver_api.h"
+
+namespace py = pybind11;
+
+namespace flash8 {
+
+namespace {
+
+constexpr std::uintptr_t kAddressUnit = 16;
+constexpr std::int64_t kFloat32Bytes = sizeof(float);
+
+using Argument = TensorArgument;
+
+// Whether a byte between the first and the last of one is also that of the other: so do tensors meet whose
+// storages do not know of each other, as DLPack and NumPy make them.
+bool spans_meet(const TensorView& a, const TensorView& b) {
+    return a.address < b.end_address() && b.address < a.end_address();
+}
+
+}  // namespace
+
+bool read_call(CallKey& key, ArgumentNames& names, const CallArguments& call) {
+    key.add_identity(call.scope.ptr());
+    std::size_t number = ArgumentNames::kNone;
+    Py_ssize_t position = 0;
+    PyObject* name = nullptr;
+    PyObject* value = nullptr;
+    while (PyDict_Next(call.arguments.ptr(), &position, &name, &value) != 0) {
+        number = names.number(name, number);
+        if (number == ArgumentNames::kNone || !key.add(number, names.tensor(number), value)) {
+            return false;
+        }
+    }
+    return key.find(Argument::kGivesDevice) != nullptr;
+}
+
+bool is_aligned(const CallKey& key) {
+    return std::all_of(key.begin(), key.end(), [](const CallKey::Tensor& tensor) {
+        return !tensor.argument->has(Argument::kAligned) || tensor.view.address % kAddressUnit == 0;
+    });
+}
+
+bool is_converted(const CallKey::Tensor& tensor) {
+    return tensor.argument->has(Argument::kReadInFloat32) && tensor.view.element_bytes != kFloat32Bytes;
+}
+
+bool can_write_out(const CallKey& key, const TensorReader& reader) {
+    const CallKey::Tensor* const out = key.find(Argument::kWritten);
+    if (out == nullptr) {
+        return true;
+    }
+    const std::uintptr_t written = reader.storage(out->object, out->view);
+    return std::none_of(key.begin(), key.end(), [&](const CallKey::Tensor& tensor) {
+        return &tensor != out &&
+               (spans_meet(tensor.view, out->view) || reader.storage(tensor.object, tensor.view) == written);
+    });
+}
+
+bool needs_graph(const CallKey& key, const TensorReader& reader, bool grad_enabled, bool& needed) {
+    for (const CallKey::Tensor& tensor : key) {
+        const bool differentiable = tensor.argument->has(Argument::kDifferentiable);
+        if (differentiable && (needed || !grad_enabled)) {
+            continue;
+        }
+        if (reader.requires_grad(tensor.object)) {
+            if (!differentiable) {
+                return false;
+            }
+            needed = true;
+        }
+    }
+    return !needed || key.find(Argument::kWritten) == nullptr;
+}
+
+py::object make_out(const CallKey& key, const TorchTensors& torch, const py::object& out_like) {
+    const CallKey::Tensor* const given = key.find(Argument::kWritten);
+    return given != nullptr ? py::reinterpret_borrow<py::object>(given->object) : torch.new_like(out_like);
+}
+
+py::object StreamCounters::of(const CallKey::Tensor& q, const Kernel& kernel, int device,
+                              std::uint64_t stream) {
+    const auto ask = [&](bool captured) {
+        return get_(py::handle(q.object).attr("device"), stream, captured);
+    };
+    if (kernel.is_captured(device, stream)) {
+        return ask(true);
+    }
+    const unsigned long thread = stream == cu::kStreamPerThread ? PyThread_get_thread_ident() : 0;
+    const Key key{q.view.device.type, q.view.device.id, stream, thread};
+    const auto found = counters_.find(key);
+    return found != counters_.end() ? found->second : counters_.emplace(key, ask(false)).first->second;
+}
+
+}  // namespace flash8

@@ -1,0 +1,101 @@
+// What the plan caches of calls by name have in common: the call, its tensors as a launch takes them, and
+// what belongs to its stream.
+
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <tuple>
+
+#include "driver/library.h"
+#include "plan_cache/call_key.h"
+#include "plan_cache/torch_tensors.h"
+
+namespace flash8 {
+
+// An attention call as the caller made it.
+struct CallArguments {
+    pybind11::handle scope;    // whose kernels serve it; told apart by identity
+    pybind11::dict arguments;  // by name
+};
+
+// False: the call has no key.
+bool read_call(CallKey& key, ArgumentNames& names, const CallArguments& call);
+
+// Whether the tensors that launches access in units of 16 bytes begin at such a unit.
+bool is_aligned(const CallKey& key);
+
+// Whether the kernel reads a copy in fp32, which is made for each launch.
+bool is_converted(const CallKey::Tensor& tensor);
+
+// Whether there is no `out`, or it shares memory with no other tensor of the call: neither a storage nor
+// bytes.
+bool can_write_out(const CallKey& key, const TensorReader& reader);
+
+// Whether autograd has to know of the call. False where the checks of a miss have to say what is wrong: with
+// a gradient for a tensor that has none, or for a call that writes.
+bool needs_graph(const CallKey& key, const TensorReader& reader, bool grad_enabled, bool& needed);
+
+template <class Params>
+void put_address(Params& params, std::size_t place, std::uintptr_t address) {
+    std::memcpy(reinterpret_cast<char*>(&params) + place, &address, sizeof(address));
+}
+
+template <class Params>
+std::uintptr_t address_at(const Params& params, std::size_t place) {
+    std::uintptr_t address = 0;
+    std::memcpy(&address, reinterpret_cast<const char*>(&params) + place, sizeof(address));
+    return address;
+}
+
+// Whether a launch points to the call's tensors themselves, but for those that are converted.
+template <class Params>
+bool points_to_arguments(const CallKey& key, const Params& params) {
+    for (const CallKey::Tensor& tensor : key) {
+        if (!is_converted(tensor) && address_at(params, tensor.argument->place) != tensor.view.address) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// Gives what the parameters point to besides the arguments, to be held until the launch.
+template <class Params>
+pybind11::object put_arguments(const CallKey& key, const TorchTensors& torch, bool graph, Params& params) {
+    pybind11::object converted;
+    for (const CallKey::Tensor& tensor : key) {
+        std::uintptr_t address = tensor.view.address;
+        if (is_converted(tensor)) {
+            converted = pybind11::reinterpret_borrow<pybind11::object>(tensor.object);
+            converted = (graph ? converted.attr("detach")() : converted).attr("float")();
+            address = torch.address_of(converted);
+        }
+        put_address(params, tensor.argument->place, address);
+    }
+    return converted;
+}
+
+// The call's `out`, or a new tensor.
+pybind11::object make_out(const CallKey& key, const TorchTensors& torch, const pybind11::object& out_like);
+
+// Counters of launches: one that runs uses its stream's, which never change, and one that is captured gets
+// its own.
+class StreamCounters {
+  public:
+    // get: (device, stream, captured) -> tensor.
+    explicit StreamCounters(pybind11::object get) : get_(std::move(get)) {}
+
+    pybind11::object of(const CallKey::Tensor& q, const Kernel& kernel, int device, std::uint64_t stream);
+
+  private:
+    using Key = std::tuple<int, int, std::uint64_t, unsigned long>;  // device, stream, thread
+
+    pybind11::object get_;
+    std::map<Key, pybind11::object> counters_;
+};
+
+}  // namespace flash8
