@@ -28,9 +28,16 @@ import torch.nn.functional as F
 import environment
 from fake_driver import control
 from fake_driver.cubin import any_cubin
-from flash8 import _native, backends, flash_attn_func, flash_attn_varlen_func, fp8
+from flash8 import (
+    _native,
+    backends,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    fp8,
+)
 from flash8.backends.hopper import kernels, mode
-from flash8.ops import autograd, backward_plans, plan_cache
+from flash8.ops import autograd, backward_plans, decode_plans, plan_cache
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REPEAT, NUMBER = 40, 1_000
@@ -163,6 +170,33 @@ def calls_in_8_bits() -> Calls:
     }
 
 
+def calls_over_a_cache() -> Calls:
+    q = torch.randn(2, 1, 8, WIDTH).bfloat16()
+    k, v = (torch.randn(9, 16, 2, WIDTH).bfloat16() for _ in "kv")
+    table = torch.arange(8, dtype=torch.int32).view(2, 4)
+    lengths = torch.tensor([40, 64], dtype=torch.int32)
+    e4m3 = [x.to(torch.float8_e4m3fn) for x in (k, v)]
+    descales = {f"{x}_descale": torch.ones(2, 2) for x in "kv"}
+    dense = k[:2], v[:2]
+    paged = {"page_table": table, "cache_seqlens": lengths, "causal": True}
+
+    def first_of_its_kind() -> object:
+        decode_plans.cache().clear()
+        return flash_attn_with_kvcache(q, k, v, **paged)
+
+    return {
+        "cache, dense": lambda: flash_attn_with_kvcache(
+            q, *dense, cache_seqlens=lengths, causal=True
+        ),
+        "cache, paged": lambda: flash_attn_with_kvcache(q, k, v, **paged),
+        "cache, paged, LSE returned": lambda: flash_attn_with_kvcache(
+            q, k, v, return_softmax_lse=True, **paged
+        ),
+        "cache, paged, e4m3": lambda: flash_attn_with_kvcache(q, *e4m3, **descales, **paged),
+        "cache, paged, first of its kind": first_of_its_kind,
+    }
+
+
 def calls_with_gradients() -> Calls:
     q, k, v = (x.requires_grad_() for x in draw())
     packed = [x.detach().flatten(0, 1).requires_grad_() for x in (q, k, v)]
@@ -222,7 +256,7 @@ def measure() -> dict[str, float]:
     with torch.no_grad():
         with replaced(backends, "kernels_wanted", lambda tensor: False):
             fp8_calls = calls_in_8_bits()
-        calls = {**calls_in_16_bits(), **fp8_calls}
+        calls = {**calls_in_16_bits(), **fp8_calls, **calls_over_a_cache()}
         rows = {name: microseconds(call) for name, call in calls.items()}
         attributes_only = plan_cache.new_plan_cache(None)
         with replaced(plan_cache, "_plan_cache", lambda: attributes_only):

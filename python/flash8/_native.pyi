@@ -388,6 +388,38 @@ class PlanCache:
     def clear(self) -> None: ...
     def __len__(self) -> int: ...
 
+class DecodeCache:
+    def __init__(
+        self,
+        *,
+        exchange_api: object | None,
+        tensor: type,
+        parameter: type,
+        empty_like: Callable[..., object],
+        current_stream: Callable[..., int],
+        tickets: Callable[..., object],
+    ) -> None: ...
+    def run(
+        self, scope: object, arguments: dict[str, Any], want_lse: bool, grad_enabled: bool, /
+    ) -> tuple[Any, Any] | None: ...
+    def has_key(self, scope: object, arguments: dict[str, Any], /) -> bool: ...
+    def insert(
+        self,
+        scope: object,
+        arguments: dict[str, Any],
+        *,
+        kernel: Kernel,
+        device: int,
+        sm_margin: int,
+        params: DecodeParams,
+        out_like: object,
+        lse_like: object,
+        partials_like: object,
+        most_plans: int,
+    ) -> None: ...
+    def clear(self) -> None: ...
+    def __len__(self) -> int: ...
+
 class BackwardCache:
     def __init__(
         self,

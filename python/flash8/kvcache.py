@@ -13,6 +13,7 @@ from flash8.call.observed import is_autocast_on
 from flash8.call.options import Arguments, Options
 from flash8.call.unwrap import unwrap
 from flash8.ops import attention as ops
+from flash8.ops import decode_plans
 from flash8.scheduler import num_splits_of
 from flash8.tensors import memory
 from flash8.tensors.arguments import (
@@ -127,6 +128,42 @@ def flash_attn_with_kvcache(
         raise ValueError("max_seqlen_q must be given with cu_seqlens_q, got None")
     if is_autocast_on():
         q, k, v, qv = _cast_for_autocast(k_cache, q, k, v, qv)
+    given: Arguments = {
+        "q": q,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "qv": qv,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "cache_seqlens": cache_seqlens,
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "page_table": page_table,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k_new": cu_seqlens_k_new,
+        "max_seqlen_q": max_seqlen_q,
+        "rotary_seqlens": rotary_seqlens,
+        "q_descale": q_descale,
+        "k_descale": k_descale,
+        "v_descale": v_descale,
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window_size,
+        "attention_chunk": attention_chunk,
+        "softcap": softcap,
+        "scheduler_metadata": scheduler_metadata,
+        "num_splits": num_splits,
+        "pack_gqa": pack_gqa,
+        "sm_margin": sm_margin,
+        "s_aux": s_aux,
+        "alibi_slopes": alibi_slopes,
+        "out": out,
+        "k_mean": k_mean,
+        "v_mean": v_mean,
+    }
+    appends = k is not None or v is not None
+    if not appends and (found := decode_plans.find(given, return_softmax_lse)) is not None:
+        return _returned(*found)
     window_left, window_right = checks.window(window_size)
     rotated = getattr(k_cache, "rotation", None) is not None
     arguments: Arguments = {
@@ -173,7 +210,7 @@ def flash_attn_with_kvcache(
         options = options._replace(num_splits=planned)
     options = ops.resolve_num_splits(query, geometry, options)
     rotary = (rotary_cos, rotary_sin)
-    if k is None and v is None:
+    if not appends:
         _refuse_without_new_keys(cu_seqlens_k_new, rotary)
     else:
         new = NewKeys(k, v, cu_seqlens_k_new, keys, values, geometry, options)
@@ -189,8 +226,22 @@ def flash_attn_with_kvcache(
         options = new.lengthen(options)
         call_by(_LENGTHENED_NAMES, ops.check_indices, query, keys, options)
         call_by(_CACHE_NAMES, new.append, options)
+    if not appends:
+        done = call_by(
+            _CACHE_NAMES, decode_plans.launch, given, query, keys, values, s_aux, out, options
+        )
+        if done is not None:
+            return _returned(done[0], done[1] if return_softmax_lse else None)
     result = call_by(_CACHE_NAMES, ops.run_forward, query, keys, values, qv, s_aux, out, options)
     return (*result,) if return_softmax_lse else result.out
+
+
+def _returned(out: Tensor, lse: Tensor | None) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+    """O, and with LSE the empty results of splits, as `ops.run_forward` gives them."""
+    if lse is None:
+        return out
+    none = decode_plans.no_splits(lse.device)
+    return out, lse, torch.empty_like(none), torch.empty_like(none)
 
 
 def _cast_for_autocast(k_cache: Any, *inputs: Any) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from fake_driver.cubin import any_cubin
 from flash8 import _native, backends
 from flash8.backends.hopper import kernels, mode
 from flash8.ops import attention as ops
-from flash8.ops import backward_plans, plan_cache
+from flash8.ops import backward_plans, decode_plans, plan_cache
 from simulated_device import SimulatedDevice
 
 READERS = ("DLPack", "attributes")
@@ -26,6 +26,8 @@ def own_cache(request, monkeypatch):
         pytest.skip("this torch has no table of DLPack functions")
     cache = functools.cache(lambda: plan_cache.new_plan_cache(api))
     monkeypatch.setattr(plan_cache, "_plan_cache", cache)
+    decoding = functools.cache(lambda: decode_plans.new_cache(api))
+    monkeypatch.setattr(decode_plans, "cache", decoding)
     gradients = functools.cache(lambda: backward_plans.new_cache(api))
     monkeypatch.setattr(backward_plans, "cache", gradients)
 
@@ -51,13 +53,17 @@ def misses(monkeypatch) -> list[str]:
     """A list that grows with every call that the plan cache has no launch for: "launch" where the
     call was planned and launched, "op" where the torch op served it."""
     seen: list[str] = []
-    launch, run_forward = plan_cache.launch, ops.run_forward
+    run_forward = ops.run_forward
 
-    def launch_once(*args):
-        done = launch(*args)
-        seen.extend(["launch"] * (done is not None))
-        return done
+    def counted(launch):
+        def launch_once(*args):
+            done = launch(*args)
+            seen.extend(["launch"] * (done is not None))
+            return done
 
-    monkeypatch.setattr(plan_cache, "launch", launch_once)
+        return launch_once
+
+    for plans in (plan_cache, decode_plans):
+        monkeypatch.setattr(plans, "launch", counted(plans.launch))
     monkeypatch.setattr(ops, "run_forward", lambda *args: seen.append("op") or run_forward(*args))
     return seen

@@ -64,12 +64,13 @@ class Hopper(NamedTuple):
 
     forward: ModuleType
     backward: ModuleType
+    decode: ModuleType
     kernels: ModuleType
     streams: ModuleType
 
 
 @functools.cache
 def hopper() -> Hopper:
-    from flash8.backends.hopper import backward, forward, kernels, streams
+    from flash8.backends.hopper import backward, decode, forward, kernels, streams
 
-    return Hopper(forward, backward, kernels, streams)
+    return Hopper(forward, backward, decode, kernels, streams)

@@ -2,6 +2,7 @@
 
 #include "bindings/bindings.h"
 #include "plan_cache/backward_cache.h"
+#include "plan_cache/decode_cache.h"
 #include "plan_cache/plan_cache.h"
 
 namespace py = pybind11;
@@ -85,10 +86,57 @@ void bind_backward_cache(py::module_& module) {
     type.def("__len__", &BackwardCache::size);
 }
 
+void insert_decode(DecodeCache& self, py::handle scope, py::dict arguments, std::shared_ptr<Kernel> kernel,
+                   int device, int sm_margin, const DecodeParams& params, py::object out_like,
+                   py::object lse_like, py::object partials_like, std::size_t most_plans) {
+    DecodePlan plan;
+    plan.kernel = std::move(kernel);
+    plan.device = device;
+    plan.sm_margin = sm_margin;
+    plan.params = params;
+    plan.out_like = std::move(out_like);
+    plan.lse_like = std::move(lse_like);
+    plan.partials_like = std::move(partials_like);
+    self.insert({scope, std::move(arguments)}, std::move(plan), most_plans);
+}
+
+void bind_decode_cache(py::module_& module) {
+    py::class_<DecodeCache> type(module, "DecodeCache",
+                                 "The plans of calls over a KV cache, by all but their addresses.");
+    type.def(py::init([](py::object exchange_api, py::object tensor, py::object parameter,
+                         py::object empty_like, py::object current_stream, py::object tickets) {
+                 return std::make_unique<DecodeCache>(
+                     torch_of(std::move(exchange_api), std::move(tensor), std::move(parameter),
+                              std::move(empty_like), std::move(current_stream)),
+                     std::move(tickets));
+             }),
+             py::kw_only(), py::arg("exchange_api").none(true), py::arg("tensor"), py::arg("parameter"),
+             py::arg("empty_like"), py::arg("current_stream"), py::arg("tickets"));
+    type.def(
+        "run",
+        [](DecodeCache& self, py::handle scope, py::dict arguments, bool want_lse, bool grad_enabled) {
+            return self.run({scope, std::move(arguments)}, want_lse, grad_enabled);
+        },
+        "On a hit launches and gives (O, LSE or None); None on a miss.");
+    type.def(
+        "has_key",
+        [](DecodeCache& self, py::handle scope, py::dict arguments) {
+            return self.has_key({scope, std::move(arguments)});
+        },
+        "Whether the plan of such a call can be kept.");
+    type.def("insert", &insert_decode, py::arg("scope"), py::arg("arguments"), py::kw_only(),
+             py::arg("kernel").none(false), py::arg("device"), py::arg("sm_margin"), py::arg("params"),
+             py::arg("out_like"), py::arg("lse_like"), py::arg("partials_like"), py::arg("most_plans"),
+             "Keep the plan of a call, unless its launch points to more than the arguments.");
+    type.def("clear", &DecodeCache::clear);
+    type.def("__len__", &DecodeCache::size);
+}
+
 }  // namespace
 
 void bind_plan_cache(py::module_& module) {
     bind_backward_cache(module);
+    bind_decode_cache(module);
     py::class_<PlanCache> type(module, "PlanCache",
                                "The plans of forward calls, by all but their addresses.");
     type.def(py::init([](py::object exchange_api, py::object tensor, py::object parameter,

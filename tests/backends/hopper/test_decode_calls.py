@@ -8,7 +8,7 @@ import torch
 
 import flash8
 from decode_cases import E4M3
-from fake_driver.cubin import any_cubin
+from fake_driver.cubin import LAYOUT, any_cubin
 from flash8 import _native, flash_attn_with_kvcache
 from flash8.backends.hopper import decode, streams
 from flash8.backends.hopper import kernels as hopper_kernels
@@ -224,5 +224,6 @@ def test_a_captured_call_is_one_launch_with_tickets_of_its_own(
         flash_attn_with_kvcache(*tensors, **given)
         assert fake.count("cuLaunchKernelEx") == before + 1
     assert fake.count("cuMemcpyDtoH_v2") == 0
-    first, second, third, fourth = (x.data_ptr() for x in tickets)
+    at = LAYOUT["DecodeParams"]["fields"]["tickets"][0]
+    first, second, third, fourth = (fake.parameter(i)[at : at + 8] for i in range(4))
     assert len({first, second, third}) == 3 and third == fourth

@@ -10,6 +10,7 @@ import torch
 
 from flash8 import flash_attn_with_kvcache
 from flash8.backends.hopper import decode
+from flash8.ops import decode_plans
 from forward_cases import device, int32
 from simulated_device import missing_compiler
 from sparse_tensors import sparse
@@ -50,6 +51,7 @@ def test_addresses_beyond_2_to_the_31_elements(far, page_size, dtype, monkeypatc
             values.view(torch.uint8 if dtype.itemsize == 1 else torch.int16)
         )
     results, launches = [], []
+    decode_plans.cache().clear()
     launch = decode.launch
     monkeypatch.setattr(decode, "launch", lambda *args: launches.append(1) or launch(*args))
     for k, v in (caches, spread):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 COUNTERS = 2  # of SchedulerParams::tile_count
-_MANY_TICKETS = 256  # a CTA has one, and no GPU of this architecture has so many multiprocessors
+MANY_TICKETS = 256  # a CTA has one, and no GPU of this architecture has so many multiprocessors
 _PER_THREAD_STREAM = 2  # CU_STREAM_PER_THREAD
 
 
@@ -33,7 +33,12 @@ def get_tickets(device: torch.device, stream: int, count: int, captured: bool = 
     with `get_tile_count`."""
     if captured:
         return _zeros(device, count)
-    return _of_stream(device, stream, max(count, _MANY_TICKETS))
+    return _of_stream(device, stream, max(count, MANY_TICKETS))
+
+
+def many_tickets(device: torch.device, stream: int, captured: bool) -> Tensor:
+    """As many as any launch takes."""
+    return get_tickets(device, stream, MANY_TICKETS, captured)
 
 
 def new_tile_count(device: torch.device) -> Tensor:

@@ -1,0 +1,108 @@
+"""The plan cache of calls over a KV cache: those of the decode kernel, checked and planned once.
+
+The key of a call is the arguments of `flash_attn_with_kvcache` as they were given, by name: of a
+tensor type, sizes, strides and device, of anything else type and value. `find` launches by the plan
+of a key (`python/native/plan_cache/decode_cache.cpp`). On a miss the call is checked, and `launch`
+plans it, launches it and keeps the plan.
+
+Calls that append, that autograd has to know of, or whose kernel reads copies have no plan: those
+with lengths that are an int or not int32, say.
+"""
+
+import contextlib
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch.autograd.profiler import record_function
+
+from flash8 import backends
+from flash8.call.observed import is_profiled
+from flash8.call.options import Arguments, Options
+from flash8.ops import planned
+from flash8.ops.attention import empty_lse, empty_out
+from flash8.ops.plan_cache import may_launch
+
+if TYPE_CHECKING:
+    from flash8 import _native
+
+_OP = "flash8::forward"  # what profilers call a launch
+
+
+def find(arguments: Arguments, return_lse: bool) -> tuple[Tensor, Tensor | None] | None:
+    """A hit: O, and LSE if it is wanted, launched. None on a miss, and nothing was done."""
+    if not may_launch(arguments["q"]):
+        return None
+    run = cache().run
+    if is_profiled():
+        run = record_function(_OP)(run)
+    return run(planned.hopper().kernels.registry(), arguments, return_lse, is_grad_enabled())
+
+
+def launch(
+    arguments: Arguments,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    out: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor] | None:
+    """After a miss: plans the call, launches it, keeps the plan, and gives O and LSE. What follows
+    `arguments` is made of them, and checked. None where no decode kernel serves the call, or
+    autograd has to know of it, and nothing was done."""
+    if not may_launch(q):
+        return None
+    tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
+    if is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return None
+    hopper = planned.hopper()
+    registry = hopper.kernels.registry()
+    if not cache().has_key(registry, arguments):
+        return None
+    profiled = record_function(_OP) if is_profiled() else contextlib.nullcontext()
+    with torch.no_grad(), profiled:
+        if backends.forward_backend(q, k, v, None, options, out) is not hopper.decode:
+            return None
+        if out is None:
+            out = empty_out(q, v, options)
+        lse = empty_lse(q)
+        plan = hopper.decode.plan_and_launch(q, k, v, s_aux, options, out, lse)
+    out_like, lse_like = planned.like(out), planned.like(lse)
+    tickets = plan.workspace["tickets"] // 4
+    if planned.make_contiguous((out_like, lse_like)) and tickets <= hopper.streams.MANY_TICKETS:
+        partials = plan.workspace["partials"] // 4
+        cache().insert(
+            registry,
+            arguments,
+            kernel=plan.kernel,
+            device=plan.device,
+            sm_margin=plan.sm_margin,
+            params=plan.call,
+            out_like=out_like,
+            lse_like=lse_like,
+            partials_like=planned.without_memory((partials,), torch.float32, q.device),
+            most_plans=planned.MOST_PLANS,
+        )
+    return out, lse
+
+
+@functools.cache
+def no_splits(device: torch.device) -> Tensor:
+    """What the results of splits are like where there are none: made so sooner than by a size."""
+    return torch.empty(0, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def cache() -> "_native.DecodeCache":
+    return new_cache(planned.own_exchange_api())
+
+
+def new_cache(exchange_api: object | None) -> "_native.DecodeCache":
+    """An empty one."""
+    from flash8 import _native
+
+    return _native.DecodeCache(
+        **planned.functions(exchange_api)._asdict(), tickets=planned.hopper().streams.many_tickets
+    )

@@ -1,0 +1,114 @@
+#include "plan_cache/decode_cache.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <iterator>
+#include <utility>
+
+#include "driver/gil.h"
+#include "kernels/launch_decode.h"
+
+namespace py = pybind11;
+
+namespace flash8 {
+
+namespace {
+
+using Argument = TensorArgument;
+
+// Every tensor that a launch points to, by flash_attn_with_kvcache's names. A call with any other has no key:
+// with new rows, say.
+constexpr Argument kTensors[] = {
+    {"q", offsetof(DecodeParams, q.ptr),
+     Argument::kGivesDevice | Argument::kAligned | Argument::kDifferentiable},
+    {"k_cache", offsetof(DecodeParams, k.ptr), Argument::kAligned | Argument::kDifferentiable},
+    {"v_cache", offsetof(DecodeParams, v.ptr), Argument::kAligned | Argument::kDifferentiable},
+    {"s_aux", offsetof(DecodeParams, scores.sinks), Argument::kDifferentiable | Argument::kReadInFloat32},
+    {"out", offsetof(DecodeParams, o.ptr), Argument::kAligned | Argument::kWritten},
+    {"k_descale", offsetof(DecodeParams, k_descale.ptr)},
+    {"v_descale", offsetof(DecodeParams, v_descale.ptr)},
+    {"k_mean", offsetof(DecodeParams, k_mean.ptr)},
+    {"v_mean", offsetof(DecodeParams, v_mean.ptr)},
+    {"cu_seqlens_q", offsetof(DecodeParams, sequences.cu_seqlens_q)},
+    {"cache_seqlens", offsetof(DecodeParams, sequences.seqused_k)},
+    {"cache_leftpad", offsetof(DecodeParams, sequences.leftpad_k)},
+    {"cache_batch_idx", offsetof(DecodeParams, sequences.kv_batch_idx)},
+    {"page_table", offsetof(DecodeParams, page_table)},
+    {"alibi_slopes", offsetof(DecodeParams, scores.alibi_slopes)},
+};
+
+// Whether a launch points to a tensor that the call does not have: lengths made of an int, say.
+bool points_elsewhere(const CallKey& key, const DecodeParams& params) {
+    return std::any_of(std::begin(kTensors), std::end(kTensors), [&](const Argument& argument) {
+        const bool given = std::any_of(key.begin(), key.end(), [&](const CallKey::Tensor& tensor) {
+            return tensor.argument == &argument;
+        });
+        return !given && !argument.has(Argument::kWritten) && address_at(params, argument.place) != 0;
+    });
+}
+
+}  // namespace
+
+DecodeCache::DecodeCache(TorchTensors::Functions torch, py::object tickets)
+    : torch_(std::move(torch)), names_(kTensors), tickets_(std::move(tickets)) {}
+
+py::object DecodeCache::run(const CallArguments& call, bool want_lse, bool grad_enabled) {
+    CallKey key = torch_.new_key();
+    if (!read_call(key, names_, call)) {
+        return py::none();
+    }
+    const auto found = plans_.find(key.bytes());
+    bool graph = false;
+    if (found == plans_.end() || !is_aligned(key) ||
+        !needs_graph(key, torch_.reader(), grad_enabled, graph) || graph ||
+        !can_write_out(key, torch_.reader())) {
+        return py::none();
+    }
+    // Shared: other threads may drop it while torch's functions, called below, let them run.
+    const std::shared_ptr<const CachedPlan> cached = found->second;
+    const DecodePlan& plan = cached->plan;
+    const CallKey::Tensor& q = *key.find(Argument::kGivesDevice);
+
+    DecodeParams params = plan.params;
+    const py::object converted = put_arguments(key, torch_, false, params);
+    py::object out = make_out(key, torch_, plan.out_like);
+    params.o.ptr = reinterpret_cast<void*>(torch_.address_of(out));
+    // The kernel leaves LSE out where there is none.
+    py::object lse = want_lse ? torch_.new_like(plan.lse_like) : py::none();
+    params.lse.ptr = lse.is_none() ? nullptr : reinterpret_cast<float*>(torch_.address_of(lse));
+    const py::object partials = torch_.new_like(plan.partials_like);
+    params.partials = reinterpret_cast<float*>(torch_.address_of(partials));
+    const std::uint64_t stream = torch_.current_stream(q);
+    const py::object tickets = tickets_.of(q, *plan.kernel, plan.device, stream);
+    params.tickets = reinterpret_cast<std::int32_t*>(torch_.address_of(tickets));
+    {
+        const GilRelease release;
+        launch_decode(*plan.kernel, plan.device, stream, params, plan.sm_margin);
+    }
+    return py::make_tuple(std::move(out), std::move(lse));
+}
+
+bool DecodeCache::has_key(const CallArguments& call) {
+    CallKey key = torch_.new_key();
+    return read_call(key, names_, call);
+}
+
+void DecodeCache::insert(const CallArguments& call, DecodePlan plan, std::size_t most_plans) {
+    CallKey key = torch_.new_key();
+    if (!read_call(key, names_, call) || !points_to_arguments(key, plan.params) ||
+        points_elsewhere(key, plan.params)) {
+        return;
+    }
+    if (plans_.size() >= most_plans) {
+        clear();
+    }
+    auto scope = py::reinterpret_borrow<py::object>(call.scope);
+    plans_[key.bytes()] = std::make_shared<const CachedPlan>(CachedPlan{std::move(plan), std::move(scope)});
+}
+
+void DecodeCache::clear() {
+    // What they hold may run Python code as it goes, which must find the table in order.
+    const auto dropped = std::exchange(plans_, {});
+}
+
+}  // namespace flash8

@@ -1,0 +1,61 @@
+// Plans of calls over a KV cache that the decode kernel serves: where a call has the key of one before, only
+// the addresses of its launch change.
+
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <string>
+#include <unordered_map>
+
+#include "decode/params.h"
+#include "plan_cache/launch_arguments.h"
+
+namespace flash8 {
+
+// What a miss made of a call.
+struct DecodePlan {
+    std::shared_ptr<Kernel> kernel;
+    int device = 0;
+    int sm_margin = 0;
+    DecodeParams params{};
+    // One element each, expanded to the shape of an output and of the partial results.
+    pybind11::object out_like;
+    pybind11::object lse_like;
+    pybind11::object partials_like;
+};
+
+// Everything here runs with the GIL, which guards it too, but for the launch itself.
+class DecodeCache {
+  public:
+    // tickets: (device, stream, captured) -> int32 tensor, with as many as any launch takes.
+    DecodeCache(TorchTensors::Functions torch, pybind11::object tickets);
+
+    // A hit launches: (O, LSE or None). None on a miss, which is every call too that autograd has to know
+    // of, or whose tensors cannot be launched by the plan that is there.
+    pybind11::object run(const CallArguments& call, bool want_lse, bool grad_enabled);
+
+    // Whether the call has a key: its tensors are plain ones, and the rest are plain values.
+    bool has_key(const CallArguments& call);
+
+    // Keeps the plan of a call that went well, and drops all others if there are most_plans. Not if its
+    // launch points to anything but the arguments, to copies of them: there is no plan for such calls.
+    void insert(const CallArguments& call, DecodePlan plan, std::size_t most_plans);
+
+    void clear();
+    std::size_t size() const { return plans_.size(); }
+
+  private:
+    struct CachedPlan {
+        DecodePlan plan;
+        pybind11::object scope;  // kept alive: its identity is in the key
+    };
+
+    TorchTensors torch_;
+    ArgumentNames names_;
+    StreamCounters tickets_;
+    std::unordered_map<std::string, std::shared_ptr<const CachedPlan>> plans_;
+};
+
+}  // namespace flash8
