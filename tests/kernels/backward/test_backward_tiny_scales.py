@@ -65,12 +65,9 @@ def test_the_least_softcap_of_a_call():
 @pytest.mark.slow
 def test_scaling_hidden_scores_would_be_found(tmp_path: Path):
     """The mask before the scale."""
-    header, scale = (
-        "backward/probabilities.cuh",
-        "subtract_lse(rows, shared, lse, first_query, scale, slope);",
-    )
+    scale = "subtract_lse(rows, shared, lse, first_query, scale, slope);"
     mask = "if constexpr (kMasked) {\n            hide(rows, shared, first_query);\n        }"
-    edit = (header, f"{scale}\n        {mask}", f"{mask}\n        {scale}")
+    edit = ("backward/probabilities.cuh", f"{scale}\n        {mask}", f"{mask}\n        {scale}")
     problem = scaled(1e-39)
     got = launch(CAUSAL, saved(problem), root=changed_sources(tmp_path, edit))
     with pytest.raises(AssertionError):

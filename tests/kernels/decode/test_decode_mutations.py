@@ -25,6 +25,7 @@ MODIFIED = DecodeVariant("fp16", "e4m3", 128, 128, 8, score_mod=True)
 SEEDS = range(1, 13)
 
 LOOP, LOADER, MERGE = "decode/mainloop.cuh", "decode/loader.cuh", "decode/merge.cuh"
+PAGES = "attention/pages.cuh"
 ROWS, WORK, CONFIG = "decode/rows.cuh", "decode/work.cuh", "decode/config.cuh"
 ARCH, KERNEL, PRODUCTS = "arch/mma_sync.cuh", "decode/kernel.cu", "decode/products.cuh"
 
@@ -203,15 +204,13 @@ FAULTS = (
         GATHER,
         (
             LOADER,
-            "bool const exists = page >= 0 && page < params_.num_pages;",
+            "bool const exists = place.page >= 0 && place.page < params_.num_pages;",
             "bool const exists = true;",
         ),
     ),
-    Fault(
-        "any_table_column", GATHER, (LOADER, "if (seen && index < params_.max_pages)", "if (true)")
-    ),
+    Fault("any_table_column", GATHER, (PAGES, "if (seen && index < pages.max_pages)", "if (true)")),
     Fault("table_of_the_next_tile", E8, (LOADER, "places_[i] = next_places_[i];", "")),
-    Fault("row_in_page", E8, (LOADER, "position - index * params_.page_size};", "position};")),
+    Fault("row_in_page", E8, (PAGES, "position - index * pages.page_size};", "position};")),
 )
 KEPT = tuple(f for f in FAULTS if f.name in ("slot_not_full", "ticket_without_order"))
 
