@@ -52,7 +52,7 @@ struct ScoreParams {
 struct DropoutParams {
     const std::int64_t* seed;  // (1), read when the kernel runs; null without dropout
     std::uint32_t threshold;   // round(p * 65536), of the 65536 values of a half word
-    float keep_scale;          // 1 / (1 - p)
+    float keep_scale;          // 65536 / (65536 - threshold), or 0 where all is dropped
 };
 
 // Work distribution. The counters are zero when a kernel starts and zero again when it has ended.
