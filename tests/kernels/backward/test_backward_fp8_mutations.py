@@ -94,7 +94,7 @@ FAULTS = (
     Fault("sum_without_sink", CAUSAL, (ROWS, "dlse - sink_share", "dlse")),
     Fault("capped_mean", CAPPED, (KEYS, "Config::kSoftcap ? nullptr : ", "")),
 )
-KEPT = tuple(f for f in FAULTS if f.name in ("v_mean_in_d", "sum_without_sink"))
+KEPT = tuple(f for f in FAULTS if f.name == "v_mean_in_d")
 
 
 @functools.cache

@@ -138,7 +138,7 @@ FAULTS = (
         ),
     ),
 )
-KEPT = tuple(f for f in FAULTS if f.name in ("ds_early", "no_turn"))
+KEPT = tuple(f for f in FAULTS if f.name == "no_turn")
 
 
 @functools.cache
