@@ -224,7 +224,21 @@ def compare(problem: Problem, got: Gradients) -> None:
             error = tolerances.rel_l2(actual, wanted)
             assert error <= REL_L2[dtype], f"{name}: relL2 {error:.2e}"
     if exact.dsinks is not None:
-        torch.testing.assert_close(got.dsinks.double(), exact.dsinks, rtol=1e-2, atol=1e-2)
+        error = (got.dsinks.double() - exact.dsinks).abs()
+        most = 1e-3 + rounding_of_dsinks(problem)
+        assert (error <= most).all(), f"dsinks: {error} is more than {most}"
+
+
+def rounding_of_dsinks(problem: Problem) -> Tensor:
+    """About seven times the standard deviation of what O in 16 bits does to the gradient of a
+    sink, by D = rowsum(dO * O)."""
+    sinks = problem.plain.s_aux
+    assert sinks is not None
+    o, lse = (x.double() for x in reference(problem.plain))
+    share = torch.where(lse.isfinite(), (sinks.double()[:, None] - lse).exp(), 0.0)
+    rows = share.mT * (problem.dout.double() * o).norm(dim=-1)
+    half_ulp = torch.finfo(problem.dout.dtype).eps / 2
+    return 3 * half_ulp * rows.reshape(-1, rows.shape[-1]).norm(dim=0)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
