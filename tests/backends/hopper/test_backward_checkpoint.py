@@ -85,8 +85,13 @@ def on_kernels(monkeypatch, seed, *given):
     cache = plan_cache.new_plan_cache(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
     with device().serving_cpu_tensors(monkeypatch, seed=seed), monkeypatch.context() as patch:
         patch.setattr(plan_cache, "_plan_cache", lambda: cache)
-        chosen, choose = [], hopper.choose
-        patch.setattr(hopper, "choose", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+        chosen, choose = [], hopper.choose_for
+
+        def note(*args, **options):
+            chosen.append(choose(*args, **options))
+            return chosen[-1]
+
+        patch.setattr(hopper, "choose_for", note)
         found = gradients(*given)
     assert chosen and all(variant.deterministic for variant in chosen)
     return found
