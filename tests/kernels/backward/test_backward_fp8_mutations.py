@@ -107,7 +107,9 @@ def problems(variant: BackwardVariant) -> list[Problem]:
         "seqused_k": int32([3, 11, 177, 0, 64]),
     }
     lengths = {"max_seqlen_q": 170, "max_seqlen_k": 181}
-    given = {"with_dlse": True, "s_aux": torch.tensor([0.5, 3.0]), "bias": 8.0}
+    # Under a softcap K keeps its mean, and a large one in fp16 rounds more than the rule allows.
+    bias = 1.0 if variant.softcap else 8.0
+    given = {"with_dlse": True, "s_aux": torch.tensor([0.5, 3.0]), "bias": bias}
     return [
         draw(variant, 251, 300, 2, 1, indices=indices, scales="block", with_dlse=True, **lengths),
         draw(variant, 200, 290, 2, 1, batch=2, scales="block", **given),

@@ -161,7 +161,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", by_default(FAULTS, ["a split is left out"]))
 def test_fault_is_found(name, tmp_path):
     root = changed_sources(tmp_path, FAULTS[name])
-    problem = draw(CAUSAL, 70, 200, 6, 2, batch=2)
+    problem = draw(CAUSAL, 70, 200, 10, 2, batch=1)  # halves of five heads
     with pytest.raises((AssertionError, RuntimeError)):
         check(CAUSAL, replace(problem, head_splits=2), seeds=(0, 1), root=root)
 
