@@ -1,4 +1,4 @@
-// Where the keys of a paged cache are. `Pages` has the fields of PageParams.
+// Where the keys of a paged cache are.
 
 #pragma once
 
@@ -13,8 +13,8 @@ struct KeyPlace {
 
 // The place of the keys of a table row from `position` on. What no query sees is in no page, and its entry of
 // the table is not read: that page may have been freed.
-template <class Pages>
-__device__ __forceinline__ KeyPlace look_up_page(Pages const& pages, int table_row, int position, bool seen) {
+__device__ __forceinline__ KeyPlace look_up_page(PageParams const& pages, int table_row, int position,
+                                                 bool seen) {
     uint64_t const product = static_cast<uint64_t>(position) * pages.page_multiplier;
     int const index = static_cast<int>(product >> pages.page_shift);
     int page = pages.num_pages;

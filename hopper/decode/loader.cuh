@@ -30,12 +30,12 @@ class KeyFinder {
     // end).
     __device__ KeyPlace find(int batch_k, int position, int keys, int begin, int end) const {
         bool const seen = position < end && position + keys > begin;
-        if (params_.page_table == nullptr) {
-            return {seen ? batch_k : params_.num_pages, position};
+        if (params_.pages.page_table == nullptr) {
+            return {seen ? batch_k : params_.pages.num_pages, position};
         }
-        KeyPlace const place = look_up_page(params_, batch_k, position, seen);
-        bool const exists = place.page >= 0 && place.page < params_.num_pages;
-        return {exists ? place.page : params_.num_pages, place.row};
+        KeyPlace const place = look_up_page(params_.pages, batch_k, position, seen);
+        bool const exists = place.page >= 0 && place.page < params_.pages.num_pages;
+        return {exists ? place.page : params_.pages.num_pages, place.row};
     }
 
   private:
@@ -128,7 +128,7 @@ class Loader {
     // The places of this lane's keys, or of its box.
     __device__ __forceinline__ void find(int tile, KeyPlace (&places)[kPlaces]) const {
         int const lane = threadIdx.x % 32;
-        int const step = Config::kGather ? 1 : params_.box_rows;
+        int const step = Config::kGather ? 1 : params_.pages.box_rows;
 #pragma unroll
         for (int i = 0; i < kPlaces; ++i) {
             int const key = (lane + 32 * i) * step;
@@ -149,7 +149,7 @@ class Loader {
         if (lane == 0) {
             ptx::mbarrier_expect_tx(barrier, kBlockN * kRowBytes);
         }
-        int const box_rows = params_.box_rows;
+        int const box_rows = params_.pages.box_rows;
 #pragma unroll 1
         for (int box = 0, first = 0; first < kBlockN; ++box, first += box_rows) {
             int const page = __shfl_sync(0xffffffff, places_[0].page, box);
@@ -179,7 +179,7 @@ class Loader {
 #pragma unroll
         for (int i = 0; i < kPlaces; ++i) {
             units[i] = kNowhere;
-            if (places_[i].page < params_.num_pages) {
+            if (places_[i].page < params_.pages.num_pages) {
                 units[i] = static_cast<uint32_t>((places_[i].page * ref.batch_stride +
                                                   places_[i].row * ref.row_stride + head_ * ref.head_stride) /
                                                  kUnit);

@@ -7,7 +7,7 @@
 namespace flash8 {
 
 // A KV cache is made of pages: K[page][row][head]. A dense cache is one page a sequence, with its sequences'
-// numbers for page numbers; page_table is null then.
+// numbers for page numbers; pages.page_table is null then.
 struct DecodeParams {
     TensorMap tma_k;  // (head_dim, page_size, heads_kv, num_pages), where the kernel uses TMA
     TensorMap tma_v;
@@ -26,9 +26,8 @@ struct DecodeParams {
     SequenceParams sequences;  // batch_k: rows of page_table, or of the dense cache; max_seqlen_k: keys that
                                // such a row has room for
     ScoreParams scores;
+    PageParams pages;
 
-    const std::int32_t* page_table;  // (batch_k, max_pages), or null
-    std::int64_t page_table_stride;
     float* partials;        // DecodeWorkspace::partials bytes: undefined before and after a launch
     std::int32_t* tickets;  // one per CTA: zero when a kernel starts and zero again when it has ended
 
@@ -36,13 +35,6 @@ struct DecodeParams {
     std::int32_t heads_kv;
     std::int32_t head_dim;
     std::int32_t head_dim_v;
-    std::int32_t page_size;
-    std::int32_t num_pages;
-    std::int32_t max_pages;  // columns of page_table
-    std::int32_t box_rows;   // rows of a page that one TMA instruction loads
-    // position / page_size = position * page_multiplier >> page_shift, for positions below 2^31
-    std::uint32_t page_multiplier;
-    std::int32_t page_shift;
     std::int32_t reserved[12];  // zero: fills the struct up to its 64-byte alignment
 };
 

@@ -279,17 +279,14 @@ class DecodeParams:
     v_descale: tuple[int, int, int, int]
     k_mean: tuple[int, int, int]
     v_mean: tuple[int, int, int]
-    page_table: int
     partials: int
     tickets: int
-    page_table_stride: int
     heads_q: int
     heads_kv: int
     head_dim: int
     head_dim_v: int
-    page_size: int
-    num_pages: int
-    max_pages: int
+    @property
+    def pages(self) -> PageParams: ...
     @property
     def sequences(self) -> SequenceParams: ...
     @property

@@ -31,7 +31,7 @@ def dense_call(batch=3, rows=2, keys=500, heads=8, heads_kv=2, head_dim=128):
     call.v = (ADDRESS["v"], *call.k[1:])
     call.heads_q, call.heads_kv = heads, heads_kv
     call.head_dim = call.head_dim_v = head_dim
-    call.num_pages, call.page_size = batch, keys
+    call.pages.num_pages, call.pages.page_size = batch, keys
     call.sequences.batch = call.sequences.batch_k = batch
     call.sequences.max_seqlen_q, call.sequences.max_seqlen_k = rows, keys
     call.scores.softmax_scale = 0.125
@@ -44,14 +44,19 @@ def paged_call(page_size=16, max_pages=40, pages=100, **sizes):
     row = call.heads_kv * call.head_dim
     call.k = (ADDRESS["k"], page_size * row, row, call.head_dim)
     call.v = (ADDRESS["v"], *call.k[1:])
-    call.num_pages, call.page_size = pages, page_size
-    call.page_table, call.page_table_stride, call.max_pages = 0x700000, max_pages, max_pages
+    call.pages.num_pages, call.pages.page_size = pages, page_size
+    call.pages.page_table, call.pages.page_table_stride, call.pages.max_pages = (
+        0x700000,
+        max_pages,
+        max_pages,
+    )
     call.sequences.max_seqlen_k = page_size * max_pages
     return call
 
 
 def field(fake, name: str, code: str):
-    offset, _ = LAYOUT["DecodeParams"]["fields"][name]
+    fields, pages = (LAYOUT[kind]["fields"] for kind in ("DecodeParams", "PageParams"))
+    offset = fields["pages"][0] + pages[name][0] if name in pages else fields[name][0]
     return struct.unpack_from(f"<{code}", fake.parameter(len(fake.launches) - 1), offset)[0]
 
 
@@ -90,7 +95,7 @@ def test_division_by_the_page_size_is_exact(fake, driver):
     gather, numbers = load(driver, GATHER), random.Random(1)
     for size in (1, 2, 3, 5, 7, 16, 24, 127, 128, 528, 65537, 2**30 - 1, 2**31 - 1):
         call = paged_call(1, 1, 1)
-        call.page_size, call.sequences.max_seqlen_k = size, 1
+        call.pages.page_size, call.sequences.max_seqlen_k = size, 1
         call.k = call.v = (ADDRESS["k"], 0, 0, 128)
         _native.launch_decode(gather, 0, 0, call)
         factor, shift = field(fake, "page_multiplier", "I"), field(fake, "page_shift", "i")
@@ -128,7 +133,8 @@ def test_nothing_to_do_is_no_launch(fake, kernel):
 
 def changed(call, **fields):
     for name, value in fields.items():
-        setattr(call if hasattr(call, name) else call.sequences, name, value)
+        part = next(part for part in (call, call.pages, call.sequences) if hasattr(part, name))
+        setattr(part, name, value)
     return call
 
 

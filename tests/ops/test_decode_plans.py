@@ -19,7 +19,8 @@ from simulated_device import missing_compiler
 pytest_plugins = ["driver_fixtures", "plan_cache_fixtures"]
 
 E4M3 = torch.float8_e4m3fn
-POINTERS = ("q", "k", "v", "o", "k_descale", "v_descale", "k_mean", "v_mean", "page_table")
+POINTERS = ("q", "k", "v", "o", "k_descale", "v_descale", "k_mean", "v_mean")
+PAGES = ("page_table",)
 SEQUENCES = ("cu_seqlens_q", "seqused_k", "leftpad_k", "kv_batch_idx")
 SCORES = ("sinks", "alibi_slopes")
 
@@ -93,6 +94,7 @@ def parts(parameters: bytes):
     for struct, part, names in (
         ("SequenceParams", "sequences", SEQUENCES),
         ("ScoreParams", "scores", SCORES),
+        ("PageParams", "pages", PAGES),
     ):
         inner = LAYOUT[struct]["fields"]
         places |= {name: fields[part][0] + inner[name][0] for name in names}
@@ -132,7 +134,7 @@ def test_a_hit_launches_what_a_miss_does(name, fake, on_fake_driver, misses):
     assert found["o"] == again.data_ptr()
     names = {"k": "k_cache", "v": "v_cache", "seqused_k": "cache_seqlens"}
     names |= {"leftpad_k": "cache_leftpad", "kv_batch_idx": "cache_batch_idx", "sinks": "s_aux"}
-    for field in (*POINTERS, *SEQUENCES, *SCORES):
+    for field in (*POINTERS, *PAGES, *SEQUENCES, *SCORES):
         tensor = second.get(names.get(field, field))
         if field == "o" or (field == "sinks" and name == "sinks in bf16"):
             continue

@@ -88,7 +88,8 @@ class DecodeKernel:
         params.lse = (lse_memory.address, heads * rows if o.dim() == 4 else 0, rows)
         params.heads_q, params.heads_kv = heads, call.k.shape[-2]
         params.head_dim, params.head_dim_v = call.q.shape[-1], call.v.shape[-1]
-        params.num_pages, params.page_size = call.k.shape[:2]
+        pages = params.pages
+        pages.num_pages, pages.page_size = call.k.shape[:2]
         sequences = params.sequences
         for name, x in call.indices.items():
             setattr(sequences, name, given.upload(x).address)
@@ -99,9 +100,9 @@ class DecodeKernel:
         if call.page_table is None:
             sequences.batch_k, sequences.max_seqlen_k = call.k.shape[:2]
         else:
-            params.page_table = given.upload(call.page_table).address
-            params.page_table_stride = call.page_table.shape[1]
-            params.max_pages = call.page_table.shape[1]
+            pages.page_table = given.upload(call.page_table).address
+            pages.page_table_stride = call.page_table.shape[1]
+            pages.max_pages = call.page_table.shape[1]
             sequences.batch_k = call.page_table.shape[0]
             sequences.max_seqlen_k = call.page_table.shape[1] * call.k.shape[1]
         given.scores(params.scores, call)  # type: ignore[arg-type]

@@ -22,19 +22,15 @@ void bind_decode(py::module_& module) {
     def_descale(type, "v_descale", &P::v_descale);
     def_rows(type, "k_mean", &P::k_mean);
     def_rows(type, "v_mean", &P::v_mean);
-    def_address(type, "page_table", &P::page_table);
     def_address(type, "partials", &P::partials);
     def_address(type, "tickets", &P::tickets);
     type.def_property_readonly("sequences", [](P& self) { return &self.sequences; })
         .def_property_readonly("scores", [](P& self) { return &self.scores; })
-        .def_readwrite("page_table_stride", &P::page_table_stride)
+        .def_property_readonly("pages", [](P& self) { return &self.pages; })
         .def_readwrite("heads_q", &P::heads_q)
         .def_readwrite("heads_kv", &P::heads_kv)
         .def_readwrite("head_dim", &P::head_dim)
-        .def_readwrite("head_dim_v", &P::head_dim_v)
-        .def_readwrite("page_size", &P::page_size)
-        .def_readwrite("num_pages", &P::num_pages)
-        .def_readwrite("max_pages", &P::max_pages);
+        .def_readwrite("head_dim_v", &P::head_dim_v);
     module.def(
         "decode_workspace",
         [](const Kernel& kernel, int device, const P& call, int sm_margin) {

@@ -55,6 +55,16 @@ void check_rows_of(const char* call, const char* name, const TensorRef& tensor) 
     check("head", tensor.head_stride);
 }
 
+void divide_by_page_size(PageParams& pages) {
+    int bits = 0;
+    while ((std::int64_t{1} << bits) < pages.page_size) {
+        ++bits;
+    }
+    const std::uint64_t size = static_cast<std::uint64_t>(pages.page_size);
+    pages.page_multiplier = static_cast<std::uint32_t>(((std::uint64_t{1} << (31 + bits)) + size - 1) / size);
+    pages.page_shift = 31 + bits;
+}
+
 TiledTensor tiled(const TensorRef& ref, std::int64_t head_dim, std::int64_t rows, std::int64_t heads,
                   std::int64_t batch, ElementType type, const void* somewhere) {
     const bool empty = rows == 0 || batch == 0;
@@ -72,6 +82,14 @@ TiledTensor tiled(const TensorRef& ref, std::int64_t head_dim, std::int64_t rows
         {stride(rows, ref.row_stride), stride(heads, ref.head_stride), stride(batch, ref.batch_stride)}};
     settle_strides(tensor);
     return tensor;
+}
+
+TensorMap encode_pages(const Driver& driver, const TensorRef& ref, std::int64_t head_dim, std::int64_t heads,
+                       const PageParams& pages, TmaBox box, const void* somewhere) {
+    box.box[1] = static_cast<std::uint32_t>(pages.box_rows);
+    return encode_tensor_map(
+        driver, tiled(ref, head_dim, pages.page_size, heads, pages.num_pages, box.element_type, somewhere),
+        box);
 }
 
 }  // namespace flash8

@@ -38,20 +38,16 @@ void check_row_unit(const char* call, const char* name, std::int64_t value);
 void check_rows_of(const char* call, const char* name, const TensorRef& tensor);
 
 // position / page_size by a multiplication: exact for positions below 2^31.
-template <class Pages>
-void divide_by_page_size(Pages& pages) {
-    int bits = 0;
-    while ((std::int64_t{1} << bits) < pages.page_size) {
-        ++bits;
-    }
-    const std::uint64_t size = static_cast<std::uint64_t>(pages.page_size);
-    pages.page_multiplier = static_cast<std::uint32_t>(((std::uint64_t{1} << (31 + bits)) + size - 1) / size);
-    pages.page_shift = 31 + bits;
-}
+void divide_by_page_size(PageParams& pages);
 
 // A TensorRef as a (head_dim, row, head, batch) tensor. A tensor without rows may have no valid address. None
 // of it is read, so one row `somewhere` in the call's memory takes its place.
 TiledTensor tiled(const TensorRef& ref, std::int64_t head_dim, std::int64_t rows, std::int64_t heads,
                   std::int64_t batch, ElementType type, const void* somewhere);
+
+// K or V of a cache as (head_dim, row, head, page), loaded in boxes of `pages.box_rows`. `box` is the
+// kernel's.
+TensorMap encode_pages(const Driver& driver, const TensorRef& ref, std::int64_t head_dim, std::int64_t heads,
+                       const PageParams& pages, TmaBox box, const void* somewhere);
 
 }  // namespace flash8

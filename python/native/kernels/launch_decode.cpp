@@ -40,11 +40,15 @@ void check_sizes(const DecodeParams& call, const KernelInfo& info) {
     const SequenceParams& sequences = call.sequences;
     check_sequences(kCall, sequences);
     require(sequences.cu_seqlens_k == nullptr, "decode: cu_seqlens_k is given; the keys are a cache's");
-    require(call.page_size >= 1, "decode: page_size is ", call.page_size, "; it must be positive");
-    require(call.num_pages >= 1, "decode: num_pages is ", call.num_pages, "; it must be positive");
-    require(call.max_pages >= 0, "decode: max_pages is ", call.max_pages, "; it must not be negative");
-    const std::int64_t room =
-        call.page_table != nullptr ? std::int64_t{call.page_size} * call.max_pages : call.page_size;
+    require(call.pages.page_size >= 1, "decode: page_size is ", call.pages.page_size,
+            "; it must be positive");
+    require(call.pages.num_pages >= 1, "decode: num_pages is ", call.pages.num_pages,
+            "; it must be positive");
+    require(call.pages.max_pages >= 0, "decode: max_pages is ", call.pages.max_pages,
+            "; it must not be negative");
+    const std::int64_t room = call.pages.page_table != nullptr
+                                  ? std::int64_t{call.pages.page_size} * call.pages.max_pages
+                                  : call.pages.page_size;
     require(sequences.max_seqlen_k <= room, "decode: max_seqlen_k is ", sequences.max_seqlen_k,
             "; the pages of a sequence hold ", room, " keys");
     require(std::int64_t{sequences.max_seqlen_q} + sequences.max_seqlen_k <= kMaxRows, "decode: q has ",
@@ -73,8 +77,8 @@ void check_cache(const char* name, const TensorRef& cache, const DecodeParams& c
             "; it must be a multiple of ", kUnitBytes);
     std::int64_t last = 0;
     for (const auto& [stride, size] :
-         {std::pair{cache.batch_stride, call.num_pages}, std::pair{cache.row_stride, call.page_size},
-          std::pair{cache.head_stride, call.heads_kv}}) {
+         {std::pair{cache.batch_stride, call.pages.num_pages},
+          std::pair{cache.row_stride, call.pages.page_size}, std::pair{cache.head_stride, call.heads_kv}}) {
         require(size <= 1 || (stride >= 0 && stride % unit == 0), "decode: a stride of ", name, " is ",
                 stride, " elements; it must be a multiple of ", kUnitBytes, " bytes, and not negative");
         std::int64_t step = 0;
@@ -89,9 +93,9 @@ void check_tensors(const DecodeParams& call, const KernelInfo& info) {
     check_rows_of(kCall, "o", call.o);
     check_cache("k", call.k, call, info);
     check_cache("v", call.v, call, info);
-    require(!uses_tma(info) || call.page_table == nullptr || call.page_size % kBoxRows == 0,
-            "decode: page_size is ", call.page_size, "; this kernel loads pages of a multiple of ", kBoxRows,
-            " keys");
+    require(!uses_tma(info) || call.pages.page_table == nullptr || call.pages.page_size % kBoxRows == 0,
+            "decode: page_size is ", call.pages.page_size, "; this kernel loads pages of a multiple of ",
+            kBoxRows, " keys");
     require(call.k_descale.block_stride == 0 && call.v_descale.block_stride == 0,
             "decode: descales are per tensor or per head, not per block");
 }
@@ -112,13 +116,10 @@ std::int64_t count_ctas(const Kernel& kernel, int device, const DecodeParams& ca
 
 void encode_maps(const Driver& driver, const KernelInfo& info, DecodeParams& params) {
     // A tile is of boxes that no page boundary cuts.
-    params.box_rows = params.page_table == nullptr ? info.kBlockN : std::gcd(params.page_size, info.kBlockN);
-    const auto encode = [&](const TensorRef& ref, std::int64_t head_dim, TmaBox box) {
-        box.box[1] = static_cast<std::uint32_t>(params.box_rows);
-        return encode_tensor_map(driver,
-                                 tiled(ref, head_dim, params.page_size, params.heads_kv, params.num_pages,
-                                       box.element_type, params.o.ptr),
-                                 box);
+    PageParams& pages = params.pages;
+    pages.box_rows = pages.page_table == nullptr ? info.kBlockN : std::gcd(pages.page_size, info.kBlockN);
+    const auto encode = [&](const TensorRef& ref, std::int64_t head_dim, const TmaBox& box) {
+        return encode_pages(driver, ref, head_dim, params.heads_kv, pages, box, params.o.ptr);
     };
     params.tma_k = encode(params.k, params.head_dim, info.tma[0]);
     params.tma_v = encode(params.v, params.head_dim_v, info.tma[1]);
@@ -152,7 +153,7 @@ void launch_decode(Kernel& kernel, int device, std::uint64_t stream, const Decod
     check_tensors(call, info);
     check_workspace(call);
     DecodeParams params = call;
-    divide_by_page_size(params);
+    divide_by_page_size(params.pages);
     if (uses_tma(info)) {
         encode_maps(kernel.driver(), info, params);
     }

@@ -88,22 +88,6 @@ TensorMap encode_folded_q(const Driver& driver, const KernelInfo& info, const Fo
     return encode_tensor_map(driver, tensor, box);
 }
 
-// K and V as (head_dim, row, head, page), in boxes that no page boundary cuts and tiles are made of.
-void encode_pages(const Driver& driver, const KernelInfo& info, ForwardParams& params) {
-    PageParams& pages = params.pages;
-    pages.box_rows = std::gcd(pages.page_size, info.kBlockN);
-    divide_by_page_size(pages);
-    const auto encode = [&](const TensorRef& ref, std::int64_t head_dim, TmaBox box) {
-        box.box[1] = static_cast<std::uint32_t>(pages.box_rows);
-        return encode_tensor_map(driver,
-                                 tiled(ref, head_dim, pages.page_size, params.heads_kv, pages.num_pages,
-                                       box.element_type, params.o.ptr),
-                                 box);
-    };
-    params.tma_k = encode(params.k, params.head_dim, info.tma[1]);
-    params.tma_v = encode(params.v, params.head_dim_v, info.tma[2]);
-}
-
 void encode_maps(const Driver& driver, const KernelInfo& info, ForwardParams& params) {
     const SequenceParams& sequences = params.sequences;
     const bool packed_q = sequences.cu_seqlens_q != nullptr;
@@ -123,7 +107,15 @@ void encode_maps(const Driver& driver, const KernelInfo& info, ForwardParams& pa
         params.tma_q = encode(params.q, params.head_dim, rows_q, params.heads_q, batch_q, info.tma[0]);
     }
     if (info.paged != PageChoice::kNone) {
-        encode_pages(driver, info, params);
+        PageParams& pages = params.pages;
+        // A tile is of boxes that no page boundary cuts.
+        pages.box_rows = std::gcd(pages.page_size, info.kBlockN);
+        divide_by_page_size(pages);
+        const auto encode_cache = [&](const TensorRef& ref, std::int64_t head_dim, const TmaBox& box) {
+            return encode_pages(driver, ref, head_dim, params.heads_kv, pages, box, params.o.ptr);
+        };
+        params.tma_k = encode_cache(params.k, params.head_dim, info.tma[1]);
+        params.tma_v = encode_cache(params.v, params.head_dim_v, info.tma[2]);
         return;
     }
     params.tma_k = encode(params.k, params.head_dim, rows_k, params.heads_kv, batch_k, info.tma[1]);

@@ -155,34 +155,12 @@ StructLayout backward_params() {
 
 StructLayout decode_params() {
     using T = DecodeParams;
-    return layout<T>("DecodeParams", {FIELD(tma_k),
-                                      FIELD(tma_v),
-                                      FIELD(q),
-                                      FIELD(k),
-                                      FIELD(v),
-                                      FIELD(o),
-                                      FIELD(lse),
-                                      FIELD(k_descale),
-                                      FIELD(v_descale),
-                                      FIELD(k_mean),
-                                      FIELD(v_mean),
-                                      FIELD(sequences),
-                                      FIELD(scores),
-                                      FIELD(page_table),
-                                      FIELD(page_table_stride),
-                                      FIELD(partials),
-                                      FIELD(tickets),
-                                      FIELD(heads_q),
-                                      FIELD(heads_kv),
-                                      FIELD(head_dim),
-                                      FIELD(head_dim_v),
-                                      FIELD(page_size),
-                                      FIELD(num_pages),
-                                      FIELD(max_pages),
-                                      FIELD(box_rows),
-                                      FIELD(page_multiplier),
-                                      FIELD(page_shift),
-                                      FIELD(reserved)});
+    return layout<T>("DecodeParams",
+                     {FIELD(tma_k),   FIELD(tma_v),     FIELD(q),         FIELD(k),         FIELD(v),
+                      FIELD(o),       FIELD(lse),       FIELD(k_descale), FIELD(v_descale), FIELD(k_mean),
+                      FIELD(v_mean),  FIELD(sequences), FIELD(scores),    FIELD(pages),     FIELD(partials),
+                      FIELD(tickets), FIELD(heads_q),   FIELD(heads_kv),  FIELD(head_dim),  FIELD(head_dim_v),
+                      FIELD(reserved)});
 }
 
 StructLayout group_ref() {

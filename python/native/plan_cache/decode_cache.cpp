@@ -33,7 +33,7 @@ constexpr Argument kTensors[] = {
     {"cache_seqlens", offsetof(DecodeParams, sequences.seqused_k)},
     {"cache_leftpad", offsetof(DecodeParams, sequences.leftpad_k)},
     {"cache_batch_idx", offsetof(DecodeParams, sequences.kv_batch_idx)},
-    {"page_table", offsetof(DecodeParams, page_table)},
+    {"page_table", offsetof(DecodeParams, pages.page_table)},
     {"alibi_slopes", offsetof(DecodeParams, scores.alibi_slopes)},
 };
 

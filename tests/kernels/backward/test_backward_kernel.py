@@ -29,6 +29,7 @@ from backward_cases import (
     Problem,
     Saved,
     check,
+    compare,
     device,
     draw,
     expected,
@@ -179,6 +180,17 @@ def test_gradient_of_lse(variant):
 def test_sinks(variant):
     sinks = torch.tensor([0.5, 9.0])
     check(variant, draw(variant, 140, 130, 2, 1, batch=2, s_aux=sinks, with_dlse=True))
+
+
+def test_the_bound_on_gradients_of_sinks():
+    """What is a twentieth off, or without dLSE, is found."""
+    sinks = torch.tensor([0.5, 9.0])
+    problem = draw(CAUSAL, 140, 130, 2, 1, batch=2, s_aux=sinks, with_dlse=True)
+    exact = expected(problem)
+    compare(problem, exact)
+    for dsinks in (1.05 * exact.dsinks, expected(replace(problem, dlse=None)).dsinks):
+        with pytest.raises(AssertionError, match="dsinks"):
+            compare(problem, replace(exact, dsinks=dsinks))
 
 
 def test_sinks_of_packed_sequences():

@@ -204,7 +204,7 @@ FAULTS = (
         GATHER,
         (
             LOADER,
-            "bool const exists = place.page >= 0 && place.page < params_.num_pages;",
+            "bool const exists = place.page >= 0 && place.page < params_.pages.num_pages;",
             "bool const exists = true;",
         ),
     ),

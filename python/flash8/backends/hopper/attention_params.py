@@ -131,14 +131,12 @@ def room(k: Tensor, options: Options) -> int:
 
 
 def describe_pages(
-    pages: _native.PageParams | _native.DecodeParams,
-    sequences: _native.SequenceParams,
-    k: Tensor,
-    options: Options,
+    call: _native.ForwardParams | _native.DecodeParams, k: Tensor, options: Options
 ) -> list[Tensor]:
-    """Where the keys of a paged cache are; returns what `pages` points to then."""
+    """Where the keys of a paged cache are; returns what the call points to then."""
     if options.page_table is None:
         return []
+    pages, sequences = call.pages, call.sequences
     table = options.page_table.contiguous()
     pages.num_pages, pages.page_size = k.shape[:2]
     pages.page_table, pages.page_table_stride = table.data_ptr(), table.stride(0)

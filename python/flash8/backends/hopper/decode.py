@@ -253,8 +253,8 @@ def plan(
 
 def _describe_cache(call: _native.DecodeParams, k: Tensor, options: Options) -> list[Tensor]:
     """Pages and descales; returns what the call points to then."""
-    call.num_pages, call.page_size = k.shape[:2]
-    held = attention_params.describe_pages(call, call.sequences, k, options)
+    call.pages.num_pages, call.pages.page_size = k.shape[:2]  # of a dense cache too
+    held = attention_params.describe_pages(call, k, options)
     return held + attention_params.describe_scaling(
         call, options, ("k_descale", "v_descale"), ("k_mean", "v_mean")
     )

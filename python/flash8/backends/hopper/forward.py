@@ -197,7 +197,7 @@ def plan(
     device = q.device.index or 0
     uneven = heuristics.has_uneven_tiles(options)
     call = _describe(q, k, v, indices, options, out, lse)
-    held += attention_params.describe_pages(call.pages, call.sequences, k, options)
+    held += attention_params.describe_pages(call, k, options)
     call.scheduler.heads_per_section = 1
     if uneven:
         call.scheduler.heads_per_section = heuristics.heads_per_section(

@@ -58,10 +58,10 @@ def problems(
 ) -> Iterator[Problem]:
     """Two: one by as many CTAs as there are tiles, one by a single one, or a single cluster.
 
-    The first is packed; the second is dense. With pages both have K and V in pages, of other sizes.
-    Without a mask that makes tiles uneven it has no
-    ragged lengths either, so that its schedule is static. Clusters serve such calls only. A problem
-    is made when the one before it has been passed. channel_descales: whether an FP8 V has them.
+    The first is packed; the second is dense. Without a mask that makes tiles uneven it has no
+    ragged lengths either, so that its schedule is static. Clusters serve such calls only. Pages are
+    of another size in each, and their lengths ragged. A problem is made when the one before it has
+    been passed. channel_descales: whether an FP8 V has them.
     """
     draw = functools.partial(_Draw, variant, device, channel_descales=channel_descales)
     if variant.cluster:
