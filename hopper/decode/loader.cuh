@@ -187,8 +187,10 @@ class Loader {
         }
         char const* const source = static_cast<char const*>(ref.ptr) + lane % kLanesPerRow * 16;
         uint32_t const target = ptx::shared_address(shared_.slots[warp_][slot]);
-        // A large O leaves few registers for addresses.
-        constexpr int kUnrolled = Config::kBlockM * Config::kHeadDimV >= 3072 ? 2 : kBlockN / kRows;
+        // A large O leaves few registers for addresses, and slopes beside 32 rows of scores hardly any.
+        constexpr bool kLarge = Config::kBlockM * Config::kHeadDimV >= 3072;
+        constexpr bool kFull = Config::kScoreMod && Config::kBlockM == 32;
+        constexpr int kUnrolled = kFull ? 1 : kLarge ? 2 : kBlockN / kRows;
 #pragma unroll kUnrolled
         for (int first = 0; first < kBlockN; first += kRows) {
             int const row = first + lane / kLanesPerRow;
