@@ -187,7 +187,7 @@ class Loader {
         }
         char const* const source = static_cast<char const*>(ref.ptr) + lane % kLanesPerRow * 16;
         uint32_t const target = ptx::shared_address(shared_.slots[warp_][slot]);
-        // A large O leaves few registers for addresses, and slopes beside 32 rows of scores hardly any.
+        // A large O leaves few registers for addresses, and softcap or ALiBi beside 32 rows hardly any.
         constexpr bool kLarge = Config::kBlockM * Config::kHeadDimV >= 3072;
         constexpr bool kFull = Config::kScoreMod && Config::kBlockM == 32;
         constexpr int kUnrolled = kFull ? 1 : kLarge ? 2 : kBlockN / kRows;

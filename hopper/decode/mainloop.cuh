@@ -55,7 +55,7 @@ class Mainloop {
             return;
         }
         RowScales<Config> scales;
-        scales.read(params_, shared_, segment);
+        scales.read(shared_);
         if constexpr (Config::kQInRegisters) {
             read_queries();
         }
@@ -71,7 +71,7 @@ class Mainloop {
             Product::scores(s, slot_address(), [&](int step, int n) { return query(step, n); });
             release<Config::kSlots % 2 != 0>();
             if constexpr (Config::kScoreMod) {
-                modify(s, scales, segment, sequence, position);
+                modify(s, position);
             }
             if (edge) {
                 mask(s, segment, sequence, position);
@@ -137,27 +137,26 @@ class Mainloop {
     }
 
     // Softcap and ALiBi; the scores are logits afterwards.
-    __device__ void modify(typename Product::Scores& s, RowScales<Config> const& scales,
-                           Segment const& segment, SequenceWork<Config> const& sequence, int position) const {
+    __device__ void modify(typename Product::Scores& s, int position) const {
         float const cap = params_.scores.softcap;
         float const per_cap = cap > 0.0f ? 1.0f / cap : 0.0f;
 #pragma unroll
         for (int n = 0; n < kRowTiles; ++n) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                int const query = UnitRow::of<Config>(params_, segment, row(n, r)).query;
-                int const at = query + sequence.info.seqlen_k - sequence.info.seqlen_q;
-                float const distance = static_cast<float>(at + sequence.info.offset_k - position);
+                float const distance = static_cast<float>(shared_.own_key[row(n, r)] - position);
+                float const scale = shared_.score_scale[row(n, r)];
+                float const slope = shared_.slope[row(n, r)];
 #pragma unroll
                 for (int i = 0; i < kKeySteps; ++i) {
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
                         float& score = s[i][n][2 * h + r];
-                        score *= scales.scale[n][r];
+                        score *= scale;
                         if (cap > 0.0f) {
                             score = cap * ptx::tanh(score * per_cap);
                         }
-                        score -= scales.slope[n][r] * fabsf(distance - static_cast<float>(key(i, h)));
+                        score -= slope * fabsf(distance - static_cast<float>(key(i, h)));
                     }
                 }
             }

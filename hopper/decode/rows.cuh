@@ -29,6 +29,19 @@ __device__ __forceinline__ float head_descale(DescaleRef const& ref, int batch, 
                               : checked_descale(ref.ptr[batch * ref.batch_stride + head * ref.head_stride]);
 }
 
+// The product of three positive factors; NaN stays NaN. The smallest meets the largest first, so nothing
+// overflows or vanishes on the way. It is a normal number: 0 times the -inf of a hidden key would be NaN, and
+// with scales so small all scores are 0 as good as exactly.
+__device__ __forceinline__ float score_scale(float softmax_scale, float descale, float q_scale) {
+    if (isnan(descale)) {
+        return descale;
+    }
+    float const low = fminf(softmax_scale, descale);
+    float const high = fmaxf(softmax_scale, descale);
+    float const middle = fmaxf(low, fminf(high, q_scale));
+    return fmaxf(fminf(low, q_scale) * fmaxf(high, q_scale) * middle, FLT_MIN);
+}
+
 // Stages the fragments of Q in shared memory. One warp has eight rows, a lane a quarter of the channels of
 // row `group`. bf16 rows become fp16 for e4m3 keys: a power of two per row brings their largest value to
 // about 2^14, so none overflows, and values down to 2^-28 of it keep all their bits.
@@ -81,8 +94,14 @@ class QueryStage {
             shared.q[n][step][lane] = fragments[step];
         }
         if (lane % 4 == 0) {
-            shared.q_scale[row] = scale;
+            float const descale = head_descale(params.k_descale, segment.batch, segment.head);
+            shared.score_scale[row] = score_scale(
+                params.scores.softmax_scale * (Config::kScoreMod ? 1.0f : kLog2E), descale, scale);
             shared.score_shift[row] = shift * params.scores.softmax_scale;
+            if constexpr (Config::kScoreMod) {
+                shared.slope[row] = exists ? slope(params.scores, segment.batch, at.head) : 0.0f;
+                shared.own_key[row] = at.query + info.seqlen_k - info.seqlen_q + info.offset_k;
+            }
         }
     }
 
@@ -122,6 +141,11 @@ class QueryStage {
         }
     }
 
+    __device__ static float slope(ScoreParams const& scores, int batch, int head) {
+        return scores.alibi_slopes == nullptr ? 0.0f
+                                              : scores.alibi_slopes[batch * scores.alibi_batch_stride + head];
+    }
+
     // Infinity and NaN do not count.
     __device__ __forceinline__ static uint32_t magnitude(uint32_t bits) {
         uint32_t const size = bits & 0x7fff;
@@ -138,42 +162,19 @@ class QueryStage {
     }
 };
 
-// The product of three positive factors; NaN stays NaN. The smallest meets the largest first, so nothing
-// overflows or vanishes on the way. It is a normal number: 0 times the -inf of a hidden key would be NaN, and
-// with scales so small all scores are 0 as good as exactly.
-__device__ __forceinline__ float score_scale(float softmax_scale, float descale, float q_scale) {
-    if (isnan(descale)) {
-        return descale;
-    }
-    float const low = fminf(softmax_scale, descale);
-    float const high = fmaxf(softmax_scale, descale);
-    float const middle = fmaxf(low, fminf(high, q_scale));
-    return fmaxf(fminf(low, q_scale) * fmaxf(high, q_scale) * middle, FLT_MIN);
-}
-
-// How this lane's rows turn products into scores: two for each row tile.
+// The factors of this lane's rows, two for each row tile. With kScoreMod registers are for the slopes'
+// distances, and the factors are read from shared memory when the scores are modified.
 template <class Config>
 struct RowScales {
-    // Products times `scale` are scores in log2 units; with kScoreMod, logits before softcap and ALiBi.
-    float scale[Config::kRowTiles][2];
-    float slope[Config::kScoreMod ? Config::kRowTiles : 1][2];
+    float scale[Config::kScoreMod ? 1 : Config::kRowTiles][2];
 
-    __device__ void read(DecodeParams const& params, SharedStorage<Config> const& shared,
-                         Segment const& segment) {
-        float const softmax_scale = params.scores.softmax_scale * (Config::kScoreMod ? 1.0f : kLog2E);
-        float const descale = head_descale(params.k_descale, segment.batch, segment.head);
+    __device__ void read(SharedStorage<Config> const& shared) {
+        if constexpr (!Config::kScoreMod) {
 #pragma unroll
-        for (int n = 0; n < Config::kRowTiles; ++n) {
+            for (int n = 0; n < Config::kRowTiles; ++n) {
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                int const row = 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + r;
-                scale[n][r] = score_scale(softmax_scale, descale, shared.q_scale[row]);
-                if constexpr (Config::kScoreMod) {
-                    UnitRow const at = UnitRow::of<Config>(params, segment, row);
-                    float const* const slopes = params.scores.alibi_slopes;
-                    slope[n][r] = slopes == nullptr || at.head >= params.heads_q
-                                      ? 0.0f
-                                      : slopes[segment.batch * params.scores.alibi_batch_stride + at.head];
+                for (int r = 0; r < 2; ++r) {
+                    scale[n][r] = shared.score_scale[8 * n + 2 * (threadIdx.x % 4) + r];
                 }
             }
         }

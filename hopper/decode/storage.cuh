@@ -18,7 +18,9 @@ struct SharedStorage {
     float merged_sum[Config::kBlockM];
     float normalise[Config::kBlockM];
     float weight[Config::kBlockM];       // of the keys, as opposed to the sink
-    float q_scale[Config::kBlockM];      // what the fragments of a row must be multiplied by
+    float score_scale[Config::kBlockM];  // products of a row's fragments times this are its scores
+    float slope[Config::kScoreMod ? Config::kBlockM : 1];  // ALiBi
+    int own_key[Config::kScoreMod ? Config::kBlockM : 1];  // where in the cache a row's own key is
     float score_shift[Config::kBlockM];  // what K's mean would add to a row's scores, natural log
     uint64_t full[Config::kWarps][Config::kSlots];
     // Of each warp. They are looked at once a segment, and registers are for what is used more.

@@ -154,7 +154,7 @@ FAULTS = (
         (ROWS, "head_descale(params.k_descale, segment.batch, segment.head)", "1.0f"),
     ),
     Fault("v_unscaled", E8, (MERGE, "factor / total * descale", "factor / total")),
-    Fault("power_of_two_forgotten", E8, (ROWS, "descale, shared.q_scale[row])", "descale, 1.0f)")),
+    Fault("power_of_two_forgotten", E8, (ROWS, "descale, scale);", "descale, 1.0f);")),
     Fault("a_scale_vanishes", E8, (ROWS, "* middle, FLT_MIN)", "* middle, 0.0f)")),
     Fault("no_offset", E8, (CONFIG, "? 12.0f : 0.0f", "? 0.0f : 0.0f")),
     Fault(
@@ -191,7 +191,12 @@ FAULTS = (
     Fault(
         "padding_shifts_alibi",
         MODIFIED,
-        (LOOP, "at + sequence.info.offset_k - position", "at - position"),
+        (ROWS, "info.seqlen_q + info.offset_k;", "info.seqlen_q;"),
+    ),
+    Fault(
+        "slope_of_another_head",
+        MODIFIED,
+        (ROWS, "slope(params.scores, segment.batch, at.head)", "slope(params.scores, 0, 0)"),
     ),
     Fault("mean_of_k_left_out", E8, (MERGE, "* kLn2 + shift;", "* kLn2;")),
     Fault(
