@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from compiler_fixtures import install_fake_compiler
 from flash8.compiler import (
     CompileError,
     CompilerNotFoundError,
@@ -97,6 +98,23 @@ def test_the_same_device_code_elsewhere_is_served(workshop, monkeypatch):
         found.append(compile_unit(Unit(root / "hopper" / "kernel.cu")).folder)
     assert found[0] == found[1]
     assert workshop.compilations == 1
+
+
+def test_the_same_compiler_elsewhere_is_served(workshop, monkeypatch):
+    """Its headers, and CUTLASS, by another path: what they contain decides."""
+    workshop.source.write_text(workshop.source.read_text() + '#include "cute.h"\n')
+    found = {}
+    for place, text in (("one", "// cute\n"), ("another", "// cute\n"), ("third", "// new\n")):
+        cutlass = workshop.folder.parent / place / "cutlass"
+        cutlass.mkdir(parents=True)
+        (cutlass / "cute.h").write_text(text)
+        monkeypatch.setenv("FLASH8_CUTLASS", str(cutlass))
+        tools = workshop.folder.parent / place / "bin"
+        tools.mkdir()
+        monkeypatch.setenv("FLASH8_NVCC", str(install_fake_compiler(tools)))
+        found[place] = workshop.compile().folder
+    assert found["one"] == found["another"] != found["third"]
+    assert workshop.compilations == 2
 
 
 @pytest.mark.parametrize("variable", ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"])

@@ -7,10 +7,10 @@ flash8/ in the user's cache folder.
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from flash8.compiler.compilation import Compilation, find_anywhere, make_request, toolchain_key
+from flash8.compiler.compilation import Compilation, find_anywhere, make_request
 from flash8.compiler.errors import CompileError, CompilerNotFoundError, MissingVariantError
 from flash8.compiler.packaged import packaged_cubin, write_package
 from flash8.compiler.places import cache_root, printable
@@ -132,7 +132,7 @@ def _obtain(unit: Unit, step: str) -> tuple[Compiled, Entry]:
         if found is None:
             raise
         return found
-    request = replace(request, toolchain=toolchain_key(toolchain))
+    request = make_request(unit, toolchain)
     entry = store.find(request)
     seconds = 0.0
     if entry is None:

@@ -21,11 +21,14 @@ _CLOCK_STEP = 10_000_000
 _DISK_IS_FULL = ("No space left on device", "Disk quota exceeded")
 
 
-def make_request(unit: Unit) -> Request:
-    """What is asked of the cache for a unit, whatever the compiler."""
+def make_request(unit: Unit, toolchain: Toolchain | None = None) -> Request:
+    """What is asked of the cache for a unit: from this compiler, or from any."""
     names = Names(unit.source)
     options = [*NVCC_FLAGS, *PTXAS_FLAGS, *unit.define_options()]
-    return Request(digest(names.name(names.source), *options), None, names)
+    key = digest(names.name(names.source), *options)
+    if toolchain is None:
+        return Request(key, None, names)
+    return Request(key, _toolchain_key(toolchain), Names(unit.source, toolchain))
 
 
 def find_anywhere(store: Store, request: Request) -> Entry | None:
@@ -34,7 +37,7 @@ def find_anywhere(store: Store, request: Request) -> Entry | None:
     return store.find(request) or (Store(private).find(request) if private else None)
 
 
-def toolchain_key(toolchain: Toolchain) -> str:
+def _toolchain_key(toolchain: Toolchain) -> str:
     """The digest of all that decides what a compiler makes of a source."""
     return digest(*toolchain.identity(), *(nvrtc.identity() if toolchain.nvrtc else ()))
 

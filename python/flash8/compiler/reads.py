@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flash8.compiler.toolchain import cutlass_root, kernel_root
+from flash8.compiler.toolchain import Toolchain, cutlass_root, kernel_root
 
 _LARGEST = 64 << 20  # bytes; no source is a hundredth of that
 _SUFFIXES = (".h", ".hpp", ".cuh", ".cu", ".inl")
+_COMPILERS = "compiler-"  # and a number: a folder of the compiler
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,21 @@ def neighbours(source: Path) -> list[Path]:
 class Names:
     """Names of the files that a source may read.
 
-    What lies in the device code is named from there, so that a cache serves another installation
-    of the same code; everything else has its whole path.
+    What lies in the device code, or in a folder of the compiler's headers, is named from there, so
+    that a cache serves another installation of the same code; everything else has its whole path.
     """
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, toolchain: Toolchain | None = None) -> None:
         self.source = source.resolve()
         self._roots = {"hopper": kernel_root(), "cutlass_kernels": cutlass_root().resolve()}
+        if toolchain is not None:
+            folders = [*toolchain.include_dirs, toolchain.nvcc.parent.parent / "include"]
+            self._roots |= {_COMPILERS + str(i): path.resolve() for i, path in enumerate(folders)}
 
     def name(self, path: Path) -> str:
         for name, root in self._roots.items():
-            if path.is_relative_to(root):
+            beside = name.startswith(_COMPILERS) and path.is_relative_to(self.source.parent)
+            if path.is_relative_to(root) and not beside:
                 return os.path.join(name, path.relative_to(root))
         return str(path)
 
@@ -85,4 +90,6 @@ class Names:
     def is_the_compilers(self, name: str) -> bool:
         """Whether the compiler brought this file: it is not of the device code, nor beside the
         source."""
+        if name.startswith(_COMPILERS):
+            return True
         return os.path.isabs(name) and not Path(name).is_relative_to(self.source.parent)
