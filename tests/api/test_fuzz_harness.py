@@ -152,5 +152,6 @@ def test_kernels_stand_what_no_host_has_looked_at():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_hundred_thousand_calls():
-    fuzz("--calls", "100000", "--workers", "2")
+def test_twenty_thousand_calls():
+    """`make fuzz` makes five times as many."""
+    fuzz("--calls", "20000")

@@ -1,7 +1,7 @@
 """Random calls, most of them damaged: refuse with a useful message, or be right.
 
 FLASH8_FUZZ_SECONDS and FLASH8_FUZZ_SEED choose how long and from where; every failure prints the
-seed of its call.  `-m slow` runs minutes.
+seed of its call.  `-m slow` runs longer.
 """
 
 import os
@@ -52,5 +52,5 @@ def test_fuzz():
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("start", [10**6, 2 * 10**6])
-def test_fuzz_for_minutes(start):
-    fuzz(max(SECONDS, 300.0), start)
+def test_fuzz_for_longer(start):
+    fuzz(max(SECONDS, 60.0), start)
