@@ -21,6 +21,7 @@ import pybind11
 
 import environment
 import facts
+from flash8.backends.hopper.kernels import shipped
 from flash8.compiler import Compiled, Unit, compile_unit, write_package
 from gpu_steps import units
 from gpu_steps.journal import write_json
@@ -84,7 +85,7 @@ def build(folder: Path, jobs: int, pythons: list[str]) -> None:
         "extensions": sorted(
             path.name for path in (folder / "site" / "flash8").glob("_native*.so")
         ),
-        "kernels": [variant.name for variant in units.shipped()],
+        "kernels": [variant.name for variant in shipped()],
         "packaged_kernels": len(compiled),
     }
     write_json(folder / "pack.json", manifest)

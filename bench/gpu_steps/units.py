@@ -21,20 +21,16 @@ from bench_choices import choices
 from flash8.backends.hopper import backward as hopper_backward
 from flash8.backends.hopper import backward_fp8
 from flash8.backends.hopper import forward as hopper
-from flash8.backends.hopper.backward_variants import SHIPPED_BACKWARDS, BackwardVariant
-from flash8.backends.hopper.kernels import Variant, kernels_of
-from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS, QuantizeVariant
-from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
+from flash8.backends.hopper.backward_variants import BackwardVariant
+from flash8.backends.hopper.kernels import Variant, kernels_of, shipped
+from flash8.backends.hopper.quantize_variants import QuantizeVariant
+from flash8.backends.hopper.variants import ForwardVariant
 from flash8.call.options import Options
 from flash8.compiler import Unit
 
 from .pack import ROOT, gpu_tests
 
 _E4M3 = torch.float8_e4m3fn
-
-
-def shipped() -> list[Variant]:
-    return [*SHIPPED, *SHIPPED_BACKWARDS, *SHIPPED_QUANTIZERS]
 
 
 def units() -> list[Unit]:

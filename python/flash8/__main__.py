@@ -2,7 +2,7 @@
 
 import sys
 
-from flash8.cli import main
+from flash8_cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

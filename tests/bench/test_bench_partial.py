@@ -8,7 +8,7 @@ import attention_cases
 import bench_attention
 import partial
 from attention_peers import Peer
-from flash8.backends.hopper.kernels import kernels_of
+from flash8.backends.hopper.kernels import kernels_of, shipped
 from gpu_steps import units
 
 
@@ -79,8 +79,8 @@ def test_kernels_of_the_benchmarks_are_chosen_without_tensors():
 def test_the_pack_has_what_the_gpu_tests_ask_for():
     found = [unit.name for unit in units.units()]
     assert len(found) == len(set(found))
-    shipped = {part.name for variant in units.shipped() for part in kernels_of(variant)}
-    assert set(found[: len(shipped)]) == shipped
+    ship = {part.name for variant in shipped() for part in kernels_of(variant)}
+    assert set(found[: len(ship)]) == ship
     assert {
         "forward_fp16_d64_causal_packgqa",  # test_dense_matches_the_cpu
         "forward_e4m3_d256_causal_packgqa_vcolmajor_blockscales",  # test_fp8_matches_the_cpu

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import flash8
-from flash8 import cli
+import flash8_cli
 from flash8.backends.describe import describe
 
 
@@ -26,15 +26,35 @@ def test_version():
     assert (result.returncode, result.stdout) == (0, f"flash8 {flash8.__version__}\n")
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["compile", "--help"], ["check", "--help"], ["--version"]]
+)
+def test_help_waits_for_no_torch(arguments):
+    """It takes a tenth of a second; torch alone is ten times that."""
+    code = (
+        "import sys, flash8_cli\n"
+        "try:\n"
+        "    flash8_cli.main(sys.argv[1:])\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code\n"
+        "assert not {'torch', 'flash8', 'numpy'} & {*sys.modules}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "flash8" in done.stdout
+
+
 def test_console_script_is_main():
     scripts = list(metadata.entry_points(name="flash8", group="console_scripts"))
     if not scripts:
         pytest.skip("flash8 is imported from its sources, not installed (use `make test`)")
-    assert scripts[0].load() is cli.main
+    assert scripts[0].load() is flash8_cli.main
 
 
 def test_info_names_versions_driver_and_every_service(capsys):
-    assert cli.main(["info"]) == 0
+    assert flash8_cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert flash8.__version__ in text
     assert torch.__version__ in text
@@ -56,5 +76,5 @@ def test_info_says_why_there_is_no_driver():
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["info", "--loud"], ["compile"]])
 def test_bad_arguments_print_usage(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.main(arguments)
+        flash8_cli.main(arguments)
     assert "usage: flash8" in capsys.readouterr().err

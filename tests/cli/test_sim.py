@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import flash8
-from flash8 import _native, cli
+import flash8_cli
+from flash8 import _native
 from flash8.backends.hopper import backward, forward
 from flash8.backends.hopper.variants import SHIPPED
 from flash8.cli import sim
@@ -84,13 +85,13 @@ def test_the_call_is_the_variants(variant):
 
 def test_an_unknown_kernel_lists_the_others(capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["sim", "forward_fp4_d128"])
+        flash8_cli.main(["sim", "forward_fp4_d128"])
     assert "forward_bf16_d128_causal" in capsys.readouterr().err
 
 
 def test_without_a_simulator_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(metadata, "entry_points", lambda **_: ())
-    assert cli.main(["sim", "forward_bf16_d128_causal"]) == 1
+    assert flash8_cli.main(["sim", "forward_bf16_d128_causal"]) == 1
     said = capsys.readouterr().err
     assert "flash8-sim" in said and "pip install tests/simulator" in said
     assert (TESTS / "simulator" / "pyproject.toml").is_file()
@@ -99,7 +100,7 @@ def test_without_a_simulator_it_says_what_to_install(monkeypatch, capsys):
 def test_a_simulator_that_lacks_a_package_says_so(monkeypatch, capsys):
     entry = metadata.EntryPoint("sim", "a_package_that_is_absent:main", "flash8.commands")
     monkeypatch.setattr(metadata, "entry_points", lambda **_: (entry,))
-    assert cli.main(["sim", "x"]) == 1
+    assert flash8_cli.main(["sim", "x"]) == 1
     assert "a_package_that_is_absent" in capsys.readouterr().err
 
 
@@ -111,7 +112,7 @@ def test_the_command_gets_what_follows_sim(monkeypatch):
             return lambda arguments, kernels: got.append((arguments, kernels.names)) or 3
 
     monkeypatch.setattr(metadata, "entry_points", lambda **_: (Entry(),))
-    assert cli.main(["sim", "a", "--b", "--help"]) == 3
+    assert flash8_cli.main(["sim", "a", "--b", "--help"]) == 3
     names = tuple(v.name for v in (*sim._FORWARDS, *sim._BACKWARDS))
     assert got == [(["a", "--b", "--help"], names)]
 

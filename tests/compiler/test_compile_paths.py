@@ -8,9 +8,9 @@ import pytest
 
 import light_process
 from compiler_fixtures import LOG, install_fake_compiler, set_temporary_folder
-from flash8.cli import main
 from flash8.compiler import CompileError, Unit, compile_unit, toolchain
 from flash8.compiler.build import parse_depfile
+from flash8_cli import main
 from simulated_device import missing_compiler
 
 pytest_plugins = ["compiler_fixtures"]
@@ -75,7 +75,7 @@ def test_names_that_are_no_text_can_be_shown(workshop, monkeypatch, tmp_path):
     source = make(odd) / os.fsdecode(b"\xfe.cu")
     source.write_text(workshop.source.read_text().replace("tile.h", str(workshop.header)))
     command = light_process.command(
-        "from flash8.cli import main; sys.exit(main(['compile', sys.argv[1]]))", str(source)
+        "from flash8_cli import main; sys.exit(main(['compile', sys.argv[1]]))", str(source)
     )
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 import light_process
-from flash8.backends.hopper import backward_variants, quantize_variants, variants
-from flash8.cli import main
+from flash8.backends.hopper import kernels
 from flash8.compiler import (
     CompileError,
     CompilerNotFoundError,
@@ -22,6 +21,7 @@ from flash8.compiler import (
     find_toolchain,
     toolchain,
 )
+from flash8_cli import main
 
 pytest_plugins = ["compiler_fixtures"]
 
@@ -331,9 +331,7 @@ def test_all_compiles_what_ships_and_goes_on_after_a_failure(workshop, monkeypat
     broken = workshop.folder / "broken.cu"
     broken.write_text("REFUSE\n")
     rows = [Row(workshop.unit(A="1")), Row(Unit(broken)), Row(workshop.unit(A="2"))]
-    monkeypatch.setattr(variants, "SHIPPED", rows)
-    monkeypatch.setattr(backward_variants, "SHIPPED_BACKWARDS", ())
-    monkeypatch.setattr(quantize_variants, "SHIPPED_QUANTIZERS", [Row(workshop.unit(A="3"))])
+    monkeypatch.setattr(kernels, "shipped", lambda: [*rows, Row(workshop.unit(A="3"))])
     assert main(["compile", "--all"]) == 1
     captured = capsys.readouterr()
     rows = [line.split()[1] for line in captured.out.splitlines()[2:5]]
@@ -341,9 +339,30 @@ def test_all_compiles_what_ships_and_goes_on_after_a_failure(workshop, monkeypat
     assert "nvcc refused broken.cu" in captured.err
 
 
+def test_kernels_are_compiled_by_name(workshop, monkeypatch, capsys):
+    shipped = [Row(workshop.unit(A=str(i))) for i in range(3)]
+    for i, row in enumerate(shipped):
+        row.name = f"forward_d{64 * (i + 1)}"
+    monkeypatch.setattr(kernels, "shipped", lambda: shipped)
+    assert main(["compile", "forward_d128", "forward_d64", "forward_d128"]) == 0
+    rows = [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert rows == ["-DA=1", "-DA=0"] and workshop.compilations == 2
+    source = str(workshop.source)
+    for arguments, error in (
+        (["forward_d65"], "no shipped kernel is called forward_d65; see forward_d64"),
+        (["forward_d64", "-D", "A=1"], "-D goes with a FILE.cu"),
+        ([source, "forward_d64"], "goes by itself, got 2 arguments"),
+    ):
+        assert main(["compile", *arguments]) == 2
+        assert error in capsys.readouterr().err
+    assert workshop.compilations == 2
+
+
 def test_all_without_a_compiler_says_so_once(workshop, monkeypatch, capsys):
     monkeypatch.setenv("FLASH8_NVCC", "/nowhere/nvcc")
-    monkeypatch.setattr(variants, "SHIPPED", [Row(workshop.unit(A=str(i))) for i in range(3)])
+    monkeypatch.setattr(
+        kernels, "shipped", lambda: [Row(workshop.unit(A=str(i))) for i in range(3)]
+    )
     assert main(["compile", "--all"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -7,14 +7,7 @@ import sys
 import pytest
 
 from compiler_fixtures import LOG, Workshop
-from flash8.backends.hopper import (
-    backward_variants,
-    decode_variants,
-    quantize_variants,
-    variants,
-)
-from flash8.backends.hopper.kernels import kernels_of
-from flash8.cli import main
+from flash8.backends.hopper import kernels
 from flash8.compiler import (
     MissingVariantError,
     Unit,
@@ -24,6 +17,7 @@ from flash8.compiler import (
     packaged_cubin,
     write_package,
 )
+from flash8_cli import main
 from repository import ROOT
 from simulated_device import missing_compiler
 
@@ -144,10 +138,7 @@ class Row:
 
 
 def test_compile_into_a_folder(package, monkeypatch, capsys):
-    monkeypatch.setattr(variants, "SHIPPED", [Row(package.forward)])
-    monkeypatch.setattr(decode_variants, "SHIPPED_DECODERS", ())
-    monkeypatch.setattr(backward_variants, "SHIPPED_BACKWARDS", ())
-    monkeypatch.setattr(quantize_variants, "SHIPPED_QUANTIZERS", [Row(package.cast)])
+    monkeypatch.setattr(kernels, "shipped", lambda: [Row(package.forward), Row(package.cast)])
     assert main(["compile", "--all", "--into", str(package.kernels)]) == 0
     assert "2 cubins are in" in capsys.readouterr().out
     assert set(json.loads((package.kernels / "manifest.json").read_text())) == {
@@ -173,9 +164,6 @@ def test_the_kernels_target_builds_what_ships(tmp_path):
     done = subprocess.run(build, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     manifest = json.loads((tmp_path / "kernels" / "manifest.json").read_text())
-    rows = [*variants.SHIPPED, *quantize_variants.SHIPPED_QUANTIZERS]
-    rows += decode_variants.SHIPPED_DECODERS
-    rows += [x for row in backward_variants.SHIPPED_BACKWARDS for x in kernels_of(row)]
-    names = {row.unit().name for row in rows}
+    names = {x.unit().name for row in kernels.shipped() for x in kernels.kernels_of(row)}
     assert set(manifest) == names
     assert {path.stem for path in (tmp_path / "kernels").glob("*.cubin")} == names

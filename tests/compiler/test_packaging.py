@@ -56,7 +56,7 @@ def test_the_device_code_is_installed_unchanged(distribution, folder):
 
 def test_nothing_but_the_package_is_installed(distribution):
     tops = {path.parts[0] for path in distribution.files if path.parts[0] != ".."}
-    assert tops == {"flash8", f"flash8-{flash8.__version__}.dist-info"}
+    assert tops == {"flash8", "flash8_cli", f"flash8-{flash8.__version__}.dist-info"}
     native = [path.name for path in distribution.files if path.suffix == ".so"]
     assert len(native) == 1
     assert native[0].startswith("_native.")

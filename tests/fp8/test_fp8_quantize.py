@@ -346,6 +346,14 @@ def test_a_scaled_tensor_is_frozen():
         s.descale = torch.ones(())
 
 
+def test_a_scaled_tensor_prints_one_line():
+    x = torch.randn(2, 300, 4, 8)
+    s = fp8.quantize(x, "block", smooth_v=True, v_colmajor=True)
+    shape = tuple(s.data.shape)
+    text = f"ScaledTensor(float8_e4m3fn {shape}, descale (2, 4, 3) by block, mean, v_colmajor, cpu)"
+    assert repr(s) == text
+
+
 # --------------------------------------------------------------------------------- bad input
 
 X = torch.randn(2, 10, 2, 16)

@@ -29,12 +29,13 @@ def describe_mode() -> str:
 
 
 def describe() -> list[Service]:
-    """Which backend serves which call on this machine, and why."""
+    """Which backend serves training, prefill and decode on this machine, and why."""
     portable = "tiled PyTorch, memory linear in seqlen"
     rows = [
-        Service("CPU tensors, fp64 / fp32 / fp16 / bf16, forward and backward", "cpu", portable),
-        Service("CPU tensors, float8_e4m3fn k and v, q of any dtype, forward", "cpu", portable),
-        Service("CPU tensors, fp8_attention, forward and backward", "cpu", portable),
+        Service("CPU tensors, training, fp64 / fp32 / fp16 / bf16", "cpu", portable),
+        Service("CPU tensors, training, FP8 (fp8_attention)", "cpu", portable),
+        Service("CPU tensors, prefill, also e4m3", "cpu", portable),
+        Service("CPU tensors, decode over 16-bit and e4m3 caches", "cpu", portable),
     ]
     if torch.cuda.is_available():
         rows += _describe_cuda(torch.cuda.get_device_name())
@@ -62,13 +63,14 @@ def _describe_cuda(name: str) -> list[Service]:
         return [Service("CUDA tensors, every call", "cpu", f"{portable}; {reason}")]
     if chosen == "require" and (missing := mode.unfit(index)) is not None:
         needs = f"FLASH8_KERNELS=require: an error, since {missing}"
-        return [Service("CUDA tensors, forward, backward and fp8.quantize", "none", needs)]
+        return [Service("CUDA tensors, training, prefill and decode", "none", needs)]
     checked = "unchecked" if chosen == "on" else "checked once per process"
     kernel = f"{name}: FLASH8_KERNELS={chosen}; compiled when first used, {checked}"
     return [
-        Service("CUDA tensors, fp16 / bf16 / e4m3 forward, pages, no splits", "hopper", kernel),
-        Service("CUDA tensors, 16-bit q over 16-bit and e4m3 caches, pages", "hopper", kernel),
-        Service("CUDA tensors, fp16 / bf16 backward", "hopper", kernel),
+        Service("CUDA tensors, training, fp16 / bf16", "hopper", kernel),
+        Service("CUDA tensors, training, FP8 (fp8_attention)", "hopper", kernel),
+        Service("CUDA tensors, prefill, fp16 / bf16 / e4m3, pages", "hopper", kernel),
+        Service("CUDA tensors, decode over 16-bit and e4m3 caches", "hopper", kernel),
         Service("CUDA tensors, fp8.quantize, append to e4m3 caches", "hopper", kernel),
         Service("CUDA tensors, every other call", "cpu", portable),
     ]

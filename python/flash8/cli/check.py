@@ -8,10 +8,6 @@ import torch
 
 from flash8.backends.hopper import kernels as hopper_kernels
 from flash8.backends.hopper import mode
-from flash8.backends.hopper.backward_variants import SHIPPED_BACKWARDS
-from flash8.backends.hopper.decode_variants import SHIPPED_DECODERS
-from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
-from flash8.backends.hopper.variants import SHIPPED
 from flash8.backends.hopper.verify import trust
 from flash8.backends.hopper.verify.watchdog import KernelHangsError
 
@@ -20,9 +16,13 @@ _MAX_DETAIL = 400  # characters of what the compiler or the driver said
 
 def kernels() -> dict[str, hopper_kernels.Variant]:
     """All shipped kernels by name, in the order in which they are checked."""
-    shipped: list[hopper_kernels.Variant] = [*SHIPPED, *SHIPPED_DECODERS]
-    shipped += [*SHIPPED_BACKWARDS, *SHIPPED_QUANTIZERS]
-    return {variant.name: variant for variant in shipped}
+    return {variant.name: variant for variant in hopper_kernels.shipped()}
+
+
+def list_kernels() -> int:
+    """Prints their names."""
+    print(*kernels(), sep="\n")
+    return 0
 
 
 def run(names: Sequence[str] = ()) -> int:

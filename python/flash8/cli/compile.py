@@ -1,10 +1,12 @@
-"""`flash8 compile`: a kernel or all shipped ones, with a table of what they cost."""
+"""`flash8 compile`: kernels by name, from a source, or all that ship; a table of what they cost."""
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flash8.backends.hopper import kernels
 from flash8.cli.table import format_table
 from flash8.compiler import (
     Compiled,
@@ -29,36 +31,23 @@ HEADER = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `flash8 compile`."""
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("source", nargs="?", type=Path, metavar="FILE.cu", help="a kernel's source")
-    what.add_argument("--all", action="store_true", help="every variant that a release ships")
-    parser.add_argument(
-        "--into",
-        type=Path,
-        metavar="DIR",
-        help="with --all: also write the cubins and a manifest there, as a wheel carries them",
-    )
-    parser.add_argument(
-        "-D", dest="defines", action="append", default=[], metavar="NAME[=VALUE]", type=_define
-    )
-    parser.set_defaults(run=run)
-
-
 def run(options: argparse.Namespace) -> int:
-    """Compile what `options` name and print the table. 1 when a kernel fails or has a problem."""
-    if options.into and not options.all:
-        print("flash8 compile: --into goes with --all", file=sys.stderr)
+    """Compile what `options` name and print the table. 1 when a kernel fails or has a problem, 2
+    when the options make no sense."""
+    try:
+        units = _units(options)
+    except ValueError as error:
+        print(f"flash8 compile: {error}", file=sys.stderr)
         return 2
-    units = _shipped() if options.all else [Unit(options.source, tuple(options.defines))]
     if not units:
         print("This release ships no compiled kernel.")
         return 0
     compiled, problems = [], []
     for i, unit in enumerate(units):
         try:
-            compiled.append(compile_unit(unit, step=f"{i + 1}/{len(units)}" if options.all else ""))
+            compiled.append(
+                compile_unit(unit, step=f"{i + 1}/{len(units)}" if len(units) > 1 else "")
+            )
         except (CompileError, OSError, MissingVariantError) as error:
             problems.append(str(error))
         except CompilerNotFoundError as error:
@@ -78,24 +67,29 @@ def run(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _shipped() -> list[Unit]:
-    from flash8.backends.hopper.backward_variants import SHIPPED_BACKWARDS
-    from flash8.backends.hopper.decode_variants import SHIPPED_DECODERS
-    from flash8.backends.hopper.kernels import Variant, kernels_of
-    from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
-    from flash8.backends.hopper.variants import SHIPPED
+def _units(options: argparse.Namespace) -> list[Unit]:
+    """What to compile, once each: variants of the backward share kernels."""
+    if options.into and not options.all:
+        raise ValueError("--into goes with --all")
+    sources = [name for name in options.kernels if name.endswith(".cu")]
+    if sources:
+        if len(options.kernels) > 1:
+            raise ValueError(f"{sources[0]} goes by itself, got {len(options.kernels)} arguments")
+        return [Unit(Path(sources[0]), tuple(options.defines))]
+    if options.defines:
+        raise ValueError("-D goes with a FILE.cu; the name of a kernel says all of it")
+    shipped = kernels.shipped()
+    variants = shipped if options.all else [_named(name, shipped) for name in options.kernels]
+    parts = [part for variant in variants for part in kernels.kernels_of(variant)]
+    return list(dict.fromkeys(part.unit() for part in parts))
 
-    variants: list[Variant] = [*SHIPPED, *SHIPPED_DECODERS]
-    variants += [*SHIPPED_BACKWARDS, *SHIPPED_QUANTIZERS]
-    # Variants of the backward share kernels.
-    return list(dict.fromkeys(part.unit() for variant in variants for part in kernels_of(variant)))
 
-
-def _define(text: str) -> tuple[str, str]:
-    name, _, value = text.partition("=")
-    if not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME or NAME=VALUE")
-    return name, value
+def _named(name: str, shipped: Sequence[kernels.Variant]) -> kernels.Variant:
+    by_name = {variant.name: variant for variant in shipped}
+    if name not in by_name:
+        near = difflib.get_close_matches(name, by_name, n=3) or ["`flash8 check --list`"]
+        raise ValueError(f"no shipped kernel is called {name}; see {', '.join(near)}")
+    return by_name[name]
 
 
 def _rows(compiled: Compiled) -> Sequence[tuple[str, ...]]:

@@ -26,6 +26,23 @@ class ScaledTensor:
     cu_seqlens: Tensor | None = None  # of packed data, int32 (batch + 1,)
     v_colmajor_tokens: int | None = None  # of data as `flash8.tensors.v_colmajor` has it
 
+    def __repr__(self) -> str:
+        """One line: shapes, not values."""
+        data, descale = self.data, self.descale
+        extras = {
+            "mean": self.mean is not None,
+            "rotated": self.rotation is not None,
+            "packed": self.cu_seqlens is not None,
+            "v_colmajor": self.v_colmajor_tokens is not None,
+        }
+        parts = [
+            f"{str(data.dtype).removeprefix('torch.')} {tuple(data.shape)}",
+            f"descale {tuple(descale.shape)} by {self.granularity}",
+            *(name for name, has in extras.items() if has),
+            str(data.device),
+        ]
+        return f"ScaledTensor({', '.join(parts)})"
+
     def by_token(self) -> Tensor:
         """The data in (batch, seqlen, heads, d) or (total, heads, d), whatever it is stored as."""
         if self.v_colmajor_tokens is None:

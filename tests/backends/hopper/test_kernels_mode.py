@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flash8 import backends, cli
+import flash8_cli
+from flash8 import backends
 from flash8.backends.hopper import mode
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.backends.hopper.verify import trust
@@ -138,7 +139,7 @@ def test_portable_cuda_calls_say_why(environment, gpus, value, index):
 )
 def test_info_says_which_and_why(environment, gpus, capsys, value, words):
     environment(value)
-    assert cli.main(["info"]) == 0
+    assert flash8_cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert f"kernels    {value} (FLASH8_KERNELS): " in text and words in text
     assert ("hopper" in text) == (value != "off")
@@ -148,20 +149,20 @@ def test_info_says_which_and_why(environment, gpus, capsys, value, words):
 def test_info_says_that_a_required_device_is_missing(environment, gpus, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     environment("require")
-    assert cli.main(["info"]) == 0
+    assert flash8_cli.main(["info"]) == 0
     assert "FLASH8_KERNELS=require: an error, since" in capsys.readouterr().out
 
 
 def test_check_without_a_gpu_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert cli.main(["check"]) == 1
+    assert flash8_cli.main(["check"]) == 1
     assert "torch sees no CUDA device" in capsys.readouterr().err
 
 
 def test_check_on_another_gpu_says_so(gpus, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert cli.main(["check"]) == 1
+    assert flash8_cli.main(["check"]) == 1
     assert "GPU 1 has 8.0" in capsys.readouterr().err
 
 
@@ -171,23 +172,20 @@ def test_check_takes_the_kernels_that_it_is_given(monkeypatch, capsys):
     monkeypatch.setattr(check_command, "current_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(check_command.hopper_kernels, "kernel", lambda *_: None)
     monkeypatch.setattr(trust, "find_fault", lambda variant, device: checked.append(variant.name))
-    assert cli.main(["check", "--list"]) == 0
+    assert flash8_cli.main(["check", "--list"]) == 0
     names = capsys.readouterr().out.split()
     assert names[0] == "forward_bf16_d64" and "quantize_cast_bf16_d128" in names and not checked
-    assert cli.main(["check", names[-1], names[1]]) == 0 and checked == [names[-1], names[1]]
+    assert flash8_cli.main(["check", names[-1], names[1]]) == 0 and checked == [names[-1], names[1]]
     assert "2 of 2 kernels are ok" in capsys.readouterr().out
-    assert cli.main(["check"]) == 0 and checked[2:] == names
-    assert cli.main(["check", "forward_bf16_d65", names[0]]) == 2
+    assert flash8_cli.main(["check"]) == 0 and checked[2:] == names
+    assert flash8_cli.main(["check", "forward_bf16_d65", names[0]]) == 2
     assert "no shipped kernel is called forward_bf16_d65" in capsys.readouterr().err
 
 
 def test_check_is_a_table_of_what_was_found(monkeypatch, capsys):
     rows = [ForwardVariant("bf16", 64, 64), ForwardVariant("bf16", 96, 96)]
     found = {rows[0]: None, rows[1]: "O is off by 0.5"}
-    monkeypatch.setattr(check_command, "SHIPPED", rows)
-    monkeypatch.setattr(check_command, "SHIPPED_DECODERS", ())
-    monkeypatch.setattr(check_command, "SHIPPED_BACKWARDS", ())
-    monkeypatch.setattr(check_command, "SHIPPED_QUANTIZERS", ())
+    monkeypatch.setattr(check_command.hopper_kernels, "shipped", lambda: rows)
     monkeypatch.setattr(check_command.hopper_kernels, "kernel", lambda *_: None)
     monkeypatch.setattr(trust, "find_fault", lambda variant, device: found[variant])
     assert check_command.check(torch.device("cpu")) == 1

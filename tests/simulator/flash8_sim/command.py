@@ -10,7 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,6 +71,34 @@ def _parser(kernels: Kernels) -> argparse.ArgumentParser:
     return parser
 
 
+_TICK = 1.0  # seconds
+
+
+@contextmanager
+def _clock(label: str) -> Iterator[None]:
+    """On a terminal, one line that counts the seconds of a run, wiped at its end."""
+    stream = sys.stderr
+    if stream is None or stream.closed or not stream.isatty():
+        yield
+        return
+    ended, start = threading.Event(), time.monotonic()
+
+    def count() -> None:
+        while not ended.wait(_TICK):
+            stream.write(f"\r{label} ... {time.monotonic() - start:.0f} s")
+            stream.flush()
+
+    counter = threading.Thread(target=count, daemon=True)
+    counter.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        counter.join()
+        stream.write("\r" + " " * (len(label) + 16) + "\r")
+        stream.flush()
+
+
 def _run(kernels: Kernels, options: argparse.Namespace) -> None:
     sim = Simulator()
     settings: dict[str, Any] = {
@@ -77,7 +108,7 @@ def _run(kernels: Kernels, options: argparse.Namespace) -> None:
         "watch": kernels.watched(options),
         "strict_global": False,  # tensors may lie in memory of this process
     }
-    with sim.configured(**settings):
+    with sim.configured(**settings), _clock(f"{kernels.prog}: running {options.kernel}"):
         try:
             result = kernels.run(options, library_path())
         except RuntimeError as error:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -94,3 +97,21 @@ def test_an_unknown_kernel_lists_the_others(lent: Lent, capsys: pytest.CaptureFi
 def test_the_plugin_is_found() -> None:
     (entry,) = metadata.entry_points(group="flash8.commands", name="sim")
     assert entry.load() is command.main
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_sees_the_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_TICK", 0.001)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with command._clock("sim: running k"):
+        while "running k ... 0 s" not in sys.stderr.getvalue():  # type: ignore[attr-defined]
+            time.sleep(0.001)
+    assert sys.stderr.getvalue().endswith(" \r")  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with command._clock("sim: running k"):
+        time.sleep(0.01)
+    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]

@@ -3,10 +3,14 @@
 import functools
 
 from flash8 import _native
-from flash8.backends.hopper.backward_variants import BackwardStep, BackwardVariant
-from flash8.backends.hopper.decode_variants import DecodeVariant
-from flash8.backends.hopper.quantize_variants import QuantizeVariant
-from flash8.backends.hopper.variants import ForwardVariant
+from flash8.backends.hopper.backward_variants import (
+    SHIPPED_BACKWARDS,
+    BackwardStep,
+    BackwardVariant,
+)
+from flash8.backends.hopper.decode_variants import SHIPPED_DECODERS, DecodeVariant
+from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS, QuantizeVariant
+from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from flash8.compiler import kernel_image
 
 #: What serves a call. A backward takes three kernels.
@@ -19,6 +23,11 @@ def kernel(variant: KernelVariant) -> _native.Kernel:
     """The kernel of a variant, loaded, and compiled before where it has to be."""
     _VARIANTS.setdefault(variant.name, variant)
     return registry().get(variant.name)
+
+
+def shipped() -> tuple[Variant, ...]:
+    """What a release compiles, and `flash8 check` checks."""
+    return (*SHIPPED, *SHIPPED_DECODERS, *SHIPPED_BACKWARDS, *SHIPPED_QUANTIZERS)
 
 
 def kernels_of(variant: Variant) -> tuple[KernelVariant, ...]:
