@@ -21,6 +21,8 @@ FLOORS = (
     ("ops",),
 )
 FACE = len(FLOORS)
+#: Of the face: what users import by its name, and no other module does.
+LEAVES = ("distributed",)
 #: Of the floor of its own: what may be imported by everyone.
 OPEN = ("_native", "_version")
 
@@ -74,6 +76,24 @@ def modules() -> list[tuple[str, Path]]:
 def test_no_folder_imports_back_up():
     wrong = {name: upward(name, path.read_text()) for name, path in modules()}
     assert {name: above for name, above in wrong.items() if above} == {}
+
+
+def test_leaves_are_left_alone():
+    wrong = {
+        name: [x for x in imports(path.read_text()) if x.split(".")[0] in LEAVES]
+        for name, path in modules()
+        if name.split(".")[0] not in LEAVES
+    }
+    # The package itself has them as attributes, and imports them for type checkers only.
+    assert {name: found for name, found in wrong.items() if found} == {"": [*LEAVES]}
+    run = [node for node in ast.parse(Path(flash8.__file__).read_text()).body if not guarded(node)]
+    assert not any(x in LEAVES for node in run for x in imports(ast.unparse(node)))
+    assert {*LEAVES} < {name for name, _ in modules()}
+    assert [*imports("from flash8.distributed import shard\n")] == ["distributed.shard"]
+
+
+def guarded(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def test_every_floor_is_there():

@@ -16,12 +16,13 @@ from flash8.packed import (
 from flash8.scheduler import get_scheduler_metadata
 
 if TYPE_CHECKING:
-    from flash8 import backends, fp8, nn, varlen
+    from flash8 import backends, distributed, fp8, nn, varlen
     from flash8.fp8 import fp8_attention
 
 __all__ = [
     "__version__",
     "backends",
+    "distributed",
     "dropout_mask",
     "flash_attn_combine",
     "flash_attn_func",
@@ -38,7 +39,7 @@ __all__ = [
     "varlen",
 ]
 
-_LAZY_SUBMODULES = frozenset({"backends", "fp8", "nn", "varlen"})
+_LAZY_SUBMODULES = frozenset({"backends", "distributed", "fp8", "nn", "varlen"})
 
 
 def __getattr__(name: str) -> Any:

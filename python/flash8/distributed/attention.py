@@ -1,0 +1,109 @@
+"""`attention`: checks a call and hands it to its method."""
+
+from typing import Any
+
+from torch import Tensor
+
+from flash8.call import checks as calls
+from flash8.call.autocast import cast_for_autocast
+from flash8.call.observed import is_autocast_on
+from flash8.call.options import Options
+from flash8.distributed import checks, gathered
+from flash8.tensors.arguments import require_bool
+from flash8.tensors.float8 import E4M3
+
+_NAMES = {"cu_seqlens_q": "cu_seqlens", "cu_seqlens_k": "cu_seqlens"}
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Any,
+    cu_seqlens: Tensor | None = None,
+    seqlen: int | None = None,
+    method: str = "all_gather",
+    layout: str = "zigzag",
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    s_aux: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Self-attention of sequences whose tokens are spread over the ranks of a group.
+
+    Every rank passes the tokens that `flash8.distributed.shard` gives it and gets O of them.
+    Differentiable in q, k, v, s_aux and through LSE; all ranks have to run the backward, too.
+
+    Args:
+        q: this rank's part, (batch, own tokens, heads, head_dim), or packed
+            (own tokens, heads, head_dim) with cu_seqlens; dtypes as in `flash8.flash_attn_func`.
+        k, v: likewise with heads_kv heads.
+        group: the ProcessGroup whose ranks hold the sequences.
+        cu_seqlens: int32 or int64 (batch + 1,), on any device: the boundaries of the whole
+            sequences, the same on every rank. Lengths may be any, 0 too. It is read on the host,
+            so one on the CPU spares a wait for the device.
+        seqlen: the length of the whole sequences without cu_seqlens; by default own tokens * ranks.
+        method: "all_gather": every rank gathers K and V.
+        layout: "zigzag" (for causal attention) or "contiguous": see `flash8.distributed.layout`.
+        s_aux: (heads,), the same on every rank. Its gradient, like that of every parameter, is this
+            rank's share: sum it over ranks.
+        The others are those of `flash8.flash_attn_func`; positions count in the whole sequence.
+
+    Returns:
+        O in q's layout and dtype; with return_attn_probs (O, LSE), LSE (batch, heads, own tokens)
+        or packed (heads, own tokens), fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is supported.
+    """
+    ranks = checks.ranks_of(group)
+    checks.method(method)
+    layout = checks.layout(layout)
+    require_bool("return_attn_probs", return_attn_probs)
+    if is_autocast_on():
+        q, k, v = cast_for_autocast(q, k, v)
+    left, right = calls.window(window_size)
+    longest = None if cu_seqlens is None else 0  # the plan has those of its calls
+    options = Options(
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_left=left,
+        window_right=right,
+        softcap=softcap,
+        deterministic=deterministic,
+    )
+    if cu_seqlens is not None:
+        batch = checks.packed_batch(cu_seqlens, layout)
+        options = options._replace(cu_seqlens_q=cu_seqlens.to(q.device))
+        options = options._replace(cu_seqlens_k=options.cu_seqlens_q)
+    _, options = calls.attention(q, k, v, None, s_aux, None, options, _NAMES)
+    _refuse_float8(q, k)
+    packed = cu_seqlens is not None
+    if not packed:
+        batch = checks.dense_batch("q", q, seqlen, ranks, layout)
+    for name, x in (("q", q), ("k", k)):
+        checks.local_rows(name, x, batch, ranks, packed)
+    rows = [x if packed else x.flatten(0, 1) for x in (q, k, v)]
+    how = gathered.Gathered(batch, ranks.groups[0], options)
+    out, lse = gathered.attend(rows[0], rows[1], rows[2], s_aux, how)
+    if not packed:
+        out = out.view(*q.shape[:-1], v.shape[-1])
+        lse = lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1)
+    return (out, lse) if return_attn_probs else out
+
+
+def _refuse_float8(q: Tensor, k: Tensor) -> None:
+    for name, x in (("q", q), ("k", k)):
+        if x.dtype == E4M3:
+            raise TypeError(
+                f"{name} must be bf16, fp16, fp32 or fp64, got {x.dtype}: raw float8 inputs are "
+                "not spread over ranks"
+            )

@@ -1,0 +1,51 @@
+"""Faults that are planted into flash8.distributed: what is patched, its attribute, and by what."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+from flash8.distributed import collectives, layout, plan
+
+
+def _swapped(self: layout.Batch, ranks: int, rank: int) -> list[layout.Span]:
+    """The late piece before the early one."""
+    found = _spans(self, ranks, rank)
+    return [span for pair in zip(found[1::2], found[::2], strict=True) for span in pair]
+
+
+def _unsummed(x: Tensor, group: Any) -> Tensor:
+    count = len(x) // group.size()
+    return x[group.rank() * count :][:count].contiguous()
+
+
+def _unmoved(queries: Any, keys: Any, window: Any) -> Any:
+    """Leaves the window as it is, as if the last key were at the last query."""
+    found = _cut(queries, keys, window)
+    return None if found is None else (*found[:2], window)
+
+
+_spans, _cut = layout.Batch.spans, plan.cut
+FAULTS = {
+    "zigzag order swapped": (layout.Batch, "spans", _swapped),
+    "dk not summed": (collectives, "scatter_sum", _unsummed),
+    "window not moved": (plan, "cut", _unmoved),
+}
+
+
+@contextmanager
+def planted(name: str) -> Iterator[None]:
+    """Plans that were made without the fault, or with it, are forgotten."""
+    forget()
+    with mock.patch.object(*FAULTS[name]):
+        yield
+    forget()
+
+
+def forget() -> None:
+    for module in (layout, plan):
+        for kept in vars(module).values():
+            if hasattr(kept, "cache_clear"):
+                kept.cache_clear()
