@@ -1,5 +1,7 @@
 """flash8.distributed.attention on two and four processes against one, forward and backward."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,6 +16,8 @@ from distributed_cases import (
     with_dtype,
 )
 from distributed_faults import FAULTS
+from flash8.distributed.layout import Batch
+from flash8.distributed.plan import ring_steps
 from process_group import Processes
 
 #: |found - oracle| / |oracle|. The faults below are far beyond them.
@@ -41,8 +45,30 @@ OPTIONS = [
     Case("sink-window-mqa", sink=True, window=(12, 0), heads_kv=1),
     Case("head-dim-v", head_dim_v=24, heads_kv=4),
 ]
-CASES = [*SHAPES, *OPTIONS]
-SIXTEEN = [Case("packed"), Case("sink-window", sink=True, window=(12, 0), ranks=4)]
+RING = [
+    Case("packed"),
+    Case("packed-four", ranks=4, sink=True),
+    Case("packed-contiguous-four", layout="contiguous", ranks=4),
+    Case("dense-four", lengths=None, seqlen=29, ranks=4),
+    Case("one-token", lengths=(1,), ranks=4, sink=True),
+    Case("full", causal=False, ranks=4),
+    Case("window-near", lengths=(64, 41), window=(9, 0), layout="contiguous", ranks=4),
+    Case("window-left", window=(9, 0), ranks=4),
+    Case("window-both", causal=False, window=(6, 4), ranks=4, sink=True),
+    Case("window-both-contiguous", causal=False, window=(20, 3), layout="contiguous"),
+    Case("window-right-only", causal=False, window=(-1, 5)),
+    Case("window-left-only", causal=False, window=(3, -1), ranks=4),
+    Case("softcap-mqa", softcap=3.0, heads_kv=1, head_dim_v=24),
+    Case("large-logits", logits=400.0, dtype=torch.float64),
+]
+RING = [replace(case, name=f"ring-{case.name}", method="ring") for case in RING]
+CASES = [*SHAPES, *OPTIONS, *RING]
+SIXTEEN = [
+    Case("packed"),
+    Case("sink-window", sink=True, window=(12, 0), ranks=4),
+    Case("ring", method="ring", ranks=4),
+    Case("ring-sink-window", method="ring", sink=True, window=(12, 0)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +111,11 @@ def test_float64_is_exact(processes):
 PLANTED = {
     "zigzag order swapped": Case("", fault="zigzag order swapped"),
     "dk not summed": Case("", fault="dk not summed"),
+    "merged without maximum": Case(
+        "", method="ring", logits=400.0, dtype=torch.float64, fault="merged without maximum"
+    ),
+    "sink applied twice": Case("", method="ring", sink=True, fault="sink applied twice"),
+    "dk does not go home": Case("", method="ring", fault="dk does not go home"),
     "window not moved": Case("", causal=False, window=(6, 4), fault="window not moved"),
 }
 
@@ -94,6 +125,17 @@ def test_a_planted_fault_is_found(processes, fault):
     case = PLANTED[fault]
     found, reference = found_by(processes, case), expected(case)
     assert max(differences(found, reference).values()) > 1e3 * TOLERANCES[case.dtype]
+
+
+def test_a_ring_with_a_window_takes_few_steps():
+    near = next(case for case in RING if case.name == "ring-window-near")
+    assert ring_steps(Batch(near.lengths, near.layout), near.ranks, near.window) == 2
+    batch = Batch((64,), "contiguous")
+    assert [ring_steps(batch, 4, (left, 0)) for left in (0, 1, 16, 17, 32, 33, 64)] == [
+        *(1, 2, 2, 3, 3, 4, 4)
+    ]
+    assert ring_steps(batch, 4, (-1, 0)) == ring_steps(batch, 4, (1, 1)) == 4
+    assert ring_steps(Batch((64,), "zigzag"), 4, (1, 0)) == 4
 
 
 def test_lengths_are_as_hostile_as_they_are_said_to_be():

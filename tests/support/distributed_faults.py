@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
-from flash8.distributed import collectives, layout, plan
+from flash8.distributed import collectives, layout, merge, plan, ring
 
 
 def _swapped(self: layout.Batch, ranks: int, rank: int) -> list[layout.Span]:
@@ -27,10 +28,23 @@ def _unmoved(queries: Any, keys: Any, window: Any) -> Any:
     return None if found is None else (*found[:2], window)
 
 
+def _summed_without_maximum(a: Tensor, b: Tensor) -> Tensor:
+    return (a.exp() + b.exp()).log()
+
+
+def _with_sink_twice(self: merge.Merged, s_aux: Any, dtype: torch.dtype) -> Any:
+    self.out, self.lse = _finish(self, s_aux, self.out.dtype)
+    return _finish(self, s_aux, dtype)
+
+
+_finish = merge.Merged.finish
 _spans, _cut = layout.Batch.spans, plan.cut
 FAULTS = {
     "zigzag order swapped": (layout.Batch, "spans", _swapped),
     "dk not summed": (collectives, "scatter_sum", _unsummed),
+    "merged without maximum": (torch, "logaddexp", _summed_without_maximum),
+    "sink applied twice": (merge.Merged, "finish", _with_sink_twice),
+    "dk does not go home": (ring.Ring, "send_home", lambda self, x: x),
     "window not moved": (plan, "cut", _unmoved),
 }
 

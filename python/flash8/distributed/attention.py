@@ -8,7 +8,8 @@ from flash8.call import checks as calls
 from flash8.call.autocast import cast_for_autocast
 from flash8.call.observed import is_autocast_on
 from flash8.call.options import Options
-from flash8.distributed import checks, gathered
+from flash8.distributed import checks, gathered, ring
+from flash8.distributed.layout import Batch
 from flash8.tensors.arguments import require_bool
 from flash8.tensors.float8 import E4M3
 
@@ -47,7 +48,8 @@ def attention(
             sequences, the same on every rank. Lengths may be any, 0 too. It is read on the host,
             so one on the CPU spares a wait for the device.
         seqlen: the length of the whole sequences without cu_seqlens; by default own tokens * ranks.
-        method: "all_gather": every rank gathers K and V.
+        method: "all_gather": every rank gathers K and V; "ring": they travel from rank to rank.
+            docs/distributed.md says when to take which.
         layout: "zigzag" (for causal attention) or "contiguous": see `flash8.distributed.layout`.
         s_aux: (heads,), the same on every rank. Its gradient, like that of every parameter, is this
             rank's share: sum it over ranks.
@@ -92,12 +94,26 @@ def attention(
     for name, x in (("q", q), ("k", k)):
         checks.local_rows(name, x, batch, ranks, packed)
     rows = [x if packed else x.flatten(0, 1) for x in (q, k, v)]
-    how = gathered.Gathered(batch, ranks.groups[0], options)
-    out, lse = gathered.attend(rows[0], rows[1], rows[2], s_aux, how)
+    out, lse = _attend(method, ranks, batch, options, rows, s_aux)
     if not packed:
         out = out.view(*q.shape[:-1], v.shape[-1])
         lse = lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1)
     return (out, lse) if return_attn_probs else out
+
+
+def _attend(
+    method: str,
+    ranks: checks.Ranks,
+    batch: Batch,
+    options: Options,
+    rows: list[Tensor],
+    s_aux: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    q, k, v = rows
+    (group,) = ranks.groups
+    if method == "ring":
+        return ring.attend(q, k, v, s_aux, ring.Ring(batch, group, options))
+    return gathered.attend(q, k, v, s_aux, gathered.Gathered(batch, group, options))
 
 
 def _refuse_float8(q: Tensor, k: Tensor) -> None:

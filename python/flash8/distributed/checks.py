@@ -19,7 +19,7 @@ from flash8.tensors.arguments import (
     require_tensor,
 )
 
-METHODS = ("all_gather",)
+METHODS = ("all_gather", "ring")
 _INT32_MAX = 2**31 - 1
 
 

@@ -30,16 +30,17 @@ def scatter_sum(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class Passing:
-    """A tensor on its way to the next rank of a ring, and another on its way from the last one."""
+    """A tensor on its way to another rank, `shift` ranks on, and one on its way from there."""
 
-    def __init__(self, x: Tensor, rows: int, group: ProcessGroup) -> None:
+    def __init__(self, x: Tensor, rows: int, group: ProcessGroup, shift: int = 1) -> None:
         self._sent = _bytes(x.contiguous())
         self._found = self._sent.new_empty((rows, *self._sent.shape[1:]))
         self._dtype = x.dtype
         rank, size = group.rank(), group.size()
-        sends = dist.P2POp(dist.isend, self._sent, group=group, group_peer=(rank + 1) % size)
-        receives = dist.P2POp(dist.irecv, self._found, group=group, group_peer=(rank - 1) % size)
-        # An order that suits backends which start one after the other.
+        sends = dist.P2POp(dist.isend, self._sent, group=group, group_peer=(rank + shift) % size)
+        receives = dist.P2POp(
+            dist.irecv, self._found, group=group, group_peer=(rank - shift) % size
+        )
         self._works = dist.batch_isend_irecv([sends, receives])
 
     def wait(self) -> Tensor:

@@ -77,6 +77,14 @@ def columns(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(1, index)
 
 
+def add_queries(total: Tensor, call: Call, dq: Tensor) -> None:
+    """total (rows, heads, head_dim) += dq."""
+    if call.q_rows is None:
+        total += dq
+    else:
+        total.index_add_(0, call.q_rows, dq.to(total.dtype))
+
+
 def add_keys(total: Tensor, call: Call, dk: Tensor, dv: Tensor) -> None:
     """total (rows of the buffer, heads_kv, head_dim + head_dim_v) += dk and dv. Part by part, in
     which no row is twice: the order of additions, hence the sum, is always the same."""

@@ -76,6 +76,28 @@ def pairwise(
     return _calls(batch.spans(ranks, rank), keys, window, device)
 
 
+@kept(maxsize=64)
+def ring_steps(batch: Batch, ranks: int, window: Window) -> int:
+    """How many ranks' keys a rank of the ring meets before it has met all that it sees.
+
+    Fewer than all of them only where a window looks back to its neighbours: under "zigzag" the
+    piece before a late piece comes last.
+    """
+    left, right = window
+    if batch.layout != "contiguous" or left < 0 or right != 0:
+        return ranks
+    needed = 1
+    for length in {*batch.lengths}:
+        cuts = [rank * length // ranks for rank in range(ranks + 1)]
+        for rank in range(ranks):
+            if cuts[rank] == cuts[rank + 1]:
+                continue
+            first = max(0, cuts[rank] - left)
+            reached = next(r for r in range(rank + 1) if cuts[r + 1] > first)
+            needed = max(needed, rank - reached + 1)
+    return needed
+
+
 def cut(queries: Span, keys: Span, window: Window) -> tuple[Span, Span, Window] | None:
     """The queries and keys of two spans that see each other at all, and the window as these have
     it; None if there are none."""
