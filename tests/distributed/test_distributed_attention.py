@@ -62,12 +62,31 @@ RING = [
     Case("large-logits", logits=400.0, dtype=torch.float64),
 ]
 RING = [replace(case, name=f"ring-{case.name}", method="ring") for case in RING]
-CASES = [*SHAPES, *OPTIONS, *RING]
+ULYSSES = [
+    Case("packed"),
+    Case("packed-four-sink", ranks=4, sink=True),  # two ranks share a KV head
+    Case("contiguous-mqa", layout="contiguous", ranks=4, heads_kv=1, head_dim_v=24),
+    Case("dense", lengths=None, seqlen=29),
+    Case("one-token", lengths=(1,), ranks=4),
+    Case("window-both", causal=False, window=(6, 4), ranks=4, softcap=3.0),
+]
+ULYSSES = [replace(case, name=f"ulysses-{case.name}", method="ulysses") for case in ULYSSES]
+BOTH = [
+    Case("packed-sink", sink=True),
+    Case("contiguous-mqa", layout="contiguous", heads_kv=1),
+    Case("dense-window", lengths=None, seqlen=29, window=(9, 0)),
+    Case("one-token", lengths=(1,), heads_kv=4),
+    Case("full-softcap", causal=False, softcap=3.0),
+]
+BOTH = [replace(case, name=f"both-{case.name}", method="ulysses+ring", ranks=4) for case in BOTH]
+CASES = [*SHAPES, *OPTIONS, *RING, *ULYSSES, *BOTH]
 SIXTEEN = [
     Case("packed"),
     Case("sink-window", sink=True, window=(12, 0), ranks=4),
     Case("ring", method="ring", ranks=4),
     Case("ring-sink-window", method="ring", sink=True, window=(12, 0)),
+    Case("ulysses", method="ulysses", ranks=4),
+    Case("both", method="ulysses+ring", ranks=4, sink=True),
 ]
 
 
@@ -79,7 +98,7 @@ def processes():
 
 
 def found_by(processes, case):
-    return joined(case, processes.run(attend, case.ranks, case))
+    return joined(case, processes.run(attend, case.processes, case))
 
 
 def assert_close(found, reference, tolerance):
@@ -116,6 +135,7 @@ PLANTED = {
     ),
     "sink applied twice": Case("", method="ring", sink=True, fault="sink applied twice"),
     "dk does not go home": Case("", method="ring", fault="dk does not go home"),
+    "tokens by rank": Case("", method="ulysses", fault="tokens by rank"),
     "window not moved": Case("", causal=False, window=(6, 4), fault="window not moved"),
 }
 

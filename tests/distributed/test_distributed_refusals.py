@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flash8 import distributed
+from flash8.distributed.ulysses import shares
 from process_group import Processes
 
 CU = torch.tensor([0, 5, 12], dtype=torch.int32)
@@ -38,6 +39,7 @@ REFUSED = {
         r"group must be a torch\.distributed\.ProcessGroup.*got 3",
     ),
     "rows": (packed(rows=11), ValueError, r"q must have 12 tokens: .*rank 0 of 1.*\(11, 2, 8\)"),
+    "pair": (packed(method="ulysses+ring"), ValueError, r"group must be a pair .*'ulysses\+ring'"),
     "seqlen": (dense(seqlen=7), ValueError, r"q must have 7 tokens a sequence: .*seqlen=7"),
     "seqlen type": (dense(seqlen=7.0), TypeError, r"seqlen must be an integer, got 7\.0"),
     "cu_seqlens type": (
@@ -111,3 +113,11 @@ def test_shards_are_refused(processes):
     (messages,) = processes.run(refuse_shards, 1)
     for message, (_, _, text) in zip(messages, SHARDS, strict=True):
         assert text in message
+
+
+def test_heads_that_ranks_cannot_share_are_refused():
+    assert shares(8, 2, 4) == ([(0, 2), (2, 4), (4, 6), (6, 8)], [(0, 1), (0, 1), (1, 2), (1, 2)])
+    assert shares(8, 4, 2)[1] == [(0, 2), (2, 4)]
+    for heads, heads_kv, ranks in ((6, 3, 4), (12, 3, 2), (6, 6, 4)):
+        with pytest.raises(ValueError, match=f"the {ranks} ranks .* got {heads} and {heads_kv}"):
+            shares(heads, heads_kv, ranks)

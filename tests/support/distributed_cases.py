@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import distributed_faults
 import oracle
 from flash8 import distributed, flash_attn_varlen_func
+from process_group import GRID
 
 RAGGED = (37, 0, 1, 64, 3, 23, 2)
 
@@ -40,6 +42,10 @@ class Case:
     sink: bool = False
     logits: float = 1.0  # a factor of q
     fault: str = ""
+
+    @property
+    def processes(self) -> int | str:
+        return GRID if self.method == "ulysses+ring" else self.ranks
 
     @property
     def all_lengths(self) -> tuple[int, ...]:
@@ -101,7 +107,7 @@ def own_rows(case: Case, rank: int) -> Tensor:
 
 def attend(group: Any, case: Case) -> dict[str, np.ndarray]:
     """In each process: its O, LSE and gradients."""
-    data, rows = whole(case), own_rows(case, group.rank())
+    data, rows = whole(case), own_rows(case, dist.get_rank())
     dense = case.lengths is None
     batch = len(case.all_lengths)
 

@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from flash8.distributed import collectives, layout, merge, plan, ring
+from flash8.distributed import collectives, layout, merge, plan, ring, ulysses
 
 
 def _swapped(self: layout.Batch, ranks: int, rank: int) -> list[layout.Span]:
@@ -45,6 +45,11 @@ FAULTS = {
     "merged without maximum": (torch, "logaddexp", _summed_without_maximum),
     "sink applied twice": (merge.Merged, "finish", _with_sink_twice),
     "dk does not go home": (ring.Ring, "send_home", lambda self, x: x),
+    "tokens by rank": (
+        ulysses,
+        "joined_order",
+        lambda batch, *_: torch.arange(sum(batch.lengths)),
+    ),
     "window not moved": (plan, "cut", _unmoved),
 }
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 SECONDS = 240
+GRID = "2x2"
+ROWS, COLUMNS = ((0, 1), (2, 3)), ((0, 2), (1, 3))
 
 
 class FailedError(AssertionError):
@@ -24,7 +26,7 @@ class FailedError(AssertionError):
 
 
 class Processes:
-    """`run` calls a function in every process of a group, `groups[n]` being the first n."""
+    """`run` calls a function in the first n processes, or in a "2x2" grid of four."""
 
     def __init__(self, size: int = 4) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -39,12 +41,13 @@ class Processes:
             self._ends.append(own)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
-        """What it returns in each of the first `ranks` processes: function(group, *arguments)."""
-        for end in self._ends[:ranks]:
+    def run(self, function: Callable[..., Any], ranks: int | str, *arguments: Any) -> list[Any]:
+        """What function(group, *arguments) returns in each; a grid is a pair of groups."""
+        ends = self._ends[: 4 if ranks == GRID else ranks]
+        for end in ends:
             end.send((function, ranks, arguments))
         answers = []
-        for rank, end in enumerate(self._ends[:ranks]):
+        for rank, end in enumerate(ends):
             assert end.poll(2 * SECONDS), f"process {rank} does not answer"
             answers.append(end.recv())
         failures = [text for failed, text in answers if failed]
@@ -73,7 +76,12 @@ def _serve(rank: int, size: int, store: str, end: Any) -> None:
         world_size=size,
         timeout=timedelta(seconds=SECONDS),
     )
-    groups = {n: dist.new_group(list(range(n))) for n in range(1, size + 1)}
+    groups: dict[int | str, Any] = {
+        n: dist.new_group([*range(n)]) for n in {1, 2, size} if n <= size
+    }
+    if size == 4:
+        rows, columns = ([dist.new_group(x) for x in pairs] for pairs in (ROWS, COLUMNS))
+        groups[GRID] = rows[rank // 2], columns[rank % 2]
     with suppress(EOFError):
         while (task := end.recv()) is not None:
             function, ranks, arguments = task

@@ -1,15 +1,18 @@
 """`attention`: checks a call and hands it to its method."""
 
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flash8.call import checks as calls
 from flash8.call.autocast import cast_for_autocast
 from flash8.call.observed import is_autocast_on
 from flash8.call.options import Options
-from flash8.distributed import checks, gathered, ring
+from flash8.distributed import checks, gathered, ring, ulysses
 from flash8.distributed.layout import Batch
+from flash8.distributed.plan import whole_sequences
 from flash8.tensors.arguments import require_bool
 from flash8.tensors.float8 import E4M3
 
@@ -43,13 +46,17 @@ def attention(
         q: this rank's part, (batch, own tokens, heads, head_dim), or packed
             (own tokens, heads, head_dim) with cu_seqlens; dtypes as in `flash8.flash_attn_func`.
         k, v: likewise with heads_kv heads.
-        group: the ProcessGroup whose ranks hold the sequences.
+        group: the ProcessGroup whose ranks hold the sequences; for "ulysses+ring" the pair
+            (ulysses, ring) of this process. They form a grid as the two dimensions of a DeviceMesh
+            do, and `shard` and `unshard` take the pair, too.
         cu_seqlens: int32 or int64 (batch + 1,), on any device: the boundaries of the whole
             sequences, the same on every rank. Lengths may be any, 0 too. It is read on the host,
             so one on the CPU spares a wait for the device.
         seqlen: the length of the whole sequences without cu_seqlens; by default own tokens * ranks.
-        method: "all_gather": every rank gathers K and V; "ring": they travel from rank to rank.
-            docs/distributed.md says when to take which.
+        method: "all_gather": every rank gathers K and V; "ring": they travel from rank to rank;
+            "ulysses": every rank attends to all tokens with some heads; "ulysses+ring": groups of
+            ranks do that, and the keys travel between groups. docs/distributed.md says when to take
+            which.
         layout: "zigzag" (for causal attention) or "contiguous": see `flash8.distributed.layout`.
         s_aux: (heads,), the same on every rank. Its gradient, like that of every parameter, is this
             rank's share: sum it over ranks.
@@ -63,7 +70,7 @@ def attention(
         TypeError, ValueError: naming the argument, its value and what is supported.
     """
     ranks = checks.ranks_of(group)
-    checks.method(method)
+    method = checks.method(method, ranks)
     layout = checks.layout(layout)
     require_bool("return_attn_probs", return_attn_probs)
     if is_autocast_on():
@@ -94,11 +101,11 @@ def attention(
     for name, x in (("q", q), ("k", k)):
         checks.local_rows(name, x, batch, ranks, packed)
     rows = [x if packed else x.flatten(0, 1) for x in (q, k, v)]
-    out, lse = _attend(method, ranks, batch, options, rows, s_aux)
+    out, lse = _attend(method, ranks, batch, options, rows, s_aux, return_attn_probs)
     if not packed:
         out = out.view(*q.shape[:-1], v.shape[-1])
-        lse = lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1)
-    return (out, lse) if return_attn_probs else out
+        lse = None if lse is None else lse.reshape(q.shape[2], *q.shape[:2]).transpose(0, 1)
+    return out if lse is None else (out, lse)
 
 
 def _attend(
@@ -108,12 +115,37 @@ def _attend(
     options: Options,
     rows: list[Tensor],
     s_aux: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     q, k, v = rows
-    (group,) = ranks.groups
-    if method == "ring":
-        return ring.attend(q, k, v, s_aux, ring.Ring(batch, group, options))
-    return gathered.attend(q, k, v, s_aux, gathered.Gathered(batch, group, options))
+    group, *others = ranks.groups
+    if method == "all_gather":
+        found = gathered.attend(q, k, v, s_aux, gathered.Gathered(batch, group, options))
+    elif method == "ring":
+        found = ring.attend(q, k, v, s_aux, ring.Ring(batch, group, options))
+    else:
+        outer, inner = (1, 0), partial(_attend_whole, batch, options)
+        if others:
+            how = ring.Ring(batch, others[0], options)
+            outer, inner = (others[0].size(), others[0].rank()), partial(ring.attend, how=how)
+        return ulysses.attend(q, k, v, s_aux, batch, group, outer, inner, return_lse)
+    return found if return_lse else (found[0], None)
+
+
+def _attend_whole(
+    batch: Batch, options: Options, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """All tokens in one call."""
+    cu_seqlens = whole_sequences(batch, q.device)
+    longest = max(batch.lengths, default=0)
+    options = options._replace(
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+    )
+    found = torch.ops.flash8.forward(q, k, v, None, s_aux, *options)
+    return found[0], found[1]
 
 
 def _refuse_float8(q: Tensor, k: Tensor) -> None:

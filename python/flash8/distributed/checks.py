@@ -7,6 +7,7 @@ number of rows) stops that one, and the others wait for it as they do for any ra
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -19,7 +20,7 @@ from flash8.tensors.arguments import (
     require_tensor,
 )
 
-METHODS = ("all_gather", "ring")
+METHODS = ("all_gather", "ring", "ulysses", "ulysses+ring")
 _INT32_MAX = 2**31 - 1
 
 
@@ -28,25 +29,42 @@ class Ranks(NamedTuple):
 
     size: int
     rank: int
-    groups: tuple[ProcessGroup, ...]
+    groups: tuple[ProcessGroup, ...]  # one, or (ulysses, ring)
 
     def local_count(self, batch: Batch) -> int:
         return sum(span.end - span.begin for span in batch.spans(self.size, self.rank))
 
 
 def ranks_of(group: Any) -> Ranks:
-    """Those of a process group."""
-    if not isinstance(group, ProcessGroup):
+    """Those of a process group, or of a pair (ulysses, ring), which form a grid: of the ranks of
+    the sequences number u of a Ulysses group, itself number r of its ring, is r * U + u."""
+    groups = tuple(group) if isinstance(group, (tuple, list)) else (group,)
+    if len(groups) not in (1, 2) or not all(isinstance(x, ProcessGroup) for x in groups):
         raise TypeError(
             "group must be a torch.distributed.ProcessGroup (mesh.get_group() of a DeviceMesh) of "
-            f"this process, got {describe(group)}"
+            f"this process, or a pair (ulysses, ring) of them, got {describe(group)}"
         )
-    return Ranks(group.size(), group.rank(), (group,))
+    if len(groups) == 1:
+        return Ranks(groups[0].size(), groups[0].rank(), groups)
+    ulysses, ring = groups
+    shared = {*dist.get_process_group_ranks(ulysses)} & {*dist.get_process_group_ranks(ring)}
+    if shared != {dist.get_rank()}:
+        raise ValueError(
+            "group = (ulysses, ring) must have this process and no other in common, as the two "
+            f"dimensions of a DeviceMesh do, got ranks {sorted(shared)} in both"
+        )
+    return Ranks(
+        ulysses.size() * ring.size(), ring.rank() * ulysses.size() + ulysses.rank(), groups
+    )
 
 
-def method(value: Any) -> str:
+def method(value: Any, ranks: Ranks) -> str:
     if value not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {value!r}")
+    if (len(ranks.groups) == 2) != (value == "ulysses+ring"):
+        wanted = "a pair (ulysses, ring)" if value == "ulysses+ring" else "one ProcessGroup"
+        got = "a pair" if len(ranks.groups) == 2 else "one ProcessGroup"
+        raise ValueError(f"group must be {wanted} with method={value!r}, got {got}")
     return str(value)
 
 

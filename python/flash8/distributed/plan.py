@@ -187,6 +187,12 @@ def _call(entries: list[_Entry], window: Window, q_count: int, device: torch.dev
     )
 
 
+@kept(maxsize=32)
+def whole_sequences(batch: Batch, device: torch.device) -> Tensor:
+    """cu_seqlens of whole sequences."""
+    return cumulative(batch.lengths, device)
+
+
 def cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
     """int32 (batch + 1,) from lengths."""
     ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)

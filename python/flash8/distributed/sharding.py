@@ -83,21 +83,22 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, batch: Batch, ranks: checks.Ranks) -> Tensor:
         ctx.batch, ctx.ranks = batch, ranks
-        (group,) = ranks.groups
-        gathered = collectives.gather(x, max(batch.counts(ranks.size)), group)
+        gathered, longest = x, max(batch.counts(ranks.size))
+        for group in ranks.groups:
+            gathered = collectives.gather(gathered, longest, group)
+            longest = len(gathered)
         return gathered.index_select(0, places_of(batch, ranks.size, x.device))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         batch, ranks = ctx.batch, ctx.ranks
-        (group,) = ranks.groups
         longest, places = max(batch.counts(ranks.size)), places_of(batch, ranks.size, grad.device)
-        wide = grad.new_zeros(
-            (ranks.size * longest, *grad.shape[1:]), dtype=partial.wide(grad)
-        ).index_copy_(0, places, grad.to(partial.wide(grad)))
-        own = collectives.scatter_sum(wide, group)[: ranks.local_count(batch)]
-        return own.to(grad.dtype), None, None
+        wide = grad.new_zeros((ranks.size * longest, *grad.shape[1:]), dtype=partial.wide(grad))
+        wide.index_copy_(0, places, grad.to(wide.dtype))
+        for group in reversed(ranks.groups):
+            wide = collectives.scatter_sum(wide, group)
+        return wide[: ranks.local_count(batch)].to(grad.dtype), None, None
 
 
 def _require_tensor(x: Any) -> None:

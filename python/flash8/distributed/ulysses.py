@@ -1,0 +1,130 @@
+"""method="ulysses": every rank gets all tokens of some heads, attends, and gives them back.
+
+Rank r of U attends with query heads [r, r + 1) * heads / U and the KV heads that these read. Where
+there are fewer KV heads than ranks, several ranks get the same one, and its gradients are added up
+in fp32. The attention between the two exchanges is any other: `inner` is one call over whole
+sequences, or for "ulysses+ring" a ring whose ranks are the groups of U (Jacobs et al., arXiv
+2309.14509; Fang and Zhao, arXiv 2405.07719).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from flash8.distributed import partial
+from flash8.distributed.collectives import exchange
+from flash8.distributed.layout import Batch, joined_order
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Shares = Sequence[tuple[int, int]]
+
+
+def shares(heads: int, heads_kv: int, ranks: int) -> tuple[Shares, Shares]:
+    """[begin, end) of the query heads and of the KV heads of every rank.
+
+    Raises ValueError where they cannot be shared out evenly.
+    """
+    if heads % ranks or (heads_kv % ranks and ranks % heads_kv):
+        raise ValueError(
+            f"the heads of q must be a multiple of the {ranks} ranks that share them under "
+            "'ulysses', and those of k a multiple or a divisor of it, got "
+            f"{heads} and {heads_kv}"
+        )
+    own, group = heads // ranks, heads // heads_kv
+    of_queries = [(r * own, (r + 1) * own) for r in range(ranks)]
+    return of_queries, [(begin // group, -(-end // group)) for begin, end in of_queries]
+
+
+class Way(NamedTuple):
+    """From own tokens of all heads to all tokens of own heads, for tensors of one kind."""
+
+    group: ProcessGroup
+    shares: Shares  # of heads
+    counts: Sequence[int]  # tokens of the ranks of the group
+    order: Tensor  # where the tokens are in the order of ranks
+
+    def to_heads(self, x: Tensor) -> Tensor:
+        """(all tokens, own heads, d) from (own tokens, heads, d)."""
+        begin, end = self.shares[self.group.rank()]
+        heads, width = end - begin, x.shape[-1]
+        parts = [x[:, low:high].reshape(-1) for low, high in self.shares]
+        sent = [part.numel() for part in parts]
+        received = [count * heads * width for count in self.counts]
+        found = exchange(torch.cat(parts), sent, received, self.group)
+        return found.view(-1 if width else 0, heads, width).index_select(0, self.order)
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """(own tokens, heads, d) from (all tokens, own heads, d). What several ranks have is
+        added up."""
+        count, (heads, width) = self.counts[self.group.rank()], x.shape[1:]
+        by_rank = torch.empty_like(x, memory_format=torch.contiguous_format)
+        by_rank.index_copy_(0, self.order, x)
+        sent = [n * heads * width for n in self.counts]
+        received = [count * (high - low) * width for low, high in self.shares]
+        flat = exchange(by_rank.view(-1), sent, received, self.group)
+        found = x.new_zeros((count, self.shares[-1][1], width), dtype=partial.wide(x))
+        for (low, high), part in zip(self.shares, flat.split(received), strict=True):
+            found[:, low:high] += part.view(count, high - low, width)
+        return found.to(x.dtype)
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, way: Way) -> Tensor:
+        ctx.way = way
+        return way.to_heads(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.way.to_tokens(grad), None
+
+
+class _ToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, way: Way) -> Tensor:
+        ctx.way = way
+        return way.to_tokens(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.way.to_heads(grad), None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    batch: Batch,
+    group: ProcessGroup,
+    outer: tuple[int, int],
+    inner: Attend,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """O (rows, heads, head_dim_v) and LSE (heads, rows) of this rank's packed queries.
+
+    outer: how many groups of such ranks share the sequences, and which one this is.
+    """
+    groups, number = outer
+    size, rank = group.size(), group.rank()
+    of_queries, of_keys = shares(q.shape[1], k.shape[1], size)
+    everyone = batch.counts(size * groups)
+    counts = everyone[number * size : (number + 1) * size]
+    order = joined_order(batch, size * groups, size, number, q.device)
+    queries, keys = (Way(group, heads, counts, order) for heads in (of_queries, of_keys))
+    own_q: Tensor = _ToHeads.apply(q, queries)
+    both: Tensor = _ToHeads.apply(torch.cat((k, v), dim=-1), keys)
+    own_k, own_v = (x.contiguous() for x in both.split((k.shape[-1], v.shape[-1]), dim=-1))
+    sink = None if s_aux is None else s_aux[slice(*of_queries[rank])]
+    out, lse = inner(own_q, own_k, own_v, sink)
+    out = _ToTokens.apply(out, queries)
+    if not return_lse:
+        return out, None
+    found: Tensor = _ToTokens.apply(lse.transpose(0, 1)[..., None], queries)
+    return out, found[..., 0].transpose(0, 1)
