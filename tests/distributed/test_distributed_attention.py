@@ -15,7 +15,7 @@ from distributed_cases import (
     single,
     with_dtype,
 )
-from distributed_faults import FAULTS
+from distributed_faults import FAULTS, FP8_FAULTS
 from flash8.distributed.layout import Batch
 from flash8.distributed.plan import ring_steps
 from process_group import Processes
@@ -140,7 +140,7 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_fault_is_found(processes, fault):
     case = PLANTED[fault]
     found, reference = found_by(processes, case), expected(case)
@@ -156,6 +156,10 @@ def test_a_ring_with_a_window_takes_few_steps():
     ]
     assert ring_steps(batch, 4, (-1, 0)) == ring_steps(batch, 4, (1, 1)) == 4
     assert ring_steps(Batch((64,), "zigzag"), 4, (1, 0)) == 4
+
+
+def test_every_fault_is_planted():
+    assert {*PLANTED, *FP8_FAULTS} == {*FAULTS}
 
 
 def test_lengths_are_as_hostile_as_they_are_said_to_be():

@@ -7,6 +7,7 @@ import torch
 
 from flash8 import distributed
 from flash8.distributed.ulysses import shares
+from flash8.fp8 import CurrentScaling
 from process_group import Processes
 
 CU = torch.tensor([0, 5, 12], dtype=torch.int32)
@@ -40,6 +41,12 @@ REFUSED = {
     ),
     "rows": (packed(rows=11), ValueError, r"q must have 12 tokens: .*rank 0 of 1.*\(11, 2, 8\)"),
     "pair": (packed(method="ulysses+ring"), ValueError, r"group must be a pair .*'ulysses\+ring'"),
+    "recipe": (packed(recipe=8), TypeError, r"recipe must be a flash8\.fp8 CurrentScaling.*got 8"),
+    "recipe and ring": (
+        packed(recipe=CurrentScaling(), method="ring"),
+        ValueError,
+        r"method must be 'all_gather' or 'ulysses' with a recipe, got 'ring'",
+    ),
     "seqlen": (dense(seqlen=7), ValueError, r"q must have 7 tokens a sequence: .*seqlen=7"),
     "seqlen type": (dense(seqlen=7.0), TypeError, r"seqlen must be an integer, got 7\.0"),
     "cu_seqlens type": (

@@ -6,6 +6,7 @@ code's word for who has which token.
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,21 @@ from torch import Tensor
 
 import distributed_faults
 import oracle
-from flash8 import distributed, flash_attn_varlen_func
+from flash8 import distributed, flash_attn_varlen_func, fp8_attention
+from flash8.fp8 import BlockScaling, CurrentScaling, DelayedScaling
 from process_group import GRID
 
 RAGGED = (37, 0, 1, 64, 3, 23, 2)
+
+
+RECIPES = {
+    "head": CurrentScaling,
+    "tensor": partial(CurrentScaling, granularity="tensor", backward="fp8_scores"),
+    "smooth": partial(CurrentScaling, smooth_k=True, smooth_v=True, hadamard=True),
+    "block": BlockScaling,
+    "block-smooth": partial(BlockScaling, smooth_k=True, hadamard=3, backward="fp8"),
+    "delayed": partial(DelayedScaling, smooth_k=True),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,8 @@ class Case:
     softcap: float = 0.0
     sink: bool = False
     logits: float = 1.0  # a factor of q
+    recipe: str = ""  # of RECIPES
+    bias: float = 0.0  # of k and v
     fault: str = ""
 
     @property
@@ -79,8 +93,8 @@ def whole(case: Case) -> Whole:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     q = random(total, case.heads, case.head_dim) * case.logits
-    k = random(total, case.heads_kv, case.head_dim)
-    v = random(total, case.heads_kv, case.head_dim_v)
+    k = random(total, case.heads_kv, case.head_dim) + case.bias
+    v = random(total, case.heads_kv, case.head_dim_v) + case.bias
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
     s_aux = random(case.heads).to(wide) if case.sink else None
     dout = random(total, case.heads, case.head_dim_v)
@@ -89,6 +103,11 @@ def whole(case: Case) -> Whole:
     dlse = dlse.to(wide)
     cu_seqlens = torch.tensor([0, *case.all_lengths]).cumsum(0).int()
     return Whole(q, k, v, s_aux, dout, dlse, cu_seqlens)
+
+
+def recipe_of(case: Case) -> Any:
+    """A recipe of its own for every call: some have a state."""
+    return RECIPES[case.recipe]() if case.recipe else None
 
 
 def own_rows(case: Case, rank: int) -> Tensor:
@@ -134,6 +153,7 @@ def attend(group: Any, case: Case) -> dict[str, np.ndarray]:
             layout=case.layout,
             s_aux=s_aux,
             return_attn_probs=True,
+            recipe=recipe_of(case),
             **case.options(),
         )
         inputs = [x for x in (q, k, v, s_aux) if x is not None]
@@ -184,9 +204,12 @@ def single(case: Case) -> dict[str, Tensor]:
     inputs = [x.requires_grad_() for x in (data.q, data.k, data.v)]
     s_aux = None if data.s_aux is None else data.s_aux.requires_grad_()
     cu, longest = data.cu_seqlens, max(case.all_lengths)
-    out, lse = flash_attn_varlen_func(
-        *inputs, cu, cu, longest, longest, s_aux=s_aux, return_attn_probs=True, **case.options()
-    )
+    lengths = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+    given = dict(s_aux=s_aux, return_attn_probs=True, **lengths, **case.options())
+    if case.recipe:
+        out, lse = fp8_attention(*inputs, recipe_of(case), **given)
+    else:
+        out, lse = flash_attn_varlen_func(*inputs, **given)
     return _with_gradients(out, lse, inputs, s_aux, data)
 
 

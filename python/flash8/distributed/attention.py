@@ -10,9 +10,10 @@ from flash8.call import checks as calls
 from flash8.call.autocast import cast_for_autocast
 from flash8.call.observed import is_autocast_on
 from flash8.call.options import Options
-from flash8.distributed import checks, gathered, ring, ulysses
+from flash8.distributed import checks, fp8, gathered, ring, ulysses
 from flash8.distributed.layout import Batch
-from flash8.distributed.plan import whole_sequences
+from flash8.distributed.plan import of_whole_sequences
+from flash8.fp8.recipes import Recipe, check_call
 from flash8.tensors.arguments import require_bool
 from flash8.tensors.float8 import E4M3
 
@@ -36,6 +37,7 @@ def attention(
     s_aux: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    recipe: Recipe | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Self-attention of sequences whose tokens are spread over the ranks of a group.
 
@@ -60,6 +62,8 @@ def attention(
         layout: "zigzag" (for causal attention) or "contiguous": see `flash8.distributed.layout`.
         s_aux: (heads,), the same on every rank. Its gradient, like that of every parameter, is this
             rank's share: sum it over ranks.
+        recipe: FP8 as in `flash8.fp8_attention`, with e4m3 on the wire, under "all_gather" and
+            "ulysses". `DelayedScaling` gathers the amax of this rank: its `step()` needs the group.
         The others are those of `flash8.flash_attn_func`; positions count in the whole sequence.
 
     Returns:
@@ -101,7 +105,10 @@ def attention(
     for name, x in (("q", q), ("k", k)):
         checks.local_rows(name, x, batch, ranks, packed)
     rows = [x if packed else x.flatten(0, 1) for x in (q, k, v)]
-    out, lse = _attend(method, ranks, batch, options, rows, s_aux, return_attn_probs)
+    if recipe is not None:
+        check_call(recipe, options)
+        checks.fp8_method(method)
+    out, lse = _attend(method, ranks, batch, options, rows, s_aux, recipe, return_attn_probs)
     if not packed:
         out = out.view(*q.shape[:-1], v.shape[-1])
         lse = None if lse is None else lse.reshape(q.shape[2], *q.shape[:2]).transpose(0, 1)
@@ -115,11 +122,14 @@ def _attend(
     options: Options,
     rows: list[Tensor],
     s_aux: Tensor | None,
+    recipe: Recipe | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     q, k, v = rows
     group, *others = ranks.groups
-    if method == "all_gather":
+    if recipe is not None:
+        found = fp8.attend(method, q, k, v, s_aux, fp8.How(batch, ranks, options, recipe))
+    elif method == "all_gather":
         found = gathered.attend(q, k, v, s_aux, gathered.Gathered(batch, group, options))
     elif method == "ring":
         found = ring.attend(q, k, v, s_aux, ring.Ring(batch, group, options))
@@ -136,14 +146,7 @@ def _attend_whole(
     batch: Batch, options: Options, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """All tokens in one call."""
-    cu_seqlens = whole_sequences(batch, q.device)
-    longest = max(batch.lengths, default=0)
-    options = options._replace(
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-    )
+    options = of_whole_sequences(batch, options, q.device)
     found = torch.ops.flash8.forward(q, k, v, None, s_aux, *options)
     return found[0], found[1]
 

@@ -68,6 +68,15 @@ def method(value: Any, ranks: Ranks) -> str:
     return str(value)
 
 
+def fp8_method(value: str) -> None:
+    """What a query sees has to be in one call: the FP8 backward stands on that."""
+    if value not in ("all_gather", "ulysses"):
+        raise ValueError(
+            f"method must be 'all_gather' or 'ulysses' with a recipe, got {value!r}: FP8 results "
+            "of parts of the keys are not merged"
+        )
+
+
 def layout(value: Any) -> str:
     if value not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {value!r}")

@@ -27,7 +27,7 @@ class Gathered(NamedTuple):
     def calls(self, q: Tensor) -> tuple[plan.Call, ...]:
         window = (self.options.window_left, self.options.window_right)
         group = self.group
-        return plan.gathered(self.batch, group.size(), group.rank(), window, q.device)
+        return plan.gathered(self.batch, group.size(), group.rank(), window, 1, q.device)
 
     def longest(self) -> int:
         return max(self.batch.counts(self.group.size()))
@@ -47,11 +47,7 @@ class _Attention(torch.autograd.Function):
         all_k, all_v = how.keys(k, v)
         for call in how.calls(q):
             found = partial.forward(call, q, all_k, all_v, s_aux, how.options)
-            if call.q_rows is None:
-                out, lse = found
-            else:
-                out.index_copy_(0, call.q_rows, found[0])
-                lse.index_copy_(1, call.q_rows, found[1])
+            partial.put(out, lse, call, *found)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, s_aux, out, lse)
         ctx.how = how

@@ -77,6 +77,16 @@ def columns(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(1, index)
 
 
+def put(out: Tensor, lse: Tensor, call: Call, own_out: Tensor, own_lse: Tensor) -> None:
+    """What a call has found, into all rows."""
+    if call.q_rows is None:
+        out.copy_(own_out)
+        lse.copy_(own_lse)
+    else:
+        out.index_copy_(0, call.q_rows, own_out)
+        lse.index_copy_(1, call.q_rows, own_lse)
+
+
 def add_queries(total: Tensor, call: Call, dq: Tensor) -> None:
     """total (rows, heads, head_dim) += dq."""
     if call.q_rows is None:

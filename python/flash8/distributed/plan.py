@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash8.call.options import Options
 from flash8.distributed.layout import Batch, Span, kept, places_of
 
 Window = tuple[int, int]
@@ -41,26 +42,33 @@ class Call(NamedTuple):
     max_seqlen_q: int
     max_seqlen_k: int
     window: Window
+    sequences: Tensor  # int64 (entries,): the sequence of each
+    q_spans: Tensor  # int64 (entries,): which of the rank's spans has its queries
+    k_begins: Tensor  # int64 (entries,): the first key of each, in its sequence
 
 
 class _Entry(NamedTuple):
+    sequence: int
+    q_span: int
     part: int
     q_begin: int  # among the rank's rows
     q_end: int
+    k_begin: int
     k_rows: Tensor
 
 
 @kept(maxsize=16)
 def gathered(
-    batch: Batch, ranks: int, rank: int, window: Window, device: torch.device
+    batch: Batch, ranks: int, rank: int, window: Window, align: int, device: torch.device
 ) -> tuple[Call, ...]:
-    """A rank's queries against all keys, gathered as `places_of` says; each query in one call."""
+    """A rank's queries against all keys, gathered as `places_of` says; each query in one call. The
+    first key of an entry is a multiple of `align`."""
     places, offsets = places_of(batch, ranks, torch.device("cpu")), batch.offsets()
     keys = [
         Keys(Span(i, 0, 0, length), places[offsets[i] : offsets[i] + length])
         for i, length in enumerate(batch.lengths)
     ]
-    return _calls(batch.spans(ranks, rank), keys, window, device)
+    return _calls(batch.spans(ranks, rank), keys, window, align, device)
 
 
 @kept(maxsize=64)
@@ -73,7 +81,7 @@ def pairwise(
         length = span.end - span.begin
         keys.append(Keys(span, torch.arange(row, row + length)))
         row += length
-    return _calls(batch.spans(ranks, rank), keys, window, device)
+    return _calls(batch.spans(ranks, rank), keys, window, 1, device)
 
 
 @kept(maxsize=64)
@@ -98,9 +106,11 @@ def ring_steps(batch: Batch, ranks: int, window: Window) -> int:
     return needed
 
 
-def cut(queries: Span, keys: Span, window: Window) -> tuple[Span, Span, Window] | None:
+def cut(
+    queries: Span, keys: Span, window: Window, align: int = 1
+) -> tuple[Span, Span, Window] | None:
     """The queries and keys of two spans that see each other at all, and the window as these have
-    it; None if there are none."""
+    it; None if there are none. The keys before them that `align` asks for are hidden by it."""
     left, right = (float("inf") if side < 0 else side for side in window)
     k_begin, k_end = max(keys.begin, queries.begin - left), min(keys.end, queries.end + right)
     if k_begin >= k_end:
@@ -109,6 +119,7 @@ def cut(queries: Span, keys: Span, window: Window) -> tuple[Span, Span, Window] 
     if q_begin >= q_end:
         return None
     q_begin, q_end, k_begin, k_end = (int(x) for x in (q_begin, q_end, k_begin, k_end))
+    k_begin -= (k_begin - keys.begin) % align
     shift = k_end - q_end
     # What hides nothing is no bound, so that entries of other lengths can share its call.
     moved = (
@@ -123,46 +134,54 @@ def cut(queries: Span, keys: Span, window: Window) -> tuple[Span, Span, Window] 
 
 
 def _calls(
-    queries: Sequence[Span], keys: Sequence[Keys], window: Window, device: torch.device
+    queries: Sequence[Span],
+    keys: Sequence[Keys],
+    window: Window,
+    align: int,
+    device: torch.device,
 ) -> tuple[Call, ...]:
     by_sequence = defaultdict(list)
     for run in keys:
         by_sequence[run.span.sequence].append(run)
     entries: dict[tuple[Window, int], list[_Entry]] = defaultdict(list)
     row = 0
-    for span in queries:
-        for moved, number, entry in _entries(span, row, by_sequence[span.sequence], window):
+    for index, span in enumerate(queries):
+        found = _entries(span, index, row, by_sequence[span.sequence], window, align)
+        for moved, number, entry in found:
             entries[moved, number].append(entry)
         row += span.end - span.begin
-    return tuple(_call(found, moved, row, device) for (moved, _), found in entries.items())
+    return tuple(_call(those, moved, row, device) for (moved, _), those in entries.items())
 
 
 def _entries(
-    span: Span, row: int, keys: Sequence[Keys], window: Window
+    span: Span, index: int, row: int, keys: Sequence[Keys], window: Window, align: int
 ) -> list[tuple[Window, int, _Entry]]:
-    """Those of one span of queries whose first row is `row`. Each has a window and a number; no two
-    have both in common."""
-    found: dict[tuple[Window, int, int], list[Tensor]] = {}
+    """Those of a span of queries, the `index`-th, whose first row is `row`. Each has a window and a
+    number; no two have both in common."""
+    found: dict[tuple[int, int], list[Tensor]] = {}  # keys that are all seen, by queries
     numbers: dict[Window, int] = defaultdict(int)
     entries = []
     for run in keys:
-        seen = cut(span, run.span, window)
+        seen = cut(span, run.span, window, align)
         if seen is None:
             continue
         part, own, moved = seen
         rows = run.rows[own.begin - run.span.begin : own.end - run.span.begin]
-        at = (moved, row + part.begin - span.begin, row + part.end - span.begin)
-        if moved == _EVERYTHING and at in found:  # these may be joined, in any order
+        at = (row + part.begin - span.begin, row + part.end - span.begin)
+        if moved == _EVERYTHING and at in found:  # in any order, as one entry
             found[at].append(rows)
-        elif moved == _EVERYTHING:
+            continue
+        if moved == _EVERYTHING:
             found[at] = [rows]
-        else:
-            entries.append((moved, numbers[moved], _Entry(span.part, *at[1:], rows)))
-            numbers[moved] += 1
-    for (moved, begin, end), joined in found.items():
-        entries.append((moved, numbers[moved], _Entry(span.part, begin, end, torch.cat(joined))))
+        entry = _Entry(span.sequence, index, span.part, *at, own.begin, rows)
+        entries.append((moved, numbers[moved], entry))
         numbers[moved] += 1
-    return entries
+    return [
+        (moved, number, entry._replace(k_rows=torch.cat(found[entry.q_begin, entry.q_end])))
+        if moved == _EVERYTHING
+        else (moved, number, entry)
+        for moved, number, entry in entries
+    ]
 
 
 def _call(entries: list[_Entry], window: Window, q_count: int, device: torch.device) -> Call:
@@ -184,12 +203,25 @@ def _call(entries: list[_Entry], window: Window, q_count: int, device: torch.dev
         max(q_lengths),
         max(k_lengths),
         window,
+        torch.tensor([entry.sequence for entry in entries]).to(device),
+        torch.tensor([entry.q_span for entry in entries]).to(device),
+        torch.tensor([entry.k_begin for entry in entries]).to(device),
+    )
+
+
+def of_whole_sequences(batch: Batch, options: Options, device: torch.device) -> Options:
+    """For one call of all tokens."""
+    cu_seqlens, longest = _whole(batch, device), max(batch.lengths, default=0)
+    return options._replace(
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
     )
 
 
 @kept(maxsize=32)
-def whole_sequences(batch: Batch, device: torch.device) -> Tensor:
-    """cu_seqlens of whole sequences."""
+def _whole(batch: Batch, device: torch.device) -> Tensor:
     return cumulative(batch.lengths, device)
 
 

@@ -47,6 +47,10 @@ class Way(NamedTuple):
     counts: Sequence[int]  # tokens of the ranks of the group
     order: Tensor  # where the tokens are in the order of ranks
 
+    def own(self) -> slice:
+        """The heads of this rank."""
+        return slice(*self.shares[self.group.rank()])
+
     def to_heads(self, x: Tensor) -> Tensor:
         """(all tokens, own heads, d) from (own tokens, heads, d)."""
         begin, end = self.shares[self.group.rank()]
@@ -96,6 +100,17 @@ class _ToTokens(torch.autograd.Function):
         return ctx.way.to_heads(grad), None
 
 
+def ways(
+    q: Tensor, k: Tensor, batch: Batch, group: ProcessGroup, outer: tuple[int, int]
+) -> tuple[Way, Way]:
+    """Those of q and of k, from a rank's own tokens with all heads."""
+    (groups, number), size = outer, group.size()
+    both = shares(q.shape[1], k.shape[1], size)
+    counts = batch.counts(size * groups)[number * size : (number + 1) * size]
+    order = joined_order(batch, size * groups, size, number, q.device)
+    return Way(group, both[0], counts, order), Way(group, both[1], counts, order)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -111,17 +126,11 @@ def attend(
 
     outer: how many groups of such ranks share the sequences, and which one this is.
     """
-    groups, number = outer
-    size, rank = group.size(), group.rank()
-    of_queries, of_keys = shares(q.shape[1], k.shape[1], size)
-    everyone = batch.counts(size * groups)
-    counts = everyone[number * size : (number + 1) * size]
-    order = joined_order(batch, size * groups, size, number, q.device)
-    queries, keys = (Way(group, heads, counts, order) for heads in (of_queries, of_keys))
+    queries, keys = ways(q, k, batch, group, outer)
     own_q: Tensor = _ToHeads.apply(q, queries)
     both: Tensor = _ToHeads.apply(torch.cat((k, v), dim=-1), keys)
     own_k, own_v = (x.contiguous() for x in both.split((k.shape[-1], v.shape[-1]), dim=-1))
-    sink = None if s_aux is None else s_aux[slice(*of_queries[rank])]
+    sink = None if s_aux is None else s_aux[queries.own()]
     out, lse = inner(own_q, own_k, own_v, sink)
     out = _ToTokens.apply(out, queries)
     if not return_lse:

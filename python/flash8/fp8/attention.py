@@ -14,7 +14,7 @@ from flash8.call import checks
 from flash8.call.autocast import cast_for_autocast
 from flash8.call.observed import is_autocast_on, is_transformed
 from flash8.call.options import Options
-from flash8.fp8.recipes import BACKWARDS, CurrentScaling, Recipe, check_call
+from flash8.fp8.recipes import FP8_PRODUCTS, CurrentScaling, Recipe, check_call
 from flash8.ops import fp8_attention as ops
 from flash8.tensors import memory
 from flash8.tensors.arguments import call_by, require_bool
@@ -22,7 +22,6 @@ from flash8.tensors.hadamard import rotation_for
 from flash8.tensors.philox import draw_seed
 from flash8.tensors.scaled_tensor import ScaledTensor
 
-_FP8_PRODUCTS = dict(zip(BACKWARDS, (0, 2, 3, 5), strict=True))
 _DEFAULT = CurrentScaling()
 
 
@@ -117,7 +116,7 @@ def fp8_attention(
         k8.data,
         v8.data,
         None if rotation is None else rotation.seed,
-        _FP8_PRODUCTS[chosen.backward],
+        FP8_PRODUCTS[chosen.backward],
         chosen.gradient_dtype,
         chosen.gradient_descale(),
         chosen.gradient_amax(),

@@ -13,7 +13,7 @@ Gradients come out in the inputs' type, and D = rowsum(dO * O) is always made fr
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,18 @@ from flash8.tensors.scaled_tensor import ScaledTensor
 
 #: By the number of backward products that are FP8: none, two, three, five.
 BACKWARDS = ("16bit", "fp8_scores", "fp8_scores_dv", "fp8")
+#: How many they are.
+FP8_PRODUCTS = dict(zip(BACKWARDS, (0, 2, 3, 5), strict=True))
 _TENSORS = ("q", "k", "v", "do")
+
+
+class Scaling(NamedTuple):
+    """What has a scale of its own, the scale where it is known already, and where amax is
+    gathered."""
+
+    granularity: str
+    descale: Tensor | None = None
+    amax: Tensor | None = None
 
 
 class Recipe(Protocol):
@@ -46,6 +57,9 @@ class Recipe(Protocol):
 
     @property
     def gradient_dtype(self) -> torch.dtype: ...
+
+    def scaling(self, name: str) -> Scaling:
+        """Of q, k or v (`name`)."""
 
     def quantize(self, name: str, x: Tensor, cu_seqlens: Tensor | None) -> ScaledTensor:
         """q, k or v (`name`) in FP8; q and k rotated if the recipe says so."""
@@ -69,6 +83,12 @@ class _FromItself:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    def scaling(self, name: str) -> Scaling:
+        raise NotImplementedError
+
+    def quantize(self, name: str, x: Tensor, cu_seqlens: Tensor | None) -> ScaledTensor:
+        return _quantize(self, name, x, cu_seqlens)
 
     def gradient_descale(self) -> Tensor | None:
         return None
@@ -96,16 +116,16 @@ class CurrentScaling(_FromItself):
                 f"{self.granularity!r}"
             )
 
-    def quantize(self, name: str, x: Tensor, cu_seqlens: Tensor | None) -> ScaledTensor:
-        return _quantize(self, name, x, cu_seqlens, self.granularity)
+    def scaling(self, name: str) -> Scaling:
+        return Scaling(self.granularity)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockScaling(_FromItself):
     """Scales from the amax of every 128 tokens of a head. Fields as in `CurrentScaling`."""
 
-    def quantize(self, name: str, x: Tensor, cu_seqlens: Tensor | None) -> ScaledTensor:
-        return _quantize(self, name, x, cu_seqlens, "block")
+    def scaling(self, name: str) -> Scaling:
+        return Scaling("block")
 
 
 class DelayedScaling(torch.nn.Module):
@@ -162,12 +182,14 @@ class DelayedScaling(torch.nn.Module):
         self.register_buffer("amax", torch.zeros(len(_TENSORS)))
         self.register_buffer("descale", torch.ones(len(_TENSORS)))
 
-    def quantize(self, name: str, x: Tensor, cu_seqlens: Tensor | None) -> ScaledTensor:
+    def scaling(self, name: str) -> Scaling:
         index = _TENSORS.index(name)
         # A copy: what backward saves must not change with step().
         descale = self.descale[index].clone()
-        amax = self.amax[index] if self.training else None
-        return _quantize(self, name, x, cu_seqlens, "tensor", descale, amax)
+        return Scaling("tensor", descale, self.amax[index] if self.training else None)
+
+    def quantize(self, name: str, x: Tensor, cu_seqlens: Tensor | None) -> ScaledTensor:
+        return _quantize(self, name, x, cu_seqlens)
 
     def gradient_descale(self) -> Tensor | None:
         return self.descale[_TENSORS.index("do")].clone()
@@ -238,10 +260,8 @@ def _quantize(
     name: str,
     x: Tensor,
     cu_seqlens: Tensor | None,
-    granularity: str,
-    descale: Tensor | None = None,
-    amax: Tensor | None = None,
 ) -> ScaledTensor:
+    granularity, descale, amax = recipe.scaling(name)
     return quantize(
         x,
         granularity,

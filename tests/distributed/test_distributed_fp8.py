@@ -1,0 +1,64 @@
+"""flash8.distributed.attention with FP8 recipes on two and four processes."""
+
+from dataclasses import replace
+
+import pytest
+
+from distributed_cases import RECIPES, Case, attend, differences, expected, joined, single
+from process_group import Processes
+
+#: Longer than a block, and windows that begin inside of one.
+LENGTHS = (201, 0, 1, 147, 5)
+CASES = [
+    Case("head", recipe="head", sink=True),
+    Case("head-four", recipe="head", ranks=4, layout="contiguous"),
+    Case("tensor", recipe="tensor", ranks=4, window=(40, 0)),
+    Case("smooth", recipe="smooth", bias=3.0),
+    Case("block-window", recipe="block", window=(40, 0)),
+    Case("block-smooth", recipe="block-smooth", ranks=4, bias=3.0, causal=False),
+    Case("delayed", recipe="delayed", bias=1.0),
+]
+CASES = [replace(case, lengths=LENGTHS) for case in CASES]
+ULYSSES = [
+    replace(case, name=f"ulysses-{case.name}", method="ulysses", layout="zigzag") for case in CASES
+]
+
+
+@pytest.fixture(scope="module")
+def processes():
+    started = Processes(4)
+    yield started
+    started.close()
+
+
+def found_by(processes, case):
+    return joined(case, processes.run(attend, case.processes, case))
+
+
+@pytest.mark.parametrize("case", [*CASES, *ULYSSES], ids=str)
+def test_the_error_is_that_of_one_process(processes, case):
+    reference = expected(case)
+    here = differences(found_by(processes, case), reference)
+    there = differences(single(case), reference)
+    assert all(here[name] <= 1.2 * there[name] + 1e-6 for name in here), (here, there)
+
+
+@pytest.mark.parametrize("case", [case for case in ULYSSES if not case.bias], ids=str)
+def test_scales_are_those_of_one_process(processes, case):
+    """All tokens meet in one call, with the same e4m3 and the same descales. A mean that is taken
+    off is summed in another order, which may round an element otherwise."""
+    measured = differences(found_by(processes, case), single(case))
+    assert all(value <= 1e-5 for value in measured.values()), measured
+
+
+@pytest.mark.parametrize("method", ["all_gather", "ulysses"])
+def test_scales_of_a_rank_alone_are_found(processes, method):
+    case = replace(CASES[0], method=method, fault="amax not agreed on")
+    reference = expected(case)
+    here = differences(found_by(processes, case), reference)
+    there = differences(single(case), reference)
+    assert any(here[name] > 1.5 * there[name] for name in here), (here, there)
+
+
+def test_every_recipe_has_a_case():
+    assert {case.recipe for case in CASES} == {*RECIPES}
