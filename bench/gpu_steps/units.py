@@ -22,6 +22,7 @@ from flash8.backends.hopper import backward as hopper_backward
 from flash8.backends.hopper import backward_fp8
 from flash8.backends.hopper import forward as hopper
 from flash8.backends.hopper.backward_variants import BackwardVariant
+from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.kernels import Variant, kernels_of, shipped
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
@@ -103,7 +104,8 @@ def _call(
 
 def _of_tests() -> Iterator[Variant]:
     """Those of the GPU tests, which run on the CPU for it (tests/support/gpu_recorder.py)."""
-    kinds = {kind.__name__: kind for kind in (ForwardVariant, BackwardVariant, QuantizeVariant)}
+    variants = (ForwardVariant, BackwardVariant, DecodeVariant, QuantizeVariant)
+    kinds = {kind.__name__: kind for kind in variants}
     with tempfile.TemporaryDirectory() as folder:
         recorded = Path(folder) / "recorded.json"
         command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "gpu_recorder", "-m", "gpu"]
