@@ -15,7 +15,7 @@ from distributed_cases import (
     single,
     with_dtype,
 )
-from distributed_faults import FAULTS, FP8_FAULTS
+from distributed_faults import DECODE_FAULTS, FAULTS, FP8_FAULTS
 from flash8.distributed.layout import Batch
 from flash8.distributed.plan import ring_steps
 from process_group import Processes
@@ -159,7 +159,7 @@ def test_a_ring_with_a_window_takes_few_steps():
 
 
 def test_every_fault_is_planted():
-    assert {*PLANTED, *FP8_FAULTS} == {*FAULTS}
+    assert {*PLANTED, *FP8_FAULTS, *DECODE_FAULTS} == {*FAULTS}
 
 
 def test_lengths_are_as_hostile_as_they_are_said_to_be():

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash8.distributed import collectives, layout, merge, plan, ring, ulysses
+from flash8.distributed import collectives, decoding, layout, merge, plan, ring, ulysses
 
 
 def _swapped(self: layout.Batch, ranks: int, rank: int) -> list[layout.Span]:
@@ -38,6 +38,14 @@ def _with_sink_twice(self: merge.Merged, s_aux: Any, dtype: torch.dtype) -> Any:
     return _finish(self, s_aux, dtype)
 
 
+def _averaged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    return out.mean(dim=0), lse.logsumexp(dim=0)
+
+
+def _halved(tokens: Tensor, ranks: Any, interleave: int) -> Tensor:
+    return (tokens // ranks.size).int()
+
+
 _finish = merge.Merged.finish
 _spans, _cut = layout.Batch.spans, plan.cut
 FAULTS = {
@@ -52,6 +60,8 @@ FAULTS = {
         lambda batch, *_: torch.arange(sum(batch.lengths)),
     ),
     "amax not agreed on": (dist, "all_reduce", lambda *_, **__: None),
+    "parts not merged by LSE": (decoding, "flash_attn_combine", _averaged),
+    "keys counted as if contiguous": (decoding, "_own", _halved),
     "window not moved": (plan, "cut", _unmoved),
 }
 
@@ -72,5 +82,6 @@ def forget() -> None:
                 kept.cache_clear()
 
 
-#: Those of FP8, which tests of their own look for.
+#: Those which tests of their own look for.
 FP8_FAULTS = ("amax not agreed on",)
+DECODE_FAULTS = ("parts not merged by LSE", "keys counted as if contiguous")
