@@ -12,7 +12,7 @@ from repository import ROOT
 
 EXAMPLES = ROOT / "examples" / "distributed"
 DOCUMENT = ROOT / "docs" / "training.md"
-SCRIPTS = ("ddp", "fsdp2", "megatron_thd", "ulysses")
+SCRIPTS = ("ddp", "fsdp2", "context_parallel", "megatron_thd", "ulysses")
 #: Scripts that need a package which the tests do not install.
 WITH_PACKAGES = {"deepspeed_ulysses": "deepspeed"}
 RUN_SCRIPTS = """
@@ -29,7 +29,7 @@ def test_two_processes_do_what_one_does():
     runs them all, for importing torch is most of the work."""
     told = run_scripts(SCRIPTS)
     falls = re.findall(r"loss (\S+) -> (\S+) under (\S+), two processes", told)
-    assert [name for *_, name in falls] == ["DDP", "FSDP2"]
+    assert [name for *_, name in falls] == ["DDP", "FSDP2", "FSDP2+CP"]
 
 
 @pytest.mark.parametrize("script", WITH_PACKAGES)
