@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from distributed_cases import RECIPES, Case, attend, differences, expected, joined, single
+from distributed_faults import FP8_FAULTS
 from process_group import Processes
 
 #: Longer than a block, and windows that begin inside of one.
@@ -22,6 +23,12 @@ CASES = [replace(case, lengths=LENGTHS) for case in CASES]
 ULYSSES = [
     replace(case, name=f"ulysses-{case.name}", method="ulysses", layout="zigzag") for case in CASES
 ]
+RING = [
+    replace(case, name=f"ring-{case.name}", method="ring", recipe=recipe)
+    for case, recipe in zip(
+        CASES, ("head", "head", "tensor16", "smooth", "block", "smooth", "delayed"), strict=True
+    )
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +42,7 @@ def found_by(processes, case):
     return joined(case, processes.run(attend, case.processes, case))
 
 
-@pytest.mark.parametrize("case", [*CASES, *ULYSSES], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *ULYSSES, *RING], ids=str)
 def test_the_error_is_that_of_one_process(processes, case):
     reference = expected(case)
     here = differences(found_by(processes, case), reference)
@@ -51,14 +58,23 @@ def test_scales_are_those_of_one_process(processes, case):
     assert all(value <= 1e-5 for value in measured.values()), measured
 
 
-@pytest.mark.parametrize("method", ["all_gather", "ulysses"])
-def test_scales_of_a_rank_alone_are_found(processes, method):
-    case = replace(CASES[0], method=method, fault="amax not agreed on")
+PLANTED = [
+    (CASES[0], "amax not agreed on"),
+    (ULYSSES[0], "amax not agreed on"),
+    (RING[0], "scales stay behind"),
+    (RING[3], "mean left out of dq"),
+]
+
+
+@pytest.mark.parametrize(("case", "fault"), PLANTED, ids=str)
+def test_a_planted_fault_is_found(processes, case, fault):
+    case = replace(case, fault=fault)
     reference = expected(case)
     here = differences(found_by(processes, case), reference)
     there = differences(single(case), reference)
     assert any(here[name] > 1.5 * there[name] for name in here), (here, there)
 
 
-def test_every_recipe_has_a_case():
-    assert {case.recipe for case in CASES} == {*RECIPES}
+def test_every_recipe_and_fault_has_a_case():
+    assert {fault for _, fault in PLANTED} == {*FP8_FAULTS}
+    assert {case.recipe for case in [*CASES, *RING]} == {*RECIPES}

@@ -43,9 +43,9 @@ REFUSED = {
     "pair": (packed(method="ulysses+ring"), ValueError, r"group must be a pair .*'ulysses\+ring'"),
     "recipe": (packed(recipe=8), TypeError, r"recipe must be a flash8\.fp8 CurrentScaling.*got 8"),
     "recipe and ring": (
-        packed(recipe=CurrentScaling(), method="ring"),
+        packed(recipe=CurrentScaling(backward="fp8"), method="ring"),
         ValueError,
-        r"method must be 'all_gather' or 'ulysses' with a recipe, got 'ring'",
+        r"recipe\.backward must be '16bit' with method='ring', got 'fp8'",
     ),
     "seqlen": (dense(seqlen=7), ValueError, r"q must have 7 tokens a sequence: .*seqlen=7"),
     "seqlen type": (dense(seqlen=7.0), TypeError, r"seqlen must be an integer, got 7\.0"),

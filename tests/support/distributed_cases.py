@@ -26,6 +26,7 @@ RAGGED = (37, 0, 1, 64, 3, 23, 2)
 RECIPES = {
     "head": CurrentScaling,
     "tensor": partial(CurrentScaling, granularity="tensor", backward="fp8_scores"),
+    "tensor16": partial(CurrentScaling, granularity="tensor"),
     "smooth": partial(CurrentScaling, smooth_k=True, smooth_v=True, hadamard=True),
     "block": BlockScaling,
     "block-smooth": partial(BlockScaling, smooth_k=True, hadamard=3, backward="fp8"),

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash8.distributed import collectives, decoding, layout, merge, plan, ring, ulysses
+from flash8.distributed import collectives, decoding, fp8_ring, layout, merge, plan, ring, ulysses
 
 
 def _swapped(self: layout.Batch, ranks: int, rank: int) -> list[layout.Span]:
@@ -46,6 +46,23 @@ def _halved(tokens: Tensor, ranks: Any, interleave: int) -> Tensor:
     return (tokens // ranks.size).int()
 
 
+class _Kept:
+    """What comes is taken, and something else handed on."""
+
+    def __init__(self, kept: Tensor, coming: collectives.Passing) -> None:
+        self._kept, self._coming = kept, coming
+
+    def wait(self) -> Tensor:
+        self._coming.wait()
+        return self._kept
+
+
+def _without_scales(self: fp8_ring._Ring, keys: Any, step: int) -> Any:
+    coming = _pass_on(self, keys, step)
+    return None if coming is None else (coming[0], _Kept(keys.scales, coming[1]))
+
+
+_pass_on = fp8_ring._Ring.pass_on
 _finish = merge.Merged.finish
 _spans, _cut = layout.Batch.spans, plan.cut
 FAULTS = {
@@ -62,6 +79,8 @@ FAULTS = {
     "amax not agreed on": (dist, "all_reduce", lambda *_, **__: None),
     "parts not merged by LSE": (decoding, "flash_attn_combine", _averaged),
     "keys counted as if contiguous": (decoding, "_own", _halved),
+    "scales stay behind": (fp8_ring._Ring, "pass_on", _without_scales),
+    "mean left out of dq": (fp8_ring, "row_sums_of_ds", lambda *given: torch.zeros_like(given[-1])),
     "window not moved": (plan, "cut", _unmoved),
 }
 
@@ -83,5 +102,5 @@ def forget() -> None:
 
 
 #: Those which tests of their own look for.
-FP8_FAULTS = ("amax not agreed on",)
+FP8_FAULTS = ("amax not agreed on", "scales stay behind", "mean left out of dq")
 DECODE_FAULTS = ("parts not merged by LSE", "keys counted as if contiguous")

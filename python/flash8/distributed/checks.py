@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from flash8.distributed.layout import LAYOUTS, Batch
+from flash8.fp8.recipes import Recipe
 from flash8.tensors.arguments import (
     INDEX_DTYPES,
     describe,
@@ -32,7 +33,7 @@ class Ranks(NamedTuple):
     groups: tuple[ProcessGroup, ...]  # one, or (ulysses, ring)
 
     def local_count(self, batch: Batch) -> int:
-        return sum(span.end - span.begin for span in batch.spans(self.size, self.rank))
+        return batch.counts(self.size)[self.rank]
 
 
 def ranks_of(group: Any) -> Ranks:
@@ -68,12 +69,15 @@ def method(value: Any, ranks: Ranks) -> str:
     return str(value)
 
 
-def fp8_method(value: str) -> None:
-    """What a query sees has to be in one call: the FP8 backward stands on that."""
-    if value not in ("all_gather", "ulysses"):
+def fp8_method(value: str, recipe: Recipe) -> None:
+    if value == "ulysses+ring":
         raise ValueError(
-            f"method must be 'all_gather' or 'ulysses' with a recipe, got {value!r}: FP8 results "
-            "of parts of the keys are not merged"
+            f"method must be 'all_gather', 'ring' or 'ulysses' with a recipe, got {value!r}"
+        )
+    if value == "ring" and recipe.backward != "16bit":
+        raise ValueError(
+            f"recipe.backward must be '16bit' with method='ring', got {recipe.backward!r}: its FP8 "
+            "products need all keys of a query in one call, as 'all_gather' and 'ulysses' have them"
         )
 
 

@@ -17,7 +17,7 @@ from flash8.distributed import checks, collectives, partial, plan, scaling
 from flash8.distributed.layout import Batch
 from flash8.distributed.ulysses import ways
 from flash8.fp8.recipes import FP8_PRODUCTS, Recipe
-from flash8.tensors.descales import BLOCK
+from flash8.tensors.descales import BLOCK, block_offsets
 from flash8.tensors.float8 import E4M3
 from flash8.tensors.hadamard import rotation_for
 from flash8.tensors.scaled_tensor import ScaledTensor
@@ -38,13 +38,33 @@ class How(NamedTuple):
         ranks = self.ranks
         return scaling.agree(self.recipe, name, x, self.batch, ranks.size, ranks.rank, ranks.groups)
 
+    def by_span(self, name: str, x: Tensor) -> scaling.Shared:
+        ranks = self.ranks
+        return scaling.by_span(
+            self.recipe, name, x, self.batch, ranks.size, ranks.rank, ranks.groups
+        )
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Over all tokens of each sequence and head, (batch, heads, d)."""
+        ranks = self.ranks
+        return scaling.mean_of(x, self.batch, ranks.size, ranks.rank, ranks.groups)
+
+    def of_spans(self, values: Tensor, x: Tensor, pieces: Tensor) -> Tensor:
+        """(batch, ...) so that it broadcasts over the tokens of a rank with these pieces."""
+        spans = torch.arange(len(pieces) - 1, device=x.device) // self.batch.parts
+        return Tokens(pieces).spread(values[spans], x)
+
+    def of_queries(self, values: Tensor, q: Tensor) -> Tensor:
+        """(batch, heads_kv, d) so that it broadcasts over this rank's q."""
+        group = q.shape[1] // values.shape[1]
+        return self.of_spans(values.repeat_interleave(group, dim=1), q, self.pieces(q))
+
     def pieces(self, x: Tensor) -> Tensor:
         return scaling.pieces(self.batch, self.ranks.size, self.ranks.rank, x.device)
 
     def calls(self, q: Tensor) -> tuple[plan.Call, ...]:
-        window = (self.options.window_left, self.options.window_right)
-        ranks = self.ranks
-        return plan.gathered(self.batch, ranks.size, ranks.rank, window, BLOCK, q.device)
+        how = plan.How((self.options.window_left, self.options.window_right), align=BLOCK)
+        return plan.gathered(self.batch, self.ranks.size, self.ranks.rank, how, q.device)
 
     def gathered(self, k8: Tensor, v8: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes of all K and V: not every operation knows float8."""
@@ -59,7 +79,7 @@ class How(NamedTuple):
         return x if rotation is None else rotation.invert(x)
 
 
-class _Backward:
+class Backward:
     """What the recipe says of the backward, as it was when the forward ran."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -90,7 +110,7 @@ class _Backward:
         return found
 
 
-def _forward(inputs: Inputs, dtype: torch.dtype, options: Options) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, dtype: torch.dtype, options: Options) -> tuple[Tensor, Tensor]:
     """O in `dtype` and LSE."""
     q8, k8, v8, s_aux = inputs
     out = q8.new_empty((*q8.shape[:-1], v8.shape[-1]), dtype=dtype)
@@ -98,7 +118,7 @@ def _forward(inputs: Inputs, dtype: torch.dtype, options: Options) -> tuple[Tens
     return out, lse
 
 
-def _taken(x: Tensor, index: Tensor | None) -> Tensor:
+def taken(x: Tensor, index: Tensor | None) -> Tensor:
     return partial.rows(x.view(torch.uint8), index).view(E4M3)
 
 
@@ -113,13 +133,13 @@ class _Gathered(torch.autograd.Function):
         out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
         lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.float32)
         for call in how.calls(q):
-            inputs = (_taken(q8.data, call.q_rows), *_keys(call, all_k, all_v), s_aux)
-            found = _forward(inputs, v.dtype, _options(how, call, q8, k8, v8))
+            inputs = (taken(q8.data, call.q_rows), *keys_of(call, all_k, all_v), s_aux)
+            found = forward(inputs, v.dtype, _options(how, call, q8, k8, v8))
             partial.put(out, lse, call, *found)
         ctx.set_materialize_grads(False)
         scales = (q8.descale, k8.descale, k8.mean, v8.descale, v8.mean)
         ctx.save_for_backward(q8.data, k8.data, v8.data, *scales, s_aux, out, lse)
-        ctx.how, ctx.rest, ctx.granularity = how, _Backward(how.recipe), q8.granularity
+        ctx.how, ctx.rest, ctx.granularity = how, Backward(how.recipe), q8.granularity
         ctx.dtypes = (q.dtype, k.dtype, v.dtype)
         return out, lse
 
@@ -137,7 +157,7 @@ class _Gathered(torch.autograd.Function):
         dkv = q_data.new_zeros((*all_k.shape[:2], all_k.shape[2] + all_v.shape[2]), dtype=wide)
         ds_aux = None if s_aux is None else torch.zeros_like(s_aux)
         for call in how.calls(q_data):
-            inputs = (_taken(q_data, call.q_rows), *_keys(call, all_k, all_v), s_aux)
+            inputs = (taken(q_data, call.q_rows), *keys_of(call, all_k, all_v), s_aux)
             found = ctx.rest.run(
                 None if dout is None else partial.rows(dout, call.q_rows),
                 None if dlse is None else partial.columns(dlse, call.q_rows),
@@ -156,15 +176,19 @@ class _Gathered(torch.autograd.Function):
         return *(x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True)), ds_aux, None
 
 
-def _keys(call: plan.Call, all_k: Tensor, all_v: Tensor) -> tuple[Tensor, Tensor]:
-    return _taken(all_k, call.k_rows), _taken(all_v, call.k_rows)
+def keys_of(call: plan.Call, all_k: Tensor, all_v: Tensor) -> tuple[Tensor, Tensor]:
+    return taken(all_k, call.k_rows), taken(all_v, call.k_rows)
 
 
 def _options(
     how: How, call: plan.Call, q8: ScaledTensor, k8: scaling.Shared, v8: scaling.Shared
 ) -> Options:
     options = partial.options_of(call, how.options)
-    return scaling.of_call(options, call, q8, k8, v8, how.pieces(q8.data), how.batch)
+    firsts = (
+        block_offsets(how.pieces(q8.data)),
+        scaling.first_blocks(how.batch, q8.data.device),
+    )
+    return scaling.of_call(options, call, q8, k8, v8, firsts)
 
 
 class _Ulysses(torch.autograd.Function):
@@ -188,12 +212,12 @@ class _Ulysses(torch.autograd.Function):
         )
         sink = None if s_aux is None else s_aux[heads]
         inputs = (own_q, *(x.contiguous().view(E4M3) for x in (own_k, own_v)), sink)
-        out, lse = _forward(inputs, v.dtype, options)
+        out, lse = forward(inputs, v.dtype, options)
         ctx.set_materialize_grads(False)
         ctx.options = without_tensors(options)
         tensors = [getattr(options, name) for name in ctx.options.tensors]
         ctx.save_for_backward(*inputs, out, lse, *tensors)
-        ctx.how, ctx.ways, ctx.rest = how, (queries, keys), _Backward(how.recipe)
+        ctx.how, ctx.ways, ctx.rest = how, (queries, keys), Backward(how.recipe)
         ctx.dtypes, ctx.heads = (q.dtype, k.dtype, v.dtype), q.shape[1]
         rows = queries.to_tokens(lse.transpose(0, 1)[..., None])[..., 0].transpose(0, 1)
         return queries.to_tokens(out), rows

@@ -25,9 +25,8 @@ class Gathered(NamedTuple):
     options: Options
 
     def calls(self, q: Tensor) -> tuple[plan.Call, ...]:
-        window = (self.options.window_left, self.options.window_right)
-        group = self.group
-        return plan.gathered(self.batch, group.size(), group.rank(), window, 1, q.device)
+        how = plan.How((self.options.window_left, self.options.window_right))
+        return plan.gathered(self.batch, self.group.size(), self.group.rank(), how, q.device)
 
     def longest(self) -> int:
         return max(self.batch.counts(self.group.size()))

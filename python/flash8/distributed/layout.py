@@ -50,11 +50,14 @@ class Batch(NamedTuple):
             for part, piece in enumerate(own)
         ]
 
-    def counts(self, ranks: int) -> list[int]:
+    @property
+    def parts(self) -> int:
+        """The number of spans of a sequence that a rank has."""
+        return 2 if self.layout == "zigzag" else 1
+
+    def counts(self, ranks: int) -> tuple[int, ...]:
         """The number of tokens of every rank."""
-        return [
-            sum(span.end - span.begin for span in self.spans(ranks, rank)) for rank in range(ranks)
-        ]
+        return _counts(self, ranks)
 
     def offsets(self) -> list[int]:
         """Where each sequence begins among all tokens, and their number."""
@@ -76,7 +79,14 @@ def kept(maxsize: int) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     return decorate
 
 
-@kept(maxsize=32)
+@kept(maxsize=64)
+def _counts(batch: Batch, ranks: int) -> tuple[int, ...]:
+    return tuple(
+        sum(span.end - span.begin for span in batch.spans(ranks, rank)) for rank in range(ranks)
+    )
+
+
+@kept(maxsize=8)
 def rows_of(batch: Batch, ranks: int, rank: int, device: torch.device) -> Tensor:
     """Which of all tokens a rank has, int64, in its order."""
     offsets = batch.offsets()
@@ -87,7 +97,7 @@ def rows_of(batch: Batch, ranks: int, rank: int, device: torch.device) -> Tensor
     return _joined(found).to(device)
 
 
-@kept(maxsize=8)
+@kept(maxsize=4)
 def places_of(batch: Batch, ranks: int, device: torch.device) -> Tensor:
     """Where every token is once the ranks' tokens are gathered, int64: those of rank r lie at
     r * (the most that any rank has)."""
@@ -99,7 +109,7 @@ def places_of(batch: Batch, ranks: int, device: torch.device) -> Tensor:
     return places.to(device)
 
 
-@kept(maxsize=8)
+@kept(maxsize=4)
 def joined_order(batch: Batch, ranks: int, joined: int, rank: int, device: torch.device) -> Tensor:
     """For `joined` ranks that together have the tokens of rank `rank` of ranks / joined: where each
     of these tokens is among those of the joined ranks, one rank after the other."""

@@ -42,13 +42,34 @@ def sink_gradient(
     s_aux: Tensor, dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor
 ) -> Tensor:
     """-sum over rows of exp(s_aux - LSE) * (rowsum(dO * O) - dLSE), (heads,)."""
-    d = torch.zeros_like(lse)
-    if dout is not None:
-        d += (dout.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1).transpose(0, 1)
+    d = _row_dots(dout, out, lse)
     if dlse is not None:
-        d -= dlse
+        d = d - dlse
+    return -(_sink_share(s_aux, lse) * d).sum(dim=1).to(s_aux.dtype)
+
+
+def row_sums_of_ds(
+    s_aux: Tensor | None, dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor
+) -> Tensor:
+    """What a row of dS sums to over all keys, in exact arithmetic and without softcap, (heads,
+    rows): dLSE + p_sink * (rowsum(dO * O) - dLSE)."""
+    total = torch.zeros_like(lse) if dlse is None else dlse
+    if s_aux is not None:
+        total = total + _sink_share(s_aux, lse) * (_row_dots(dout, out, lse) - total)
+    return torch.where(lse == float("-inf"), 0.0, total)
+
+
+def _row_dots(dout: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+    """rowsum(dO * O), (heads, rows)."""
+    if dout is None:
+        return torch.zeros_like(lse)
+    return (dout.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1).transpose(0, 1)
+
+
+def _sink_share(s_aux: Tensor, lse: Tensor) -> Tensor:
+    """exp(s_aux - LSE), 0 for a row that has seen nothing."""
     share = (s_aux.to(lse.dtype)[:, None] - lse).exp()
-    return -torch.where(lse == float("-inf"), 0.0, share * d).sum(dim=1).to(s_aux.dtype)
+    return torch.where(lse == float("-inf"), 0.0, share)
 
 
 def _weight(part: Tensor, total: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from flash8.call import checks as calls
 from flash8.call.autocast import cast_for_autocast
 from flash8.call.observed import is_autocast_on
 from flash8.call.options import Options
-from flash8.distributed import checks, fp8, gathered, ring, ulysses
+from flash8.distributed import checks, fp8, fp8_ring, gathered, ring, ulysses
 from flash8.distributed.layout import Batch
 from flash8.distributed.plan import of_whole_sequences
 from flash8.fp8.recipes import Recipe, check_call
@@ -62,8 +62,9 @@ def attention(
         layout: "zigzag" (for causal attention) or "contiguous": see `flash8.distributed.layout`.
         s_aux: (heads,), the same on every rank. Its gradient, like that of every parameter, is this
             rank's share: sum it over ranks.
-        recipe: FP8 as in `flash8.fp8_attention`, with e4m3 on the wire, under "all_gather" and
-            "ulysses". `DelayedScaling` gathers the amax of this rank: its `step()` needs the group.
+        recipe: FP8 as in `flash8.fp8_attention`, with e4m3 on the wire; not under "ulysses+ring",
+            and with a 16-bit backward under "ring". `DelayedScaling` gathers the amax of this rank:
+            its `step()` needs the group.
         The others are those of `flash8.flash_attn_func`; positions count in the whole sequence.
 
     Returns:
@@ -107,7 +108,7 @@ def attention(
     rows = [x if packed else x.flatten(0, 1) for x in (q, k, v)]
     if recipe is not None:
         check_call(recipe, options)
-        checks.fp8_method(method)
+        checks.fp8_method(method, recipe)
     out, lse = _attend(method, ranks, batch, options, rows, s_aux, recipe, return_attn_probs)
     if not packed:
         out = out.view(*q.shape[:-1], v.shape[-1])
@@ -127,7 +128,9 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     q, k, v = rows
     group, *others = ranks.groups
-    if recipe is not None:
+    if recipe is not None and method == "ring":
+        found = fp8_ring.attend(q, k, v, s_aux, fp8.How(batch, ranks, options, recipe))
+    elif recipe is not None:
         found = fp8.attend(method, q, k, v, s_aux, fp8.How(batch, ranks, options, recipe))
     elif method == "all_gather":
         found = gathered.attend(q, k, v, s_aux, gathered.Gathered(batch, group, options))

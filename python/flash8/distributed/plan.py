@@ -42,46 +42,64 @@ class Call(NamedTuple):
     max_seqlen_q: int
     max_seqlen_k: int
     window: Window
-    sequences: Tensor  # int64 (entries,): the sequence of each
-    q_spans: Tensor  # int64 (entries,): which of the rank's spans has its queries
-    k_begins: Tensor  # int64 (entries,): the first key of each, in its sequence
+    # Of each entry, int64: the span that has its queries and the run that has its keys, and where
+    # it begins in them.
+    q_spans: Tensor
+    q_offsets: Tensor
+    k_runs: Tensor
+    k_offsets: Tensor
 
 
 class _Entry(NamedTuple):
-    sequence: int
-    q_span: int
     part: int
+    q_span: int
+    q_offset: int
+    k_run: int
+    k_offset: int
     q_begin: int  # among the rank's rows
     q_end: int
-    k_begin: int
     k_rows: Tensor
 
 
-@kept(maxsize=16)
+class How(NamedTuple):
+    """How spans are paired. `align`: entries begin at multiples of it in their spans and runs.
+    `joins`: runs that are seen whole may be one entry."""
+
+    window: Window
+    align: int = 1
+    joins: bool = True
+
+
+@kept(maxsize=4)
 def gathered(
-    batch: Batch, ranks: int, rank: int, window: Window, align: int, device: torch.device
+    batch: Batch, ranks: int, rank: int, how: How, device: torch.device
 ) -> tuple[Call, ...]:
-    """A rank's queries against all keys, gathered as `places_of` says; each query in one call. The
-    first key of an entry is a multiple of `align`."""
+    """A rank's queries against all keys, gathered as `places_of` says; each query in one call. A
+    run of keys is a sequence."""
     places, offsets = places_of(batch, ranks, torch.device("cpu")), batch.offsets()
     keys = [
         Keys(Span(i, 0, 0, length), places[offsets[i] : offsets[i] + length])
         for i, length in enumerate(batch.lengths)
     ]
-    return _calls(batch.spans(ranks, rank), keys, window, align, device)
+    return _calls(batch.spans(ranks, rank), keys, how, device)
 
 
-@kept(maxsize=64)
-def pairwise(
-    batch: Batch, ranks: int, rank: int, source: int, window: Window, device: torch.device
-) -> tuple[Call, ...]:
-    """A rank's queries against the keys of one rank."""
-    keys, row = [], 0
-    for span in batch.spans(ranks, source):
-        length = span.end - span.begin
-        keys.append(Keys(span, torch.arange(row, row + length)))
-        row += length
-    return _calls(batch.spans(ranks, rank), keys, window, 1, device)
+@kept(maxsize=4)
+def around(
+    batch: Batch, ranks: int, rank: int, how: How, device: torch.device
+) -> tuple[tuple[Call, ...], ...]:
+    """A rank's queries against the keys of one rank at a time: in step s of a ring those of rank
+    number rank - s. A run of keys is a span of that rank."""
+    own = batch.spans(ranks, rank)
+    steps = []
+    for step in range(ring_steps(batch, ranks, how.window)):
+        keys, row = [], 0
+        for span in batch.spans(ranks, (rank - step) % ranks):
+            length = span.end - span.begin
+            keys.append(Keys(span, torch.arange(row, row + length)))
+            row += length
+        steps.append(_calls(own, keys, how, device))
+    return tuple(steps)
 
 
 @kept(maxsize=64)
@@ -110,7 +128,7 @@ def cut(
     queries: Span, keys: Span, window: Window, align: int = 1
 ) -> tuple[Span, Span, Window] | None:
     """The queries and keys of two spans that see each other at all, and the window as these have
-    it; None if there are none. The keys before them that `align` asks for are hidden by it."""
+    it; None if there are none. Those before them that `align` asks for it hides."""
     left, right = (float("inf") if side < 0 else side for side in window)
     k_begin, k_end = max(keys.begin, queries.begin - left), min(keys.end, queries.end + right)
     if k_begin >= k_end:
@@ -120,6 +138,7 @@ def cut(
         return None
     q_begin, q_end, k_begin, k_end = (int(x) for x in (q_begin, q_end, k_begin, k_end))
     k_begin -= (k_begin - keys.begin) % align
+    q_begin -= (q_begin - queries.begin) % align
     shift = k_end - q_end
     # What hides nothing is no bound, so that entries of other lengths can share its call.
     moved = (
@@ -134,54 +153,53 @@ def cut(
 
 
 def _calls(
-    queries: Sequence[Span],
-    keys: Sequence[Keys],
-    window: Window,
-    align: int,
-    device: torch.device,
+    queries: Sequence[Span], keys: Sequence[Keys], how: How, device: torch.device
 ) -> tuple[Call, ...]:
     by_sequence = defaultdict(list)
-    for run in keys:
-        by_sequence[run.span.sequence].append(run)
+    for number, run in enumerate(keys):
+        by_sequence[run.span.sequence].append((number, run))
     entries: dict[tuple[Window, int], list[_Entry]] = defaultdict(list)
     row = 0
     for index, span in enumerate(queries):
-        found = _entries(span, index, row, by_sequence[span.sequence], window, align)
-        for moved, number, entry in found:
-            entries[moved, number].append(entry)
+        found = _entries(span, index, row, by_sequence[span.sequence], how)
+        for window, number, entry in found:
+            entries[window, number].append(entry)
         row += span.end - span.begin
-    return tuple(_call(those, moved, row, device) for (moved, _), those in entries.items())
+    return tuple(_call(those, window, row, device) for (window, _), those in entries.items())
 
 
 def _entries(
-    span: Span, index: int, row: int, keys: Sequence[Keys], window: Window, align: int
+    span: Span, index: int, row: int, keys: Sequence[tuple[int, Keys]], how: How
 ) -> list[tuple[Window, int, _Entry]]:
     """Those of a span of queries, the `index`-th, whose first row is `row`. Each has a window and a
     number; no two have both in common."""
-    found: dict[tuple[int, int], list[Tensor]] = {}  # keys that are all seen, by queries
-    numbers: dict[Window, int] = defaultdict(int)
-    entries = []
-    for run in keys:
-        seen = cut(span, run.span, window, align)
+    found: list[tuple[Window, _Entry]] = []
+    for number, run in keys:
+        seen = cut(span, run.span, how.window, how.align)
         if seen is None:
             continue
-        part, own, moved = seen
-        rows = run.rows[own.begin - run.span.begin : own.end - run.span.begin]
-        at = (row + part.begin - span.begin, row + part.end - span.begin)
-        if moved == _EVERYTHING and at in found:  # in any order, as one entry
-            found[at].append(rows)
+        part, own, window = seen
+        q_offset, k_offset = part.begin - span.begin, own.begin - run.span.begin
+        begin, end = row + q_offset, row + part.end - span.begin
+        rows = run.rows[k_offset : own.end - run.span.begin]
+        last = found[-1][1] if found else None
+        if (
+            how.joins
+            and last is not None
+            and (found[-1][0], window) == (_EVERYTHING, _EVERYTHING)
+            and (last.q_begin, last.q_end) == (begin, end)
+        ):
+            joined = last._replace(k_rows=torch.cat((last.k_rows, rows)))
+            found[-1] = window, joined
             continue
-        if moved == _EVERYTHING:
-            found[at] = [rows]
-        entry = _Entry(span.sequence, index, span.part, *at, own.begin, rows)
-        entries.append((moved, numbers[moved], entry))
-        numbers[moved] += 1
-    return [
-        (moved, number, entry._replace(k_rows=torch.cat(found[entry.q_begin, entry.q_end])))
-        if moved == _EVERYTHING
-        else (moved, number, entry)
-        for moved, number, entry in entries
-    ]
+        entry = _Entry(span.part, index, q_offset, number, k_offset, begin, end, rows)
+        found.append((window, entry))
+    numbers: dict[Window, int] = defaultdict(int)
+    numbered = []
+    for window, entry in found:
+        numbered.append((window, numbers[window], entry))
+        numbers[window] += 1
+    return numbered
 
 
 def _call(entries: list[_Entry], window: Window, q_count: int, device: torch.device) -> Call:
@@ -203,9 +221,12 @@ def _call(entries: list[_Entry], window: Window, q_count: int, device: torch.dev
         max(q_lengths),
         max(k_lengths),
         window,
-        torch.tensor([entry.sequence for entry in entries]).to(device),
-        torch.tensor([entry.q_span for entry in entries]).to(device),
-        torch.tensor([entry.k_begin for entry in entries]).to(device),
+        *(
+            torch.tensor(values).to(device)
+            for values in zip(
+                *((x.q_span, x.q_offset, x.k_run, x.k_offset) for x in entries), strict=True
+            )
+        ),
     )
 
 

@@ -40,8 +40,8 @@ class Ring(NamedTuple):
 
     def calls(self, step: int, q: Tensor) -> tuple[plan.Call, ...]:
         group = self.group
-        source = self.source(step)
-        return plan.pairwise(self.batch, group.size(), group.rank(), source, self.window, q.device)
+        how = plan.How(self.window)
+        return plan.around(self.batch, group.size(), group.rank(), how, q.device)[step]
 
     def count(self, step: int) -> int:
         return self.batch.counts(self.group.size())[self.source(step)]

@@ -17,9 +17,9 @@ from flash8.call.options import Options
 from flash8.distributed.layout import Batch, kept
 from flash8.distributed.plan import Call, cumulative
 from flash8.fp8.quantize import descale_of, quantize
-from flash8.fp8.recipes import Recipe
+from flash8.fp8.recipes import Recipe, Scaling
 from flash8.tensors.descales import BLOCK, block_offsets, num_packed_blocks
-from flash8.tensors.hadamard import rotation_for
+from flash8.tensors.hadamard import Rotation, rotation_for
 from flash8.tensors.scaled_tensor import ScaledTensor
 from flash8.tensors.tokens import Tokens
 
@@ -77,19 +77,17 @@ def _first_blocks(batch: Batch) -> list[int]:
 def agree(
     recipe: Recipe, name: str, x: Tensor, batch: Batch, ranks: int, rank: int, groups: Groups
 ) -> Shared:
-    """q, k or v (`name`) of a rank's tokens by a recipe. All ranks of all groups have to call."""
+    """q, k or v (`name`) of a rank's tokens, with scales of whole sequences. All ranks of all
+    groups have to call."""
     granularity, descale, amax = recipe.scaling(name)
     runs = _runs(batch, ranks, rank, granularity == "block", x.device)
-    rotation = rotation_for(recipe.hadamard, x.shape[-1]) if name in ("q", "k") else None
-    smooths = (name == "k" and recipe.smooth_k) or (name == "v" and recipe.smooth_v)
-    mean = _mean(x, runs, len(batch.lengths), groups) if smooths else None
+    rotation = _rotation(recipe, name, x)
+    mean = _smoothed(recipe, name, x, batch, ranks, rank, groups)
+    own_mean = None if mean is None else mean[runs.sequences]
     if descale is None:
-        y = x if mean is None else x - Tokens(runs.cu_seqlens).spread(mean[runs.sequences], x)
-        y = (
-            y
-            if rotation is None
-            else rotation.apply(y.to(torch.promote_types(y.dtype, torch.float)))
-        )
+        y = x.double() if x.dtype == torch.float64 else x.float()
+        y = y if own_mean is None else y - Tokens(runs.cu_seqlens).spread(own_mean, y)
+        y = y if rotation is None else rotation.apply(y)
         own = Tokens(runs.cu_seqlens).finite_amax(y, "head").float()
         of_scales = own.new_zeros((runs.number, x.shape[1]))
         of_scales.scatter_reduce_(0, runs.scales[:, None].expand_as(own), own, "amax")
@@ -98,30 +96,73 @@ def agree(
         for group in groups:
             dist.all_reduce(of_scales, op=dist.ReduceOp.MAX, group=group)
         descale = descale_of(of_scales)
-    smooth = False if mean is None else mean[runs.sequences]
-    quantized = quantize(
-        x,
-        "tensor" if descale.dim() == 0 else "head",
-        hadamard=rotation,
-        smooth_k=smooth if name == "k" else False,
-        smooth_v=smooth if name == "v" else False,
-        cu_seqlens=runs.cu_seqlens,
-        descale=descale if descale.dim() == 0 else descale[runs.scales],
-        amax=amax,
+    shared = descale.dim() == 0
+    scaling = Scaling(
+        "tensor" if shared else "head", descale if shared else descale[runs.scales], amax
     )
+    data = _quantized(recipe, name, x, scaling, runs.cu_seqlens, own_mean).data
     if granularity == "block":
         descale = descale.transpose(0, 1)[None].contiguous()
     if mean is not None and rotation is not None:
         mean = rotation.apply(mean)
-    return Shared(quantized.data, descale, mean)
+    return Shared(data, descale, mean)
 
 
-def _mean(x: Tensor, runs: _Runs, batch: int, groups: Groups) -> Tensor:
+def by_span(
+    recipe: Recipe, name: str, x: Tensor, batch: Batch, ranks: int, rank: int, groups: Groups
+) -> Shared:
+    """k or v (`name`) of a rank's tokens, with scales of its own spans: a descale is as that of
+    packed sequences which are the spans. Only the mean is that of whole sequences."""
+    rotation = _rotation(recipe, name, x)
+    mean = _smoothed(recipe, name, x, batch, ranks, rank, groups)
+    own_mean = None if mean is None else mean.repeat_interleave(batch.parts, dim=0)
+    cu_seqlens = pieces(batch, ranks, rank, x.device)
+    found = _quantized(recipe, name, x, recipe.scaling(name), cu_seqlens, own_mean)
+    if mean is not None and rotation is not None:
+        mean = rotation.apply(mean)
+    return Shared(found.data, found.descale, mean)
+
+
+def _rotation(recipe: Recipe, name: str, x: Tensor) -> Rotation | None:
+    return rotation_for(recipe.hadamard, x.shape[-1]) if name in ("q", "k") else None
+
+
+def _smoothed(
+    recipe: Recipe, name: str, x: Tensor, batch: Batch, ranks: int, rank: int, groups: Groups
+) -> Tensor | None:
+    """The mean that the recipe takes off."""
+    smooths = (name == "k" and recipe.smooth_k) or (name == "v" and recipe.smooth_v)
+    return mean_of(x, batch, ranks, rank, groups) if smooths else None
+
+
+def _quantized(
+    recipe: Recipe,
+    name: str,
+    x: Tensor,
+    scaling: Scaling,
+    cu_seqlens: Tensor,
+    mean: Tensor | None,
+) -> ScaledTensor:
+    smooth = False if mean is None else mean
+    return quantize(
+        x,
+        scaling.granularity,
+        hadamard=_rotation(recipe, name, x),
+        smooth_k=smooth if name == "k" else False,
+        smooth_v=smooth if name == "v" else False,
+        cu_seqlens=cu_seqlens,
+        descale=scaling.descale,
+        amax=scaling.amax,
+    )
+
+
+def mean_of(x: Tensor, batch: Batch, ranks: int, rank: int, groups: Groups) -> Tensor:
     """Over the finite values of all tokens of each sequence and head, fp32 (batch, heads, d)."""
+    runs = _runs(batch, ranks, rank, False, x.device)
     finite = torch.isfinite(x)
     token = Tokens(runs.cu_seqlens).spread(runs.sequences, x)
     values = torch.stack((torch.where(finite, x, 0.0).float(), finite.float()))
-    sums = values.new_zeros((2, batch, *x.shape[1:])).index_add_(1, token, values)
+    sums = values.new_zeros((2, len(batch.lengths), *x.shape[1:])).index_add_(1, token, values)
     for group in groups:
         dist.all_reduce(sums, group=group)
     mean: Tensor = sums[0] / sums[1].clamp_min(1.0)
@@ -134,21 +175,26 @@ def of_call(
     q: ScaledTensor,
     k: Shared,
     v: Shared,
-    q_pieces: Tensor,
-    batch: Batch,
+    firsts: tuple[Tensor, Tensor],
+    parts: int = 1,
 ) -> Options:
-    """The options with the scales of a call: those of its queries by piece, of its keys by
-    sequence."""
-    first_q = block_offsets(q_pieces)[call.q_spans]
-    first_k = _first_blocks_of(batch, q_pieces.device)[call.sequences] + call.k_begins // BLOCK
-    of_q = (call.q_spans, first_q, call.cu_seqlens_q, len(q.data))
-    of_k = (call.sequences, first_k, call.cu_seqlens_k, len(call.k_rows))
+    """The options with the scales of a call: those of its queries by span, of its keys by run.
+
+    firsts: the first block of every span and of every run. parts: runs of a sequence, which has one
+    mean.
+    """
+    first_q = firsts[0][call.q_spans] + call.q_offsets // BLOCK
+    first_k = firsts[1][call.k_runs] + call.k_offsets // BLOCK
+    q_count = len(q.data) if call.q_rows is None else len(call.q_rows)
+    of_q = (call.q_spans, first_q, call.cu_seqlens_q, q_count)
+    of_k = (call.k_runs, first_k, call.cu_seqlens_k, len(call.k_rows))
+    sequences = call.k_runs // parts
     return options._replace(
         q_descale=_taken(q.descale, *of_q),
         k_descale=_taken(k.descale, *of_k),
         v_descale=_taken(v.descale, *of_k),
-        k_mean=None if k.mean is None else k.mean[call.sequences],
-        v_mean=None if v.mean is None else v.mean[call.sequences],
+        k_mean=None if k.mean is None else k.mean[sequences],
+        v_mean=None if v.mean is None else v.mean[sequences],
     )
 
 
@@ -169,5 +215,6 @@ def _taken(
 
 
 @kept(maxsize=32)
-def _first_blocks_of(batch: Batch, device: torch.device) -> Tensor:
-    return torch.tensor(_first_blocks(batch)).to(device)
+def first_blocks(batch: Batch, device: torch.device) -> Tensor:
+    """Of every sequence, int64."""
+    return torch.tensor(_first_blocks(batch)[:-1], dtype=torch.int64).to(device)
