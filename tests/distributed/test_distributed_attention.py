@@ -12,6 +12,7 @@ from distributed_cases import (
     differences,
     expected,
     joined,
+    random_case,
     single,
     with_dtype,
 )
@@ -125,6 +126,13 @@ def test_sixteen_bits_lose_no_more_than_one_process_does(processes, case, dtype)
 def test_float64_is_exact(processes):
     case = with_dtype(Case("float64", ranks=4, sink=True, window=(30, 0)), torch.float64)
     assert_close(found_by(processes, case), expected(case), TOLERANCES[torch.float64])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(200))
+def test_any_call_is_right(processes, seed):
+    case = random_case(seed)
+    assert_close(found_by(processes, case), expected(case), 1e-10)
 
 
 PLANTED = {

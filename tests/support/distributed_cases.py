@@ -4,6 +4,7 @@ The layouts are written out here once more, by their definition, so that a test 
 code's word for who has which token.
 """
 
+import random
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,32 @@ from flash8.fp8 import BlockScaling, CurrentScaling, DelayedScaling
 from process_group import GRID
 
 RAGGED = (37, 0, 1, 64, 3, 23, 2)
+
+
+def random_case(seed: int) -> "Case":
+    """Any call, in float64."""
+    chosen = random.Random(seed)
+    method = chosen.choice(("all_gather", "ring", "ring", "ulysses", "ulysses+ring"))
+    causal = chosen.random() < 0.5
+    heads_kv = chosen.choice((1, 2, 4))
+    lengths = [
+        chosen.choice((0, 1, 2, 3, 5, 8, 13, 31, 47, 64)) for _ in range(chosen.randint(1, 5))
+    ]
+    sides = [chosen.choice((-1, 0, 1, 4, 11, 30)) for _ in range(2)]
+    return Case(
+        f"{seed}-{method}",
+        lengths=(*lengths, 7),  # gradients of no tokens cannot be compared
+        ranks=4 if method == "ulysses+ring" else chosen.choice((1, 2, 4)),
+        method=method,
+        layout=chosen.choice(("zigzag", "contiguous")),
+        dtype=torch.float64,
+        heads_kv=heads_kv,
+        head_dim_v=chosen.choice((8, 16)),
+        causal=causal,
+        window=(sides[0], -1 if causal else sides[1]),
+        softcap=chosen.choice((0.0, 2.0)),
+        sink=chosen.random() < 0.5,
+    )
 
 
 RECIPES = {
@@ -90,16 +117,16 @@ def whole(case: Case) -> Whole:
     generator = torch.Generator().manual_seed(5)
     total = sum(case.all_lengths)
 
-    def random(*shape: int) -> Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    q = random(total, case.heads, case.head_dim) * case.logits
-    k = random(total, case.heads_kv, case.head_dim) + case.bias
-    v = random(total, case.heads_kv, case.head_dim_v) + case.bias
+    q = normal(total, case.heads, case.head_dim) * case.logits
+    k = normal(total, case.heads_kv, case.head_dim) + case.bias
+    v = normal(total, case.heads_kv, case.head_dim_v) + case.bias
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-    s_aux = random(case.heads).to(wide) if case.sink else None
-    dout = random(total, case.heads, case.head_dim_v)
-    dlse = random(case.heads, total)
+    s_aux = normal(case.heads).to(wide) if case.sink else None
+    dout = normal(total, case.heads, case.head_dim_v)
+    dlse = normal(case.heads, total)
     q, k, v, dout = (x.to(case.dtype) for x in (q, k, v, dout))
     dlse = dlse.to(wide)
     cu_seqlens = torch.tensor([0, *case.all_lengths]).cumsum(0).int()
