@@ -29,6 +29,11 @@ RING = [
         CASES, ("head", "head", "tensor16", "smooth", "block", "smooth", "delayed"), strict=True
     )
 ]
+BOTH = [
+    replace(case, name=f"both-{case.name}", method="ulysses+ring", ranks=4)
+    for case in RING
+    if case.recipe != "block"
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def found_by(processes, case):
     return joined(case, processes.run(attend, case.processes, case))
 
 
-@pytest.mark.parametrize("case", [*CASES, *ULYSSES, *RING], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *ULYSSES, *RING, *BOTH], ids=str)
 def test_the_error_is_that_of_one_process(processes, case):
     reference = expected(case)
     here = differences(found_by(processes, case), reference)

@@ -7,7 +7,7 @@ import torch
 
 from flash8 import distributed
 from flash8.distributed.ulysses import shares
-from flash8.fp8 import CurrentScaling
+from flash8.fp8 import BlockScaling, CurrentScaling
 from process_group import Processes
 
 CU = torch.tensor([0, 5, 12], dtype=torch.int32)
@@ -46,6 +46,11 @@ REFUSED = {
         packed(recipe=CurrentScaling(backward="fp8"), method="ring"),
         ValueError,
         r"recipe\.backward must be '16bit' with method='ring', got 'fp8'",
+    ),
+    "block recipe and both": (
+        packed(recipe=BlockScaling(), method="ulysses+ring", group="pair"),
+        ValueError,
+        r"recipe must not scale by 128 tokens with method='ulysses\+ring', got BlockScaling",
     ),
     "seqlen": (dense(seqlen=7), ValueError, r"q must have 7 tokens a sequence: .*seqlen=7"),
     "seqlen type": (dense(seqlen=7.0), TypeError, r"seqlen must be an integer, got 7\.0"),
@@ -89,6 +94,8 @@ def message_of(function, kinds, **given):
 
 
 def refuse(group, given):
+    if given.get("group") == "pair":
+        given = {**given, "group": (group, group)}
     return message_of(distributed.attention, Exception, **{"group": group, **given})
 
 

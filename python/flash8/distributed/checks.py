@@ -70,14 +70,18 @@ def method(value: Any, ranks: Ranks) -> str:
 
 
 def fp8_method(value: str, recipe: Recipe) -> None:
-    if value == "ulysses+ring":
+    if value not in ("ring", "ulysses+ring"):
+        return
+    if recipe.backward != "16bit":
         raise ValueError(
-            f"method must be 'all_gather', 'ring' or 'ulysses' with a recipe, got {value!r}"
+            f"recipe.backward must be '16bit' with method={value!r}, got {recipe.backward!r}: its "
+            "FP8 products need all keys of a query in one call, as 'all_gather' and 'ulysses' have "
+            "them"
         )
-    if value == "ring" and recipe.backward != "16bit":
+    if value == "ulysses+ring" and recipe.scaling("k").granularity == "block":
         raise ValueError(
-            f"recipe.backward must be '16bit' with method='ring', got {recipe.backward!r}: its FP8 "
-            "products need all keys of a query in one call, as 'all_gather' and 'ulysses' have them"
+            f"recipe must not scale by 128 tokens with method={value!r}, got {recipe}: the pieces "
+            "that go around begin inside of them; take CurrentScaling or DelayedScaling"
         )
 
 

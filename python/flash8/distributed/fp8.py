@@ -1,11 +1,11 @@
 """attention with a recipe: FP8 forward, the recipe's backward, e4m3 on the wire.
 
-The same ways as in 16 bits, "all_gather" and "ulysses": in both a query meets all of its keys in
-one call, which is what the backward of an FP8 forward stands on (`flash8.ops.fp8_backward16`). For
-the backward a rank keeps e4m3, O and LSE: "all_gather" its own tokens, "ulysses" all tokens of its
-heads.
+Here are "all_gather" and "ulysses": in both a query meets all of its keys in one call, so that they
+take every recipe (`fp8_ring` has the others). For the backward a rank keeps e4m3, O and LSE, under
+"all_gather" of its own tokens, under "ulysses" of all tokens of its heads.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from flash8.call.options import Options, without_tensors
 from flash8.distributed import checks, collectives, partial, plan, scaling
 from flash8.distributed.layout import Batch
-from flash8.distributed.ulysses import ways
+from flash8.distributed.ulysses import Way, ways
 from flash8.fp8.recipes import FP8_PRODUCTS, Recipe
 from flash8.tensors.descales import BLOCK, block_offsets
 from flash8.tensors.float8 import E4M3
@@ -191,6 +191,52 @@ def _options(
     return scaling.of_call(options, call, q8, k8, v8, firsts)
 
 
+def to_heads(
+    queries: Way, keys: Way, q8: scaling.Shared, k8: scaling.Shared, v8: scaling.Shared
+) -> tuple[Tensor, Tensor, Tensor]:
+    """e4m3 of all tokens of the own heads."""
+    q_data, k_data, v_data = (x.data.view(torch.uint8) for x in (q8, k8, v8))
+    own_q = queries.to_heads(q_data)
+    both = keys.to_heads(torch.cat((k_data, v_data), dim=-1))
+    own_k, own_v = both.split((k_data.shape[-1], v_data.shape[-1]), dim=-1)
+    return own_q.view(E4M3), own_k.contiguous().view(E4M3), own_v.contiguous().view(E4M3)
+
+
+def to_tokens(queries: Way, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """O and LSE of all heads of the own tokens."""
+    rows = queries.to_tokens(lse.transpose(0, 1)[..., None])
+    return queries.to_tokens(out), rows[..., 0].transpose(0, 1)
+
+
+def gradients_to_heads(
+    queries: Way, dout: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    if dout is not None:
+        dout = queries.to_heads(dout)
+    if dlse is not None:
+        dlse = queries.to_heads(dlse.transpose(0, 1)[..., None])[..., 0].transpose(0, 1)
+    return dout, dlse
+
+
+def gradients_to_tokens(
+    queries: Way, keys: Way, own: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, those of shared KV heads added up."""
+    dq, dk, dv = own
+    both = keys.to_tokens(torch.cat((dk, dv), dim=-1))
+    of_k, of_v = both.split((dk.shape[-1], dv.shape[-1]), dim=-1)
+    return queries.to_tokens(dq), of_k, of_v
+
+
+def of_all_heads(own: Tensor | None, queries: Way, heads: int) -> Tensor | None:
+    """The gradient of the sinks, of which the own heads have one."""
+    if own is None:
+        return None
+    found = own.new_zeros(heads)
+    found[queries.own()] = own
+    return found
+
+
 class _Ulysses(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -199,9 +245,6 @@ class _Ulysses(torch.autograd.Function):
         (group,) = how.ranks.groups
         queries, keys = ways(q, k, how.batch, group, (1, 0))
         q8, k8, v8 = how.agree("q", q), how.agree("k", k), how.agree("v", v)
-        both = torch.cat((k8.data.view(torch.uint8), v8.data.view(torch.uint8)), dim=-1)
-        own_q = queries.to_heads(q8.data.view(torch.uint8)).view(E4M3)
-        own_k, own_v = keys.to_heads(both).split((k.shape[-1], v.shape[-1]), dim=-1)
         heads, heads_kv = queries.own(), keys.own()
         options = plan.of_whole_sequences(how.batch, how.options, q.device)._replace(
             q_descale=_of_heads(q8.descale, heads),
@@ -211,7 +254,7 @@ class _Ulysses(torch.autograd.Function):
             v_mean=None if v8.mean is None else v8.mean[:, heads_kv],
         )
         sink = None if s_aux is None else s_aux[heads]
-        inputs = (own_q, *(x.contiguous().view(E4M3) for x in (own_k, own_v)), sink)
+        inputs = (*to_heads(queries, keys, q8, k8, v8), sink)
         out, lse = forward(inputs, v.dtype, options)
         ctx.set_materialize_grads(False)
         ctx.options = without_tensors(options)
@@ -219,8 +262,7 @@ class _Ulysses(torch.autograd.Function):
         ctx.save_for_backward(*inputs, out, lse, *tensors)
         ctx.how, ctx.ways, ctx.rest = how, (queries, keys), Backward(how.recipe)
         ctx.dtypes, ctx.heads = (q.dtype, k.dtype, v.dtype), q.shape[1]
-        rows = queries.to_tokens(lse.transpose(0, 1)[..., None])[..., 0].transpose(0, 1)
-        return queries.to_tokens(out), rows
+        return to_tokens(queries, out, lse)
 
     @staticmethod
     @once_differentiable
@@ -229,18 +271,10 @@ class _Ulysses(torch.autograd.Function):
         options = ctx.options.with_tensors(ctx.saved_tensors[6:])
         queries, keys = ctx.ways
         ctx.rest.note(dout)
-        if dout is not None:
-            dout = queries.to_heads(dout)
-        if dlse is not None:
-            dlse = queries.to_heads(dlse.transpose(0, 1)[..., None])[..., 0].transpose(0, 1)
-        own = ctx.rest.run(dout, dlse, tuple(inputs), out, lse, options)
-        dq = queries.to_tokens(own[0])
-        both = keys.to_tokens(torch.cat((own[1], own[2]), dim=-1))
-        dk, dv = both.split((own[1].shape[-1], own[2].shape[-1]), dim=-1)
-        ds_aux = None
-        if inputs[3] is not None:
-            ds_aux = inputs[3].new_zeros(ctx.heads)
-            ds_aux[queries.own()] = own[3]
+        dout, dlse = gradients_to_heads(queries, dout, dlse)
+        *own, own_sink = ctx.rest.run(dout, dlse, tuple(inputs), out, lse, options)
+        dq, dk, dv = gradients_to_tokens(queries, keys, own)
+        ds_aux = of_all_heads(None if inputs[3] is None else own_sink, queries, ctx.heads)
         wide = partial.wide(out)
         gradients = (ctx.how.rotated_back(dq.to(wide)), ctx.how.rotated_back(dk.to(wide)), dv)
         return *(x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True)), ds_aux, None

@@ -62,9 +62,9 @@ def attention(
         layout: "zigzag" (for causal attention) or "contiguous": see `flash8.distributed.layout`.
         s_aux: (heads,), the same on every rank. Its gradient, like that of every parameter, is this
             rank's share: sum it over ranks.
-        recipe: FP8 as in `flash8.fp8_attention`, with e4m3 on the wire; not under "ulysses+ring",
-            and with a 16-bit backward under "ring". `DelayedScaling` gathers the amax of this rank:
-            its `step()` needs the group.
+        recipe: FP8 as in `flash8.fp8_attention`, with e4m3 on the wire. Where keys go around the
+            backward is the 16-bit one, and "ulysses+ring" takes no `BlockScaling`. `DelayedScaling`
+            gathers the amax of this rank: its `step()` needs the group.
         The others are those of `flash8.flash_attn_func`; positions count in the whole sequence.
 
     Returns:
@@ -128,8 +128,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     q, k, v = rows
     group, *others = ranks.groups
-    if recipe is not None and method == "ring":
-        found = fp8_ring.attend(q, k, v, s_aux, fp8.How(batch, ranks, options, recipe))
+    if recipe is not None and method in ("ring", "ulysses+ring"):
+        found = fp8_ring.attend(method, q, k, v, s_aux, fp8.How(batch, ranks, options, recipe))
     elif recipe is not None:
         found = fp8.attend(method, q, k, v, s_aux, fp8.How(batch, ranks, options, recipe))
     elif method == "all_gather":
