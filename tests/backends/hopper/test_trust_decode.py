@@ -57,7 +57,7 @@ WRONG = {
         "its tickets are left",
     ),
     "softcap": (MODIFIED, (LOOP, "cap * ptx::tanh(score * per_cap)", "score"), "LSE"),
-    "slopes": (MODIFIED, (ROWS, "slopes == nullptr ||", "true ||"), "LSE"),
+    "slopes": (MODIFIED, (ROWS, "scores.alibi_slopes == nullptr ?", "true ?"), "LSE"),
 }
 
 
