@@ -152,6 +152,6 @@ def test_kernels_stand_what_no_host_has_looked_at():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_twenty_thousand_calls():
-    """`make fuzz` makes five times as many."""
-    fuzz("--calls", "20000")
+def test_ten_thousand_calls():
+    """`make fuzz` makes ten times as many."""
+    fuzz("--calls", "10000")
