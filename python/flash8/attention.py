@@ -241,10 +241,13 @@ def attend(
     arguments: Arguments, *, dropout_seed: Any, return_lse: bool, names: Names = OWN_NAMES
 ) -> Output:
     """Runs a call: by the plan cache, or checked. names: what the caller calls its arguments."""
-    require_bool("return_attn_probs", return_lse)
+    if return_lse is not False:
+        require_bool("return_attn_probs", return_lse)
     if is_autocast_on():
         arguments = _cast_for_autocast(arguments)
-    arguments = _with_seed(arguments, dropout_seed)
+    p = arguments.get("dropout_p")
+    if type(p) is float and 0.0 < p < 1.0:
+        arguments = _with_seed(arguments, dropout_seed)
     may_be_cached = dropout_seed is None or "dropout_seed" in arguments
     done = plan_cache.find(arguments, return_lse) if may_be_cached else None
     if done is not None:
@@ -280,8 +283,8 @@ def attend(
 def _with_seed(arguments: Arguments, dropout_seed: Any) -> Arguments:
     """With the seed of dropout as one more argument, a tensor that a plan may point to, where the
     call is for kernels. Where none is given it is drawn."""
-    p, q = arguments.get("dropout_p"), arguments["q"]
-    if type(p) is not float or not 0.0 < p < 1.0 or not plan_cache.may_launch(q):
+    q = arguments["q"]
+    if not plan_cache.may_launch(q):
         return arguments
     if dropout_seed is None:
         seed = draw_seed(q.device)

@@ -1,7 +1,7 @@
 """Whether a mode, a transform or a tracer of torch is active: one place asks.
 
-Torch's public functions are asked where it has one. Other questions have private names only. If a
-torch lacks one of those, `COMPLETE` is False and every answer is the careful one: then each call
+Torch's public functions are asked where it has one that is quick. Other questions have private
+names only. If a torch lacks one of those, `COMPLETE` is False and every answer is the careful one: then each call
 goes through its torch op, which is slower and always right.
 """
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 try:
     from torch._C import (
         DisableTorchFunction,
         _are_functorch_transforms_active,
         _is_any_autocast_enabled,
+        _is_tracing,
         _len_torch_dispatch_stack,
         _len_torch_function_stack,
     )
@@ -41,7 +41,7 @@ def is_observed() -> bool:
         or _len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
         or peek_interpreter_stack() is not None
-        or is_tracing()
+        or _is_tracing()
     )
 
 
@@ -51,7 +51,7 @@ def are_operations_observed() -> bool:
         not COMPLETE
         or _len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
-        or is_tracing()
+        or _is_tracing()
     )
 
 

@@ -35,6 +35,8 @@ class TensorReader {
     // Whether `tensor` is a strided tensor with memory on a CPU or CUDA device, with at least one element and
     // as it lies in memory (its negation is not pending). No Python exception is left set.
     bool read(PyObject* tensor, TensorView& view) const;
+    // The same of a tensor that torch has just made, whose values are not negated lazily. It may throw.
+    bool read_new(PyObject* tensor, TensorView& view) const;
 
     bool requires_grad(PyObject* tensor) const;
 

@@ -35,6 +35,7 @@ class FakeDriver:
         self._alive_before = self._library.fake_alive()
 
     def record(self, on: bool) -> None:
+        """Off: calls are neither counted nor checked, for benchmarks of what calls the driver."""
         self._library.fake_record(int(on))
 
     def capture(self, on: bool) -> None:
