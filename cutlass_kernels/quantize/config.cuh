@@ -2,12 +2,12 @@
 
 #pragma once
 
+#include "elements.cuh"
 #include "kernel_info.h"
 #include "quantize_params.h"
 
 namespace flash8::quantize {
 
-enum class Input { kFp16, kBf16, kFp32 };
 enum class Output { kE4m3, kE5m2 };
 
 struct Config {

@@ -3,28 +3,10 @@
 #pragma once
 
 #include "arithmetic.cuh"
+#include "elements.cuh"
 #include "tokens.cuh"
 
 namespace flash8::quantize {
-
-constexpr int kGroup = 8;  // channels of one 16-byte load of a 16-bit type
-
-__device__ __forceinline__ float widen(uint32_t half_word) {
-    if constexpr (Config::kInput == Input::kBf16) {
-        return __uint_as_float(half_word << 16);
-    } else {
-        float value;
-        asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<uint16_t>(half_word)));
-        return value;
-    }
-}
-
-__device__ __forceinline__ void load_floats(float const* source, float (&values)[kGroup]) {
-    float4 const low = reinterpret_cast<float4 const*>(source)[0];
-    float4 const high = reinterpret_cast<float4 const*>(source)[1];
-    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-}
 
 // Eight neighbouring channels, widened.
 __device__ __forceinline__ void load_group(void const* x, int64_t element, float (&values)[kGroup]) {
@@ -35,8 +17,8 @@ __device__ __forceinline__ void load_group(void const* x, int64_t element, float
         uint32_t const words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            values[2 * i] = widen(words[i] & 0xffff);
-            values[2 * i + 1] = widen(words[i] >> 16);
+            values[2 * i] = widen<Config::kInput>(words[i] & 0xffff);
+            values[2 * i + 1] = widen<Config::kInput>(words[i] >> 16);
         }
     }
 }
