@@ -20,6 +20,7 @@ from torch import Tensor
 
 import flash8
 from flash8 import backends, fp8
+from flash8.backends.hopper.append_variants import AppendVariant
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
@@ -265,14 +266,21 @@ ROWS = (
         [quantize("channel"), quantize("head", dim=24)],
     ),
     Row(
-        "append to an e4m3 cache: rotary, mean, scale, cast, pages",
-        QuantizeVariant,
+        "append to a 16-bit cache: rotary of q and k, pages",
+        AppendVariant,
+        [
+            *(appended(BF16), appended(FP16, **rotary())),
+            appended(BF16, page_table=ints([[0]]), **rotary()),
+        ],
+    ),
+    Row(
+        "append to an e4m3 cache: the same, mean, scale, cast",
+        AppendVariant,
         [
             *(appended(E4M3, **per_head()), appended(E4M3, **per_head(), **rotary())),
             appended(E4M3, **per_head(), page_table=ints([[0]]), k_mean=torch.zeros(2, 64)),
         ],
     ),
-    Row("append to a 16-bit cache", QuantizeVariant, [appended(BF16), appended(FP16, **rotary())]),
 )
 
 

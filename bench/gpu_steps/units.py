@@ -21,6 +21,7 @@ from bench_choices import choices
 from flash8.backends.hopper import backward as hopper_backward
 from flash8.backends.hopper import backward_fp8
 from flash8.backends.hopper import forward as hopper
+from flash8.backends.hopper.append_variants import AppendVariant
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.kernels import Variant, kernels_of, shipped
@@ -104,8 +105,8 @@ def _call(
 
 def _of_tests() -> Iterator[Variant]:
     """Those of the GPU tests, which run on the CPU for it (tests/support/gpu_recorder.py)."""
-    variants = (ForwardVariant, BackwardVariant, DecodeVariant, QuantizeVariant)
-    kinds = {kind.__name__: kind for kind in variants}
+    attention = (ForwardVariant, BackwardVariant, DecodeVariant)
+    kinds = {kind.__name__: kind for kind in (*attention, QuantizeVariant, AppendVariant)}
     with tempfile.TemporaryDirectory() as folder:
         recorded = Path(folder) / "recorded.json"
         command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "gpu_recorder", "-m", "gpu"]

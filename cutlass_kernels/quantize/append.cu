@@ -1,79 +1,251 @@
-// New tokens into an 8-bit KV cache, dense or paged, by the descales that the cache has already.
+// New tokens into a KV cache, dense or paged, of 16 or 8 bits: one launch over the heads of Q, K and V.
+//
+// A thread has eight channels of one token and head. Nothing passes between threads: a pair of channels that
+// lie apart is turned by the two threads that have them, each of which loads both.
 
-#include "rows.cuh"
+#include "arithmetic.cuh"
+#include "clamp.cuh"
+#include "elements.cuh"
+#include "new_token.cuh"
 
 namespace flash8::quantize {
 
-// Where one token goes.
-struct Place {
-    static constexpr unsigned kFarthest = 0x7fffffff;
+// What a variant fixes at compile time. The -D options come from flash8.backends.hopper.append_variants.
+enum class Cache { kSame, kE4m3 };
 
-    int slot;
-    int row;    // within the slot
-    int block;  // of the slot's descales
-    bool exists;
+struct AppendConfig {
+    static constexpr Input kInput = Input::FLASH8_DTYPE;
+    static constexpr bool kQuantizes = Cache::FLASH8_CACHE == Cache::kE4m3;
+    static constexpr int kBytes = kInput == Input::kE4m3 ? 1 : kInput == Input::kFp32 ? 4 : 2;
+    static constexpr int kWords = kGroup * kBytes / 4;
+    static constexpr int kThreads = 256;
+    static constexpr int kMinCtas = 4;
+    static_assert(!kQuantizes || kInput != Input::kE4m3);
+};
 
-    __device__ Place(AppendParams const& append, int batch, int token) {
-        // There is no place after a negative length, or past the range of 32 bits.
-        int const length = append.cache_seqlens[batch];
-        int const position =
-            length < 0 ? -1 : static_cast<int>(min(static_cast<unsigned>(length) + token, kFarthest));
-        if (append.page_table != nullptr) {
-            int const column = position / append.slot_tokens;
-            bool const listed = position >= 0 && column < append.max_pages;
-            slot = listed ? append.page_table[batch * append.page_table_stride + column] : -1;
-            row = position % append.slot_tokens;
-            block = 0;
-        } else {
-            slot = append.kv_batch_idx != nullptr ? append.kv_batch_idx[batch] : batch;
-            row = position;
-            block = position / Config::kTokens;
+constexpr KernelInfo describe_append() {
+    KernelInfo info{};
+    info.abi_version = kAbiVersion;
+    info.info_bytes = sizeof(KernelInfo);
+    info.params_bytes = sizeof(AppendParams);
+    info.kind = KernelKind::kQuantizeAppend;
+    constexpr char kEntry[] = "flash8_append";
+    for (unsigned i = 0; i < sizeof(kEntry); ++i) {
+        info.entry[i] = kEntry[i];
+    }
+    info.kBlockM = 1;  // a CTA has channels of some tokens, whose number depends on the head dimension
+    info.threads = AppendConfig::kThreads;
+    info.min_ctas_per_sm = AppendConfig::kMinCtas;
+    info.cluster[0] = info.cluster[1] = info.cluster[2] = 1;
+    info.scale_block = kScaleBlock;
+    return info;
+}
+
+// Eight neighbouring channels as they lie in memory.
+struct Group {
+    uint32_t words[AppendConfig::kWords];
+
+    __device__ static Group load(TensorRef const& x, int64_t element) {
+        char const* const source = static_cast<char const*>(x.ptr) + element * AppendConfig::kBytes;
+        Group group;
+#pragma unroll
+        for (int i = 0; i < AppendConfig::kWords; i += 2) {
+            if constexpr (AppendConfig::kWords == 2) {
+                uint2 const raw = *reinterpret_cast<uint2 const*>(source);
+                group.words[0] = raw.x, group.words[1] = raw.y;
+            } else if (i % 4 == 0) {
+                uint4 const raw = *reinterpret_cast<uint4 const*>(source + 4 * i);
+                group.words[i] = raw.x, group.words[i + 1] = raw.y;
+                group.words[i + 2] = raw.z, group.words[i + 3] = raw.w;
+            }
         }
-        exists = position >= 0 && slot >= 0 && slot < append.num_slots && row < append.slot_tokens;
+        return group;
+    }
+
+    __device__ void store(TensorRef const& out, int64_t element) const {
+        char* const target = static_cast<char*>(out.ptr) + element * AppendConfig::kBytes;
+#pragma unroll
+        for (int i = 0; i < AppendConfig::kWords; i += 2) {
+            if constexpr (AppendConfig::kWords == 2) {
+                *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+            } else if (i % 4 == 0) {
+                *reinterpret_cast<uint4*>(target + 4 * i) =
+                    make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+            }
+        }
+    }
+
+    __device__ void widen_into(float (&values)[kGroup]) const {
+#pragma unroll
+        for (int i = 0; i < AppendConfig::kWords; ++i) {
+            if constexpr (AppendConfig::kInput == Input::kFp32) {
+                values[i] = __uint_as_float(words[i]);
+            } else {
+                values[2 * i] = widen<AppendConfig::kInput>(words[i] & 0xffff);
+                values[2 * i + 1] = widen<AppendConfig::kInput>(words[i] >> 16);
+            }
+        }
+    }
+
+    __device__ void narrow_from(float const (&values)[kGroup]) {
+#pragma unroll
+        for (int i = 0; i < AppendConfig::kWords; ++i) {
+            if constexpr (AppendConfig::kInput == Input::kFp32) {
+                words[i] = __float_as_uint(values[i]);
+            } else {
+                words[i] = narrow<AppendConfig::kInput>(values[2 * i], values[2 * i + 1]);
+            }
+        }
     }
 };
 
-__device__ __forceinline__ float inverse_descale(QuantizeParams const& params, TokenTile const& tile,
+// kCount neighbouring entries of a table; kCount is 4 or 8.
+template <int kCount>
+__device__ __forceinline__ void load_table(RotaryParams const& rotary, void const* table, int64_t entry,
+                                           float (&values)[kCount]) {
+    if (AppendConfig::kInput == Input::kFp32 || rotary.is_fp32) {
+        float const* const source = static_cast<float const*>(table) + entry;
+#pragma unroll
+        for (int i = 0; i < kCount; i += 4) {
+            float4 const raw = *reinterpret_cast<float4 const*>(source + i);
+            values[i] = raw.x, values[i + 1] = raw.y, values[i + 2] = raw.z, values[i + 3] = raw.w;
+        }
+    } else {
+        uint16_t const* const source = static_cast<uint16_t const*>(table) + entry;
+#pragma unroll
+        for (int i = 0; i < kCount; i += 4) {
+            uint2 const raw = *reinterpret_cast<uint2 const*>(source + i);
+            values[i] = widen<AppendConfig::kInput>(raw.x & 0xffff);
+            values[i + 1] = widen<AppendConfig::kInput>(raw.x >> 16);
+            values[i + 2] = widen<AppendConfig::kInput>(raw.y & 0xffff);
+            values[i + 3] = widen<AppendConfig::kInput>(raw.y >> 16);
+        }
+    }
+}
+
+// (first, second) becomes (first cos - second sin, first sin + second cos). `element` is that of channel 0.
+__device__ __forceinline__ void turn(RotaryParams const& rotary, TensorRef const& x, int64_t element,
+                                     int channel, int64_t position, float (&y)[kGroup]) {
+    if (rotary.interleaved) {
+        constexpr int kPairs = kGroup / 2;
+        float cos[kPairs];
+        float sin[kPairs];
+        load_table(rotary, rotary.cos, position * rotary.cos_stride + channel / 2, cos);
+        load_table(rotary, rotary.sin, position * rotary.sin_stride + channel / 2, sin);
+#pragma unroll
+        for (int c = 0; c < kPairs; ++c) {
+            float const first = y[2 * c];
+            float const second = y[2 * c + 1];
+            y[2 * c] = subtract(multiply(first, cos[c]), multiply(second, sin[c]));
+            y[2 * c + 1] = add(multiply(first, sin[c]), multiply(second, cos[c]));
+        }
+        return;
+    }
+    int const half = rotary.rotary_dim / 2;
+    bool const first = channel < half;
+    int const entry = first ? channel : channel - half;
+    float other[kGroup];
+    Group::load(x, element + (first ? channel + half : entry)).widen_into(other);
+    float cos[kGroup];
+    float sin[kGroup];
+    load_table(rotary, rotary.cos, position * rotary.cos_stride + entry, cos);
+    load_table(rotary, rotary.sin, position * rotary.sin_stride + entry, sin);
+    // Times -1 is exact: the first half is y cos + (-other) sin.
+    float const sign = first ? -1.0f : 1.0f;
+#pragma unroll
+    for (int c = 0; c < kGroup; ++c) {
+        y[c] = multiply_add(multiply(other[c], sin[c]), sign, multiply(y[c], cos[c]));
+    }
+}
+
+__device__ __forceinline__ float inverse_descale(AppendedRows const& rows, int head, NewToken const& token,
                                                  Place const& place) {
-    GroupRef const& ref = params.descale;
+    DescaleRef const& ref = rows.descale;
     if (ref.ptr == nullptr) {
         return 1.0f;
     }
-    int const batch = params.append.descale_by_slot ? place.slot : tile.batch;
+    int const batch = rows.descale_by_slot ? place.slot : token.batch;
     return reciprocal(checked_descale(
-        ref.ptr[batch * ref.batch_stride + tile.head * ref.head_stride + place.block * ref.block_stride]));
+        ref.ptr[batch * ref.batch_stride + head * ref.head_stride + place.block * ref.block_stride]));
 }
 
-__device__ __forceinline__ void append_row(QuantizeParams const& params, TokenTile const& tile,
-                                           Rows const& rows, int j) {
-    int const token = tile.first + rows.token(j);
-    if (!rows.counts(tile, j)) {
+// Eight channels in e4m3.
+__device__ __forceinline__ uint2 quantized(AppendedRows const& rows, int head, int channel,
+                                           NewToken const& token, Place const& place, float (&y)[kGroup]) {
+    if (rows.mean.ptr != nullptr) {
+        float mean[kGroup];
+        load_floats(
+            rows.mean.ptr + token.batch * rows.mean.batch_stride + head * rows.mean.head_stride + channel,
+            mean);
+#pragma unroll
+        for (int c = 0; c < kGroup; ++c) {
+            y[c] = subtract(y[c], mean[c]);
+        }
+    }
+    float const inverse = inverse_descale(rows, head, token, place);
+#pragma unroll
+    for (int c = 0; c < kGroup; ++c) {
+        y[c] = multiply(y[c], inverse);
+    }
+    return make_uint2(pack<false>(y[0], y[1], y[2], y[3]), pack<false>(y[4], y[5], y[6], y[7]));
+}
+
+__device__ __forceinline__ void append(AppendParams const& params, AppendedRows const& rows, bool is_query,
+                                       int head) {
+    int const groups = rows.head_dim / kGroup;
+    int const item = blockIdx.x * AppendConfig::kThreads + threadIdx.x;
+    if (item / groups >= rows.tokens) {
         return;
     }
-    Place const place(params.append, tile.batch, token);
-    if (!place.exists) {
-        return;
+    int const channel = item % groups * kGroup;
+    NewToken const token(rows, params.batch, item / groups);
+    int64_t const element = token.element + head * rows.x.head_stride;
+    Group group = Group::load(rows.x, element + channel);
+    Place place{};
+    if (!is_query) {
+        place = Place(params.place, token);
+        if (!place.exists) {
+            return;
+        }
     }
-    float const inverse = inverse_descale(params, tile, place);
-    char* const out = static_cast<char*>(params.out.ptr) + place.slot * params.out.batch_stride +
-                      place.row * params.out.row_stride + tile.head * params.out.head_stride;
-    *reinterpret_cast<uint4*>(out + rows.channel) = pack_row(rows.x[j], inverse);
+    int64_t const target = (is_query ? token.out_element
+                                     : place.slot * rows.out.batch_stride + place.row * rows.out.row_stride) +
+                           head * rows.out.head_stride + channel;
+    if constexpr (AppendConfig::kInput == Input::kE4m3) {
+        group.store(rows.out, target);
+    } else {
+        float y[kGroup];
+        group.widen_into(y);
+        if (rows.rotates && channel < params.rotary.rotary_dim) {
+            int64_t const position = position_of(params.rotary, rows, token);
+            turn(params.rotary, rows.x, element, channel, position, y);
+            group.narrow_from(y);
+        }
+        if (AppendConfig::kQuantizes && !is_query) {
+            *reinterpret_cast<uint2*>(static_cast<char*>(rows.out.ptr) + target) =
+                quantized(rows, head, channel, token, place, y);
+        } else {
+            group.store(rows.out, target);
+        }
+    }
 }
 
 }  // namespace flash8::quantize
 
-extern "C" __constant__ flash8::KernelInfo kernel_info = flash8::quantize::describe(
-    flash8::KernelKind::kQuantizeAppend, "flash8_quantize_append", flash8::quantize::Config::kThreads);
+extern "C" __constant__ flash8::KernelInfo kernel_info = flash8::quantize::describe_append();
 
-extern "C" __global__ void __launch_bounds__(flash8::quantize::Config::kThreads,
-                                             flash8::quantize::Config::kMinCtas)
-    flash8_quantize_append(flash8::QuantizeParams const __grid_constant__ params) {
+extern "C" __global__ void __launch_bounds__(flash8::quantize::AppendConfig::kThreads,
+                                             flash8::quantize::AppendConfig::kMinCtas)
+    flash8_append(flash8::AppendParams const __grid_constant__ params) {
     using namespace flash8::quantize;
-    TokenTile const tile = TokenTile::read(params);
-    Rows rows(params);
-    rows.prepare(params, tile);
-#pragma unroll
-    for (int j = 0; j < Config::kRows; ++j) {
-        append_row(params, tile, rows, j);
+    if (blockIdx.y == 0 && params.lengths != nullptr) {
+        write_lengths(params, AppendConfig::kThreads);
     }
+    int head = blockIdx.y;
+    int kind = 0;
+    while (head >= params.rows[kind].heads) {
+        head -= params.rows[kind].heads;
+        ++kind;
+    }
+    append(params, params.rows[kind], kind == 0, head);
 }

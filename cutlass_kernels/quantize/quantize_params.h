@@ -28,19 +28,6 @@ enum class ScaleSource : std::int32_t {
     kGiven = 2,  // QuantizeParams::descale is read, not written
 };
 
-// Where new tokens go in a KV cache: after the cache_seqlens[b] tokens that sequence b has there. A slot is a
-// page, or without a page table a row of the cache. Tokens without a place are dropped.
-struct AppendParams {
-    const std::int32_t* cache_seqlens;  // (batch)
-    const std::int32_t* page_table;     // (batch, max_pages), or null
-    const std::int32_t* kv_batch_idx;   // (batch): rows of the cache without a page table; null: their number
-    std::int64_t page_table_stride;
-    std::int32_t max_pages;
-    std::int32_t num_slots;
-    std::int32_t slot_tokens;      // tokens that a slot has room for
-    std::int32_t descale_by_slot;  // 1: the batch coordinate of a descale is the slot, not the sequence
-};
-
 struct QuantizeParams {
     TensorRef x;    // (batch, seqlen, heads, head_dim) or packed (total, heads, head_dim)
     TensorRef out;  // likewise, 8 bits; column-major: (batch, heads, head_dim, 128 * blocks), where
@@ -58,8 +45,7 @@ struct QuantizeParams {
     const std::int32_t* rope_offsets;  // (batch): the position of a sequence's first token; null: 0
     const std::int32_t* cu_seqlens;    // (batch + 1), null: dense
     const std::int32_t* seqused;       // (batch): tokens that count, null: all
-    AppendParams append;  // of kQuantizeAppend, where `out` is the cache and row_stride its tokens'
-    std::int64_t total;   // rows of a packed x
+    std::int64_t total;                // rows of a packed x
 
     std::int32_t batch;
     std::int32_t seqlen;  // of a dense x

@@ -296,19 +296,56 @@ def decode_workspace(
     kernel: Kernel, device: int, call: DecodeParams, sm_margin: int = 0
 ) -> dict[str, int]: ...
 
-class AppendParams:
+class AppendedRows:
+    x: tuple[int, int, int, int]
+    out: tuple[int, int, int, int]
+    mean: tuple[int, int, int]
+    descale: tuple[int, int, int, int]
+    cu_seqlens: int
+    tokens: int
+    seqlen: int
+    heads: int
+    head_dim: int
+    descale_by_slot: int
+    rotates: int
+    advances: int
+
+class RotaryParams:
+    cos: int
+    sin: int
+    offsets: int
+    cos_stride: int
+    sin_stride: int
+    positions: int
+    rotary_dim: int
+    interleaved: int
+    is_fp32: int
+
+class PlaceParams:
     cache_seqlens: int
     page_table: int
     kv_batch_idx: int
     page_table_stride: int
+    table_rows: int
     max_pages: int
     num_slots: int
     slot_tokens: int
-    descale_by_slot: int
+
+class AppendParams:
+    @property
+    def q(self) -> AppendedRows: ...
+    @property
+    def k(self) -> AppendedRows: ...
+    @property
+    def v(self) -> AppendedRows: ...
+    @property
+    def rotary(self) -> RotaryParams: ...
+    @property
+    def place(self) -> PlaceParams: ...
+    lengths: int
+    batch: int
 
 class QuantizeParams:
-    @property
-    def append(self) -> AppendParams: ...
     x: tuple[int, int, int, int]
     out: tuple[int, int, int, int]
     mean: tuple[int, int, int]
@@ -337,6 +374,7 @@ class QuantizeParams:
     def copy(self) -> QuantizeParams: ...
 
 def launch_quantize(kernel: Kernel, device: int, stream: int, call: QuantizeParams) -> None: ...
+def launch_append(kernel: Kernel, device: int, stream: int, call: AppendParams) -> None: ...
 def launch_forward(
     kernel: Kernel, device: int, stream: int, call: ForwardParams, sm_margin: int = 0
 ) -> None: ...

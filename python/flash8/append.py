@@ -1,27 +1,40 @@
 """The keys and values that a KV-cache call appends: checks, rotary, quantization, the write."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flash8 import backends
+from flash8.backends.cpu import append as portable
+from flash8.backends.hopper import append as hopper
 from flash8.call import checks, derivatives
 from flash8.call.geometry import Geometry
 from flash8.call.options import Options
+from flash8.call.request import Appended, Queries
+from flash8.ops import append as kernels
+from flash8.ops import attention as ops
 from flash8.tensors import memory
 from flash8.tensors.arguments import (
     INDEX_DTYPES,
+    call_by,
     require_rank,
     require_shape,
     require_tensor,
     to_int32,
 )
 from flash8.tensors.float8 import E4M3
-from flash8.tensors.rotary import Rope, apply_rotary, token_positions
+from flash8.tensors.rotary import Rope, token_positions
 
-if TYPE_CHECKING:
-    from flash8.call.request import Appended
+#: What `checks` and `flash_attn_with_kvcache` call the same arguments, where lengths are those
+#: after the append.
+_LENGTHENED_NAMES = {
+    "k": "k_cache",
+    "v": "v_cache",
+    "seqused_k": "cache_seqlens, with the appended rows,",
+    "leftpad_k": "cache_leftpad",
+    "kv_batch_idx": "cache_batch_idx",
+}
 
 
 class NewKeys:
@@ -103,7 +116,7 @@ class NewKeys:
                 f"k and v as {E4M3}, without rotary_cos and rotary_sin"
             )
 
-    def rotate(
+    def set_rotary(
         self,
         q: Tensor,
         options: Options,
@@ -111,74 +124,81 @@ class NewKeys:
         sin: Any,
         rotary_seqlens: Any,
         interleaved: bool,
-    ) -> Tensor:
-        """Rotates the new keys and returns the rotated q."""
+    ) -> None:
+        """The new keys and the queries are to be rotated."""
         offsets = self._starts
         if rotary_seqlens is not None:
             offsets = to_int32(require_tensor("rotary_seqlens", rotary_seqlens, INDEX_DTYPES, q))
             require_shape("rotary_seqlens", offsets, tuple(self._starts.shape), "(batch,)")
+        _check_rotary(q, cos, sin)
+        self._rope = Rope(cos, sin, offsets, interleaved)
+        if q.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_positions(q, self._rope, options)
+
+    def _check_positions(self, q: Tensor, rope: Rope, options: Options) -> None:
+        """That every position has a row in the tables. Reads data, so of CPU tensors only."""
+        offsets = rope.offsets
+        assert offsets is not None
         if options.kv_batch_idx is not None:  # rows without work have no position
             offsets = offsets.masked_fill(options.kv_batch_idx < 0, 0)
-        _check_rotary(q, cos, sin)
         advance = options.causal or options.is_local
-        q_positions = token_positions(q, offsets, options.cu_seqlens_q, advance=advance)
-        k_positions = token_positions(self._k, offsets, self._cu_seqlens)
-        for positions in (q_positions, k_positions):
-            _check_positions(positions, cos)
-        if self._quantizes:  # rotated with the cast: rounded once
-            self._rope = Rope(cos, sin, offsets, interleaved)
-        else:
-            self._k = apply_rotary(self._k, cos, sin, k_positions, interleaved=interleaved)
-        return apply_rotary(q, cos, sin, q_positions, interleaved=interleaved)
+        for positions in (
+            token_positions(q, offsets, options.cu_seqlens_q, advance=advance),
+            token_positions(self._k, offsets, self._cu_seqlens),
+        ):
+            if positions.numel() == 0:
+                continue
+            first, last = positions.min().item(), positions.max().item()
+            if first < 0 or last >= rope.cos.shape[0]:
+                raise ValueError(
+                    f"rotary_cos must have a row for every position from {first} to {last}, "
+                    f"got {rope.cos.shape[0]} rows"
+                )
 
-    def lengthen(self, options: Options) -> Options:
-        """The options of a call that sees the new rows."""
-        if self._cu_seqlens is None:
-            lengths = self._starts + self._k.shape[1]
-        else:
-            lengths = self._starts + (self._cu_seqlens[1:] - self._cu_seqlens[:-1])
-        return options._replace(seqused_k=lengths)
+    def append(self, q: Tensor, options: Options) -> tuple[Tensor, Options]:
+        """Writes the new rows after the used ones, quantized if the cache is and they are not.
 
-    def append(self, options: Options) -> None:
-        """Writes the new rows after the used ones, quantized if the cache is and they are not."""
-        k, v = self._k, self._v
-        if self._quantizes:
-            from flash8.backends.cpu import append_quantized as portable_append
-            from flash8.ops import quantize as kernels
-
-            both = self._appended(options)
-            if self._go_to_kernels(both):
-                kernels.append(*both)
-                return
-            k, v = (portable_append.quantize(appended) for appended in both)
+        Returns the rotated q, and the options of a call that sees the new rows.
+        """
+        both, queries = self._appended(options), self._queries(q, options)
+        if self._go_to_kernels(both):
+            if queries is not None and hopper.refusal_of_queries(queries) is not None:
+                q, queries = portable.rotate(queries), None
+            rotated, lengths = kernels.append(*both, queries)
+            return q if rotated is None else rotated, options._replace(seqused_k=lengths)
+        if queries is not None:
+            q = portable.rotate(queries)
+        longer = options._replace(seqused_k=portable.lengths(both[0]))
+        call_by(_LENGTHENED_NAMES, ops.check_indices, q, self._k_cache, longer)
         torch.ops.flash8.append_kv(
             self._k_cache,
             self._v_cache,
-            k,
-            v,
+            *(portable.prepare(appended) for appended in both),
             self._starts,
             self._cu_seqlens,
             options.page_table,
             options.kv_batch_idx,
         )
+        return q, longer
 
-    def _appended(self, options: Options) -> "tuple[Appended, Appended]":
-        from flash8.call.request import Appended
-
+    def _appended(self, options: Options) -> tuple[Appended, Appended]:
         where = (self._starts, self._cu_seqlens, options.page_table, options.kv_batch_idx)
         return (
             Appended(self._k_cache, self._k, *where, options.k_descale, options.k_mean, self._rope),
             Appended(self._v_cache, self._v, *where, options.v_descale, options.v_mean),
         )
 
-    def _go_to_kernels(self, both: "tuple[Appended, Appended]") -> bool:
+    def _queries(self, q: Tensor, options: Options) -> Queries | None:
+        if self._rope is None:
+            return None
+        return Queries(q, self._rope, options.cu_seqlens_q, options.causal or options.is_local)
+
+    def _go_to_kernels(self, both: tuple[Appended, Appended]) -> bool:
         """Whether compiled kernels rotate, quantize and write the new rows."""
         if not backends.kernels_wanted(self._k_cache):
             return False
-        from flash8.backends.hopper import append_quantized as appender
-
         for appended in both:
-            reason = appender.refusal(appended)
+            reason = hopper.refusal(appended)
             if reason is not None:
                 if not torch.compiler.is_compiling():
                     backends.tell_about_refusal(reason)
@@ -223,16 +243,4 @@ def _check_rotary(q: Tensor, cos: Any, sin: Any) -> None:
         raise ValueError(
             "rotary_cos must have rotary_dim / 2 columns, rotary_dim a multiple of 16 up to "
             f"head_dim = {q.shape[-1]}, got shape {tuple(cos.shape)}"
-        )
-
-
-def _check_positions(positions: Tensor, cos: Tensor) -> None:
-    """That every position has a row in cos. Reads data, so on CPU tensors only."""
-    if positions.device.type != "cpu" or torch.compiler.is_compiling() or positions.numel() == 0:
-        return
-    first, last = positions.min().item(), positions.max().item()
-    if first < 0 or last >= cos.shape[0]:
-        raise ValueError(
-            f"rotary_cos must have a row for every position from {first} to {last}, "
-            f"got {cos.shape[0]} rows"
         )

@@ -36,7 +36,6 @@ _CACHE_NAMES = {
     "leftpad_k": "cache_leftpad",
     "kv_batch_idx": "cache_batch_idx",
 }
-_LENGTHENED_NAMES = {**_CACHE_NAMES, "seqused_k": "cache_seqlens, with the appended rows,"}
 
 
 def flash_attn_with_kvcache(
@@ -88,7 +87,8 @@ def flash_attn_with_kvcache(
         k, v: (batch, seqlen_new, heads_kv, head_dim[_v]) to append at cache_seqlens, or
             (total_new, heads_kv, head_dim[_v]) with cu_seqlens_k_new. For an e4m3 cache either
             e4m3, written as they are, or wider: then k is rotated, k_mean and v_mean are
-            subtracted, and both are quantized once with the cache's k_descale and v_descale.
+            subtracted, and both are quantized once with the cache's k_descale and v_descale. On a
+            Hopper GPU one kernel rotates, quantizes and writes, and reads no index on the host.
         rotary_cos, rotary_sin: (seqlen_rotary, rotary_dim / 2), rotary_dim a multiple of 16; only
             with k and v. k is rotated at rotary_seqlens + 0, 1, ...; so is q if the call is causal
             or local, and otherwise all of q at rotary_seqlens.
@@ -222,10 +222,8 @@ def flash_attn_with_kvcache(
             new.refuse_rotated_cache(rotary_cos)
         call_by(_CACHE_NAMES, ops.check_indices, query, keys, options)
         if rotary_cos is not None or rotary_sin is not None:
-            query = new.rotate(query, options, *rotary, rotary_seqlens, rotary_interleaved)
-        options = new.lengthen(options)
-        call_by(_LENGTHENED_NAMES, ops.check_indices, query, keys, options)
-        call_by(_CACHE_NAMES, new.append, options)
+            new.set_rotary(query, options, *rotary, rotary_seqlens, rotary_interleaved)
+        query, options = call_by(_CACHE_NAMES, new.append, query, options)
     if not appends:
         done = call_by(
             _CACHE_NAMES, decode_plans.launch, given, query, keys, values, s_aux, out, options

@@ -8,9 +8,9 @@ import torch
 
 from flash8 import backends
 from flash8.backends import cpu, protocol
-from flash8.backends.cpu import append_quantized as cpu_append
+from flash8.backends.cpu import append as cpu_append
 from flash8.backends.cpu import quantize as cpu_quantize
-from flash8.backends.hopper import append_quantized, backward, decode, forward, quantize
+from flash8.backends.hopper import append, backward, decode, forward, quantize
 
 IMPLEMENTATIONS = (
     (protocol.Forward, cpu),
@@ -26,7 +26,8 @@ IMPLEMENTATIONS = (
     (protocol.KernelBackward, backward),
     (protocol.Quantizer, quantize),
     (protocol.KernelQuantizer, quantize),
-    (protocol.KernelAppend, append_quantized),
+    (protocol.Append, append),
+    (protocol.KernelAppend, append),
 )
 
 

@@ -86,6 +86,6 @@ def test_the_pack_has_what_the_gpu_tests_ask_for():
         "forward_e4m3_d256_causal_packgqa_vcolmajor_blockscales",  # test_fp8_matches_the_cpu
         "backward_bf16_d96_causal_deterministic",  # test_ordered_gradients_have_one_bit_pattern
         "quantize_cast_fp32_d64_e5m2",  # test_special_values
-        "quantize_append_bf16_d64",
+        "append_bf16_to_e4m3",
         "forward_e4m3_d128_causal_vcolmajor_blockscales_polynomial4",  # bench_choices.py
     } <= set(found)

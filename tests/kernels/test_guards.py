@@ -8,7 +8,7 @@ import torch
 import flash8
 from cases import int32
 from flash8 import _native, fp8
-from flash8.backends.hopper import append_quantized as appender
+from flash8.backends.hopper import append as appender
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.backends.hopper.verify import trust
@@ -39,13 +39,15 @@ def moved(monkeypatch, entry: str, name: str, side: int) -> None:
     original = getattr(_native, entry)
 
     def launch(kernel, device, stream, params, *rest, **options):
-        given = getattr(params, name)
+        *outer, field = name.split(".")
+        holder = functools.reduce(getattr, outer, params)
+        given = getattr(holder, field)
         refers = given if isinstance(given, int) else given[0]
         if refers:
-            at = refers + side * STEPS[name]
-            setattr(params, name, at if isinstance(given, int) else (at, *given[1:]))
+            at = refers + side * STEPS[field]
+            setattr(holder, field, at if isinstance(given, int) else (at, *given[1:]))
         original(kernel, device, stream, params, *rest, **options)
-        setattr(params, name, given)
+        setattr(holder, field, given)
 
     monkeypatch.setattr(_native, entry, launch)
 
@@ -110,7 +112,7 @@ def test_quantizer(monkeypatch, name, strict, side):
 def test_append(monkeypatch, strict, side):
     cache = torch.zeros(2, 20, 2, 64).to(E4M3)
     x, starts = torch.randn(2, 20, 2, 64).bfloat16(), int32((0, 0))
-    moved(monkeypatch, "launch_quantize", "out", side)
+    moved(monkeypatch, "launch_append", "k.out", side)
     serving = quantizer_device().serving_cpu_tensors(monkeypatch)
     with FOUND, kernels(monkeypatch, x, cache, starts) if strict else serving:
         appender.append(Appended(cache, x, starts))

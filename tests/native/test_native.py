@@ -20,6 +20,7 @@ HEADERS = (
     HOPPER / "decode" / "params.h",
     HOPPER / "kernel_info.h",
     ROOT / "cutlass_kernels" / "quantize" / "quantize_params.h",
+    ROOT / "cutlass_kernels" / "quantize" / "append_params.h",
 )
 LAYOUT = _native.layout()
 
@@ -87,8 +88,11 @@ def test_layout_of_abi_version_7():
         "BackwardParams": (1280, 64),
         "DecodeParams": (768, 64),
         "GroupRef": (32, 8),
-        "AppendParams": (48, 8),
-        "QuantizeParams": (360, 8),
+        "QuantizeParams": (312, 8),
+        "AppendedRows": (160, 8),
+        "RotaryParams": (56, 8),
+        "PlaceParams": (48, 8),
+        "AppendParams": (600, 8),
         "TmaBox": (32, 4),
         "KernelInfo": (404, 4),
     }

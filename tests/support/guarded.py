@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash8.backends.hopper import append_quantized as appender
+from flash8.backends.hopper import append as appender
 from flash8.backends.hopper import backward as hopper_backward
 from flash8.backends.hopper import decode as hopper_decode
 from flash8.backends.hopper import forward as hopper
 from flash8.backends.hopper import quantize as quantizer
-from flash8.call.request import Appended, Request
+from flash8.call.request import Appended, Queries, Request
 
 #: On either side, and more than a row of any test.
 GUARD_BYTES = 4096
@@ -124,7 +124,7 @@ def guard_outputs(patch: Any, device: Any) -> Iterator[None]:
 
 def _guard_calls(patch: Any, device: Any, guards: Guards) -> None:
     patch.setattr(quantizer, "quantize", functools.partial(_quantize, quantizer.quantize, guards))
-    patch.setattr(appender, "append", functools.partial(_append, appender.append, device))
+    patch.setattr(appender, "append", functools.partial(_append, appender.append, guards, device))
     launch = functools.partial(_launch, hopper.plan_and_launch, device)
     patch.setattr(hopper, "plan_and_launch", launch)
     decode = functools.partial(_decode, hopper_decode.forward, device)
@@ -142,16 +142,24 @@ def _quantize(
         guards.forget()
 
 
-def _append(append: Callable[[Appended], None], device: Any, appended: Appended) -> None:
-    cache = appended.cache
-    if _is_sparse(cache):
-        append(appended)
-        return
+def _append(
+    append: Callable[..., tuple[Tensor | None, Tensor]],
+    allocated: Guards,
+    device: Any,
+    *appended: Appended,
+    queries: Queries | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    if any(_is_sparse(a.cache) for a in appended):
+        return append(*appended, queries=queries)
     with Guards(device) as guards:
-        copy = guards.add(Guarded.like(cache)).copy_(cache)
-        append(appended._replace(cache=copy))
+        copies = [guards.add(Guarded.like(a.cache)).copy_(a.cache) for a in appended]
+        given = [a._replace(cache=copy) for a, copy in zip(appended, copies, strict=True)]
+        rotated, lengths = append(*given, queries=queries)
         guards.check()
-    _assign(cache, copy)
+        allocated.check()
+        for a, copy in zip(appended, copies, strict=True):
+            _assign(a.cache, copy)
+        return None if rotated is None else rotated.clone(), lengths.clone()
 
 
 def _launch(

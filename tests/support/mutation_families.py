@@ -20,6 +20,7 @@ import flash8
 from backward_launch import BackwardKernels, Gradients
 from cases import int32
 from flash8 import _native, fp8
+from flash8.backends.hopper.append_variants import AppendVariant
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.kernels import variant_of
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
@@ -285,10 +286,10 @@ def quantized(
     return [x.clone().reshape(-1).view(torch.uint8) for x in filled]  # NaN is equal to itself
 
 
-def appended(seed: int) -> list[Tensor]:
+def appended(cache: torch.dtype, seed: int) -> list[Tensor]:
     """The caches after an append of packed rows, one sequence of which begins in another."""
     q, k, v = rows(3, 20, 4, 64), rows(60, 2, 64), rows(60, 2, 64)
-    caches = [rows(3, 200, 2, 64).to(torch.float8_e4m3fn) for _ in "kv"]
+    caches = [rows(3, 200, 2, 64).to(cache) for _ in "kv"]
     lengths, offsets = int32((0, 120, 77)), int32((0, 20, 5, 60))
     given = {"cache_seqlens": lengths, "cu_seqlens_k_new": offsets, "causal": True}
     given["num_splits"] = 2  # no kernel attends then: it would read what is made on the way
@@ -308,7 +309,7 @@ class Quantizer:
     """A variant of a quantizer kernel; others that a call takes stay what they are."""
 
     name: str
-    variant: QuantizeVariant
+    variant: QuantizeVariant | AppendVariant
 
     def ptx(self) -> str:
         return text_of(quantizer_device().ptx(self.variant))
@@ -329,8 +330,10 @@ class Quantizer:
 
     def _calls(self) -> list[Callable[[int], list[Tensor]]]:
         """What is called with a seed and returns all that its launches fill."""
-        if self.variant.job == "append":
-            return [appended]
+        if isinstance(self.variant, AppendVariant):
+            quantizes = self.variant.cache == "e4m3"
+            cache = torch.float8_e4m3fn if quantizes else torch.bfloat16
+            return [functools.partial(appended, cache)]
         row = QUANTIZER_CALLS["v_colmajor" if self.variant.v_colmajor else self.variant.job]
         return [
             lambda seed, make=make, layout=layout: quantized(make(), layout, seed)
@@ -362,5 +365,6 @@ FAMILIES: tuple[Forward | Backward | Quantizer, ...] = (
     Quantizer("quantize_amax", QuantizeVariant("amax", "bf16", 64)),
     Quantizer("quantize_mean", QuantizeVariant("mean", "bf16", 64)),
     Quantizer("quantize_mean_finish", QuantizeVariant("mean_finish", "fp32", 64)),
-    Quantizer("quantize_append", QuantizeVariant("append", "bf16", 64)),
+    Quantizer("append", AppendVariant("bf16")),
+    Quantizer("append_to_e4m3", AppendVariant("bf16", "e4m3")),
 )

@@ -12,19 +12,20 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from flash8.backends import cpu as _cpu
-    from flash8.backends.cpu import append_quantized as _cpu_append
+    from flash8.backends.cpu import append as _cpu_append
     from flash8.backends.cpu import quantize as _cpu_quantize
-    from flash8.backends.hopper import append_quantized as _hopper_append
+    from flash8.backends.hopper import append as _hopper_append
     from flash8.backends.hopper import backward as _hopper_backward
     from flash8.backends.hopper import decode as _hopper_decode
     from flash8.backends.hopper import forward as _hopper_forward
     from flash8.backends.hopper import quantize as _hopper_quantize
+    from flash8.backends.hopper.append_variants import AppendVariant
     from flash8.backends.hopper.backward_variants import BackwardVariant
     from flash8.backends.hopper.decode_variants import DecodeVariant
     from flash8.backends.hopper.quantize_variants import QuantizeVariant
     from flash8.backends.hopper.variants import ForwardVariant
     from flash8.call.options import Options
-    from flash8.call.request import Appended, Request
+    from flash8.call.request import Appended, Queries, Request
 
 
 class Forward(Protocol):
@@ -207,23 +208,28 @@ class KernelQuantizer(Quantizer, Protocol):
 
 
 class Append(Protocol):
-    """Quantizes new rows into e4m3 caches."""
+    """Writes new rows into the caches of a call, and rotates its queries."""
 
-    def append(self, *appended: "Appended") -> None:
-        """All of them, or none where one has no room."""
+    def append(
+        self, *appended: "Appended", queries: "Queries | None" = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """All of the rows, or none where one has no room. Returns the rotated queries, and the
+        lengths of the sequences from now on."""
 
 
-class KernelAppend(Protocol):
-    """The same on compiled kernels, one cache a launch. Rows without a place are dropped."""
+class KernelAppend(Append, Protocol):
+    """The same on a compiled kernel. Rows without a place are dropped."""
 
     def refusal(self, appended: "Appended") -> str | None:
         """Why no kernel appends these rows, or None."""
 
-    def variant(self, appended: "Appended") -> "QuantizeVariant":
-        """The kernel that appends rows which are not refused."""
+    def refusal_of_queries(self, queries: "Queries") -> str | None:
+        """Why no kernel rotates these queries, or None."""
 
-    def append(self, appended: "Appended") -> None:
-        """Launches it on the stream of the rows."""
+    def variants(
+        self, *appended: "Appended", queries: "Queries | None" = None
+    ) -> "list[AppendVariant]":
+        """The kernels of rows which are not refused, in the order of their launches."""
 
 
 # mypy's cache does not notice when an implementation changes; a run with a fresh cache does.

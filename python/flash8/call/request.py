@@ -77,8 +77,8 @@ class Request(NamedTuple):
 class Appended(NamedTuple):
     """New rows x, (batch, seqlen_new, heads, d) or packed, and where they go in `cache`.
 
-    cache: e4m3 (rows, seqlen, heads, d) or (pages, page_size, heads, d). Sequence b's rows go to
-    positions starts[b] and up. descale, mean: as the cache has them.
+    cache: (rows, seqlen, heads, d) or (pages, page_size, heads, d), of x's dtype or e4m3. Sequence
+    b's rows go to positions starts[b] and up. descale, mean: as an e4m3 cache has them.
     """
 
     cache: Tensor
@@ -90,3 +90,16 @@ class Appended(NamedTuple):
     descale: Tensor | None = None
     mean: Tensor | None = None
     rope: Rope | None = None
+
+    @property
+    def quantizes(self) -> bool:
+        return self.cache.dtype == E4M3 and self.x.dtype != E4M3
+
+
+class Queries(NamedTuple):
+    """The queries of a call that appends, which are rotated with its keys."""
+
+    x: Tensor
+    rope: Rope
+    cu_seqlens: Tensor | None = None
+    advances: bool = True  # by a position a token; otherwise all of a sequence have its first

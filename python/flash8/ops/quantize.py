@@ -1,6 +1,6 @@
-"""The torch ops of compiled quantizers: behind `flash8.fp8.quantize`, and behind an append.
+"""The torch op of compiled quantizers, behind `flash8.fp8.quantize`.
 
-They are traced as they are; which kernel is trusted is asked when they run."""
+It is traced as it is; which kernel is trusted is asked when it runs."""
 
 from typing import Any
 
@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from flash8.backends import index_checks
-from flash8.backends.cpu import append_quantized as portable_append
 from flash8.backends.cpu import quantize as portable
-from flash8.backends.hopper import append_quantized as appender
 from flash8.backends.hopper import quantize as quantizer
 from flash8.backends.hopper.verify import trust
-from flash8.call import derivatives
-from flash8.call.request import Appended, Request
+from flash8.call.request import Request
 from flash8.tensors.hadamard import Rotation
 from flash8.tensors.rotary import Rope
 
@@ -24,12 +21,6 @@ _library.define(
     "Tensor? mean, Tensor? cos, Tensor? sin, Tensor? offsets, bool interleaved, "
     "Tensor? cu_seqlens, Tensor? seqused, Tensor? descale, Tensor(a!)? amax, bool v_colmajor) "
     "-> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "append_quantized(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor starts, "
-    "Tensor? cu_seqlens, Tensor? page_table, Tensor? kv_batch_idx, Tensor? k_descale, "
-    "Tensor? v_descale, Tensor? k_mean, Tensor? v_mean, Tensor? cos, Tensor? sin, Tensor? offsets, "
-    "bool interleaved) -> ()"
 )
 
 
@@ -94,60 +85,6 @@ def _quantize_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def append(k: Appended, v: Appended) -> None:
-    """Writes new rows into the two e4m3 caches of a call, which only keys have a position in."""
-    rope = (None, None, None, True) if k.rope is None else k.rope
-    where = (k.starts, k.cu_seqlens, k.page_table, k.kv_batch_idx)
-    scales = (k.descale, v.descale, k.mean, v.mean)
-    torch.ops.flash8.append_quantized(k.cache, v.cache, k.x, v.x, *where, *scales, *rope)
-
-
-def _append(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    starts: Tensor,
-    cu_seqlens: Tensor | None,
-    page_table: Tensor | None,
-    kv_batch_idx: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
-    k_mean: Tensor | None,
-    v_mean: Tensor | None,
-    *position: Any,
-) -> None:
-    rope = None if position[0] is None else Rope(*position)
-    where = (starts, cu_seqlens, page_table, kv_batch_idx)
-    both = (
-        Appended(k_cache, k, *where, k_descale, k_mean, rope),
-        Appended(v_cache, v, *where, v_descale, v_mean),
-    )
-    # What refuses one of them has to be met before either is written.
-    for appended in both:
-        index_checks.check_append(appended.cache, appended.x, *where, appended.descale)
-    trusted = [trust.is_trusted(appender.variant(appended), k.device) for appended in both]
-    if not all(trusted):
-        portable_append.append(*both)
-        return
-    for appended in both:
-        appender.append(appended)
-
-
-def _append_fake(*_: Any) -> None:
-    return None
-
-
-for _name, _implementation, _fake in (
-    ("quantize", _quantize, _quantize_fake),
-    ("append_quantized", _append, _append_fake),
-):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _implementation, _key)
-    torch.library.register_fake(f"flash8::{_name}", _fake, lib=_library)
-derivatives.refuse(
-    _library,
-    "append_quantized",
-    "flash8 quantizes keys into a cache in place here, which has no derivative; append under "
-    "torch.no_grad(), and detach what is differentiated",
-)
+for _key in ("CPU", "CUDA"):
+    _library.impl("quantize", _quantize, _key)
+torch.library.register_fake("flash8::quantize", _quantize_fake, lib=_library)

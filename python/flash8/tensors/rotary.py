@@ -20,12 +20,15 @@ class Rope(NamedTuple):
     interleaved: bool = True
 
 
-def embed_position(x: Tensor, rope: Rope, batch: int, cu_seqlens: Tensor | None) -> Tensor:
+def embed_position(
+    x: Tensor, rope: Rope, batch: int, cu_seqlens: Tensor | None, *, advance: bool = True
+) -> Tensor:
     """x, (batch, seqlen, heads, d) or packed, rotated; rows without a position take the last."""
     offsets = rope.offsets
     if offsets is None:
         offsets = torch.zeros(batch, dtype=torch.int64, device=x.device)
-    positions = token_positions(x, offsets, cu_seqlens).clamp(0, rope.cos.shape[0] - 1)
+    positions = token_positions(x, offsets, cu_seqlens, advance=advance)
+    positions = positions.clamp(0, rope.cos.shape[0] - 1)
     return apply_rotary(x, rope.cos, rope.sin, positions, interleaved=rope.interleaved)
 
 

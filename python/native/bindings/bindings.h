@@ -12,6 +12,7 @@ void bind_calls(pybind11::module_& module);       // forward calls, and what att
 void bind_backward(pybind11::module_& module);    // backward calls
 void bind_decode(pybind11::module_& module);      // decode calls
 void bind_quantize(pybind11::module_& module);    // quantizer calls
+void bind_append(pybind11::module_& module);      // appends to a cache
 void bind_plan_cache(pybind11::module_& module);  // the plans of attention calls
 
 }  // namespace flash8

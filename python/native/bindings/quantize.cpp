@@ -53,24 +53,10 @@ void def_sizes(py::class_<QuantizeParams>& type) {
             [](P& self, const Signs& signs) { std::copy(signs.begin(), signs.end(), self.hadamard_signs); });
 }
 
-void bind_append(py::module_& module) {
-    using A = AppendParams;
-    py::class_<A> type(module, "AppendParams", "Where new tokens go in a KV cache.");
-    def_address(type, "cache_seqlens", &A::cache_seqlens);
-    def_address(type, "page_table", &A::page_table);
-    def_address(type, "kv_batch_idx", &A::kv_batch_idx);
-    type.def_readwrite("page_table_stride", &A::page_table_stride)
-        .def_readwrite("max_pages", &A::max_pages)
-        .def_readwrite("num_slots", &A::num_slots)
-        .def_readwrite("slot_tokens", &A::slot_tokens)
-        .def_readwrite("descale_by_slot", &A::descale_by_slot);
-}
-
 }  // namespace
 
 void bind_quantize(py::module_& module) {
     using P = QuantizeParams;
-    bind_append(module);
     py::class_<P> type(module, "QuantizeParams", "A quantizer call. What is not set is zero.");
     type.def(py::init([] { return P{}; }));
     type.def("copy", [](const P& self) { return self; });
@@ -86,7 +72,6 @@ void bind_quantize(py::module_& module) {
     def_address(type, "rope_offsets", &P::rope_offsets);
     def_address(type, "cu_seqlens", &P::cu_seqlens);
     def_address(type, "seqused", &P::seqused);
-    type.def_property_readonly("append", [](P& self) { return &self.append; });
     def_sizes(type);
     module.def(
         "launch_quantize", &launch_quantize, py::arg("kernel"), py::arg("device"), py::arg("stream"),

@@ -18,8 +18,8 @@ constexpr std::int64_t kMaxHeadDim = 256;
 void check_kernel(const Kernel& kernel) {
     require(kernel.info().has_value(), "quantize: ", kernel.name(), " exports no kernel_info");
     const KernelKind kind = kernel.info()->kind;
-    require(kind >= KernelKind::kQuantize && kind <= KernelKind::kQuantizeAppend, "quantize: ", kernel.name(),
-            " is not a quantizer kernel");
+    require(kind >= KernelKind::kQuantize && kind <= KernelKind::kQuantizeMeanFinish,
+            "quantize: ", kernel.name(), " is not a quantizer kernel");
 }
 
 void check_sizes(const QuantizeParams& call, const KernelInfo& info) {
@@ -80,13 +80,6 @@ void check_pointers(const QuantizeParams& call, KernelKind kind) {
             break;
         case KernelKind::kQuantizeAmax:
             need("amax", call.amax.ptr);
-            break;
-        case KernelKind::kQuantizeAppend:
-            check_tensor("out", call.out, kAccessBytes);
-            need("cache_seqlens", call.append.cache_seqlens);
-            require(call.append.slot_tokens >= 1 && call.append.num_slots >= 1, "quantize: the cache has ",
-                    call.append.num_slots, " slots of ", call.append.slot_tokens,
-                    " tokens; both must be positive");
             break;
         case KernelKind::kQuantizeMean:
             need("mean_partial", call.mean_partial);

@@ -1,5 +1,6 @@
 #include "kernels/layout.h"
 
+#include "append_params.h"
 #include "backward/params.h"
 #include "decode/params.h"
 #include "forward/params.h"
@@ -168,11 +169,32 @@ StructLayout group_ref() {
     return layout<T>("GroupRef", {FIELD(ptr), FIELD(batch_stride), FIELD(head_stride), FIELD(block_stride)});
 }
 
+StructLayout appended_rows() {
+    using T = AppendedRows;
+    return layout<T>("AppendedRows",
+                     {FIELD(x), FIELD(out), FIELD(mean), FIELD(descale), FIELD(cu_seqlens), FIELD(tokens),
+                      FIELD(seqlen), FIELD(heads), FIELD(head_dim), FIELD(descale_by_slot), FIELD(rotates),
+                      FIELD(advances), FIELD(reserved)});
+}
+
+StructLayout rotary_params() {
+    using T = RotaryParams;
+    return layout<T>("RotaryParams",
+                     {FIELD(cos), FIELD(sin), FIELD(offsets), FIELD(cos_stride), FIELD(sin_stride),
+                      FIELD(positions), FIELD(rotary_dim), FIELD(interleaved), FIELD(is_fp32)});
+}
+
+StructLayout place_params() {
+    using T = PlaceParams;
+    return layout<T>("PlaceParams",
+                     {FIELD(cache_seqlens), FIELD(page_table), FIELD(kv_batch_idx), FIELD(page_table_stride),
+                      FIELD(table_rows), FIELD(max_pages), FIELD(num_slots), FIELD(slot_tokens)});
+}
+
 StructLayout append_params() {
     using T = AppendParams;
-    return layout<T>("AppendParams",
-                     {FIELD(cache_seqlens), FIELD(page_table), FIELD(kv_batch_idx), FIELD(page_table_stride),
-                      FIELD(max_pages), FIELD(num_slots), FIELD(slot_tokens), FIELD(descale_by_slot)});
+    return layout<T>("AppendParams", {FIELD(rows), FIELD(rotary), FIELD(place), FIELD(lengths), FIELD(batch),
+                                      FIELD(reserved)});
 }
 
 StructLayout quantize_params() {
@@ -189,7 +211,6 @@ StructLayout quantize_params() {
                                         FIELD(rope_offsets),
                                         FIELD(cu_seqlens),
                                         FIELD(seqused),
-                                        FIELD(append),
                                         FIELD(total),
                                         FIELD(batch),
                                         FIELD(seqlen),
@@ -243,8 +264,9 @@ StructLayout kernel_info() {
 std::vector<StructLayout> struct_layouts() {
     return {tensor_map(),      tensor_ref(),      descale_ref(),   row_ref(),        channel_ref(),
             sequence_params(), page_params(),     score_params(),  dropout_params(), scheduler_params(),
-            forward_params(),  backward_params(), decode_params(), group_ref(),      append_params(),
-            quantize_params(), tma_box(),         kernel_info()};
+            forward_params(),  backward_params(), decode_params(), group_ref(),      quantize_params(),
+            appended_rows(),   rotary_params(),   place_params(),  append_params(),  tma_box(),
+            kernel_info()};
 }
 
 }  // namespace flash8

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cases import int32
-from flash8.backends.cpu import append_quantized as portable_append
+from flash8.backends.cpu import append as portable_append
 from flash8.backends.cpu import quantize as portable
 from flash8.call.request import Appended, Request
 from flash8.tensors import v_colmajor

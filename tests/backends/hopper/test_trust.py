@@ -10,6 +10,7 @@ import torch
 import flash8
 from defaults import SHIPPED_BY_DEFAULT, by_default
 from flash8 import flash_attn_func, flash_attn_varlen_func, fp8
+from flash8.backends.hopper.append_variants import SHIPPED_APPENDS
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from flash8.backends.hopper.verify import trust
@@ -59,7 +60,7 @@ def test_a_sound_forward_passes(variant, checked):
     assert time.process_time() - start < 5.0, "several times what it takes"
 
 
-@pytest.mark.parametrize("variant", SHIPPED_QUANTIZERS, ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [*SHIPPED_QUANTIZERS, *SHIPPED_APPENDS], ids=lambda v: v.name)
 def test_a_sound_quantizer_passes(variant, checked):
     assert faults(variant, checked) is None
 
@@ -213,9 +214,11 @@ def test_a_sound_forward_serves_and_is_remembered(checked, monkeypatch):
 X = torch.randn(2, 70, 2, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
 
 
-def append():
-    caches = [torch.zeros(2, 128, 2, 64).to(torch.float8_e4m3fn) for _ in range(2)]
-    given = {"cache_seqlens": int32([3, 50]), "k_mean": torch.ones(2, 64)}
+def append(dtype=torch.float8_e4m3fn):
+    caches = [torch.zeros(2, 128, 2, 64).to(dtype) for _ in range(2)]
+    given = {"cache_seqlens": int32([3, 50])}
+    if dtype == torch.float8_e4m3fn:
+        given["k_mean"] = torch.ones(2, 64)
     flash8.flash_attn_with_kvcache(X, *caches, X, X, **given)
     return torch.stack(caches)
 
@@ -229,23 +232,39 @@ COUNTED = "tile.counted = clamped(params.seqused[tile.batch], 0, tile.counted);"
 WRONG_QUANTIZERS = {
     "descale for its inverse": (
         *("cast.cu", "reciprocal(choose", "(choose"),
-        *("cast_bf16_d64", quantized(granularity="block"), "bytes of the result differ"),
+        *("quantize_cast_bf16_d64", quantized(granularity="block"), "bytes of the result differ"),
     ),
     "no signs": (
         *("rows.cuh", "^ (signs >> c << 31)", ""),
-        *("cast_bf16_d64", quantized(granularity="block", hadamard=1), "bytes of the result"),
+        *(
+            "quantize_cast_bf16_d64",
+            quantized(granularity="block", hadamard=1),
+            "bytes of the result",
+        ),
     ),
     "keys in plain order": (
         *("rows.cuh", "if constexpr (Config::kVColMajor)", "if constexpr (false)"),
-        *("cast_bf16_d64_vcolmajor", quantized(granularity="block", v_colmajor=True), "bytes"),
+        *(
+            "quantize_cast_bf16_d64_vcolmajor",
+            quantized(granularity="block", v_colmajor=True),
+            "bytes",
+        ),
     ),
     "unused tokens count": (
         *("tokens.cuh", COUNTED, ""),
-        *("mean_bf16_d64", quantized(granularity="block", smooth_k=True), "the mean is off by"),
+        *(
+            "quantize_mean_bf16_d64",
+            quantized(granularity="block", smooth_k=True),
+            "the mean is off by",
+        ),
     ),
     "mean not taken off": (
-        *("rows.cuh", "if (params.mean.ptr != nullptr)", "if (false)"),
-        *("append_bf16_d64", append, "bytes of the cache differ"),
+        *("append.cu", "if (rows.mean.ptr != nullptr)", "if (false)"),
+        *("append_bf16_to_e4m3", append, "elements of the K cache differ"),
+    ),
+    "queries in positions of their own": (
+        *("new_token.cuh", "(rows.advances ? token.index : 0)", "token.index"),
+        *("append_bf16", lambda: append(torch.bfloat16), "elements of Q differ"),
     ),
 }
 
@@ -257,6 +276,6 @@ def test_a_wrong_quantizer_fails_and_the_portable_code_serves(name, checked, tmp
     with checked(changed_quantizers(tmp_path, file, old, new)):
         have, said = told(call)
         _, again = told(call)
-    found = [text for text in said if f"its kernel quantize_{kernel} on cpu: " in text]
+    found = [text for text in said if f"its kernel {kernel} on cpu: " in text]
     assert len(found) == 1 and words in found[0] and not again
     assert torch.equal(have.view(torch.uint8), want.view(torch.uint8))

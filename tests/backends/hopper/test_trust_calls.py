@@ -13,6 +13,7 @@ import flash8
 from flash8 import flash_attn_func, fp8
 from flash8.backends.hopper import forward as hopper
 from flash8.backends.hopper import mode
+from flash8.backends.hopper.append_variants import AppendVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.backends.hopper.verify import trust
@@ -155,7 +156,7 @@ def test_nothing_in_a_check_asks_for_one(checked, monkeypatch):
     variants = [
         ForwardVariant("e4m3", 128, 128, scales="head"),
         QuantizeVariant("amax", "bf16", 128),
-        QuantizeVariant("append", "bf16", 128),
+        AppendVariant("bf16", "e4m3"),
     ]
     with checked():
         monkeypatch.setattr(trust, "is_trusted", lambda *_: pytest.fail("asked"))
@@ -309,20 +310,20 @@ APPEND_ERRORS = {
 
 @pytest.mark.parametrize("name", APPEND_ERRORS)
 def test_keys_are_not_appended_where_values_are_refused(name, checked, monkeypatch):
-    """The kernel of the values is another one: they are narrower."""
+    """The kernel of the values is another one: they are of another type."""
 
     def is_trusted(variant, device):
-        if variant.name.endswith("d64"):
+        if variant.dtype == "fp16":
             raise APPEND_ERRORS[name]
         return True
 
     q, k, v = draw()
-    caches = [torch.ones(2, 128, 2, width).to(torch.float8_e4m3fn) for width in (128, 64)]
+    caches = [torch.ones(2, 128, 2, 128).to(torch.float8_e4m3fn) for _ in "kv"]
     lengths = torch.tensor([3, 70], dtype=torch.int32)
     with checked():
         monkeypatch.setattr(trust, "is_trusted", is_trusted)
         with pytest.raises(type(APPEND_ERRORS[name]), match=str(APPEND_ERRORS[name])):
-            flash8.flash_attn_with_kvcache(q, *caches, k, v[..., :64], cache_seqlens=lengths)
+            flash8.flash_attn_with_kvcache(q, *caches, k, v.half(), cache_seqlens=lengths)
     assert all((cache.float() == 1.0).all() for cache in caches)
 
 
@@ -345,4 +346,4 @@ def test_an_append_without_a_kernel_is_portable(checked):
     with checked(failing(ERRORS["no compiler"])):
         have, said = told(call)
     assert torch.equal(have, want) and want.any()
-    assert any("quantize_append_bf16_d128" in text for text in said)
+    assert any("append_bf16_to_e4m3" in text for text in said)

@@ -5,10 +5,6 @@ import torch
 
 from cases import cumulative, int32
 from flash8 import fp8
-from flash8.backends.cpu import append_quantized as portable_append
-from flash8.backends.hopper import append_quantized as appender
-from flash8.call.request import Appended
-from flash8.tensors.float8 import E4M3
 from flash8.tensors.rotary import Rope
 from hostile_indices import LEAST, LENGTHS, MOST, OFFSETS
 from quantizer_cases import assert_equal, draw, tables
@@ -90,49 +86,3 @@ def test_used_lengths_and_positions(monkeypatch, values):
     cos, sin = tables(32)
     rope = Rope(cos, sin, int32(values), True)
     quantized(monkeypatch, "head", offsets, rope=rope)
-
-
-WHERE = {
-    "lengths": {"starts": [MOST, LEAST, -3, 199]},
-    "rows": {"starts": [0, 0, 0, 0], "kv_batch_idx": [-1, 4, MOST, LEAST]},
-    "pages": {"starts": [0, 5, MOST, 30], "page_table": [[-1, 9], [MOST, LEAST], [0, 1], [0, 2]]},
-}
-
-
-@pytest.mark.parametrize("name", WHERE)
-def test_tokens_without_a_place_are_dropped(monkeypatch, name):
-    given = {
-        key: int32(x) if key != "page_table" else torch.tensor(x).int()
-        for key, x in WHERE[name].items()
-    }
-    cache = draw(4, 200 if name != "pages" else 16, 2, 64, seed=4).to(E4M3)
-    before = cache.clone()
-    x = draw(4, 20, 2, 64, seed=5)
-    descale = torch.full((4, 2), 0.02)
-    starts = given.pop("starts")
-    rest = (None, given.get("page_table"), given.get("kv_batch_idx"))
-    with kernels(monkeypatch, x, cache, starts, descale, *given.values()):
-        appender.append(Appended(cache, x, starts, *rest, descale, None, None))
-    changed = (cache.view(torch.uint8) != before.view(torch.uint8)).flatten(2).any(dim=2)
-    allowed = torch.zeros_like(changed)
-    if name == "lengths":
-        allowed[3, 199] = True
-    if name == "pages":
-        allowed[2, 14:] = True  # of sequence 3: positions 30 and 31
-    assert not changed[~allowed].any() and changed[allowed].all()
-
-
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_cache_whose_descale_is_none_gets_nan(monkeypatch, value):
-    cache = draw(4, 40, 2, 64, seed=4).to(E4M3)
-    portable = cache.clone()
-    x, starts = draw(4, 20, 2, 64, seed=5), int32([0, 3, 20, 7])
-    descale = torch.full((4, 2), 0.02)
-    descale[1, 0] = value
-    rest = (None, None, None, descale, None, None)
-    with kernels(monkeypatch, x, cache, starts, descale):
-        appender.append(Appended(cache, x, starts, *rest))
-    portable_append.append(Appended(portable, x, starts, *rest))
-    assert cache[1, 3:23, 0].float().isnan().all()
-    assert not cache[:, :, 1].float().isnan().any() and not cache[0].float().isnan().any()
-    assert torch.equal(cache.float().nan_to_num(9.0), portable.float().nan_to_num(9.0))

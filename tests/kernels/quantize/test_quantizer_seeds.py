@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import int32
 from flash8 import fp8
-from flash8.backends.hopper import append_quantized as appender
-from flash8.call.request import Appended
-from flash8.tensors.float8 import E4M3
-from flash8.tensors.rotary import Rope
-from quantizer_cases import draw, raw, tables
+from quantizer_cases import draw, raw
 from quantizer_device import device, kernels
 from simulated_device import missing_compiler
 
@@ -51,27 +46,3 @@ def test_no_false_alarm_in_200_seeds(monkeypatch):
 
     check_same(run)
     assert launched == {"flash8_quantize_cast"}
-
-
-def test_appending_gives_no_false_alarm_in_200_seeds(monkeypatch):
-    g = torch.Generator().manual_seed(0)
-    x = draw(3, 20, 2, 64)
-    empty = torch.zeros(12, 16, 2, 64).to(E4M3)
-    table = torch.randperm(12, generator=g).view(3, 4).int()
-    rope = Rope(*tables(32), int32([14, 0, 33]))
-    descale = torch.rand(12, 2, 1, generator=g) * 0.05 + 0.01
-    mean = draw(2, 64, dtype=torch.float32, seed=1)
-    starts = int32([14, 0, 33])
-
-    def run(seed: int) -> list[Tensor]:
-        cache = empty.clone()
-        given = [cache, x, table, starts, descale, mean, *(t for t in rope if torch.is_tensor(t))]
-        with kernels(monkeypatch, *given, seed=seed):
-            appender.append(
-                Appended(cache, x, starts, page_table=table, descale=descale, mean=mean, rope=rope)
-            )
-        assert device().report()["kernel"] == "flash8_quantize_append"
-        assert cache.float().any()
-        return [raw(cache)]
-
-    check_same(run)

@@ -1,4 +1,4 @@
-"""Addresses beyond 2^31 elements in the quantizer's kernels: x, data, descales, means, a cache.
+"""Addresses beyond 2^31 elements in the quantizer's kernels: x, data, descales, means.
 
 Tensors lie in sparse memory, as in test_large_strides.py. Results must be those of the same call on
 dense tensors, to the bit, and an offset that is counted in 32 bits must be noticed.
@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import cumulative, int32
+from cases import cumulative
 from flash8 import _native
-from flash8.backends.hopper import append_quantized as appender
 from flash8.backends.hopper import kernels
 from flash8.backends.hopper import quantize as quantizer
-from flash8.call.request import Appended, Request
+from flash8.call.request import Request
 from flash8.tensors.float8 import E4M3
 from flash8.tensors.hadamard import Rotation
 from guarded import contiguous_strides
@@ -179,82 +178,6 @@ def test_a_stride_of_32_bits_is_noticed(monkeypatch, far, name):
         assert_same(quantized(monkeypatch, "all", far, narrowed(name)), want)
 
 
-# ------------------------------------------------------------------------------------------ append
-
-SLOTS = 3
-
-
-def appended(
-    monkeypatch: Any, kind: str, far: str, edit: Edit | None = None, registry: Any = None
-) -> dict[str, Tensor]:
-    """A cache behind an append to it."""
-    x = draw(BATCH, 20, HEADS, DIM, seed=2)
-    paged = kind == "pages"
-    starts = int32((30, 128)) if not paged else int32((140, 7))
-    slots = 4 if paged else SLOTS
-    names = ("batch", "row", "head")
-    cache = far_tensor((slots, ROWS, HEADS, DIM), names, far, E4M3)
-    by_slot = ("batch", "head", "block")
-    blocks = 1 if paged else 2
-    descale = far_tensor((slots, HEADS, blocks), by_slot, far, torch.float32)
-    descale.copy_(torch.rand(descale.shape, generator=torch.Generator().manual_seed(1)) + 0.01)
-    table = far_tensor((BATCH, 2), ("batch", "column"), far, torch.int32)
-    table.copy_(int32((3, 1, 2, 0)).view(2, 2))
-    index = None if paged else int32((2, 1))
-
-    def redirect(params: Any) -> None:
-        params.descale = reference(descale, by_slot, DIMENSIONS["descale"])
-        if paged:
-            params.append.page_table = table.data_ptr()
-            params.append.page_table_stride = table.stride(0)
-        if edit is not None:
-            edit(params)
-
-    request = Appended(
-        cache,
-        x,
-        starts,
-        page_table=table.contiguous() if paged else None,
-        kv_batch_idx=index,
-        descale=descale.contiguous(),
-    )
-    given = [cache, x, starts, descale, table, *([] if index is None else [index])]
-    with launches(monkeypatch, redirect, given, registry):
-        appender.append(request)
-    return {"cache": cache.clone(memory_format=torch.contiguous_format)}
-
-
-APPENDS = [(kind, far) for kind in ("rows", "pages") for far in ("batch", "head", "row")]
-
-
-@pytest.mark.parametrize(("kind", "far"), [*APPENDS, ("rows", "block")])
-def test_an_append_beyond_2_to_the_31_elements(monkeypatch, kind, far):
-    want = appended(monkeypatch, kind, "")
-    assert want["cache"].float().abs().sum() > 0
-    assert_same(appended(monkeypatch, kind, far), want)
-
-
-def narrow_table(params: Any) -> None:
-    params.append.page_table_stride %= 2**32
-
-
-@pytest.mark.parametrize(
-    ("kind", "far", "edit"),
-    [
-        ("rows", "batch", narrowed("out")),
-        ("pages", "head", narrowed("out")),
-        ("rows", "batch", narrowed("descale")),
-        ("rows", "block", narrowed("descale")),
-        ("pages", "batch", narrow_table),
-    ],
-    ids=["slots", "heads", "descales of slots", "descales of blocks", "page table"],
-)
-def test_an_append_by_32_bits_is_noticed(monkeypatch, kind, far, edit):
-    want = appended(monkeypatch, kind, far)
-    with pytest.raises((AssertionError, _native.DriverError)):
-        assert_same(appended(monkeypatch, kind, far, edit), want)
-
-
 # ------------------------------------------------------------------- kernels that count in 32 bits
 
 SLOW = pytest.mark.slow
@@ -268,9 +191,6 @@ OFFSETS = {
         ("transposed", "row"),
         SLOW,
     ),
-    "rows of a cache": ("append.cu", "place.row * params.out.row_stride", ("rows", "row"), ()),
-    "slots": ("append.cu", "place.slot * params.out.batch_stride", ("rows", "batch"), SLOW),
-    "pages": ("append.cu", "batch * append.page_table_stride", ("pages", "batch"), SLOW),
 }
 
 
@@ -281,8 +201,8 @@ def test_offsets_of_32_bits_are_noticed(monkeypatch, tmp_path: Path, name):
     file, offset, (kind, far), _ = OFFSETS[name]
     monkeypatch.setenv("FLASH8_CACHE", str(tmp_path / "cache"))
     registry = changed_kernels(tmp_path, file, offset, f"static_cast<int>({offset})")
-    run = quantized if kind in {"all", "packed", "transposed"} else appended
-    want = run(monkeypatch, kind, far)
-    assert_same(run(monkeypatch, kind, "", registry=registry), run(monkeypatch, kind, ""))
+    want = quantized(monkeypatch, kind, far)
+    near = quantized(monkeypatch, kind, "", registry=registry)
+    assert_same(near, quantized(monkeypatch, kind, ""))
     with pytest.raises((AssertionError, _native.DriverError)):
-        assert_same(run(monkeypatch, kind, far, registry=registry), want)
+        assert_same(quantized(monkeypatch, kind, far, registry=registry), want)

@@ -159,7 +159,8 @@ def decode_cubin(
     return fake_cubin(**{**given, **values})
 
 
-_JOBS = {"cast": 6, "amax": 7, "mean": 8, "mean_finish": 9, "append": 10}
+_JOBS = {"cast": 6, "amax": 7, "mean": 8, "mean_finish": 9}
+_APPEND = 10
 
 
 def quantize_cubin(variant: str) -> bytes:
@@ -171,10 +172,20 @@ def quantize_cubin(variant: str) -> bytes:
     )
 
 
+def append_cubin() -> bytes:
+    """A kernel for the calls of any appending variant."""
+    size = LAYOUT["AppendParams"]["size"]
+    return fake_cubin(
+        kind=_APPEND, entry="append", params_bytes=size, threads=256, shared_bytes=0, kBlockM=1
+    )
+
+
 def any_cubin(variant: str, kind: str = "cubin") -> bytes:
     """A kernel for the calls of any variant; a Registry asks for it so."""
     if variant.startswith("quantize_"):
         return quantize_cubin(variant)
+    if variant.startswith("append_"):
+        return append_cubin()
     if variant.startswith("decode_"):
         return decode_cubin(variant)
     if variant.startswith("backward_"):

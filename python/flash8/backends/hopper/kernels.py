@@ -3,6 +3,7 @@
 import functools
 
 from flash8 import _native
+from flash8.backends.hopper.append_variants import SHIPPED_APPENDS, AppendVariant
 from flash8.backends.hopper.backward_variants import (
     SHIPPED_BACKWARDS,
     BackwardStep,
@@ -14,7 +15,7 @@ from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from flash8.compiler import kernel_image
 
 #: What serves a call. A backward takes three kernels.
-Variant = ForwardVariant | DecodeVariant | BackwardVariant | QuantizeVariant
+Variant = ForwardVariant | DecodeVariant | BackwardVariant | QuantizeVariant | AppendVariant
 #: What is compiled and loaded.
 KernelVariant = Variant | BackwardStep
 
@@ -27,7 +28,8 @@ def kernel(variant: KernelVariant) -> _native.Kernel:
 
 def shipped() -> tuple[Variant, ...]:
     """What a release compiles, and `flash8 check` checks."""
-    return (*SHIPPED, *SHIPPED_DECODERS, *SHIPPED_BACKWARDS, *SHIPPED_QUANTIZERS)
+    attention: tuple[Variant, ...] = (*SHIPPED, *SHIPPED_DECODERS, *SHIPPED_BACKWARDS)
+    return (*attention, *SHIPPED_QUANTIZERS, *SHIPPED_APPENDS)
 
 
 def kernels_of(variant: Variant) -> tuple[KernelVariant, ...]:

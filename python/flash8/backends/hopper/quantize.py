@@ -125,7 +125,7 @@ class Launcher:
     def __init__(self, x: Tensor, rope: Rope | None, **indices: Tensor | None) -> None:
         """indices: cu_seqlens and seqused."""
         self.params = params = _native.QuantizeParams()
-        self.x, params.x = _aligned(x)
+        self.x, params.x = aligned(x)
         self._kept = [self.x]
         params.heads, params.head_dim = x.shape[-2:]
         cu_seqlens = indices["cu_seqlens"]
@@ -264,7 +264,7 @@ def floats(x: Tensor) -> Tensor:
     return y if y.data_ptr() % 16 == 0 else y.clone()
 
 
-def _aligned(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+def aligned(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
     """x, or a copy where the kernels' 16-byte loads would not meet its rows, and its tensor_ref."""
     ref = tensor_ref(x)
     address, *steps = ref

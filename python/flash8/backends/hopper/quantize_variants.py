@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from flash8.compiler import Unit, cutlass_root, enumerator
 
-Job = Literal["cast", "amax", "mean", "mean_finish", "append"]
+Job = Literal["cast", "amax", "mean", "mean_finish"]
 Input = Literal["fp16", "bf16", "fp32"]
 Output = Literal["e4m3", "e5m2"]
 TILE_HEAD_DIMS = (64, 128, 256)
@@ -20,7 +20,7 @@ class QuantizeVariant:
     """One compilation of cutlass_kernels/quantize/<job>.cu.
 
     Attributes:
-        job: What the kernel does: the cast, a pass before it, or a cast into a KV cache.
+        job: What the kernel does: the cast, or a pass before it.
         dtype: Element type of x. "mean_finish" reads sums, so fp32.
         head_dim: Channels that a tile has room for.
         out: The 8-bit type; of the cast only.
@@ -80,7 +80,7 @@ def tile_head_dim(head_dim: int) -> int:
 
 def _shipped() -> tuple[QuantizeVariant, ...]:
     rows: list[QuantizeVariant] = []
-    jobs: tuple[Job, ...] = ("cast", "amax", "mean", "append")
+    jobs: tuple[Job, ...] = ("cast", "amax", "mean")
     for head_dim in TILE_HEAD_DIMS:
         rows += [QuantizeVariant(job, "bf16", head_dim) for job in jobs]
         rows.append(QuantizeVariant("mean_finish", "fp32", head_dim))

@@ -10,13 +10,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flash8.backends.cpu import append_quantized as portable_append
 from flash8.backends.cpu import quantize as portable
-from flash8.backends.hopper import append_quantized as appender
 from flash8.backends.hopper import quantize as quantizer
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.verify.watchdog import Watchdog
-from flash8.call.request import Appended, Request
+from flash8.call.request import Request
 from flash8.tensors.float8 import E4M3, E5M2
 from flash8.tensors.hadamard import Rotation
 from flash8.tensors.rotary import Rope
@@ -26,14 +24,11 @@ _HEADS = 3
 _MEAN_TOLERANCE = 1e-5  # of values about 1: a sum of some hundred in fp32
 _NAN_BYTE = 0x7F  # of e4m3, and one of e5m2's
 _POSITIONS = 300
-_PAGE = 32
 
 
 def find_fault(variant: QuantizeVariant, device: torch.device) -> str | None:
     """What is wrong with the kernel, or None. Raises what loading and launching it raise."""
     draw = _Draw(variant, device)
-    if variant.job == "append":
-        return _append_fault(draw.appended())
     for request in draw.requests():
         fault = _fault(request)
         if fault is not None:
@@ -63,15 +58,6 @@ def _fault(request: Request) -> str | None:
     if amax is not None and request.amax is not None:
         rows.append(("values of amax", amax, request.amax))
     return _difference(rows)
-
-
-def _append_fault(appended: Appended) -> str | None:
-    want = appended.cache.clone()
-    watchdog = Watchdog(want.device)
-    appender.append(appended)
-    watchdog.wait()
-    portable_append.append(appended._replace(cache=want))
-    return _difference([("bytes of the cache", appended.cache, want)])
 
 
 def _difference(rows: list[tuple[str, Tensor, Tensor]]) -> str | None:
@@ -119,22 +105,6 @@ class _Draw:
             descale=self._fp32(0.01) if given else None,
             amax=self._fp32(0.5) if given else None,
             v_colmajor=variant.v_colmajor,
-        )
-
-    def appended(self) -> Appended:
-        """Packed new rows of three sequences, across the ends of pages."""
-        width = self._variant.head_dim
-        cache = torch.full((12, _PAGE, _HEADS, width), 1.0, device=self._device)
-        starts = self._int32(13, 90, 0)
-        return Appended(
-            cache.to(E4M3),
-            self._x(36, _HEADS, width),
-            starts,
-            cu_seqlens=self._int32(0, 30, 31, 36),
-            page_table=self._int32(7, 2, 9, 0, 1, 11, 4, 3, 5, 6, 8, 10).view(3, 4),
-            descale=self._normal(12, _HEADS, 1).abs() * 0.05 + 0.01,
-            mean=self._normal(_HEADS, width),
-            rope=Rope(*self._tables(), starts, True),
         )
 
     def _x(self, *shape: int) -> Tensor:

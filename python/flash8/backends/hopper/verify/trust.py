@@ -2,7 +2,7 @@
 
 A kernel is checked once per process and device, when a call first wants it: small problems are run
 by it and by the portable code, and the results compared (`forward`, `decode`, `backward`,
-`quantize`).
+`quantize`, `append`).
 A kernel that fails, or that no compiler makes, is left alone from then on, and a warning says why.
 What may pass (no memory, no room for the cache, a compiler that took too long) says nothing of the
 kernel: the portable code serves for a while, and then the check is tried again. With
@@ -23,6 +23,7 @@ import torch
 
 from flash8 import _native
 from flash8.backends.hopper import mode
+from flash8.backends.hopper.append_variants import AppendVariant
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.kernels import Variant
@@ -99,6 +100,7 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
         KernelHangsError: after which nothing else runs on this stream.
         Exception: of whatever kind, which says nothing about the kernel and may pass.
     """
+    from flash8.backends.hopper.verify import append as check_append
     from flash8.backends.hopper.verify import backward as check_backward
     from flash8.backends.hopper.verify import decode as check_decode
     from flash8.backends.hopper.verify import forward as check_forward
@@ -112,6 +114,8 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
                 return check_decode.find_fault(variant, device)
             if isinstance(variant, BackwardVariant):
                 return check_backward.find_fault(variant, device)
+            if isinstance(variant, AppendVariant):
+                return check_append.find_fault(variant, device)
             return check_quantizer.find_fault(variant, device)
         except Exception as error:
             if not _lasts(error):

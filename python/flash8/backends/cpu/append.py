@@ -1,21 +1,46 @@
-"""New rows into an e4m3 cache in plain torch operations: the appending kernel's specification."""
+"""New tokens into a KV cache in plain torch operations: the appending kernel's specification."""
 
 from torch import Tensor
 
-from flash8.call.request import Appended
+from flash8.call.request import Appended, Queries
 from flash8.tensors.descales import BLOCK, checked
 from flash8.tensors.float8 import saturating_cast
 from flash8.tensors.rotary import embed_position, token_positions, token_sequences
 
 
-def append(*appended: Appended) -> None:
-    """Writes the rows, into one cache or the two of a call. Raises ValueError where there is no
-    room for them, before the first."""
+def append(*appended: Appended, queries: Queries | None = None) -> tuple[Tensor | None, Tensor]:
+    """Writes the rows, into one cache or the two of a call. Returns the rotated queries, and the
+    lengths of the sequences from now on. Raises ValueError where there is no room for the rows,
+    before the first is written."""
     from flash8.backends.cpu.cache import append_rows
 
-    pairs = [(a.cache, quantize(a)) for a in appended]
+    pairs = [(a.cache, prepare(a)) for a in appended]
     a = appended[0]
+    rotated = None if queries is None else rotate(queries)
     append_rows(pairs, a.starts, a.cu_seqlens, a.page_table, a.kv_batch_idx)
+    return rotated, lengths(a)
+
+
+def prepare(appended: Appended) -> Tensor:
+    """The rows as they go into the cache."""
+    a = appended
+    if a.quantizes:
+        return quantize(a)
+    return a.x if a.rope is None else embed_position(a.x, a.rope, a.starts.shape[0], a.cu_seqlens)
+
+
+def rotate(queries: Queries) -> Tensor:
+    """The queries in position, rounded once."""
+    x, cu_seqlens = queries.x, queries.cu_seqlens
+    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return embed_position(x, queries.rope, batch, cu_seqlens, advance=queries.advances)
+
+
+def lengths(appended: Appended) -> Tensor:
+    """Of every sequence, with its new rows."""
+    if appended.cu_seqlens is None:
+        return appended.starts + appended.x.shape[1]
+    return appended.starts + (appended.cu_seqlens[1:] - appended.cu_seqlens[:-1])
 
 
 def quantize(appended: Appended) -> Tensor:
