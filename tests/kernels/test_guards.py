@@ -12,8 +12,9 @@ from flash8.backends.hopper import append as appender
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.backends.hopper.verify import trust
-from flash8.call.request import Appended
+from flash8.call.request import Appended, Queries
 from flash8.tensors.float8 import E4M3
+from flash8.tensors.rotary import Rope
 from forward_cases import device, draw, kernel, launch
 from forward_launch import Call, Schedule
 from fp8_forward_cases import changed_kernel
@@ -28,7 +29,16 @@ pytestmark = [
 
 CAUSAL = ForwardVariant("bf16", 128, 128, mask="causal")
 #: The smallest step of a store: LSE goes by elements, O and data by 16 bytes.
-STEPS = {"o": 16, "lse": 4, "out": 16, "descale": 4, "mean": 16, "mean_partial": 4, "amax": 4}
+STEPS = {
+    "o": 16,
+    "lse": 4,
+    "out": 16,
+    "descale": 4,
+    "mean": 16,
+    "mean_partial": 4,
+    "amax": 4,
+    "lengths": 4,
+}
 BOTH_SIDES = pytest.mark.parametrize("side", [-1, 1], ids=["before", "behind"])
 #: Whoever is first to find it: the comparison, or the simulated device where it knows the bounds.
 FOUND = pytest.raises((AssertionError, _native.DriverError), match=r"beside|ILLEGAL_ADDRESS")
@@ -109,13 +119,17 @@ def test_quantizer(monkeypatch, name, strict, side):
 
 @BOTH_SIDES
 @pytest.mark.parametrize("strict", [False, True], ids=["cpu tensors", "known memory"])
-def test_append(monkeypatch, strict, side):
+@pytest.mark.parametrize("name", ["k.out", "q.out", "lengths"])
+def test_append(monkeypatch, name, strict, side):
     cache = torch.zeros(2, 20, 2, 64).to(E4M3)
     x, starts = torch.randn(2, 20, 2, 64).bfloat16(), int32((0, 0))
-    moved(monkeypatch, "launch_append", "k.out", side)
+    tables = torch.ones(20, 16)
+    queries = Queries(x.clone(), Rope(tables, tables, starts))
+    moved(monkeypatch, "launch_append", name, side)
     serving = quantizer_device().serving_cpu_tensors(monkeypatch)
-    with FOUND, kernels(monkeypatch, x, cache, starts) if strict else serving:
-        appender.append(Appended(cache, x, starts))
+    known = (x, queries.x, tables, cache, starts)
+    with FOUND, kernels(monkeypatch, *known) if strict else serving:
+        appender.append(Appended(cache, x, starts), queries=queries)
 
 
 @pytest.fixture
