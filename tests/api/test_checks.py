@@ -54,8 +54,15 @@ def fp8(**changes):
     return flash8.flash_attn_func(**{**dict(q=q, k=k, v=v), **changes})
 
 
+def latent(**changes):
+    """A bf16 q and qv over e4m3 k and v."""
+    q, qv = (torch.randn(2, 5, 4, d).bfloat16() for d in (16, 8))
+    k, v = (torch.randn(2, 5, 2, d).to(FP8) for d in (16, 8))
+    return flash8.flash_attn_func(**{**dict(q=q, k=k, v=v, qv=qv), **changes})
+
+
 def test_the_calls_below_are_valid_when_unchanged():
-    for call in (dense, varlen, paged, fp8):
+    for call in (dense, varlen, paged, fp8, latent):
         call()
 
 
@@ -226,6 +233,7 @@ BAD = [
     (fp8, dict(v_descale=0.5), TypeError, "v_descale", "torch.Tensor", "0.5"),
     (fp8, dict(k_descale=ones(2, 2, device="meta")), ValueError, "k_descale", "cpu", "meta"),
     (fp8, dict(qv=ones(2, 5, 4, 16).to(FP8)), ValueError, "qv", "float8_e4m3fn", "bfloat16"),
+    (latent, dict(v_mean=ones(2, 8)), ValueError, "v_mean", "qv"),
     (fp8, dict(out=ones(2, 5, 4, 16)), TypeError, "out", "bfloat16", "float16", "float32"),
     (fp8, dict(k=ones(2, 5, 2, 16)), TypeError, "k", "float8_e4m3fn", "float32"),
 ]

@@ -240,3 +240,27 @@ def test_without_append_the_call_is_differentiable(page_size):
         grads.append(torch.autograd.grad(loss, leaves))
     for found, reference in zip(*grads, strict=True):
         torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(), (2, 1), (4, 1, 1)], ids=["tensor", "head", "page"])
+def test_qv_over_an_e4m3_cache(shape):
+    """qv . v takes v's descale, q . k that of k."""
+    generator = torch.Generator().manual_seed(8)
+    q, qv = (torch.randn(2, 3, 4, d, generator=generator) for d in (16, 32))
+    cache = [
+        torch.randn(4, 16, 1, d, generator=generator).to(torch.float8_e4m3fn) for d in (16, 32)
+    ]
+    table, lengths = int32([[3, 0], [1, 2]]), int32([13, 16])
+    descales = [torch.rand(shape, generator=generator) + i for i in (0.5, 1.5)]
+    given = {"page_table": table, "cache_seqlens": lengths, "qv": qv, "causal": True}
+    scaled = dict(zip(("k_descale", "v_descale"), descales, strict=True))
+    found = flash8.flash_attn_with_kvcache(q, *cache, **given, **scaled)
+    wide = []
+    for x, descale in zip(cache, descales, strict=True):
+        if descale.dim() == 2:  # by sequence
+            rows = torch.empty(4)
+            rows[table.long()] = descale
+            descale = rows.view(4, 1, 1)
+        wide.append(x.float() * (descale[..., None] if descale.dim() == 3 else descale))
+    want = flash8.flash_attn_with_kvcache(q, *wide, **given)
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)

@@ -58,7 +58,7 @@ def attention(
     options = options._replace(**narrowed(options._asdict()))
     geometry = qkv(q, k, v, options, names)
     if qv is not None:
-        _check_qv(q, k, qv, geometry, names)
+        _check_qv(q, qv, geometry, options, names)
     _check_index_tensors(q, geometry, options, names)
     if s_aux is not None:
         require_tensor("s_aux", s_aux, (torch.float32, torch.float64, q.dtype), q)
@@ -207,12 +207,15 @@ def _check_v_colmajor(
         )
 
 
-def _check_qv(q: Tensor, k: Tensor, qv: Any, geometry: Geometry, names: Names) -> None:
-    if k.dtype == FP8:
+def _check_qv(q: Tensor, qv: Any, geometry: Geometry, options: Options, names: Names) -> None:
+    if q.dtype == FP8:
         raise ValueError(
-            f"qv is not supported with {FP8} {names.get('k', 'k')}; use torch.bfloat16 or "
+            f"qv is not supported with {FP8} {names.get('q', 'q')}; use torch.bfloat16 or "
             "torch.float16"
         )
+    for name in ("k_mean", "v_mean", "v_channel_descale"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name} cannot be combined with qv, which makes v a key, too")
     require_tensor("qv", qv, q.dtype, q)
     shape = (*q.shape[:-1], geometry.head_dim_v)
     require_shape("qv", qv, shape, "q's shape with head_dim_v last")

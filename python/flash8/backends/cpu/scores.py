@@ -32,11 +32,12 @@ class Scores:
             s = float8_matmul(q_tile, k_tile, self._study)
         else:
             s = q_tile @ k_tile
+        operands, descales = self._operands, self._operands.descales
+        s = _scaled(operands.split_rows(s), descales.scores(tile))
         if qv_tile is not None:
-            s += qv_tile @ self._operands.v[:, :, keys].transpose(-1, -2)
-        s = self._operands.split_rows(s)
-        factor = self._operands.descales.scores(tile)
-        return s if factor is None else s.mul_(factor)
+            by_v = operands.split_rows(qv_tile @ operands.v[:, :, keys].transpose(-1, -2))
+            s += _scaled(by_v, None if descales.v is None else descales.v.of(tile)[..., None])
+        return s
 
     def cap(self, s: Tensor) -> Tensor:
         """softcap * tanh(s / softcap), in place."""
@@ -73,3 +74,8 @@ class Scores:
         keys = torch.arange(tile.n_begin, tile.n_end, device=device)
         shift = self._operands.seqlen_k - self._operands.seqlen_q
         return (rows + shift - keys).abs_().to(self._operands.q.dtype)
+
+
+def _scaled(s: Tensor, factor: Tensor | None) -> Tensor:
+    """In place."""
+    return s if factor is None else s.mul_(factor)
