@@ -5,6 +5,7 @@ way round the loop over tiles that passes every matrix product and every TMA loa
 needs no mask, and moves no row's maximum. Static counts of the disassembly, no measurement.
 """
 
+import itertools
 import re
 from collections import deque
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Loop:
     registers: int
     spill_bytes: int
     instructions: int
-    tile_bytes: int  # K and V of a tile
+    tile_bytes: int  # of K and V, for as many instructions: a tile, or one warp's share of a team's
 
     @property
     def per_byte(self) -> float:
@@ -41,16 +42,27 @@ def loop(variant: DecodeVariant) -> Loop:
         max(c.registers for c in costs),
         sum(c.spill_stores + c.spill_loads for c in costs),
         way_round(MachineCode.of(compiled.cubin).lines),
-        block_n(variant) * (variant.head_dim + variant.head_dim_v) * _element_bytes(variant),
+        round(block_n(variant) * _warp_channels(variant) * _element_bytes(variant)),
     )
 
 
 def block_n(variant: DecodeVariant) -> int:
     """Keys of a tile, as hopper/decode/config.cuh has it."""
-    row = max(variant.head_dim, variant.head_dim_v) * _element_bytes(variant)
+    widest = max(variant.head_dim_v, 0 if variant.qv else variant.head_dim)
+    row = widest // _team_warps(variant) * _element_bytes(variant)
     if row > 256:
         return 16
     return 32 if row > 128 or variant.rows == 32 else 64
+
+
+def _warp_channels(variant: DecodeVariant) -> float:
+    """Of K and V, that the loop of a warp reads. The warps of a team share them out; with qv two
+    have half of K each, and all are counted as if they did the work of these."""
+    return (variant.head_dim + variant.head_dim_v) / _team_warps(variant)
+
+
+def _team_warps(variant: DecodeVariant) -> int:
+    return 4 if variant.head_dim_v > 256 else 1
 
 
 def _element_bytes(variant: DecodeVariant) -> int:
@@ -62,13 +74,16 @@ def way_round(lines: tuple[tuple[int, str], ...]) -> int:
     after = _successors(lines)
     products = [i for i, (_, text) in enumerate(lines) if "HMMA" in text]
     reached = _distances(after, products[0])
-    loads = [i for i, (_, text) in enumerate(lines) if "UTMALDG" in text]
-    stops = sorted({*products[1:], *(i for i in loads if i in reached)}, key=reached.__getitem__)
-    count, here = 0, products[0]
-    for stop in (*stops, products[0]):
-        count += _distances(after, here)[stop]
-        here = stop
-    return count
+    # And those of the softmax, which of a team not every warp has.
+    loads = [i for i, (_, text) in enumerate(lines) if "UTMALDG" in text or "MOVM" in text]
+    stops = {*products[1:], *(i for i in loads if i in reached)}
+    # A way past the softmax may be shorter than one into it; the compiler lays it out in order.
+    orders = sorted(stops, key=reached.__getitem__), sorted(stops)
+    return min(_way(after, [products[0], *order, products[0]]) for order in orders)
+
+
+def _way(after: list[list[int]], stops: list[int]) -> int:
+    return sum(_distances(after, i)[j] for i, j in itertools.pairwise(stops))
 
 
 def _successors(lines: tuple[tuple[int, str], ...]) -> list[list[int]]:

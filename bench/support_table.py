@@ -64,14 +64,33 @@ def packed(leaf: bool = False, **options: Any) -> Call:
     return call
 
 
-def cached(dtype: torch.dtype, q_dtype: torch.dtype | None = None, **options: Any) -> Call:
+def cached(
+    dtype: torch.dtype, q_dtype: torch.dtype | None = None, dim: int = 64, **options: Any
+) -> Call:
     """Four queries over a cache of `dtype`."""
 
     def call() -> Any:
-        q, k, v = tensors(dtype)
+        q, k, v = tensors(dtype, dim)
         given = {"cache_seqlens": ints([16]), "num_splits": 1, **options}
         with torch.no_grad():
             return flash8.flash_attn_with_kvcache(q[:, :4].to(q_dtype or dtype), k, v, **given)
+
+    return call
+
+
+def latent(dtype: torch.dtype, **options: Any) -> Call:
+    """Two queries of absorbed MLA over one cache of `dtype`."""
+
+    def call() -> Any:
+        q, qv, both = (
+            torch.ones(1, n, h, d) for n, h, d in ((2, 16, 64), (2, 16, 512), (32, 1, 576))
+        )
+        cache = both.to(dtype)
+        given = {"cache_seqlens": ints([16]), "num_splits": 1, **options}
+        with torch.no_grad():
+            return flash8.flash_attn_with_kvcache(
+                q.to(BF16), cache[..., 512:], cache[..., :512], qv=qv.to(BF16), **given
+            )
 
     return call
 
@@ -199,6 +218,14 @@ ROWS = (
         ],
     ),
     Row(
+        "KV cache: absorbed MLA (`qv`), 16-bit and e4m3; head_dim up to 512",
+        DecodeVariant,
+        [
+            *(latent(BF16), latent(E4M3, k_descale=torch.ones(1, 1))),
+            *(latent(BF16, page_table=ints([[0]])), cached(BF16, dim=512)),
+        ],
+    ),
+    Row(
         "an e4m3 cache with descales by page; KV splits",
         DecodeVariant,
         [
@@ -207,7 +234,7 @@ ROWS = (
         ],
     ),
     Row(
-        "`qv`; head_dim above 256; fp32, fp64",
+        "without a cache: `qv`, head_dim above 256; fp32, fp64",
         ForwardVariant,
         [
             *(dense(qv=tensors()[0]), dense(dim=264), dense(FP32), dense(FP64)),

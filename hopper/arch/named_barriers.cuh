@@ -16,6 +16,19 @@ enum class NamedBarrier : int {
     // Backward: all consumer warpgroups have subtracted their share of K's mean, or have made their share of
     // K and V in 16 bits.
     kKeysPrepared = 8,
+    // Decode: the warps of team i have written what they exchange: TeamMeeting + i.
+    kTeamMeeting = 9,  // and 10
+};
+
+// The warps of one team wait for each other.
+template <int kTeams, int kTeamWarps>
+struct TeamMeeting {
+    static constexpr int kThreads = kTeamWarps * 32;
+    static_assert(kTeams <= 2, "two barriers have a name");
+
+    __device__ __forceinline__ static void wait(int team) {
+        ptx::named_barrier_sync(static_cast<int>(NamedBarrier::kTeamMeeting) + team, kThreads);
+    }
 };
 
 // Ping-pong scheduling: the warpgroups take turns to issue their products, so that the softmax of one

@@ -20,6 +20,19 @@ enum class LoadChoice { kTma, kGather };
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// The lane. With a large O it is asked for anew every time, so that no address made of it takes a register
+// over a whole loop.
+template <class Config>
+__device__ __forceinline__ int lane_index() {
+    if constexpr (Config::kTeamWarps == 1) {
+        return threadIdx.x % 32;
+    } else {
+        int lane;
+        asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+        return lane;
+    }
+}
+
 constexpr int smaller(int a, int b) {
     return a < b ? a : b;
 }
@@ -29,6 +42,7 @@ struct DecodeConfig {
     static constexpr bool kFp8 = CacheChoice::FLASH8_CACHE == CacheChoice::kE4m3;
     static constexpr bool kGather = LoadChoice::FLASH8_LOAD == LoadChoice::kGather;
     static constexpr bool kScoreMod = FLASH8_SCORE_MOD;  // softcap, ALiBi
+    static constexpr bool kQv = FLASH8_QV;               // scores are q . k + qv . v
     static constexpr int kHeadDim = FLASH8_HEAD_DIM;
     static constexpr int kHeadDimV = FLASH8_HEAD_DIM_V;
     static constexpr int kBlockM = FLASH8_ROWS;  // rows of Q: query heads of a KV head, times queries
@@ -43,9 +57,23 @@ struct DecodeConfig {
         kElement == ElementChoice::kFp16 ? ArithmeticType::kFp16 : ArithmeticType::kBf16;
     static constexpr float kOffset = kArithmetic == ArithmeticType::kFp16 ? 12.0f : 0.0f;
 
+    static constexpr int kWarps = 8;
+    static constexpr int kThreads = kWarps * 32;
+    // Where O is too large for the registers of a warp, four have the same tiles, and each has channels of
+    // its own (team_mainloop.cuh). Otherwise every warp is a team.
+    static constexpr int kTeamWarps = kHeadDimV > 256 ? 4 : 1;
+    static constexpr int kTeams = kWarps / kTeamWarps;
+    static constexpr int kWarpChannelsV = kHeadDimV / kTeamWarps;
+    // With qv a team's first warps have K's few channels beside those of V, which is a key itself.
+    static constexpr int kWarpChannelsK = kQv ? 32 : kHeadDim / kTeamWarps;
+    static constexpr int kWarpsOfK = kQv ? kHeadDim / kWarpChannelsK : kTeamWarps;
+    static_assert(!kQv || kTeamWarps > 1);
+    static_assert(kWarpsOfK <= kTeamWarps && kWarpChannelsK % 32 == 0 && kWarpChannelsV % 32 == 0);
+
+    // Of what a warp has of a row.
     static constexpr int kElementBytes = kFp8 ? 1 : 2;
-    static constexpr int kRowBytesK = kHeadDim * kElementBytes;
-    static constexpr int kRowBytesV = kHeadDimV * kElementBytes;
+    static constexpr int kRowBytesK = kWarpChannelsK * kElementBytes;
+    static constexpr int kRowBytesV = kWarpChannelsV * kElementBytes;
     static constexpr int kWidestRow = kRowBytesK > kRowBytesV ? kRowBytesK : kRowBytesV;
 
     // Keys of a tile: what the accumulators of its scores leave room for, in slots of at most 8 KB.
@@ -53,30 +81,38 @@ struct DecodeConfig {
     static constexpr int kKeySteps = kBlockN / 16;  // m16 of a product
     static constexpr int kRowTiles = kBlockM / 8;   // n8 of a product
 
-    static constexpr int kWarps = 8;
-    static constexpr int kThreads = kWarps * 32;
-    // Each warp has a ring of slots of its own, which hold a tile of K and a tile of V by turns.
+    static_assert(kTeamWarps == 1 || kRowTiles <= kTeamWarps, "a row tile has the softmax of one warp");
+    // Each warp has a ring of slots of its own, which hold a tile of K and a tile of V by turns; with qv a
+    // tile of V, and beside it what the warp has of K.
     static constexpr int kSlotBytes = kBlockN * kWidestRow;
-    // A CTA gets at least so many tiles: one a warp.
+    static constexpr int kSlotBytesK = kQv ? kBlockN * kRowBytesK : 0;
+    // A CTA gets at least so many tiles: one a warp, and four a team of four.
     static constexpr int kLeastTiles = kWarps;
 
     static constexpr int kPanelK = kRowBytesK % 128 == 0 ? 128 : kRowBytesK % 64 == 0 ? 64 : 32;
     static constexpr int kPanelV = kRowBytesV % 128 == 0 ? 128 : kRowBytesV % 64 == 0 ? 64 : 32;
 
     // Q's fragments stay in registers while they are few; otherwise they are read from shared memory.
-    static constexpr int kChannelSteps = kHeadDim / 16;
-    static constexpr bool kQInRegisters = kRowTiles * kChannelSteps <= 16;
+    // With qv its steps come first.
+    static constexpr int kChannelSteps = (kQv ? kHeadDimV + kHeadDim : kHeadDim) / 16;
+    static constexpr int kWarpSteps = (kQv ? kWarpChannelsV + kWarpChannelsK : kWarpChannelsK) / 16;
+    static constexpr bool kQInRegisters = kRowTiles * kWarpSteps <= (kTeamWarps == 1 ? 16 : 20);
 
-    // Channels of O that the warps exchange at a time.
+    // Channels of O of each warp that are merged at a time.
     static constexpr int kMergeChannels = kBlockM == 8 && kHeadDimV % 64 == 0 ? 64 : kBlockM <= 16 ? 32 : 16;
     static constexpr int kMergePitch = kMergeChannels + 4;  // no bank conflicts
-    static_assert(kHeadDimV % kMergeChannels == 0);
+    static_assert(kWarpChannelsV % kMergeChannels == 0);
 
-    // What shared memory has room for beside Q, the warps' parts of O and their statistics.
-    static constexpr int kOtherBytes =
-        kBlockM * kHeadDim * 2 + kWarps * kBlockM * (kMergePitch + 2) * 4 + 4096;
+    // What shared memory has room for beside Q, the statistics, and the warps' parts of O, in whose place are
+    // the scores and P that a team exchanges.
+    static constexpr int kMergeBytes = kWarps * kBlockM * (kMergePitch + 2) * 4;
+    static constexpr int kExchangeBytes =
+        kTeamWarps == 1 ? 0 : kBlockM * (kWarps * kBlockN * 4 + kTeams * (kBlockN * 2 + 4 + 32));
+    static constexpr int kOtherBytes = kBlockM * kChannelSteps * 16 * 2 +
+                                       (kMergeBytes > kExchangeBytes ? kMergeBytes : kExchangeBytes) + 4096;
     static constexpr int kRingBytes = smaller(192 * 1024, 227 * 1024 - kOtherBytes);
-    static constexpr int kSlots = smaller(8, kRingBytes / (kWarps * kSlotBytes));
+    static constexpr int kStageBytes = kWarps * kSlotBytes + kTeams * kWarpsOfK * kSlotBytesK;
+    static constexpr int kSlots = smaller(8, kRingBytes / kStageBytes);
     static_assert(kSlots >= 2);
 
     using TileMask = Mask<MaskMode::kLocal, kBlockM, kBlockN, true>;

@@ -2,11 +2,16 @@
 // flash8.backends.hopper.decode_variants says which -D options there are.
 
 #include "empty_rows.cuh"
+#include "mainloop.cuh"
 #include "merge.cuh"
+#include "team_mainloop.cuh"
+
+#include <type_traits>
 
 namespace flash8 {
 
 using Config = DecodeConfig;
+using Loop = std::conditional_t<Config::kTeamWarps == 1, Mainloop<Config>, TeamMainloop<Config>>;
 
 constexpr KernelInfo describe() {
     KernelInfo info{};
@@ -28,6 +33,7 @@ constexpr KernelInfo describe() {
     info.cluster[0] = info.cluster[1] = info.cluster[2] = 1;
     info.shared_bytes = kSharedBytes;
     info.pack_gqa = 1;
+    info.qv = Config::kQv;
     constexpr auto kType = Config::kFp8                               ? ElementType::kUint8
                            : Config::kElement == ElementChoice::kFp16 ? ElementType::kFloat16
                                                                       : ElementType::kBfloat16;
@@ -70,8 +76,8 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
         __syncwarp();
     }
     Share const share = Shares<Config>::of_cta(params);
-    Mainloop<Config> mainloop(params, shared, share, warp);
-    Merge<Config> merge(params, shared, share, warp);
+    Loop mainloop(params, shared, share, warp);
+    Merge<Config> merge(params, shared, warp);
     store_walk(shared.walk[warp], Walk<Config>::over(share));
     while (next_segment(params, shared.walk[warp])) {
         Walk<Config> const& walk = shared.walk[warp];

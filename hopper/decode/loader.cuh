@@ -1,4 +1,5 @@
-// Fills the slots of one warp's ring: K of a tile, then V of it, then K of the next tile.
+// Fills the slots of one warp's ring: K of a tile, then V of it, then K of the next tile; with qv both of a
+// tile at once. Of a team each warp loads its channels.
 //
 //   loader (the same warp)              products
 //   fill a slot                         wait until it is full
@@ -50,7 +51,12 @@ class Loader {
 
   public:
     __device__ Loader(DecodeParams const& params, SharedStorage<Config>& shared, Share const& share, int warp)
-        : params_(params), shared_(shared), finder_(params), warp_(warp) {
+        : params_(params),
+          shared_(shared),
+          finder_(params),
+          warp_(warp),
+          team_(warp / Config::kTeamWarps),
+          member_(warp % Config::kTeamWarps) {
         store_walk(shared.loader_walk[warp], Walk<Config>::over(share));
     }
 
@@ -58,7 +64,7 @@ class Loader {
     __device__ void start() {
 #pragma unroll 1
         for (int slot = 0; slot < Config::kSlots; ++slot) {
-            if (slot % 2 == 0) {
+            if (!Config::kQv && slot % 2 == 0) {
                 fill<false>(slot);
             } else {
                 fill<true>(slot);
@@ -66,19 +72,32 @@ class Loader {
         }
     }
 
-    // With K of the next tile, or with V of the same. By all lanes, which have read the slot.
+    // With K of the next tile, or with V of the same; with qv by kV, with both of the next tile. By all
+    // lanes, which have read the slot.
     template <bool kV>
     __device__ __forceinline__ void fill(int slot) {
         __syncwarp();
-        if constexpr (!kV) {
+        if constexpr (!kV || Config::kQv) {
             advance();
         }
+        bool const beside = Config::kQv && member_ < Config::kWarpsOfK;
         if constexpr (Config::kGather) {
             if (more_) {
+                if (beside) {
+                    gather<false>(slot);
+                }
                 gather<kV>(slot);
             }
             ptx::copy_async_commit();  // an empty group, too, keeps the count
         } else if (more_) {
+            constexpr int kBytes = kBlockN * (kV ? Config::kRowBytesV : Config::kRowBytesK);
+            if (threadIdx.x % 32 == 0) {
+                ptx::mbarrier_expect_tx(&shared_.full[warp_][slot],
+                                        kBytes + (beside ? Config::kSlotBytesK : 0));
+            }
+            if (beside) {
+                load<false>(slot);
+            }
             load<kV>(slot);
         }
     }
@@ -110,15 +129,11 @@ class Loader {
             if (!more_) {
                 return;
             }
-            KeyRange const tiles = walk.segment.template of_warp<Config>(warp_);
+            KeyRange const tiles = walk.segment.template of_team<Config>(team_);
             tile_ = tiles.begin;
             end_ = tiles.end;
         } while (tile_ >= end_);
         store_walk(shared_.loader_walk[warp_], walk);
-        batch_k_ = walk.sequence.info.batch_k;
-        head_ = walk.segment.head;
-        first_seen_ = walk.sequence.begin;
-        end_seen_ = walk.sequence.end;
         // From here on tiles are counted from the start of the cache.
         tile_ += walk.sequence.first_tile();
         end_ += walk.sequence.first_tile();
@@ -127,15 +142,22 @@ class Loader {
 
     // The places of this lane's keys, or of its box.
     __device__ __forceinline__ void find(int tile, KeyPlace (&places)[kPlaces]) const {
-        int const lane = threadIdx.x % 32;
+        SequenceWork<Config> const& sequence = shared_.loader_walk[warp_].sequence;
+        int const lane = lane_index<Config>();
         int const step = Config::kGather ? 1 : params_.pages.box_rows;
 #pragma unroll
         for (int i = 0; i < kPlaces; ++i) {
             int const key = (lane + 32 * i) * step;
             if (key < kBlockN) {
-                places[i] = finder_.find(batch_k_, tile * kBlockN + key, step, first_seen_, end_seen_);
+                places[i] = finder_.find(sequence.info.batch_k, tile * kBlockN + key, step, sequence.begin,
+                                         sequence.end);
             }
         }
+    }
+
+    template <bool kV>
+    __device__ __forceinline__ char* target_of(int slot) const {
+        return Config::kQv && !kV ? shared_.slot_k(team_, member_, slot) : shared_.slots[warp_][slot];
     }
 
     template <bool kV>
@@ -143,12 +165,11 @@ class Loader {
         constexpr int kRowBytes = kV ? Config::kRowBytesV : Config::kRowBytesK;
         constexpr int kPanel = kV ? Config::kPanelV : Config::kPanelK;
         uint64_t* const barrier = &shared_.full[warp_][slot];
-        char* const target = shared_.slots[warp_][slot];
+        char* const target = target_of<kV>(slot);
         void const* const map = kV ? &params_.tma_v : &params_.tma_k;
-        int const lane = threadIdx.x % 32;
-        if (lane == 0) {
-            ptx::mbarrier_expect_tx(barrier, kBlockN * kRowBytes);
-        }
+        int const first_channel = member_ * (kV ? Config::kWarpChannelsV : Config::kWarpChannelsK);
+        int const head = shared_.loader_walk[warp_].segment.head;
+        int const lane = lane_index<Config>();
         int const box_rows = params_.pages.box_rows;
 #pragma unroll 1
         for (int box = 0, first = 0; first < kBlockN; ++box, first += box_rows) {
@@ -158,7 +179,7 @@ class Loader {
 #pragma unroll
                 for (int panel = 0; panel < kRowBytes / kPanel; ++panel) {
                     ptx::tma_load_4d(target + (panel * kBlockN + first) * kPanel, map, barrier,
-                                     panel * kPanel / Config::kElementBytes, row, head_, page);
+                                     first_channel + panel * kPanel / Config::kElementBytes, row, head, page);
                 }
             }
         }
@@ -171,9 +192,10 @@ class Loader {
         constexpr int kLanesPerRow = kPanel / 16;
         constexpr int kRows = 32 / kLanesPerRow;  // at a time
         constexpr int kUnit = 16 / Config::kElementBytes;
+        int const head = shared_.loader_walk[warp_].segment.head;
         TensorRef const& ref = kV ? params_.v : params_.k;
         int const channels = kV ? params_.head_dim_v : params_.head_dim;
-        int const lane = threadIdx.x % 32;
+        int const lane = lane_index<Config>();
         // In units of 16 bytes: the host refuses caches in which 32 bits do not count them.
         uint32_t units[kPlaces];
 #pragma unroll
@@ -181,15 +203,16 @@ class Loader {
             units[i] = kNowhere;
             if (places_[i].page < params_.pages.num_pages) {
                 units[i] = static_cast<uint32_t>((places_[i].page * ref.batch_stride +
-                                                  places_[i].row * ref.row_stride + head_ * ref.head_stride) /
+                                                  places_[i].row * ref.row_stride + head * ref.head_stride) /
                                                  kUnit);
             }
         }
-        char const* const source = static_cast<char const*>(ref.ptr) + lane % kLanesPerRow * 16;
-        uint32_t const target = ptx::shared_address(shared_.slots[warp_][slot]);
+        int const first_byte = member_ * kRowBytes;
+        char const* const source = static_cast<char const*>(ref.ptr) + first_byte + lane % kLanesPerRow * 16;
+        uint32_t const target = ptx::shared_address(target_of<kV>(slot));
         // A large O leaves few registers for addresses, and softcap or ALiBi beside 32 rows hardly any.
-        constexpr bool kLarge = Config::kBlockM * Config::kHeadDimV >= 3072;
-        constexpr bool kFull = Config::kScoreMod && Config::kBlockM == 32;
+        constexpr bool kLarge = Config::kBlockM * Config::kWarpChannelsV >= 3072;
+        constexpr bool kFull = (Config::kScoreMod || Config::kTeamWarps > 1) && Config::kBlockM == 32;
         constexpr int kUnrolled = kFull ? 1 : kLarge ? 2 : kBlockN / kRows;
 #pragma unroll kUnrolled
         for (int first = 0; first < kBlockN; first += kRows) {
@@ -198,7 +221,7 @@ class Loader {
 #pragma unroll
             for (int panel = 0; panel < kRowBytes / kPanel; ++panel) {
                 int const byte = panel * kPanel + lane % kLanesPerRow * 16;
-                bool const reads = unit != kNowhere && byte < channels * Config::kElementBytes;
+                bool const reads = unit != kNowhere && first_byte + byte < channels * Config::kElementBytes;
                 ptx::copy_async_16(target + SwizzledTile<kBlockN, kPanel>::offset(row, byte),
                                    source + (reads ? unit * int64_t{16} + panel * kPanel : 0), reads);
             }
@@ -211,12 +234,10 @@ class Loader {
     SharedStorage<Config>& shared_;
     KeyFinder<Config> finder_;
     int warp_;
-    int tile_ = 0;  // the last one of K that was asked for, of this warp's [.., end_) of the segment
+    int team_;
+    int member_;
+    int tile_ = 0;  // the last one of K that was asked for, of this team's [.., end_) of the segment
     int end_ = 0;
-    int batch_k_ = 0;
-    int head_ = 0;
-    int first_seen_ = 0;  // keys [first_seen_, end_seen_) are those that some query sees
-    int end_seen_ = 0;
     bool more_ = true;
     KeyPlace places_[kPlaces]{};       // of the tile
     KeyPlace next_places_[kPlaces]{};  // of the one after it: read one tile ahead

@@ -1,7 +1,7 @@
 // From the accumulators of eight warps to O and LSE, or to a partial result of a unit that several CTAs
 // share.
 //
-// Warps are added in their order, CTAs in theirs, so that equal calls give equal bits:
+// Teams, mostly single warps, are added in their order, CTAs in theirs, so that equal calls give equal bits:
 //
 //   each CTA                                  the CTA that is last to take a ticket
 //   writes its partial result
@@ -16,7 +16,7 @@
 
 #pragma once
 
-#include "mainloop.cuh"
+#include "softmax.cuh"
 
 namespace flash8 {
 
@@ -25,13 +25,14 @@ class Merge {
     using Product = Products<Config>;
     static constexpr int kBlockM = Config::kBlockM;
     static constexpr int kChannels = Config::kMergeChannels;
+    static constexpr int kTeamWarps = Config::kTeamWarps;
     // Of a partial result: O, then references, then sums.
     static constexpr int kPartialO = kBlockM * Config::kHeadDimV;
     static constexpr int kPartial = kPartialO + 2 * kBlockM;
 
   public:
-    __device__ Merge(DecodeParams const& params, SharedStorage<Config>& shared, Share const& share, int warp)
-        : params_(params), shared_(shared), share_(share), warp_(warp) {}
+    __device__ Merge(DecodeParams const& params, SharedStorage<Config>& shared, int warp)
+        : params_(params), shared_(shared), warp_(warp), team_(warp / kTeamWarps) {}
 
     // By all threads, once for each segment.
     __device__ void finish(Walk<Config> const& walk, Accumulators<Config>& sums) {
@@ -52,26 +53,29 @@ class Merge {
         }
         scale(sums);
 #pragma unroll
-        for (int first = 0; first < Config::kHeadDimV; first += kChannels) {
+        for (int first = 0; first < Config::kWarpChannelsV; first += kChannels) {
             stage(sums, first);
             __syncthreads();
-            each_pair<kChannels>([&](int row, int channel) {
+            each_pair<kTeamWarps * kChannels>([&](int row, int staged) {
+                int const member = staged / kChannels;
+                int const channel = member * Config::kWarpChannelsV + first + staged % kChannels;
                 float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
-                for (int warp = 0; warp < Config::kWarps; ++warp) {
-                    float2 const part = *reinterpret_cast<float2 const*>(&shared_.merge[warp][row][channel]);
+                for (int warp = 0; warp < Config::kWarps; warp += kTeamWarps) {
+                    float2 const part = *reinterpret_cast<float2 const*>(
+                        &shared_.merge[warp + member][row][staged % kChannels]);
                     sum.x += part.x;
                     sum.y += part.y;
                 }
                 if (whole) {
-                    store(segment, sequence, row, first + channel, sum);
+                    store(segment, sequence, row, channel, sum);
                 } else {
-                    *reinterpret_cast<float2*>(partial + row * Config::kHeadDimV + first + channel) = sum;
+                    *reinterpret_cast<float2*>(partial + row * Config::kHeadDimV + channel) = sum;
                 }
             });
             __syncthreads();
         }
-        if (!whole && is_last_part(segment, sequence)) {
+        if (!whole && is_last_part(segment)) {
             add_parts(segment, sequence);
         }
     }
@@ -90,21 +94,22 @@ class Merge {
         }
     }
 
-    // References and sums of all warps together.
+    // References and sums of all teams together.
     __device__ void add_statistics(Accumulators<Config>& sums) {
         int const lane = threadIdx.x % 32;
 #pragma unroll
-        for (int n = 0; n < Config::kRowTiles; ++n) {
+        for (int own = 0; own < Accumulators<Config>::kOwnRowTiles; ++own) {
+            int const n = kTeamWarps == 1 ? own : warp_ % kTeamWarps;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                float sum = sums.sum[n][r];
+                float sum = sums.sum[own][r];
 #pragma unroll
                 for (int lanes = 4; lanes < 32; lanes *= 2) {
                     sum += __shfl_xor_sync(0xffffffff, sum, lanes);
                 }
-                if (lane < 4) {
-                    shared_.reference[warp_][8 * n + 2 * lane + r] = sums.reference[n][r];
-                    shared_.sum[warp_][8 * n + 2 * lane + r] = sum;
+                if (lane < 4 && n < Config::kRowTiles) {
+                    shared_.reference[team_][8 * n + 2 * lane + r] = sums.reference[own][r];
+                    shared_.sum[team_][8 * n + 2 * lane + r] = sum;
                 }
             }
         }
@@ -113,13 +118,13 @@ class Merge {
             int const row = threadIdx.x;
             float reference = -FLT_MAX;
 #pragma unroll
-            for (int warp = 0; warp < Config::kWarps; ++warp) {
-                reference = fmaxf(reference, shared_.reference[warp][row]);
+            for (int team = 0; team < Config::kTeams; ++team) {
+                reference = fmaxf(reference, shared_.reference[team][row]);
             }
             float sum = 0.0f;
 #pragma unroll
-            for (int warp = 0; warp < Config::kWarps; ++warp) {
-                sum += shared_.sum[warp][row] * ptx::exp2(shared_.reference[warp][row] - reference);
+            for (int team = 0; team < Config::kTeams; ++team) {
+                sum += shared_.sum[team][row] * ptx::exp2(shared_.reference[team][row] - reference);
             }
             shared_.merged_reference[row] = reference;
             shared_.merged_sum[row] = sum;
@@ -133,7 +138,7 @@ class Merge {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 int const row = 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + r;
-                float const factor = ptx::exp2(sums.reference[n][r] - shared_.merged_reference[row]);
+                float const factor = ptx::exp2(shared_.reference[team_][row] - shared_.merged_reference[row]);
 #pragma unroll
                 for (int c = 0; c < Product::kOutSteps; ++c) {
                     sums.o[n][c][r] *= factor;
@@ -208,20 +213,12 @@ class Merge {
         *reinterpret_cast<uint32_t*>(o + channel) = ptx::pack_pair<Config::kOutput>(value.x, value.y);
     }
 
-    __device__ int first_cta(Segment const& segment) const {
-        return segment.unit_begin / share_.tiles_per_cta;
-    }
-
-    __device__ int last_cta(Segment const& segment, SequenceWork<Config> const& sequence) const {
-        return (segment.unit_begin + sequence.tiles - 1) / share_.tiles_per_cta;
-    }
-
-    __device__ bool is_last_part(Segment const& segment, SequenceWork<Config> const& sequence) {
+    __device__ bool is_last_part(Segment const& segment) {
         // All threads have met since they wrote their part.
         if (threadIdx.x == 0) {
-            int const first = first_cta(segment);
+            int const first = segment.first_cta;
             int const before = ptx::add_acquire_release(params_.tickets + first, 1);
-            shared_.is_last = before == last_cta(segment, sequence) - first;
+            shared_.is_last = before == segment.last_cta - first;
             if (shared_.is_last) {
                 ptx::store_relaxed(params_.tickets + first, 0);  // for the next launch
             }
@@ -231,8 +228,8 @@ class Merge {
     }
 
     __device__ void add_parts(Segment const& segment, SequenceWork<Config> const& sequence) {
-        int const first = first_cta(segment);
-        int const last = last_cta(segment, sequence);
+        int const first = segment.first_cta;
+        int const last = segment.last_cta;
         auto const reference_of = [&](int cta, int row) {
             return __ldcg(place(cta, cta == first) + kPartialO + row);
         };
@@ -270,8 +267,8 @@ class Merge {
 
     DecodeParams const& params_;
     SharedStorage<Config>& shared_;
-    Share const& share_;
     int warp_;
+    int team_;
 };
 
 }  // namespace flash8

@@ -12,11 +12,12 @@ struct DecodeParams {
     TensorMap tma_k;  // (head_dim, page_size, heads_kv, num_pages), where the kernel uses TMA
     TensorMap tma_v;
 
-    TensorRef q;  // (batch, seqlen_q, heads_q, head_dim), or packed
-    TensorRef k;  // (num_pages, page_size, heads_kv, head_dim)
-    TensorRef v;  // (num_pages, page_size, heads_kv, head_dim_v)
-    TensorRef o;  // as q, head_dim_v
-    RowRef lse;   // natural log
+    TensorRef q;   // (batch, seqlen_q, heads_q, head_dim), or packed
+    TensorRef qv;  // as q, head_dim_v: scores are q . k + qv . v. Null where the kernel is not made for it
+    TensorRef k;   // (num_pages, page_size, heads_kv, head_dim)
+    TensorRef v;   // (num_pages, page_size, heads_kv, head_dim_v)
+    TensorRef o;   // as q, head_dim_v
+    RowRef lse;    // natural log
 
     DescaleRef k_descale;  // per tensor, or per (batch, KV head)
     DescaleRef v_descale;
@@ -35,7 +36,7 @@ struct DecodeParams {
     std::int32_t heads_kv;
     std::int32_t head_dim;
     std::int32_t head_dim_v;
-    std::int32_t reserved[12];  // zero: fills the struct up to its 64-byte alignment
+    std::int32_t reserved[4];  // zero: fills the struct up to its 64-byte alignment
 };
 
 static_assert(kIsPlain<DecodeParams> && alignof(DecodeParams) == 64);

@@ -22,12 +22,12 @@ struct Products {
     static constexpr int kKeySteps = Config::kKeySteps;
     // One ldmatrix has 16 keys x 32 bytes: a step of 16 channels, or two of e4m3.
     static constexpr int kStepsPerLoad = Config::kFp8 ? 2 : 1;
-    static constexpr int kOutSteps = Config::kHeadDimV / 16;
+    static constexpr int kOutSteps = Config::kWarpChannelsV / 16;
 
     using Scores = float[kKeySteps][kRowTiles][4];
     using Weights = uint2[kKeySteps][kRowTiles];
     using Out = float[kRowTiles][kOutSteps][4];
-    using Queries = uint2[kRowTiles][Config::kChannelSteps];
+    using Queries = uint2[kRowTiles][Config::kWarpSteps];
 
     // The first channel of the pair b of a lane's fragment of Q, within a step of 16.
     __device__ __forceinline__ static int q_channel(int place, int b) {
@@ -39,16 +39,18 @@ struct Products {
         return Config::kFp8 ? 2 * group + i / 2 : group + 8 * (i / 2);
     }
 
-    // `queries` (step, row tile) gives a fragment of Q.
-    template <class GetQuery>
+    // By the channels of K, or of V. `query` (step, row tile) gives a fragment of Q.
+    template <bool kV, bool kAdds, class GetQuery>
     __device__ __forceinline__ static void scores(Scores& s, uint32_t slot, GetQuery const& query) {
-        using Tile = SwizzledTile<Config::kBlockN, Config::kPanelK>;
+        constexpr int kRowBytes = kV ? Config::kRowBytesV : Config::kRowBytesK;
+        constexpr int kPanel = kV ? Config::kPanelV : Config::kPanelK;
+        using Tile = SwizzledTile<Config::kBlockN, kPanel>;
         float const zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        int const lane = threadIdx.x % 32;
+        int const lane = lane_index<Config>();
         // Keys 0 to 15 of 16 bytes, then of the next 16.
         int const first = Tile::offset(lane % 16, lane / 16 * 16);
 #pragma unroll
-        for (int load = 0; load < Config::kRowBytesK / 32; ++load) {
+        for (int load = 0; load < kRowBytes / 32; ++load) {
             uint2 q[kStepsPerLoad][kRowTiles];
 #pragma unroll
             for (int half = 0; half < kStepsPerLoad; ++half) {
@@ -61,7 +63,7 @@ struct Products {
 #pragma unroll
             for (int i = 0; i < kKeySteps; ++i) {
                 uint32_t words[4];
-                ptx::load_matrices(words, address + 16 * i * Config::kPanelK);
+                ptx::load_matrices(words, address + 16 * i * kPanel);
                 uint32_t a[kStepsPerLoad][4];
                 if constexpr (Config::kFp8) {
 #pragma unroll
@@ -79,7 +81,7 @@ struct Products {
 #pragma unroll
                     for (int n = 0; n < kRowTiles; ++n) {
                         float (&sums)[4] = s[i][n];
-                        if (load + half == 0) {
+                        if (!kAdds && load + half == 0) {
                             ptx::mma_m16n8k16<Config::kArithmetic>(sums, a[half], q[half][n], zeros);
                         } else {
                             ptx::mma_m16n8k16<Config::kArithmetic>(sums, a[half], q[half][n], sums);
@@ -92,7 +94,7 @@ struct Products {
 
     __device__ __forceinline__ static void out(Out& o, uint32_t slot, Weights const& p) {
         using Tile = SwizzledTile<Config::kBlockN, Config::kPanelV>;
-        int const lane = threadIdx.x % 32;
+        int const lane = lane_index<Config>();
         // Keys 0 to 7 of 32 bytes, then the next 8 keys: as the registers of the first operand lie.
         int const first = Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 16);
 #pragma unroll

@@ -29,6 +29,13 @@ __device__ __forceinline__ float head_descale(DescaleRef const& ref, int batch, 
                               : checked_descale(ref.ptr[batch * ref.batch_stride + head * ref.head_stride]);
 }
 
+// What turns products with K into units of products with V. K's may be 2^60 times as large: q . k stays
+// finite so. Beyond that NaN tells.
+__device__ __forceinline__ float checked_ratio(float k_descale, float v_descale) {
+    float const ratio = k_descale / v_descale;
+    return ratio <= 0x1p60f ? ratio : NAN;
+}
+
 // The product of three positive factors; NaN stays NaN. The smallest meets the largest first, so nothing
 // overflows or vanishes on the way. It is a normal number: 0 times the -inf of a hidden key would be NaN, and
 // with scales so small all scores are 0 as good as exactly.
@@ -56,10 +63,12 @@ class QueryStage {
         int const row = 8 * n + lane / 4;
         UnitRow const at = UnitRow::of<Config>(params, segment, row);
         bool const exists = at.query < sequence.queries;
-        uint16_t const* const q = static_cast<uint16_t const*>(params.q.ptr) +
-                                  info.batch_q * params.q.batch_stride +
-                                  (info.offset_q + int64_t{exists ? at.query : 0}) * params.q.row_stride +
-                                  (exists ? at.head : 0) * params.q.head_stride;
+        auto const row_of = [&](TensorRef const& ref) {
+            return static_cast<uint16_t const*>(ref.ptr) + info.batch_q * ref.batch_stride +
+                   (info.offset_q + int64_t{exists ? at.query : 0}) * ref.row_stride +
+                   (exists ? at.head : 0) * ref.head_stride;
+        };
+        uint16_t const* const q = row_of(params.q);
         uint2 fragments[Config::kChannelSteps];
         uint32_t largest = 0;  // magnitude, of bf16 as its bits
 #pragma unroll
@@ -68,8 +77,14 @@ class QueryStage {
 #pragma unroll
             for (int b = 0; b < 2; ++b) {
                 int const channel = 16 * step + Products<Config>::q_channel(lane % 4, b);
-                bool const reads = exists && channel < params.head_dim;
-                words[b] = reads ? *reinterpret_cast<uint32_t const*>(q + channel) : 0;
+                if (Config::kQv && step < kStepsOfQv) {
+                    bool const reads = exists && channel < params.head_dim_v;
+                    words[b] = reads ? *reinterpret_cast<uint32_t const*>(row_of(params.qv) + channel) : 0;
+                } else {
+                    int const of_q = channel - 16 * kStepsOfQv;
+                    bool const reads = exists && of_q < params.head_dim;
+                    words[b] = reads ? *reinterpret_cast<uint32_t const*>(q + of_q) : 0;
+                }
                 largest = max(largest, max(magnitude(words[b] & 0xffff), magnitude(words[b] >> 16)));
             }
             fragments[step] = make_uint2(words[0], words[1]);
@@ -94,7 +109,15 @@ class QueryStage {
             shared.q[n][step][lane] = fragments[step];
         }
         if (lane % 4 == 0) {
-            float const descale = head_descale(params.k_descale, segment.batch, segment.head);
+            float descale = head_descale(params.k_descale, segment.batch, segment.head);
+            if constexpr (Config::kQv) {
+                // All scores are in units of V's.
+                float const of_v = head_descale(params.v_descale, segment.batch, segment.head);
+                if (n == 0 && lane == 0) {
+                    shared.key_factor = checked_ratio(descale, of_v);
+                }
+                descale = of_v;
+            }
             shared.score_scale[row] = score_scale(
                 params.scores.softmax_scale * (Config::kScoreMod ? 1.0f : kLog2E), descale, scale);
             shared.score_shift[row] = shift * params.scores.softmax_scale;
@@ -108,11 +131,12 @@ class QueryStage {
   private:
     static constexpr bool kNarrows =
         Config::kArithmetic == ArithmeticType::kFp16 && Config::kElement == ElementChoice::kBf16;
+    static constexpr int kStepsOfQv = Config::kQv ? Config::kHeadDimV / 16 : 0;
 
     // The product of a row, as it lies in global memory, and K's mean.
     __device__ static float mean_product(DecodeParams const& params, Segment const& segment,
                                          uint2 const (&fragments)[Config::kChannelSteps]) {
-        if (params.k_mean.ptr == nullptr) {
+        if (Config::kQv || params.k_mean.ptr == nullptr) {
             return 0.0f;
         }
         float const* const mean = params.k_mean.ptr + segment.batch * params.k_mean.batch_stride +

@@ -6,14 +6,32 @@
 
 namespace flash8 {
 
+// What the warps of a team exchange for one tile, and what is kept from tile to tile (team_mainloop.cuh).
+template <class Config, bool kIsNeeded = (Config::kTeamWarps > 1)>
+struct Exchange {};
+
+template <class Config>
+struct Exchange<Config, true> {
+    // Accumulators of the scores by the channels of one warp.
+    float4 scores[Config::kTeams][Config::kTeamWarps][Config::kRowTiles][Config::kKeySteps][32];
+    uint2 weights[Config::kTeams][Config::kRowTiles][Config::kKeySteps][32];  // fragments of P
+    float alpha[Config::kTeams][Config::kBlockM];                             // the factors of O
+    float2 sum[Config::kTeams][Config::kRowTiles][32];  // of a lane's keys, as Accumulators has it
+};
+
 template <class Config>
 struct SharedStorage {
     alignas(1024) char slots[Config::kWarps][Config::kSlots][Config::kSlotBytes];
+    char
+        slots_k[Config::kQv ? Config::kTeams * Config::kWarpsOfK * Config::kSlots * Config::kSlotBytesK : 16];
     uint2 q[Config::kRowTiles][Config::kChannelSteps][32];  // fragments of the second operand
-    float merge[Config::kWarps][Config::kBlockM][Config::kMergePitch];
-    float reference[Config::kWarps][Config::kBlockM];
-    float sum[Config::kWarps][Config::kBlockM];
-    // Of all warps together.
+    union {  // all threads meet between the tiles of a segment and its merge
+        float merge[Config::kWarps][Config::kBlockM][Config::kMergePitch];
+        Exchange<Config> exchange;
+    };
+    float reference[Config::kTeams][Config::kBlockM];
+    float sum[Config::kTeams][Config::kBlockM];
+    // Of all teams together.
     float merged_reference[Config::kBlockM];
     float merged_sum[Config::kBlockM];
     float normalise[Config::kBlockM];
@@ -22,11 +40,17 @@ struct SharedStorage {
     float slope[Config::kScoreMod ? Config::kBlockM : 1];  // ALiBi
     int own_key[Config::kScoreMod ? Config::kBlockM : 1];  // where in the cache a row's own key is
     float score_shift[Config::kBlockM];  // what K's mean would add to a row's scores, natural log
+    float key_factor;                    // q . k times this joins qv . v
     uint64_t full[Config::kWarps][Config::kSlots];
     // Of each warp. They are looked at once a segment, and registers are for what is used more.
     Walk<Config> loader_walk[Config::kWarps];
     Walk<Config> walk[Config::kWarps];
     int is_last;
+
+    // With qv: the part of K that a warp has, if it has one.
+    __device__ __forceinline__ char* slot_k(int team, int member, int slot) {
+        return slots_k + ((team * Config::kWarpsOfK + member) * Config::kSlots + slot) * Config::kSlotBytesK;
+    }
 };
 
 constexpr int kSharedBytes = sizeof(SharedStorage<DecodeConfig>);

@@ -6,7 +6,7 @@
 // is a segment. A unit may be one segment, or its keys are shared out among neighbouring CTAs; only a CTA's
 // first and last segment can be such parts.
 //
-// The warps of a CTA share out a segment's tiles, each taking neighbours.
+// The teams of a CTA, mostly single warps, share out a segment's tiles, each taking neighbours.
 
 #pragma once
 
@@ -149,13 +149,14 @@ struct Segment {
     int m_block;
     int begin;
     int end;
-    int unit_begin;  // the number of the unit's first tile
+    int first_cta;  // that has a part of the unit
+    int last_cta;
 
-    // Tiles [begin, end) of one warp.
+    // Tiles [begin, end) of one team.
     template <class Config>
-    __device__ KeyRange of_warp(int warp) const {
+    __device__ KeyRange of_team(int team) const {
         int const tiles = end - begin;
-        return {begin + tiles * warp / Config::kWarps, begin + tiles * (warp + 1) / Config::kWarps};
+        return {begin + tiles * team / Config::kTeams, begin + tiles * (team + 1) / Config::kTeams};
     }
 };
 
@@ -164,6 +165,7 @@ template <class Config>
 struct Walk {
     int tile;  // the number of the first tile of the next segment
     int end;
+    int tiles_per_cta;
     int sequence_begin;  // the number of the sequence's first tile
     int sequence_row;    // its first row
     SequenceWork<Config> sequence;
@@ -173,6 +175,7 @@ struct Walk {
         Walk walk{};
         walk.tile = share.begin;
         walk.end = share.end;
+        walk.tiles_per_cta = share.tiles_per_cta;
         walk.sequence_begin = share.batch_begin;
         walk.sequence_row = share.batch_row;
         walk.segment.batch = share.batch - 1;  // which has no tiles here
@@ -192,10 +195,12 @@ struct Walk {
             sequence = SequenceWork<Config>::read(params, segment.batch, sequence_row);
         }
         int const unit = (tile - sequence_begin) / sequence.tiles;
-        segment.unit_begin = sequence_begin + unit * sequence.tiles;
+        int const unit_begin = sequence_begin + unit * sequence.tiles;
+        segment.first_cta = unit_begin / tiles_per_cta;
+        segment.last_cta = (unit_begin + sequence.tiles - 1) / tiles_per_cta;
         segment.head = unit / sequence.m_blocks;
         segment.m_block = unit - segment.head * sequence.m_blocks;
-        segment.begin = tile - segment.unit_begin;
+        segment.begin = tile - unit_begin;
         segment.end = min(segment.begin + end - tile, sequence.tiles);
         tile += segment.end - segment.begin;
         return true;

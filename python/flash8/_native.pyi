@@ -120,6 +120,8 @@ class KernelInfo:
     @property
     def paged(self) -> bool: ...
     @property
+    def qv(self) -> bool: ...
+    @property
     def threads(self) -> int: ...
     @property
     def cluster(self) -> tuple[int, int, int]: ...
@@ -271,6 +273,7 @@ def backward_workspace(kernel: Kernel, call: BackwardParams) -> dict[str, int]: 
 
 class DecodeParams:
     q: tuple[int, int, int, int]
+    qv: tuple[int, int, int, int]
     k: tuple[int, int, int, int]
     v: tuple[int, int, int, int]
     o: tuple[int, int, int, int]

@@ -226,7 +226,7 @@ def flash_attn_with_kvcache(
         query, options = call_by(_CACHE_NAMES, new.append, query, options)
     if not appends:
         done = call_by(
-            _CACHE_NAMES, decode_plans.launch, given, query, keys, values, s_aux, out, options
+            _CACHE_NAMES, decode_plans.launch, given, query, keys, values, qv, s_aux, out, options
         )
         if done is not None:
             return _returned(done[0], done[1] if return_softmax_lse else None)

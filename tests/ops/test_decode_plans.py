@@ -19,7 +19,7 @@ from simulated_device import missing_compiler
 pytest_plugins = ["driver_fixtures", "plan_cache_fixtures"]
 
 E4M3 = torch.float8_e4m3fn
-POINTERS = ("q", "k", "v", "o", "k_descale", "v_descale", "k_mean", "v_mean")
+POINTERS = ("q", "qv", "k", "v", "o", "k_descale", "v_descale", "k_mean", "v_mean")
 PAGES = ("page_table",)
 SEQUENCES = ("cu_seqlens_q", "seqused_k", "leftpad_k", "kv_batch_idx")
 SCORES = ("sinks", "alibi_slopes")
@@ -66,6 +66,14 @@ def packed(seed=0):
     return {**given, **ends, "q": given["q"].flatten(0, 1)}
 
 
+def absorbed(seed=0):
+    """Absorbed MLA: views of one cache."""
+    given = draw(seed)
+    both = torch.zeros(9, 16, 2, 576).bfloat16()
+    q, qv = (torch.ones(2, 2, 8, d).bfloat16() for d in (64, 512))
+    return {**given, "q": q, "qv": qv, "k_cache": both[..., 512:], "v_cache": both[..., :512]}
+
+
 SINKS = torch.linspace(-1.0, 2.0, 8)
 #: Of every kind that leaves a plan.
 CALLS = {
@@ -73,6 +81,7 @@ CALLS = {
     "dense": lambda seed: dense(seed),
     "all of a dense cache": lambda seed: {**dense(seed), "cache_seqlens": None},
     "e4m3": lambda seed: e4m3(seed),
+    "absorbed MLA": lambda seed: absorbed(seed),
     "packed": lambda seed: packed(seed),
     "masks": lambda seed: {**draw(seed), "causal": True, "window_size": (40, 0), "sm_margin": 3},
     "softcap": lambda seed: {**draw(seed), "softcap": 3.0, "alibi_slopes": torch.ones(8)},

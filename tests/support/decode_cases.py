@@ -86,9 +86,21 @@ def draw(
         given["k_descale"], given["v_descale"] = factors / 32.0, (factors + 0.5) / 32.0
     else:
         k, v = k.to(dtype), v.to(dtype)
-    given |= {"softmax_scale": variant.head_dim**-0.5, **options}
+    width = variant.head_dim + (variant.head_dim_v if variant.qv else 0)
+    given |= {"softmax_scale": width**-0.5, **options}
+    if variant.qv:
+        given["qv"] = tensor(batch, seqlen_q, heads, variant.head_dim_v).to(dtype)
+        k, v = _of_one_cache(k, v)
     given["indices"] = {"seqused_k": int32(lengths), **options.get("indices", {})}
     return Call(q, k, v, **given)
+
+
+def _of_one_cache(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """As absorbed MLA keeps them: the channels of v, then those of k."""
+    width = v.shape[-1]
+    both = k.new_empty((*k.shape[:-1], width + k.shape[-1]))
+    both[..., :width], both[..., width:] = v, k
+    return both[..., width:], both[..., :width]
 
 
 def keys_of(call: Call) -> oracle.Keys:
@@ -124,6 +136,8 @@ def poisoned(call: Call) -> Call:
         slot = keys.slot(call.k, b, logical[seen])
         for name, x in _caches(call).items():
             given[name][slot] = x[slot]
+    if call.qv is not None:
+        given["k"], given["v"] = _of_one_cache(given["k"], given["v"])
     return replace(call, **given)
 
 
@@ -159,6 +173,7 @@ def reference(call: Call) -> tuple[Tensor, Tensor]:
             call.softcap,
             slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[b],
             sink=None if call.s_aux is None else call.s_aux.double(),
+            qv=None if call.qv is None else call.qv[at].double(),
         )
         lse[(*at[:-1], slice(None), at[-1])] = rows_lse
     return o, lse

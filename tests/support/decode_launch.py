@@ -35,6 +35,7 @@ class Call:
     v_descale: Tensor | None = None
     k_mean: Tensor | None = None  # (batch, heads_kv, head_dim): what k lacks
     v_mean: Tensor | None = None
+    qv: Tensor | None = None  # as q, head_dim_v
 
     @property
     def batch(self) -> int:
@@ -84,6 +85,8 @@ class DecodeKernel:
         lse = torch.full((*call.q.shape[:-3], heads, rows), torch.nan)
         for name in ("q", "k", "v"):
             given.tensor(params, name, getattr(call, name))
+        if call.qv is not None:
+            given.tensor(params, "qv", call.qv)
         o_memory, lse_memory = given.tensor(params, "o", o), given.upload(lse)
         params.lse = (lse_memory.address, heads * rows if o.dim() == 4 else 0, rows)
         params.heads_q, params.heads_kv = heads, call.k.shape[-2]

@@ -45,6 +45,7 @@ def launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    qv: Tensor | None,
     s_aux: Tensor | None,
     out: Tensor | None,
     options: Options,
@@ -63,12 +64,12 @@ def launch(
         return None
     profiled = record_function(_OP) if is_profiled() else contextlib.nullcontext()
     with torch.no_grad(), profiled:
-        if backends.forward_backend(q, k, v, None, options, out) is not hopper.decode:
+        if backends.forward_backend(q, k, v, qv, options, out) is not hopper.decode:
             return None
         if out is None:
             out = empty_out(q, v, options)
         lse = empty_lse(q)
-        plan = hopper.decode.plan_and_launch(q, k, v, s_aux, options, out, lse)
+        plan = hopper.decode.plan_and_launch(q, k, v, s_aux, options, out, lse, qv)
     out_like, lse_like = planned.like(out), planned.like(lse)
     tickets = plan.workspace["tickets"] // 4
     if planned.make_contiguous((out_like, lse_like)) and tickets <= hopper.streams.MANY_TICKETS:

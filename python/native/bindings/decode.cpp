@@ -14,6 +14,7 @@ void bind_decode(py::module_& module) {
     py::class_<P> type(module, "DecodeParams", "A decode call. What is not set is zero.");
     type.def(py::init([] { return P{}; }));
     def_tensor(type, "q", &P::q);
+    def_tensor(type, "qv", &P::qv);
     def_tensor(type, "k", &P::k);
     def_tensor(type, "v", &P::v);
     def_tensor(type, "o", &P::o);

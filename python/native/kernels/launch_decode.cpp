@@ -90,6 +90,13 @@ void check_cache(const char* name, const TensorRef& cache, const DecodeParams& c
 
 void check_tensors(const DecodeParams& call, const KernelInfo& info) {
     check_rows_of(kCall, "q", call.q);
+    require((info.qv != 0) == (call.qv.ptr != nullptr), "decode: this kernel ",
+            info.qv != 0 ? "takes qv, which is null" : "takes no qv, which is given");
+    if (info.qv != 0) {
+        check_rows_of(kCall, "qv", call.qv);
+        require(call.k_mean.ptr == nullptr && call.v_mean.ptr == nullptr,
+                "decode: k_mean or v_mean is given with qv; this kernel takes neither");
+    }
     check_rows_of(kCall, "o", call.o);
     check_cache("k", call.k, call, info);
     check_cache("v", call.v, call, info);

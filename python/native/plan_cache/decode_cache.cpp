@@ -23,6 +23,7 @@ constexpr Argument kTensors[] = {
      Argument::kGivesDevice | Argument::kAligned | Argument::kDifferentiable},
     {"k_cache", offsetof(DecodeParams, k.ptr), Argument::kAligned | Argument::kDifferentiable},
     {"v_cache", offsetof(DecodeParams, v.ptr), Argument::kAligned | Argument::kDifferentiable},
+    {"qv", offsetof(DecodeParams, qv.ptr), Argument::kAligned | Argument::kDifferentiable},
     {"s_aux", offsetof(DecodeParams, scores.sinks), Argument::kDifferentiable | Argument::kReadInFloat32},
     {"out", offsetof(DecodeParams, o.ptr), Argument::kAligned | Argument::kWritten},
     {"k_descale", offsetof(DecodeParams, k_descale.ptr)},

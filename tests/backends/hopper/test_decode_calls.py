@@ -34,9 +34,18 @@ def draw(page_size=16, batch=3, seqlen_q=1, heads=8, heads_kv=2, width=128, dtyp
     return [tensor(batch, seqlen_q, heads, width), *cache], given
 
 
+def absorbed(page_size=16, heads=16, seqlen_q=1):
+    """Queries of absorbed MLA, and views of one cache."""
+    generator = torch.Generator().manual_seed(6)
+    (q, both, _), given = draw(page_size, heads=heads, heads_kv=1, seqlen_q=seqlen_q, width=576)
+    qv = torch.randn((*q.shape[:-1], 512), generator=generator).to(q.dtype)
+    return [q[..., 512:], both[..., 512:], both[..., :512]], {**given, "qv": qv}
+
+
 def to_e4m3(tensors, given):
     q, *cache = tensors
-    scales = {f"{x}_descale": torch.full((3, 2), 0.25 + i) for i, x in enumerate("kv")}
+    heads_kv = cache[0].shape[2]
+    scales = {f"{x}_descale": torch.full((3, heads_kv), 0.25 + i) for i, x in enumerate("kv")}
     return [q, *(x.to(E4M3) for x in cache)], {**given, **scales}
 
 
@@ -53,9 +62,9 @@ def launched(monkeypatch):
     names = []
     plan = decode.plan
 
-    def named(q, k, v, s_aux, options, *rest):
-        names.append(decode.choose(q, k, v, options).name)
-        return plan(q, k, v, s_aux, options, *rest)
+    def named(q, k, v, s_aux, options, out, lse, qv=None):
+        names.append(decode.choose(q, k, v, options, qv).name)
+        return plan(q, k, v, s_aux, options, out, lse, qv)
 
     monkeypatch.setattr(decode, "plan", named)
     return names
@@ -79,6 +88,8 @@ CALLS = {
     "pages of three keys": (to_e4m3(*draw(3)), "decode_bf16_e4m3_d128_rows8_gather"),
     "dense": (dense(), "decode_bf16_d128_rows8"),
     "e4m3": (to_e4m3(*dense()), "decode_bf16_e4m3_d128_rows8"),
+    "absorbed MLA": (absorbed(seqlen_q=2), "decode_bf16_d64x512_rows32_qv"),
+    "absorbed MLA, e4m3": (to_e4m3(*absorbed()), "decode_bf16_e4m3_d64x512_rows16_qv"),
     "more rows": (to_e4m3(*dense(seqlen_q=20)), "decode_bf16_e4m3_d128_rows32"),
 }
 
@@ -126,7 +137,11 @@ def test_packed_queries_and_new_keys(launched, monkeypatch):
 
 REFUSED = {
     "num_splits": (lambda *x: x, {"num_splits": 2}, "num_splits has no decode kernel yet"),
-    "qv": (lambda *x: x, {"qv": torch.zeros(3, 1, 8, 128).bfloat16()}, "qv has no decode kernel"),
+    "qv": (
+        lambda *x: x,
+        {"qv": torch.zeros(3, 1, 8, 128).bfloat16()},
+        "head_dim is 128 and head_dim_v 128; with qv it is",
+    ),
     "rows": (
         lambda q, k, v: (q.repeat(1, 65, 1, 1), k.to(E4M3), v.to(E4M3)),
         {},
@@ -136,11 +151,6 @@ REFUSED = {
         lambda q, k, v: (q[..., :40], k[..., :40].to(E4M3), v[..., :40].to(E4M3)),
         {},
         "head_dim is 40; the decode kernel takes multiples of 16",
-    ),
-    "wide": (
-        lambda q, k, v: [torch.cat([x, x, x], dim=-1) for x in (q, k, v)],
-        {},
-        "head_dim is 384 and head_dim_v 384; tiles are",
     ),
     "pages' descales": (
         lambda q, k, v: (q, k.to(E4M3), v.to(E4M3)),

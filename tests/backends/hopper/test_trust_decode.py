@@ -25,8 +25,12 @@ OTHERS = (
     DecodeVariant("fp16", "same", 96, 96, 32),
     DecodeVariant("bf16", "e4m3", 192, 128, 32, score_mod=True),
     DecodeVariant("bf16", "same", 256, 256, 16, load="gather", score_mod=True),
+    DecodeVariant("fp16", "e4m3", 512, 512, 16, load="gather", score_mod=True),
+    DecodeVariant("bf16", "same", 512, 512, 8),
+    DecodeVariant("fp16", "same", 64, 512, 32, load="gather", score_mod=True, qv=True),
 )
-DEFAULT = (*(v for v in SHIPPED_DECODERS if v.head_dim == 128), MODIFIED)
+MLA = DecodeVariant("bf16", "e4m3", 64, 512, 16, qv=True)
+DEFAULT = (*(v for v in SHIPPED_DECODERS if v.head_dim == 128), MODIFIED, MLA)
 
 
 def faults(variant, checked, image=None):
@@ -39,10 +43,10 @@ def test_a_sound_kernel_passes(variant, checked):
     assert faults(variant, checked) is None
 
 
-LOOP, MERGE, ROWS = (f"decode/{name}.cuh" for name in ("mainloop", "merge", "rows"))
+SOFTMAX, MERGE, ROWS = (f"decode/{name}.cuh" for name in ("softmax", "merge", "rows"))
 #: What a kernel that ignores a parameter, or leaves its tickets, is found by.
 WRONG = {
-    "causal": (E8, (LOOP, "key(i, h) < end;", "true;"), "row"),
+    "causal": (E8, (SOFTMAX, "key(i, h) < end;", "true;"), "row"),
     "leftpad": (E8, ("attention/seqlen_info.cuh", "begin + leftpad;", "begin;"), "row"),
     "sinks": (E8, (MERGE, "used && sinks != nullptr", "false"), "LSE"),
     "k_descale": (
@@ -50,13 +54,14 @@ WRONG = {
         (ROWS, "head_descale(params.k_descale, segment.batch, segment.head)", "0.03125f"),
         "LSE",
     ),
+    "descales of qv": (MLA, (ROWS, "k_descale / v_descale;", "1.0f;"), "O is off"),
     "v_descale": (E8, (MERGE, "factor / total * descale", "factor / total"), "O is off"),
     "tickets": (
         E8,
         (MERGE, "ptx::store_relaxed(params_.tickets + first, 0);", ""),
         "its tickets are left",
     ),
-    "softcap": (MODIFIED, (LOOP, "cap * ptx::tanh(score * per_cap)", "score"), "LSE"),
+    "softcap": (MODIFIED, (SOFTMAX, "cap * ptx::tanh(value * per_cap)", "value"), "LSE"),
     "slopes": (MODIFIED, (ROWS, "scores.alibi_slopes == nullptr ?", "true ?"), "LSE"),
 }
 

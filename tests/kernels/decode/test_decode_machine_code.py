@@ -3,23 +3,32 @@
 import pytest
 
 from defaults import by_default
-from flash8.backends.hopper.decode_variants import SHIPPED_DECODERS, TILES, DecodeVariant, tile_rows
+from flash8.backends.hopper.decode_variants import (
+    QV_TILES,
+    SHIPPED_DECODERS,
+    TILES,
+    DecodeVariant,
+    tile_rows,
+)
 from flash8.compiler import compile_unit
 from machine_code import missing_disassembler
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
-#: Instructions for a byte of the cache, d128.
+#: Instructions for a byte of the cache: d128, absorbed MLA.
 LIMITS = {
     DecodeVariant("bf16", "e4m3", 128, 128, 8): 0.045,
     DecodeVariant("bf16", "same", 128, 128, 8): 0.020,
     DecodeVariant("bf16", "e4m3", 128, 128, 16): 0.062,
     DecodeVariant("bf16", "e4m3", 128, 128, 32): 0.13,
+    DecodeVariant("bf16", "e4m3", 64, 512, 16, qv=True): 0.12,
+    DecodeVariant("bf16", "same", 64, 512, 32, qv=True): 0.075,
 }
 WIDEST = tuple(
-    DecodeVariant("bf16", cache, *tile, tile_rows(tile[1])[-1], load=load, score_mod=True)
-    for tile in TILES
+    DecodeVariant("bf16", cache, *tile, rows, load=load, score_mod=True, qv=tile in QV_TILES)
+    for tile in (*TILES, *QV_TILES)
+    for rows in tile_rows(tile[1])[-2:]
     for cache in ("same", "e4m3")
     for load in ("tma", "gather")
 )

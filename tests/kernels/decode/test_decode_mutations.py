@@ -26,6 +26,7 @@ SEEDS = range(1, 13)
 
 LOOP, LOADER, MERGE = "decode/mainloop.cuh", "decode/loader.cuh", "decode/merge.cuh"
 PAGES = "attention/pages.cuh"
+SOFTMAX, RING = "decode/softmax.cuh", "decode/ring.cuh"
 ROWS, WORK, CONFIG = "decode/rows.cuh", "decode/work.cuh", "decode/config.cuh"
 ARCH, KERNEL, PRODUCTS = "arch/mma_sync.cuh", "decode/kernel.cu", "decode/products.cuh"
 
@@ -34,16 +35,16 @@ FAULTS = (
     Fault(
         "slot_not_full",
         E8,
-        (LOOP, "ptx::mbarrier_wait(&shared_.full[warp_][state_.stage], state_.parity);", ""),
+        (RING, "ptx::mbarrier_wait(&shared_.full[warp_][state_.stage], state_.parity);", ""),
     ),
-    Fault("wrong_parity", E8, (LOOP, "state_.stage], state_.parity);", "state_.stage], 0);")),
+    Fault("wrong_parity", E8, (RING, "state_.stage], state_.parity);", "state_.stage], 0);")),
     Fault(
-        "fewer_bytes_expected", E8, (LOADER, "kBlockN * kRowBytes);", "kBlockN * kRowBytes - 16);")
+        "fewer_bytes_expected", E8, (LOADER, "int kBytes = kBlockN", "int kBytes = -16 + kBlockN")
     ),
     Fault(
         "copies_not_waited_for",
         GATHER,
-        (LOOP, "copy_async_wait<Config::kSlots - 1>();", "copy_async_wait<Config::kSlots>();"),
+        (RING, "copy_async_wait<Config::kSlots - 1>();", "copy_async_wait<Config::kSlots>();"),
     ),
     Fault(
         "empty_groups_left_out",
@@ -57,12 +58,12 @@ FAULTS = (
     Fault(
         "clearing_unseen_by_tma",
         E8,
-        (LOOP, "ptx::fence_proxy_async();  // before TMA fills the slot again", ""),
+        (RING, "ptx::fence_proxy_async();  // before TMA fills the slot again", ""),
     ),
     Fault(
         "nothing_cleared",
         E8,
-        (LOOP, "make_uint4(0, 0, 0, 0);", "slot[panel * kBlockN * kVectors + vector];"),
+        (RING, "make_uint4(0, 0, 0, 0);", "slot[panel * kBlockN * kVectors + vector];"),
     ),
     Fault(
         "q_not_staged_yet",
@@ -100,8 +101,8 @@ FAULTS = (
         E8,
         (
             MERGE,
-            "shared_.is_last = before == last_cta(segment, sequence) - first;",
-            "shared_.is_last = before == last_cta(segment, sequence) - first - 1;",
+            "shared_.is_last = before == segment.last_cta - first;",
+            "shared_.is_last = before == segment.last_cta - first - 1;",
         ),
     ),
     Fault("parts_in_one_place", E8, (MERGE, "(starts_there ? 1 : 0)", "0")),
@@ -128,21 +129,21 @@ FAULTS = (
         E8,
         (
             WORK,
-            "begin + tiles * (warp + 1) / Config::kWarps",
-            "begin + tiles * (warp + 1) / Config::kWarps - (warp == 3)",
+            "begin + tiles * (team + 1) / Config::kTeams",
+            "begin + tiles * (team + 1) / Config::kTeams - (team == 3)",
         ),
     ),
     Fault("rows_without_work", E8, (KERNEL, "    EmptyRows<Config>(params).store();\n", "")),
     # Masks.
-    Fault("a_key_too_many", E8, (LOOP, "key(i, h) < end;", "key(i, h) <= end;")),
-    Fault("a_key_too_few", E8, (LOOP, "key(i, h) >= begin", "key(i, h) > begin")),
+    Fault("a_key_too_many", E8, (SOFTMAX, "key(i, h) < end;", "key(i, h) <= end;")),
+    Fault("a_key_too_few", E8, (SOFTMAX, "key(i, h) >= begin", "key(i, h) > begin")),
     Fault("edge_unmasked", E8, (LOOP, "position < common_begin ||", "")),
-    Fault("end_unmasked", E8, (LOOP, "|| position + kBlockN > common_end", "")),
+    Fault("end_unmasked", E8, (LOOP, "|| position + Config::kBlockN > common_end", "")),
     Fault(
         "padding_shifts_the_mask",
         E8,
         (
-            LOOP,
+            SOFTMAX,
             "int const first = position - sequence.info.offset_k;",
             "int const first = position;",
         ),
@@ -160,12 +161,16 @@ FAULTS = (
     Fault(
         "o_not_rescaled",
         E8,
-        (LOOP, "if (__any_sync(0xffffffff, alpha[0] != 1.0f || alpha[1] != 1.0f))", "if (false)"),
+        (
+            SOFTMAX,
+            "if (__any_sync(0xffffffff, alpha[0] != 1.0f || alpha[1] != 1.0f))",
+            "if (false)",
+        ),
     ),
     Fault(
         "rescaled_by_the_other_row",
         E8,
-        (LOOP, "sums.o[n][c][3] *= alpha[1];", "sums.o[n][c][3] *= alpha[0];"),
+        (SOFTMAX, "o[n][c][3] *= alpha[1];", "o[n][c][3] *= alpha[0];"),
     ),
     Fault("a_bf16_place", B8, (PRODUCTS, ": 2 * place + 8 * b;", ": 4 * place + 2 * b;")),
     Fault("an_e4m3_place", E8, (PRODUCTS, "? 4 * place + 2 * b", "? 2 * place + 8 * b")),
@@ -183,7 +188,7 @@ FAULTS = (
         "slope_of_another_key",
         MODIFIED,
         (
-            LOOP,
+            SOFTMAX,
             "distance - static_cast<float>(key(i, h))",
             "distance - static_cast<float>(key(i, 0))",
         ),

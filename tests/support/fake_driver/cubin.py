@@ -152,7 +152,8 @@ def decode_cubin(
         "kBlockM": rows,
         "kBlockN": 64,
         "kHeadDim": 256 if "d256" in variant else 128,
-        "kHeadDimV": 256 if "d256" in variant else 128,
+        "kHeadDimV": 512 if "512" in variant else 256 if "d256" in variant else 128,
+        "qv": int("_qv" in variant),
         "tma": tma_boxes(*(2 * (gathered if "gather" in variant else box,))),
         "threads": 256,
     }

@@ -15,6 +15,7 @@ from flash8 import _native
 from flash8.backends.hopper import attention_params, kernels, streams
 from flash8.backends.hopper import forward as many_rows
 from flash8.backends.hopper.decode_variants import (
+    QV_TILES,
     ROWS,
     TILES,
     Cache,
@@ -51,7 +52,7 @@ def refusal(
     if q.dtype not in _DTYPES or k.dtype not in (q.dtype, E4M3):
         return f"there is no decode kernel for {q.dtype} q and {k.dtype} k"
     reason = attention_params.refused_scale(options)
-    reason = reason or _refused_options(q, k, qv, options) or _refused_sizes(q, k, v, options)
+    reason = reason or _refused_options(q, k, qv, options) or _refused_sizes(q, k, v, qv, options)
     many = reason is None and _rows(q, k, options) > _FEW_ROWS
     if many and many_rows.refusal(q, k, v, qv, options, out) is None:
         return f"more than {_FEW_ROWS} rows of q for a KV head are for the forward kernel"
@@ -62,13 +63,14 @@ def refusal(
 
 def _refused_options(q: Tensor, k: Tensor, qv: Tensor | None, options: Options) -> str | None:
     for name, given in (
-        ("qv", qv is not None),
         ("cu_seqlens_k", options.cu_seqlens_k is not None),
         ("dropout_p", options.dropout_p > 0.0),
         ("num_splits", options.num_splits > 1),
         ("v_colmajor", options.v_colmajor_tokens is not None),
         ("q_descale", options.q_descale is not None),
         ("k_mean with softcap", options.k_mean is not None and options.softcap > 0.0),
+        ("k_mean with qv", qv is not None and options.k_mean is not None),
+        ("v_mean with qv", qv is not None and options.v_mean is not None),
         ("v_channel_descale", options.v_channel_descale is not None),
     ):
         if given:
@@ -79,11 +81,14 @@ def _refused_options(q: Tensor, k: Tensor, qv: Tensor | None, options: Options) 
     return None
 
 
-def _refused_sizes(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:
+def _refused_sizes(
+    q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: Options
+) -> str | None:
     if 0 in k.shape[:2]:
         return "the cache has no keys"
-    if _tile(q, v) is None:
-        return f"head_dim is {q.shape[-1]} and head_dim_v {v.shape[-1]}; tiles are {TILES}"
+    if _tile(q, v, qv) is None:
+        sizes = f"head_dim is {q.shape[-1]} and head_dim_v {v.shape[-1]}"
+        return f"{sizes}; tiles are {TILES}" if qv is None else f"{sizes}; with qv it is {QV_TILES}"
     unit = 16 // k.element_size()
     for name, size in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
         if size % max(unit, 8) != 0:
@@ -93,8 +98,10 @@ def _refused_sizes(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | N
             f"there are {_rows(q, k, options)} rows of q for a KV head; the decode kernel takes up "
             f"to {_MOST_ROWS}"
         )
-    if not all(attention_params.tma_can_read(x) for x in (q, k, v)):
-        return "q, k or v is not aligned to 16 bytes in address and strides, or a stride is 2^40"
+    if not all(attention_params.tma_can_read(x) for x in (q, k, v, qv) if x is not None):
+        return (
+            "q, k, v or qv is not aligned to 16 bytes in address and strides, or a stride is 2^40"
+        )
     if any(attention_params.overlaps(x) for x in (k, v)):
         return "rows of the cache share memory"
     if any(_span(x) >= _MOST_BYTES for x in (k, v)):
@@ -112,9 +119,9 @@ def _too_long(q: Tensor, k: Tensor, options: Options) -> str | None:
     return None
 
 
-def _tile(q: Tensor, v: Tensor) -> tuple[int, int] | None:
-    sizes = q.shape[-1], v.shape[-1]
-    return next((t for t in TILES if sizes[0] <= t[0] and sizes[1] <= t[1]), None)
+def _tile(q: Tensor, v: Tensor, qv: Tensor | None) -> tuple[int, int] | None:
+    sizes, tiles = (q.shape[-1], v.shape[-1]), TILES if qv is None else QV_TILES
+    return next((t for t in tiles if sizes[0] <= t[0] and sizes[1] <= t[1]), None)
 
 
 def _max_seqlen_q(q: Tensor, options: Options) -> int:
@@ -135,9 +142,11 @@ def _span(x: Tensor) -> int:
     return x.element_size() * sum((n - 1) * step for n, step in steps if n > 1)
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> DecodeVariant:
+def choose(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, qv: Tensor | None = None
+) -> DecodeVariant:
     """The variant that serves a call which is not refused."""
-    tile = _tile(q, v)
+    tile = _tile(q, v, qv)
     assert tile is not None
     rows, supported = _rows(q, k, options), tile_rows(tile[1])
     paged = options.page_table is not None
@@ -148,6 +157,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> DecodeVariant:
         next((n for n in supported if rows <= n), supported[-1]),
         "gather" if paged and k.shape[1] % attention_params.TMA_PAGE != 0 else "tma",
         options.softcap > 0.0 or options.alibi_slopes is not None,
+        qv is not None,
     )
 
 
@@ -160,9 +170,10 @@ def _variant(
     rows: int,
     load: Load,
     score_mod: bool,
+    qv: bool,
 ) -> DecodeVariant:
     """The variant for these choices, made once per process."""
-    return DecodeVariant(dtype, cache, head_dim, head_dim_v, rows, load, score_mod)
+    return DecodeVariant(dtype, cache, head_dim, head_dim_v, rows, load, score_mod, qv)
 
 
 def forward(
@@ -178,7 +189,7 @@ def forward(
     lse_partial: Tensor,
 ) -> None:
     """Fills out and lse on q's stream, without a synchronisation."""
-    plan_and_launch(q, k, v, s_aux, options, out, lse)
+    plan_and_launch(q, k, v, s_aux, options, out, lse, qv)
 
 
 def plan_and_launch(
@@ -189,9 +200,10 @@ def plan_and_launch(
     options: Options,
     out: Tensor,
     lse: Tensor,
+    qv: Tensor | None = None,
 ) -> "Plan":
     """Does it, and returns the plan by which it was done."""
-    planned = plan(q, k, v, s_aux, options, out, lse)
+    planned = plan(q, k, v, s_aux, options, out, lse, qv)
     stream = streams.current_stream(q)
     captured = planned.kernel.is_captured(planned.device, stream)
     count = planned.workspace["tickets"] // 4
@@ -230,12 +242,19 @@ def plan(
     options: Options,
     out: Tensor,
     lse: Tensor,
+    qv: Tensor | None = None,
     variant: DecodeVariant | None = None,
 ) -> Plan:
     """The kernel and the parameters of a call. `variant` is `choose`'s unless given."""
-    kernel = kernels.kernel(choose(q, k, v, options) if variant is None else variant)
+    kernel = kernels.kernel(choose(q, k, v, options, qv) if variant is None else variant)
     device = q.device.index or 0
     call = _native.DecodeParams()
+    held = []
+    if qv is not None:
+        options = options._replace(softmax_scale=_scale(q, qv, options))
+        qv = qv.contiguous() if attention_params.overlaps(qv) else qv
+        call.qv = attention_params.tensor_ref(qv)
+        held.append(qv)
     if attention_params.overlaps(q):
         q = q.contiguous()
     call.q, call.k, call.v, call.o = (attention_params.tensor_ref(x) for x in (q, k, v, out))
@@ -243,12 +262,18 @@ def plan(
     call.head_dim_v = v.shape[-1]
     indices = attention_params.indices_of(options)
     attention_params.describe(call, q, k, indices, options)
-    held = [q, *indices.values(), *attention_params.describe_scores(call, s_aux, options)]
+    held += [q, *indices.values(), *attention_params.describe_scores(call, s_aux, options)]
     held += _describe_cache(call, k, options)
     workspace = _native.decode_workspace(kernel, device, call, options.sm_margin)
     partials = torch.empty(workspace["partials"] // 4, dtype=torch.float32, device=q.device)
     call.partials = partials.data_ptr()
     return Plan(kernel, device, call, options.sm_margin, workspace, [*held, partials])
+
+
+def _scale(q: Tensor, qv: Tensor, options: Options) -> float:
+    """What the scores of q and qv are multiplied by."""
+    scale = options.softmax_scale
+    return (q.shape[-1] + qv.shape[-1]) ** -0.5 if scale is None else scale
 
 
 def _describe_cache(call: _native.DecodeParams, k: Tensor, options: Options) -> list[Tensor]:

@@ -17,10 +17,14 @@ Load = Literal["tma", "gather"]
 _CHOICES = {"dtype": Element, "cache": Cache, "load": Load}
 #: head_dim and head_dim_v that tiles are made for, the smallest first; others are filled up with
 #: zeros as they are loaded.
-TILES = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+TILES = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (512, 512))
+#: The same where scores are q . k + qv . v: absorbed MLA.
+QV_TILES = ((64, 512),)
 #: Rows of a tile of Q: query heads of a KV head, times queries.
 ROWS = (8, 16, 32)
 _MOST_OF_O = 32 * 128  # values of O that the registers of a warp have room for
+_TEAM_WARPS = 4  # that share O out by channels where head_dim_v is above _WIDEST_OF_WARP
+_WIDEST_OF_WARP = 256
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class DecodeVariant:
         rows: Rows of q in a tile.
         load: "tma" takes dense caches and pages of a multiple of 8 keys, "gather" all others.
         score_mod: Whether there is softcap or ALiBi.
+        qv: Whether scores are q . k + qv . v.
 
     Raises:
         ValueError: A choice is unknown, or there is no such tile.
@@ -47,16 +52,18 @@ class DecodeVariant:
     rows: int
     load: Load = "tma"
     score_mod: bool = False
+    qv: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in get_args(choices):
                 raise ValueError(f"{name} is {value!r}; supported are {get_args(choices)}")
-        if (self.head_dim, self.head_dim_v) not in TILES:
+        tiles = QV_TILES if self.qv else TILES
+        if (self.head_dim, self.head_dim_v) not in tiles:
             raise ValueError(
                 f"head_dim and head_dim_v are {self.head_dim} and {self.head_dim_v}; supported are "
-                f"{TILES}"
+                f"{tiles}" + (" with qv" if self.qv else "")
             )
         if self.rows not in tile_rows(self.head_dim_v):
             raise ValueError(
@@ -70,6 +77,7 @@ class DecodeVariant:
         parts = [self.dtype] + (["e4m3"] if self.cache == "e4m3" else [])
         sizes = {self.head_dim: None, self.head_dim_v: None}
         parts += ["d" + "x".join(map(str, sizes)), f"rows{self.rows}"]
+        parts += ["qv"] if self.qv else []
         parts += ["gather"] if self.load == "gather" else []
         parts += ["scoremod"] if self.score_mod else []
         return "_".join(["decode", *parts])
@@ -82,6 +90,7 @@ class DecodeVariant:
             ("FLASH8_CACHE", enumerator(self.cache)),
             ("FLASH8_LOAD", enumerator(self.load)),
             ("FLASH8_SCORE_MOD", str(int(self.score_mod))),
+            ("FLASH8_QV", str(int(self.qv))),
             ("FLASH8_HEAD_DIM", str(self.head_dim)),
             ("FLASH8_HEAD_DIM_V", str(self.head_dim_v)),
             ("FLASH8_ROWS", str(self.rows)),
@@ -94,7 +103,8 @@ class DecodeVariant:
 
 def tile_rows(head_dim_v: int) -> tuple[int, ...]:
     """The rows that a tile may have."""
-    return tuple(rows for rows in ROWS if rows * head_dim_v <= _MOST_OF_O)
+    warps = _TEAM_WARPS if head_dim_v > _WIDEST_OF_WARP else 1
+    return tuple(rows for rows in ROWS if rows * head_dim_v <= _MOST_OF_O * warps)
 
 
 def _shipped() -> tuple[DecodeVariant, ...]:
@@ -104,6 +114,8 @@ def _shipped() -> tuple[DecodeVariant, ...]:
             rows += [DecodeVariant("bf16", cache, head_dim, head_dim, n) for n in ROWS]
             rows.append(DecodeVariant("bf16", cache, head_dim, head_dim, 8, load="gather"))
     rows.append(DecodeVariant("fp16", "same", 128, 128, 8))
+    for cache in get_args(Cache):
+        rows += [DecodeVariant("bf16", cache, 64, 512, n, qv=True) for n in (16, 32)]
     return tuple(rows)
 
 

@@ -41,6 +41,7 @@ class Problem(NamedTuple):
     options: Options
     real: tuple[Tensor, Tensor, Tensor]  # what q, k, v represent, in fp64, without NaN
     sm_margin: int
+    qv: Tensor | None = None
 
 
 def bounds(variant: DecodeVariant) -> Bounds:
@@ -108,11 +109,11 @@ def _problem(
         x = draw(pages, rows, _HEADS_KV, head_dim)
         if variant.cache == "e4m3":
             x = (x * _UNIT).to(E4M3)
-            factor = torch.tensor([1.0, 1.5]) / _UNIT
+            factor = torch.tensor([1.0, 1.5] if name == "k" else [1.75, 1.25]) / _UNIT
             given[f"{name}_descale"] = factor.expand(batch, -1).contiguous().to(device)
             # K's is not exact under a softcap.
             mean = 0.5 * draw(_HEADS_KV, head_dim)
-            mean *= name == "v" or not variant.score_mod
+            mean *= (name == "v" or not variant.score_mod) and not variant.qv
             given |= {f"{name}_mean": mean.to(device)} if mean.any() else {}
             real.append(x.double() * factor.double()[:, None] + mean.double())
         else:
@@ -129,9 +130,21 @@ def _problem(
         seqused_k=lengths.to(device), leftpad_k=leftpad.to(device), is_cache=True, **given
     )
     sinks = torch.linspace(-1.0, 1.0, q.shape[2]).to(device)
-    k, v = stored
+    k, v = _of_one_cache(*stored) if variant.qv else stored
+    qv = None
+    if variant.qv:
+        qv = draw(*q.shape[:-1], variant.head_dim_v).to(dtype).to(device)
+        options = options._replace(softmax_scale=(variant.head_dim + variant.head_dim_v) ** -0.5)
     q_real, k_real, v_real = (x.to(device) for x in real)
-    return Problem(q.to(device), k, v, sinks, options, (q_real, k_real, v_real), sm_margin)
+    return Problem(q.to(device), k, v, sinks, options, (q_real, k_real, v_real), sm_margin, qv)
+
+
+def _of_one_cache(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """As absorbed MLA keeps them: the channels of v, then those of k."""
+    width = v.shape[-1]
+    both = k.new_empty((*k.shape[:-1], width + k.shape[-1]))
+    both[..., :width], both[..., width:] = v, k
+    return both[..., width:], both[..., :width]
 
 
 def _seen(pages: int, rows: int, table: Tensor | None, lengths: Tensor, leftpad: Tensor) -> Tensor:
@@ -148,11 +161,11 @@ def _seen(pages: int, rows: int, table: Tensor | None, lengths: Tensor, leftpad:
 
 def _run(variant: DecodeVariant, problem: Problem) -> tuple[Tensor, Tensor, int]:
     """O, LSE and the largest ticket that is left, of the kernel."""
-    q, k, v, s_aux, options, _, sm_margin = problem
+    q, k, v, s_aux, options, _, sm_margin, qv = problem
     out = torch.full((*q.shape[:-1], v.shape[-1]), math.nan, dtype=q.dtype, device=q.device)
     lse = _rows(q, torch.float32)
     options = options._replace(sm_margin=sm_margin)
-    planned = hopper.plan(q, k, v, s_aux, options, out, lse, variant)
+    planned = hopper.plan(q, k, v, s_aux, options, out, lse, qv, variant)
     # Its own: a kernel that does not reset them must not leave that to the next call.
     count = planned.workspace["tickets"] // 4
     tickets = torch.zeros(count, dtype=torch.int32, device=q.device)
@@ -167,12 +180,13 @@ def _expected(problem: Problem) -> tuple[Tensor, Tensor]:
     device = problem.q.device
     where = torch.device("cpu") if torch.are_deterministic_algorithms_enabled() else device
     q, k, v, s_aux = (x.to(where) for x in (*problem.real, problem.s_aux))
+    qv = None if problem.qv is None else problem.qv.to(where, torch.float64)
     plain: dict[str, Any] = dict.fromkeys(("k_descale", "v_descale", "k_mean", "v_mean"))
     options = problem.options._replace(**plain)
     options = Options._make(x.to(where) if isinstance(x, Tensor) else x for x in options)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     lse, nothing = _rows(q, torch.float64), q.new_empty((0,))
-    cpu.forward(q, k, v, None, s_aux, options, out, lse, nothing, nothing)
+    cpu.forward(q, k, v, qv, s_aux, options, out, lse, nothing, nothing)
     return out.to(device), lse.to(device)
 
 
