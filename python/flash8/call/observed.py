@@ -1,8 +1,8 @@
 """Whether a mode, a transform or a tracer of torch is active: one place asks.
 
 Torch's public functions are asked where it has one that is quick. Other questions have private
-names only. If a torch lacks one of those, `COMPLETE` is False and every answer is the careful one: then each call
-goes through its torch op, which is slower and always right.
+names only. If a torch lacks one of those, `COMPLETE` is False and every answer is the careful one:
+then each call goes through its torch op, which is slower and always right.
 """
 
 from collections.abc import Callable, Iterator
