@@ -100,19 +100,16 @@ TensorReader::TensorReader(const py::object& exchange_api) {
     }
 }
 
-bool TensorReader::read(PyObject* tensor, TensorView& view) const {
+bool TensorReader::read(PyObject* tensor, TensorView& view, bool is_new) const {
     try {
-        return read_new(tensor, view) && !is_true(call(tensor, names().is_neg));
+        return (api_ != nullptr ? borrow(tensor, view) : read_attributes(tensor, view)) && has_memory(view) &&
+               (is_new || !is_true(call(tensor, names().is_neg)));
     } catch (const py::error_already_set& error) {  // of a sparse or nested tensor, or on another device
         if (!error.matches(PyExc_Exception)) {
             throw;  // somebody interrupts
         }
         return false;
     }
-}
-
-bool TensorReader::read_new(PyObject* tensor, TensorView& view) const {
-    return (api_ != nullptr ? borrow(tensor, view) : read_attributes(tensor, view)) && has_memory(view);
 }
 
 bool TensorReader::borrow(PyObject* tensor, TensorView& view) const {

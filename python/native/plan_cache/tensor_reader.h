@@ -33,10 +33,9 @@ class TensorReader {
     explicit TensorReader(const pybind11::object& exchange_api);
 
     // Whether `tensor` is a strided tensor with memory on a CPU or CUDA device, with at least one element and
-    // as it lies in memory (its negation is not pending). No Python exception is left set.
-    bool read(PyObject* tensor, TensorView& view) const;
-    // The same of a tensor that torch has just made, whose values are not negated lazily. It may throw.
-    bool read_new(PyObject* tensor, TensorView& view) const;
+    // as it lies in memory: its negation is not pending, which is not asked of one that torch has just made.
+    // No Python exception is left set.
+    bool read(PyObject* tensor, TensorView& view, bool is_new = false) const;
 
     bool requires_grad(PyObject* tensor) const;
 

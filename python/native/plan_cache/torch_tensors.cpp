@@ -18,7 +18,7 @@ std::uintptr_t TorchTensors::address_of(const py::object& tensor) const {
     TensorView view;
     const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
     const bool known = type == functions_.tensor_types[0].ptr() || type == functions_.tensor_types[1].ptr();
-    if (!known || !reader_.read_new(tensor.ptr(), view)) {
+    if (!known || !reader_.read(tensor.ptr(), view, true)) {
         throw std::runtime_error("plan cache: torch gave a tensor without memory");
     }
     return view.address;
