@@ -54,7 +54,7 @@ WRONG = {
         (ROWS, "head_descale(params.k_descale, segment.batch, segment.head)", "0.03125f"),
         "LSE",
     ),
-    "descales of qv": (MLA, (ROWS, "k_descale / v_descale;", "1.0f;"), "O is off"),
+    "descales of qv": (MLA, (ROWS, "k_descale / v_descale;", "1.0f;"), "LSE"),
     "v_descale": (E8, (MERGE, "factor / total * descale", "factor / total"), "O is off"),
     "tickets": (
         E8,
