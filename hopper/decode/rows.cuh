@@ -29,11 +29,11 @@ __device__ __forceinline__ float head_descale(DescaleRef const& ref, int batch, 
                               : checked_descale(ref.ptr[batch * ref.batch_stride + head * ref.head_stride]);
 }
 
-// What turns products with K into units of products with V. K's may be 2^60 times as large: q . k stays
-// finite so. Beyond that NaN tells.
+// What turns products with K into units of products with V. The two may be 2^24 apart: q and qv share a power
+// of two per row, and farther apart one of them might lose its bits. Beyond that NaN tells.
 __device__ __forceinline__ float checked_ratio(float k_descale, float v_descale) {
     float const ratio = k_descale / v_descale;
-    return ratio <= 0x1p60f ? ratio : NAN;
+    return ratio >= 0x1p-24f && ratio <= 0x1p24f ? ratio : NAN;
 }
 
 // The product of three positive factors; NaN stays NaN. The smallest meets the largest first, so nothing

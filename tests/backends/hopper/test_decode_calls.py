@@ -184,6 +184,17 @@ def test_refusals_have_names(name, launched, monkeypatch):
     assert launched == []
 
 
+def test_what_no_forward_kernel_would_take_has_the_decode_kernels_reason(launched, monkeypatch):
+    """Not that of head dimensions, which are right."""
+    (q, k, v), given = absorbed(page_size=100)
+    given = {**given, "page_table": None}  # a row of the cache for a sequence
+    tensors = [q, k[:3], v[:3]]
+    flash8.backends._warn_of_refusal.cache_clear()
+    with pytest.warns(UserWarning, match="num_splits has no decode kernel yet"):
+        run(monkeypatch, tensors, {**given, "num_splits": 2})
+    assert launched == []
+
+
 @pytest.mark.parametrize("page_size", [0, 16], ids=["dense", "paged"])
 def test_a_cache_without_keys_is_for_the_portable_code(page_size, launched, monkeypatch):
     """O = 0, LSE = -inf."""

@@ -115,7 +115,7 @@ def _shipped() -> tuple[DecodeVariant, ...]:
             rows.append(DecodeVariant("bf16", cache, head_dim, head_dim, 8, load="gather"))
     rows.append(DecodeVariant("fp16", "same", 128, 128, 8))
     for cache in get_args(Cache):
-        rows += [DecodeVariant("bf16", cache, 64, 512, n, qv=True) for n in (16, 32)]
+        rows += [DecodeVariant("bf16", cache, 64, 512, n, qv=True) for n in ROWS]
     return tuple(rows)
 
 

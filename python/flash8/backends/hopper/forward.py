@@ -22,7 +22,7 @@ _DTYPES: dict[torch.dtype, Element] = {
     E4M3: "e4m3",
 }
 #: The head dimensions that tiles are made for; others are filled up with zeros by TMA.
-_HEAD_DIMS = (64, 96, 128, 192, 256)
+HEAD_DIMS = (64, 96, 128, 192, 256)
 
 
 def refusal(
@@ -37,8 +37,8 @@ def refusal(
     if q.dtype not in _DTYPES or k.dtype != q.dtype:
         return f"there is no kernel for {q.dtype} q and {k.dtype} k"
     for name, size in (("head_dim", q.shape[-1]), ("head_dim_v", options.head_dim_v(v))):
-        if size > _HEAD_DIMS[-1] or size % 8 != 0:
-            return f"{name} is {size}; kernels take multiples of 8 up to {_HEAD_DIMS[-1]}"
+        if size > HEAD_DIMS[-1] or size % 8 != 0:
+            return f"{name} is {size}; kernels take multiples of 8 up to {HEAD_DIMS[-1]}"
     for name, given in (
         ("qv", qv is not None),
         ("num_splits", options.num_splits > 1),
@@ -212,7 +212,7 @@ def plan(
 
 
 def _tile_head_dim(head_dim: int) -> int:
-    return next(size for size in _HEAD_DIMS if head_dim <= size)
+    return next(size for size in HEAD_DIMS if head_dim <= size)
 
 
 def _describe(
