@@ -173,7 +173,12 @@ class KernelForward(Forward, Protocol):
         """Why no kernel serves the call, or None. `out` is the caller's."""
 
     def choose(
-        self, q: Tensor, k: Tensor, v: Tensor, options: "Options"
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: "Options",
+        qv: Tensor | None = None,
     ) -> "ForwardVariant | DecodeVariant":
         """The variant that serves a call which is not refused."""
 

@@ -55,7 +55,7 @@ CASES = {
 }
 DEFAULT = [
     *("causal", "causal, more queries than keys", "packed", "packed, used lengths"),
-    *("dense, used lengths", "one row", "another scale", "fp16, window", "fp16, chunks"),
+    *("dense, used lengths", "one row", "another scale"),
 ]
 
 

@@ -146,8 +146,11 @@ def launch(planned: Plan, stream: int, tile_count: Tensor | None, sm_margin: int
     _native.launch_forward(planned.kernel, planned.device, stream, planned.call, sm_margin)
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, options: Options) -> ForwardVariant:
-    """The variant that serves a call."""
+def choose(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, qv: Tensor | None = None
+) -> ForwardVariant:
+    """The variant that serves a call which is not refused."""
+    assert qv is None
     ratio = q.shape[-2] // k.shape[-2]
     head_dim_v = options.head_dim_v(v)
     widest = max(q.shape[-1], head_dim_v)
