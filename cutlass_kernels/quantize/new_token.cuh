@@ -88,7 +88,8 @@ struct Place {
 // What attention takes for seqused_k. 32 bits wrap around, as torch's do.
 __device__ __forceinline__ void write_lengths(AppendParams const& params, int threads) {
     AppendedRows const& keys = params.rows[1];
-    for (int batch = blockIdx.x * threads + threadIdx.x; batch < params.batch; batch += gridDim.x * threads) {
+    int64_t const step = int64_t{gridDim.x} * threads;
+    for (int64_t batch = int64_t{blockIdx.x} * threads + threadIdx.x; batch < params.batch; batch += step) {
         unsigned count = keys.seqlen;
         if (keys.cu_seqlens != nullptr) {
             count = static_cast<unsigned>(keys.cu_seqlens[batch + 1]) - keys.cu_seqlens[batch];

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash8 import backends
 from flash8.backends import index_checks
 from flash8.backends.cpu import append as portable
 from flash8.backends.hopper import append as hopper
@@ -82,10 +83,20 @@ def _append(
     # What refuses one of them has to be met before either is written.
     for appended in both:
         index_checks.check_append(appended.cache, appended.x, *where, appended.descale)
-    wanted = hopper.variants(*both, queries=queries)
-    trusted = [trust.is_trusted(variant, k.device) for variant in wanted]
-    rotated, lengths = (hopper if all(trusted) else portable).append(*both, queries=queries)
+    backend = hopper if _serves(*both, queries=queries) else portable
+    rotated, lengths = backend.append(*both, queries=queries)
     return starts.new_empty((0,)) if rotated is None else rotated, lengths
+
+
+def _serves(k: Appended, v: Appended, *, queries: Queries | None) -> bool:
+    """Whether kernels serve the call, as far as they have to see memory for it."""
+    reason = hopper.refusal_of_address(k.cache) or hopper.refusal_of_address(v.cache)
+    if reason is not None:
+        backends.tell_about_refusal(reason)
+        return False
+    wanted = hopper.variants(k, v, queries=queries)
+    trusted = [trust.is_trusted(variant, k.x.device) for variant in wanted]
+    return all(trusted)
 
 
 def _append_fake(

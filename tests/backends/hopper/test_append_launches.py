@@ -1,11 +1,13 @@
 """What a call with new keys asks of the device: two launches, and nothing of torch."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import cumulative, int32
-from flash8 import flash_attn_with_kvcache
+from flash8 import backends, flash_attn_with_kvcache
 from flash8.append import NewKeys
 from flash8.ops import attention as ops
 from flash8.tensors.float8 import E4M3
@@ -99,3 +101,43 @@ def test_an_append_may_be_captured(fake):
     fake.capture(True)
     flash_attn_with_kvcache(*given, **options)
     assert len(fake.launches) == before + 2
+
+
+LENGTHS = int32((10, 0, 9))
+
+
+@pytest.mark.usefixtures("on_fake_driver", "unread")
+def test_a_table_without_pages_is_not_for_kernels(fake):
+    """Its address is null, as that of no table is."""
+    given, options = CALLS["no rotary"]
+    options = {**options, "page_table": options["page_table"][:, :0], "cache_seqlens": LENGTHS}
+    backends._warn_of_refusal.cache_clear()
+    with (
+        pytest.warns(UserWarning, match="the page table lists nothing"),
+        pytest.raises(ValueError, match="must leave room for 2 new rows in a cache of 0"),
+    ):
+        flash_attn_with_kvcache(*given, **options)
+    assert [launch for launch in fake.launches if launch.startswith("append")] == []
+
+
+@pytest.mark.usefixtures("on_fake_driver")
+def test_a_cache_at_an_odd_address_is_not_for_kernels(fake):
+    """Which a trace cannot see: the op finds it."""
+    (q, k_cache, v_cache, k, v), options = CALLS["16 bits"]
+    given = {**options, "cache_seqlens": LENGTHS, "causal": True}
+    odd = torch.empty(k_cache.numel() + 4, dtype=k_cache.dtype)[4:].view(k_cache.shape)
+    odd.copy_(k_cache)
+    backends._warn_of_refusal.cache_clear()
+    with pytest.warns(UserWarning, match="address is not a multiple of 16"):
+        flash_attn_with_kvcache(q, odd, v_cache.clone(), k, v, **given)
+    assert [launch for launch in fake.launches if launch.startswith("append")] == []
+    assert (odd != k_cache).any()
+
+
+@pytest.mark.usefixtures("on_fake_driver", "unread")
+def test_tables_of_a_type_that_kernels_lack_are_converted(fake):
+    (q, *others), options = CALLS["e4m3"]
+    given = {**options, **rotary(torch.float64), "cache_seqlens": LENGTHS, "causal": True}
+    with contextlib.suppress(ValueError):  # nothing has run, so lengths are anything
+        flash_attn_with_kvcache(q.double(), *others, **given)
+    assert fake.launches[0].startswith("append")

@@ -198,13 +198,20 @@ def test_bits_do_not_depend_on_the_order_of_pages(monkeypatch):
         (lambda k: k._replace(x=k.x[..., :36], cache=k.cache[..., :36]), "head_dim is 36"),
         (lambda k: k._replace(cache=k.cache[:0]), "the cache has room for nothing"),
         (lambda k: k._replace(cache=draw(3, 9, 2, 76)[..., :72]), "strides are not multiples of 8"),
-        (lambda k: k._replace(cache=draw(3 * 9 * 2 * 72 + 1)[1:].view(3, 9, 2, 72)), "address"),
+        (lambda k: k._replace(page_table=int32([[]] * 3)), "the page table lists nothing"),
+        (lambda k: k._replace(x=k.x[:, :, :1].expand(-1, -1, 21846, -1)), "there are 21846 heads"),
         (lambda k: k._replace(x=k.x.to(E4M3), cache=k.cache.to(E4M3)), "rotates no rows of"),
         (lambda k: k._replace(x=k.x[:, :1].expand(3, 2**30, 2, 72)), "3221225472 new rows"),
     ],
 )
 def test_refusals(change, message):
     assert message in hopper.refusal(change(make(rotary_dim=32).k))
+
+
+def test_an_odd_address_is_refused():
+    odd = draw(3 * 9 * 2 * 72 + 1)[1:].view(3, 9, 2, 72)
+    assert "address" in hopper.refusal_of_address(odd)
+    assert hopper.refusal_of_address(odd.clone()) is None
 
 
 def test_variants_name_their_choices():

@@ -25,6 +25,7 @@ _DTYPES: dict[torch.dtype, Input] = {
 }
 _CHANNELS = 8  # of a thread
 _ROTARY_UNIT = 2 * _CHANNELS
+_MOST_HEADS = 65535 // 3  # those of Q, K and V are a dimension of one grid
 _MOST_GROUPS = 2**31 - 1025  # of eight channels
 
 
@@ -35,12 +36,17 @@ def refusal(appended: Appended) -> str | None:
         return f"the cache is {cache.dtype} and its new rows are {x.dtype}"
     if cache.numel() == 0:
         return "the cache has room for nothing"
-    steps = quantizer.tensor_ref(cache)[1:]
-    if cache.stride(-1) != 1 or any(step % _CHANNELS != 0 for step in steps):
+    if appended.page_table is not None and appended.page_table.numel() == 0:
+        return "the page table lists nothing"
+    steps = [step for n, step in zip(cache.shape, cache.stride(), strict=True) if n != 1]
+    if cache.stride(-1) != 1 or any(step % _CHANNELS != 0 for step in steps[:-1]):
         return f"the cache's strides are not multiples of {_CHANNELS} elements"
-    if not torch.compiler.is_compiling() and cache.data_ptr() % 16 != 0:
-        return "the cache's address is not a multiple of 16"
     return _refusal_of(x, appended.rope)
+
+
+def refusal_of_address(cache: Tensor) -> str | None:
+    """The same where the cache has memory: a trace's has none."""
+    return "the cache's address is not a multiple of 16" if cache.data_ptr() % 16 != 0 else None
 
 
 def refusal_of_queries(queries: Queries) -> str | None:
@@ -51,6 +57,8 @@ def refusal_of_queries(queries: Queries) -> str | None:
 def _refusal_of(x: Tensor, rope: Rope | None) -> str | None:
     if x.dtype not in _DTYPES:
         return f"there is no appending kernel for {x.dtype}"
+    if x.shape[-2] > _MOST_HEADS:
+        return f"there are {x.shape[-2]} heads; the appending kernel takes up to {_MOST_HEADS}"
     if x.shape[-1] % _CHANNELS != 0:
         return f"head_dim is {x.shape[-1]}; the appending kernel takes multiples of {_CHANNELS}"
     if x.shape[:-2].numel() * (x.shape[-1] // _CHANNELS) > _MOST_GROUPS:
@@ -210,7 +218,7 @@ def _row_stride(table: Tensor) -> int:
 def _is_readable_table(table: Tensor, variant: AppendVariant) -> bool:
     """Whether the kernel reads it as it lies."""
     return (
-        (table.dtype == torch.float32 or _DTYPES[table.dtype] == variant.dtype)
+        (table.dtype == torch.float32 or _DTYPES.get(table.dtype) == variant.dtype)
         and table.stride(-1) == 1
         and _row_stride(table) % _CHANNELS == 0
         and table.data_ptr() % 16 == 0
