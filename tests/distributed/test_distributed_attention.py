@@ -70,6 +70,7 @@ ULYSSES = [
     Case("dense", lengths=None, seqlen=29),
     Case("one-token", lengths=(1,), ranks=4),
     Case("window-both", causal=False, window=(6, 4), ranks=4, softcap=3.0),
+    Case("mixed-sink", sink=True, mixed=True),
 ]
 ULYSSES = [replace(case, name=f"ulysses-{case.name}", method="ulysses") for case in ULYSSES]
 BOTH = [
@@ -78,6 +79,7 @@ BOTH = [
     Case("dense-window", lengths=None, seqlen=29, window=(9, 0)),
     Case("one-token", lengths=(1,), heads_kv=4),
     Case("full-softcap", causal=False, softcap=3.0),
+    Case("mixed", mixed=True),
 ]
 BOTH = [replace(case, name=f"both-{case.name}", method="ulysses+ring", ranks=4) for case in BOTH]
 CASES = [*SHAPES, *OPTIONS, *RING, *ULYSSES, *BOTH]

@@ -34,6 +34,10 @@ BOTH = [
     for case in RING
     if case.recipe != "block"
 ]
+MIXED = [
+    Case("ulysses-mixed", recipe="head", method="ulysses", lengths=LENGTHS, mixed=True),
+    Case("both-mixed", recipe="head", method="ulysses+ring", ranks=4, lengths=LENGTHS, mixed=True),
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ def found_by(processes, case):
     return joined(case, processes.run(attend, case.processes, case))
 
 
-@pytest.mark.parametrize("case", [*CASES, *ULYSSES, *RING, *BOTH], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *ULYSSES, *RING, *BOTH, *MIXED], ids=str)
 def test_the_error_is_that_of_one_process(processes, case):
     reference = expected(case)
     here = differences(found_by(processes, case), reference)

@@ -83,6 +83,7 @@ class Case:
     logits: float = 1.0  # a factor of q
     recipe: str = ""  # of RECIPES
     bias: float = 0.0  # of k and v
+    mixed: bool = False  # the loss of rank 0 is of O alone, that of rank 1 of LSE alone
     fault: str = ""
 
     @property
@@ -129,6 +130,9 @@ def whole(case: Case) -> Whole:
     dlse = normal(case.heads, total)
     q, k, v, dout = (x.to(case.dtype) for x in (q, k, v, dout))
     dlse = dlse.to(wide)
+    if case.mixed:
+        dlse[:, own_rows(case, 0)] = 0.0
+        dout[own_rows(case, 1)] = 0.0
     cu_seqlens = torch.tensor([0, *case.all_lengths]).cumsum(0).int()
     return Whole(q, k, v, s_aux, dout, dlse, cu_seqlens)
 
@@ -185,7 +189,11 @@ def attend(group: Any, case: Case) -> dict[str, np.ndarray]:
             **case.options(),
         )
         inputs = [x for x in (q, k, v, s_aux) if x is not None]
-        dq, dk, dv, *rest = torch.autograd.grad((out, lse), inputs, (part(data.dout), dlse))
+        outputs = [(out, part(data.dout)), (lse, dlse)]
+        if case.mixed and dist.get_rank() < 2:
+            outputs = outputs[dist.get_rank() :][:1]
+        used, gradients = zip(*outputs, strict=True)
+        dq, dk, dv, *rest = torch.autograd.grad(used, inputs, gradients)
     found = {"out": out, "dq": dq, "dk": dk, "dv": dv}
     found = {name: x.flatten(0, 1) if dense else x for name, x in found.items()}
     found["lse"] = lse.transpose(0, 1).flatten(1) if dense else lse

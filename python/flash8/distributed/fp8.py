@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from flash8.call.options import Options, without_tensors
 from flash8.distributed import checks, collectives, partial, plan, scaling
 from flash8.distributed.layout import Batch
-from flash8.distributed.ulysses import Way, ways
+from flash8.distributed.ulysses import Way, gradients_to_heads, to_tokens, ways
 from flash8.fp8.recipes import FP8_PRODUCTS, Recipe
 from flash8.tensors.descales import BLOCK, block_offsets
 from flash8.tensors.float8 import E4M3
@@ -33,6 +33,7 @@ class How(NamedTuple):
     ranks: checks.Ranks
     options: Options
     recipe: Recipe
+    returns_lse: bool
 
     def agree(self, name: str, x: Tensor) -> scaling.Shared:
         ranks = self.ranks
@@ -202,22 +203,6 @@ def to_heads(
     return own_q.view(E4M3), own_k.contiguous().view(E4M3), own_v.contiguous().view(E4M3)
 
 
-def to_tokens(queries: Way, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """O and LSE of all heads of the own tokens."""
-    rows = queries.to_tokens(lse.transpose(0, 1)[..., None])
-    return queries.to_tokens(out), rows[..., 0].transpose(0, 1)
-
-
-def gradients_to_heads(
-    queries: Way, dout: Tensor | None, dlse: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    if dout is not None:
-        dout = queries.to_heads(dout)
-    if dlse is not None:
-        dlse = queries.to_heads(dlse.transpose(0, 1)[..., None])[..., 0].transpose(0, 1)
-    return dout, dlse
-
-
 def gradients_to_tokens(
     queries: Way, keys: Way, own: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,7 +241,6 @@ class _Ulysses(torch.autograd.Function):
         sink = None if s_aux is None else s_aux[heads]
         inputs = (*to_heads(queries, keys, q8, k8, v8), sink)
         out, lse = forward(inputs, v.dtype, options)
-        ctx.set_materialize_grads(False)
         ctx.options = without_tensors(options)
         tensors = [getattr(options, name) for name in ctx.options.tensors]
         ctx.save_for_backward(*inputs, out, lse, *tensors)
@@ -266,13 +250,13 @@ class _Ulysses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
         *inputs, out, lse = ctx.saved_tensors[:6]
         options = ctx.options.with_tensors(ctx.saved_tensors[6:])
         queries, keys = ctx.ways
         ctx.rest.note(dout)
-        dout, dlse = gradients_to_heads(queries, dout, dlse)
-        *own, own_sink = ctx.rest.run(dout, dlse, tuple(inputs), out, lse, options)
+        found = gradients_to_heads(queries, dout, dlse if ctx.how.returns_lse else None)
+        *own, own_sink = ctx.rest.run(*found, tuple(inputs), out, lse, options)
         dq, dk, dv = gradients_to_tokens(queries, keys, own)
         ds_aux = of_all_heads(None if inputs[3] is None else own_sink, queries, ctx.heads)
         wide = partial.wide(out)

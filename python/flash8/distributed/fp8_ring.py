@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flash8.distributed import fp8, partial, plan, scaling
+from flash8.distributed import fp8, partial, plan, scaling, ulysses
 from flash8.distributed.checks import Ranks
 from flash8.distributed.collectives import Passing
 from flash8.distributed.merge import Merged, row_sums_of_ds, sink_gradient
 from flash8.distributed.ring import Ring
 from flash8.distributed.scaling import Shared
-from flash8.distributed.ulysses import ways
 from flash8.fp8.quantize import dequantize
 from flash8.tensors.descales import BLOCK, block_offsets, num_packed_blocks
 from flash8.tensors.float8 import E4M3
@@ -228,7 +227,7 @@ class _Joined(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         group, around = how.ranks.groups
         outer = around.size(), around.rank()
-        queries, keys = ways(q, k, how.batch, group, outer)
+        queries, keys = ulysses.ways(q, k, how.batch, group, outer)
         q8, k8, v8 = how.agree("q", q), how.agree("k", k), how.agree("v", v)
         own_q, own_k, own_v = fp8.to_heads(queries, keys, q8, k8, v8)
         of_ring = how._replace(ranks=Ranks(*outer, (around,)))
@@ -241,21 +240,20 @@ class _Joined(torch.autograd.Function):
             None if s_aux is None else s_aux[queries.own()],
         )
         out, lse = forward(of_ring, *inputs, v.dtype)
-        ctx.set_materialize_grads(False)
         save(ctx, Saved(*inputs, out, lse))
         ctx.how, ctx.ways, ctx.heads = of_ring, (queries, keys), q.shape[1]
         ctx.rest, ctx.dtypes = fp8.Backward(how.recipe), (q.dtype, k.dtype, v.dtype)
-        return fp8.to_tokens(queries, out, lse)
+        return ulysses.to_tokens(queries, out, lse)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
         ctx.rest.note(dout)
         queries, keys = ctx.ways
-        dout, dlse = fp8.gradients_to_heads(queries, dout, dlse)
-        *own, own_sink = backward(ctx.how, dout, dlse, load(ctx))
-        found = fp8.gradients_to_tokens(queries, keys, own)
-        gradients = (ctx.how.rotated_back(found[0]), ctx.how.rotated_back(found[1]), found[2])
+        found = ulysses.gradients_to_heads(queries, dout, dlse if ctx.how.returns_lse else None)
+        *own, own_sink = backward(ctx.how, *found, load(ctx))
+        dq, dk, dv = fp8.gradients_to_tokens(queries, keys, own)
+        gradients = (ctx.how.rotated_back(dq), ctx.how.rotated_back(dk), dv)
         ds_aux = fp8.of_all_heads(own_sink, queries, ctx.heads)
         return *(x.to(kind) for x, kind in zip(gradients, ctx.dtypes, strict=True)), ds_aux, None
 

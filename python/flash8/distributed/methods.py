@@ -128,10 +128,10 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     q, k, v = rows
     group, *others = ranks.groups
-    if recipe is not None and method in ("ring", "ulysses+ring"):
-        found = fp8_ring.attend(method, q, k, v, s_aux, fp8.How(batch, ranks, options, recipe))
-    elif recipe is not None:
-        found = fp8.attend(method, q, k, v, s_aux, fp8.How(batch, ranks, options, recipe))
+    if recipe is not None:
+        module = fp8_ring if method in ("ring", "ulysses+ring") else fp8
+        fp8_how = fp8.How(batch, ranks, options, recipe, return_lse)
+        found = module.attend(method, q, k, v, s_aux, fp8_how)
     elif method == "all_gather":
         found = gathered.attend(q, k, v, s_aux, gathered.Gathered(batch, group, options))
     elif method == "ring":

@@ -88,16 +88,47 @@ class _ToHeads(torch.autograd.Function):
         return ctx.way.to_tokens(grad), None
 
 
-class _ToTokens(torch.autograd.Function):
+def to_tokens(queries: Way, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """O and LSE of all heads of the own tokens."""
+    rows = queries.to_tokens(lse.transpose(0, 1)[..., None])
+    return queries.to_tokens(out), rows[..., 0].transpose(0, 1)
+
+
+def gradients_to_heads(
+    queries: Way, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """dO and dLSE of the own heads. Every rank exchanges both, as zeros where its loss uses only
+    one of them: the others wait for it. dlse is None where no rank was given LSE."""
+    dout = queries.to_heads(dout)
+    if dlse is not None:
+        dlse = queries.to_heads(dlse.transpose(0, 1)[..., None])[..., 0].transpose(0, 1)
+    return dout, dlse
+
+
+class _OutToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, way: Way) -> Tensor:
+    def forward(ctx: Any, out: Tensor, way: Way) -> Tensor:
         ctx.way = way
-        return way.to_tokens(x)
+        return way.to_tokens(out)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return ctx.way.to_heads(grad), None
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        return ctx.way.to_heads(dout), None
+
+
+class _ToTokens(torch.autograd.Function):
+    """Of both outputs at once, so that what a rank exchanges does not depend on its loss."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, lse: Tensor, way: Way) -> tuple[Tensor, Tensor]:
+        ctx.way = way
+        return to_tokens(way, out, lse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
+        return *gradients_to_heads(ctx.way, dout, dlse), None
 
 
 def ways(
@@ -132,8 +163,7 @@ def attend(
     own_k, own_v = (x.contiguous() for x in both.split((k.shape[-1], v.shape[-1]), dim=-1))
     sink = None if s_aux is None else s_aux[queries.own()]
     out, lse = inner(own_q, own_k, own_v, sink)
-    out = _ToTokens.apply(out, queries)
     if not return_lse:
-        return out, None
-    found: Tensor = _ToTokens.apply(lse.transpose(0, 1)[..., None], queries)
-    return out, found[..., 0].transpose(0, 1)
+        return _OutToTokens.apply(out, queries), None
+    found: tuple[Tensor, Tensor] = _ToTokens.apply(out, lse, queries)
+    return found
