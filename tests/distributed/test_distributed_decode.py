@@ -10,7 +10,8 @@ import torch.distributed as dist
 import distributed_faults
 import oracle
 from distributed_faults import DECODE_FAULTS
-from flash8 import distributed
+from flash8 import distributed, flash_attn_with_kvcache
+from flash8.fp8 import quantize
 from process_group import Processes
 
 HEADS, HEADS_KV, DIM = 4, 2, 16
@@ -159,6 +160,78 @@ def test_ranks_find_what_one_cache_gives(processes, step):
 def test_a_planted_fault_is_found(processes, fault):
     step = next(step for step in STEPS if step.name == "window")
     assert max(errors(processes.run(run, step.ranks, step, fault), step)) > 1e-2
+
+
+def random_call(queries):
+    generator = torch.Generator().manual_seed(2)
+    q = torch.randn(2, queries, HEADS, DIM, generator=generator)
+    return q, *torch.randn(2, 2, 20, HEADS_KV, DIM, generator=generator).unbind()
+
+
+HIDDEN = {
+    "no keys": (1, dict(cache_seqlens=[0, 20]), [[True], [False]]),
+    "causal": (
+        3,
+        dict(cache_seqlens=[1, 20], causal=True),
+        [[True, True, False], [False, False, False]],
+    ),
+    "no row": (
+        1,
+        dict(cache_seqlens=[20, 20], cache_batch_idx=torch.tensor([-1, 1], dtype=torch.int32)),
+        [[True], [False]],
+    ),
+}
+
+
+def hide(group, queries, given):
+    q, k, v = random_call(queries)
+    given = {**given, "cache_seqlens": torch.tensor(given["cache_seqlens"])}
+    given |= dict(group=group, return_softmax_lse=True)
+    s_aux = torch.tensor([-torch.inf, 0.0, 1.0, 2.0])
+    found = [distributed.decode(q, k, v, s_aux=x, **given) for x in (s_aux, None)]
+    return [[x.numpy() for x in pair] for pair in found]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_query_without_keys_finds_nothing_beside_a_sink_of_no_weight(processes, name):
+    queries, given, hidden = HIDDEN[name]
+    ((found, without),) = processes.run(hide, 1, queries, given)
+    (out, lse), hidden = map(torch.from_numpy, found), torch.tensor(hidden)
+    assert torch.isfinite(out).all() and (out[hidden] == 0.0).all()
+    assert (out[~hidden] != 0.0).any(dim=-1).all()
+    assert torch.equal(out[:, :, 0], torch.from_numpy(without[0])[:, :, 0])
+    assert (lse.transpose(1, 2)[hidden] == torch.tensor([-torch.inf, 0.0, 1.0, 2.0])).all()
+
+
+def decode_scaled(group, smooth):
+    q, k, v = random_call(3)
+    scaled = quantize(k + 1.0, "head", smooth_k=smooth), quantize(3 * v, "head", smooth_v=smooth)
+    lengths = torch.tensor([20, 7], dtype=torch.int32)
+    given = dict(cache_seqlens=lengths, causal=True, return_softmax_lse=True)
+    here = distributed.decode(q, *scaled, group=group, **given)
+    there = flash_attn_with_kvcache(q, *scaled, **given)
+    return max((x - y).abs().max().item() for x, y in zip(here, there[:2], strict=True))
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_scales_of_sequences_are_those_of_their_queries(processes, smooth):
+    (error,) = processes.run(decode_scaled, 1, smooth)
+    assert error <= 5e-6
+
+
+def decode_nothing(group):
+    q, k, v = random_call(1)
+    given = dict(group=group, cache_seqlens=torch.tensor([0, 20]), return_softmax_lse=True)
+    found = [
+        distributed.decode(q[:, :0], k, v, **given, **options)
+        for options in ({}, dict(causal=True), dict(window_size=(3, 0)), dict(window_size=(3, 1)))
+    ]
+    return [[tuple(x.shape) for x in pair] for pair in found]
+
+
+def test_no_queries_find_nothing(processes):
+    for found in processes.run(decode_nothing, 2):
+        assert found == [[(2, 0, HEADS, DIM), (2, HEADS, 0)]] * 4
 
 
 def refused(group):

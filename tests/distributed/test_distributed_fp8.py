@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from distributed_cases import RECIPES, Case, attend, differences, expected, joined, single
 from distributed_faults import FP8_FAULTS
@@ -38,6 +39,10 @@ MIXED = [
     Case("ulysses-mixed", recipe="head", method="ulysses", lengths=LENGTHS, mixed=True),
     Case("both-mixed", recipe="head", method="ulysses+ring", ranks=4, lengths=LENGTHS, mixed=True),
 ]
+#: Rank 0 attends with some of its queries, rank 1 with all of them.
+FLOAT64 = Case("ring-float64", recipe="head", method="ring", lengths=(1, 8), layout="contiguous")
+FLOAT64 = replace(FLOAT64, dtype=torch.float64)
+WIDE = [FLOAT64, replace(FLOAT64, name="both-float64", method="ulysses+ring", ranks=4)]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,7 @@ def found_by(processes, case):
     return joined(case, processes.run(attend, case.processes, case))
 
 
-@pytest.mark.parametrize("case", [*CASES, *ULYSSES, *RING, *BOTH, *MIXED], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *ULYSSES, *RING, *BOTH, *MIXED, *WIDE], ids=str)
 def test_the_error_is_that_of_one_process(processes, case):
     reference = expected(case)
     here = differences(found_by(processes, case), reference)

@@ -54,6 +54,7 @@ REFUSED = {
     ),
     "seqlen": (dense(seqlen=7), ValueError, r"q must have 7 tokens a sequence: .*seqlen=7"),
     "seqlen type": (dense(seqlen=7.0), TypeError, r"seqlen must be an integer, got 7\.0"),
+    "seqlen of packed": (packed(seqlen=99), ValueError, r"seqlen must be None with .*, got 99"),
     "cu_seqlens type": (
         packed(cu_seqlens=[0, 12]),
         TypeError,
@@ -112,6 +113,7 @@ SHARDS = [
     (distributed.shard, dict(x=ROWS[0]), r"x must be (batch, seqlen, ...)"),
     (distributed.shard, dict(x=[1]), "x must be a torch.Tensor"),
     (distributed.unshard, dict(x=ROWS[1:], cu_seqlens=CU), "x must have 12 tokens"),
+    (distributed.unshard, dict(x=ROWS, cu_seqlens=CU, seqlen=9), "seqlen must be None with cu_seq"),
     (distributed.unshard, dict(x=ROWS, layout="none"), "layout must be one of"),
 ]
 

@@ -57,6 +57,16 @@ def test_there_and_back(processes, case):
     assert sum(counts) == sum(case.all_lengths)
 
 
+def shape_of_no_sequences(group):
+    own = torch.zeros(0, 2, 3)
+    return [tuple(distributed.unshard(own, group=group, seqlen=n).shape) for n in (None, 4, 3)]
+
+
+def test_no_sequences_have_a_length_too(processes):
+    for shapes in processes.run(shape_of_no_sequences, 2):
+        assert shapes == [(0, 4, 3), (0, 4, 3), (0, 3, 3)]
+
+
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_every_token_has_one_rank_and_ranks_differ_little(layout, ranks):

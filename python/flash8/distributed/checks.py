@@ -105,6 +105,13 @@ def packed_batch(cu_seqlens: Any, layout: str, like: Tensor | None = None) -> Ba
     return Batch(lengths, layout)
 
 
+def no_seqlen(seqlen: Any, cu_seqlens: Any) -> None:
+    if seqlen is not None and cu_seqlens is not None:
+        raise ValueError(
+            f"seqlen must be None with cu_seqlens, which have the lengths, got {seqlen!r}"
+        )
+
+
 def dense_batch(x_name: str, x: Tensor, seqlen: Any, ranks: Ranks, layout: str) -> Batch:
     """The batch of whole sequences of one length, from a rank's part (batch, seqlen, ...)."""
     if x.dim() < 2:

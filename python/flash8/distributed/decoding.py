@@ -11,6 +11,7 @@ keys [own(first), own(last + 1)) for a query that sees tokens first to last. Whe
 queries of a sequence apart each becomes an entry of its own. Nothing is read on the host.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from flash8.attention import Window
 from flash8.call import checks as calls
 from flash8.call import derivatives
 from flash8.distributed import checks, collectives
+from flash8.distributed.merge import share
 from flash8.kvcache import flash_attn_combine, flash_attn_with_kvcache
 from flash8.tensors.arguments import (
     INDEX_DTYPES,
@@ -29,7 +31,7 @@ from flash8.tensors.arguments import (
     require_shape,
     require_tensor,
 )
-from flash8.tensors.scaled_tensor import Input
+from flash8.tensors.scaled_tensor import Input, ScaledTensor
 
 _INT32_MAX = 2**31 - 1
 
@@ -112,6 +114,8 @@ def decode(
     left, right = calls.window(window_size)
     if causal or (right >= 0 and q.shape[1] == 1):
         right = 0 if q.shape[1] > 1 else -1  # nothing comes after the last token
+    if q.shape[1] == 0:
+        left, right = -1, -1
     by_query = q.shape[1] > 1 and (left, right) != (-1, -1)
     queries, lengths, padding = q, _own(cache_seqlens, ranks, interleave), None
     if left >= 0 or by_query:
@@ -121,9 +125,9 @@ def decode(
     if by_query:
         queries = q.flatten(0, 1)[:, None]
         cache_batch_idx = _repeated(_rows(q, cache_batch_idx), q.shape[1])
+        k_cache, v_cache = (_cache_by_query(x, q.shape[1]) for x in (k_cache, v_cache))
         k_descale, v_descale = (
-            x if x is None or x.dim() != 2 else _repeated(x, q.shape[1])
-            for x in (k_descale, v_descale)
+            x if x is None else _factor_by_query(x, 2, q.shape[1]) for x in (k_descale, v_descale)
         )
     found = flash_attn_with_kvcache(
         queries,
@@ -176,6 +180,20 @@ def _repeated(x: Tensor, count: int) -> Tensor:
     return x[:, None].expand(-1, count, *x.shape[1:]).flatten(0, 1)
 
 
+def _factor_by_query(x: Tensor, dims: int, count: int) -> Tensor:
+    """Factors of sequences have so many dimensions; those of blocks or pages stay with the cache,
+    and those of all sequences are those of all entries."""
+    return _repeated(x, count) if x.dim() == dims else x
+
+
+def _cache_by_query(x: Input, count: int) -> Input:
+    if not isinstance(x, ScaledTensor):
+        return x
+    descale = _factor_by_query(x.descale, 2, count)
+    mean = None if x.mean is None else _factor_by_query(x.mean, 3, count)
+    return replace(x, descale=descale, mean=mean)
+
+
 def _merged(
     out: Tensor, lse: Tensor, s_aux: Tensor | None, ranks: checks.Ranks
 ) -> tuple[Tensor, Tensor]:
@@ -188,5 +206,5 @@ def _merged(
     total, lse = flash_attn_combine(parts[..., :-1].contiguous(), parts[..., -1].contiguous())
     if s_aux is not None:
         whole = torch.logaddexp(lse, s_aux.to(lse.dtype))
-        total, lse = total * (lse - whole).exp()[..., None], whole
+        total, lse = total * share(lse, whole)[..., None], whole
     return total.to(out.dtype), lse

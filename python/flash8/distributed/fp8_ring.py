@@ -108,8 +108,9 @@ def forward(
     """O (rows, heads, head_dim_v) in `dtype` and LSE (heads, rows)."""
     q_data, device, parts = q8.data, q8.data.device, how.batch.parts
     ring, keys = _Ring.of(how, k8.descale, k8.data.shape[-1]), _Keys.of(k8, v8)
+    wide = torch.promote_types(dtype, torch.float32)  # what fp32 weights make of the parts' O
     merged = Merged(
-        q_data.new_zeros((*q_data.shape[:-1], v8.data.shape[-1]), dtype=torch.float32),
+        q_data.new_zeros((*q_data.shape[:-1], v8.data.shape[-1]), dtype=wide),
         q_data.new_full(q_data.shape[1::-1], float("-inf"), dtype=torch.float32),
     )
     of_queries = block_offsets(how.pieces(q_data))

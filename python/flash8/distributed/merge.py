@@ -72,7 +72,11 @@ def _sink_share(s_aux: Tensor, lse: Tensor) -> Tensor:
     return torch.where(lse == float("-inf"), 0.0, share)
 
 
+def share(part: Tensor, total: Tensor) -> Tensor:
+    """exp(part - total); 0 where nothing has been seen."""
+    return (part - torch.where(total == float("-inf"), 0.0, total)).exp()
+
+
 def _weight(part: Tensor, total: Tensor) -> Tensor:
-    """exp(part - total) for the rows of O, (rows, heads, 1); 0 where nothing has been seen."""
-    finite = torch.where(total == float("-inf"), 0.0, total)
-    return (part - finite).exp().transpose(0, 1)[..., None]
+    """The share for the rows of O, (rows, heads, 1)."""
+    return share(part, total).transpose(0, 1)[..., None]

@@ -55,6 +55,7 @@ def attention(
             sequences, the same on every rank. Lengths may be any, 0 too. It is read on the host,
             so one on the CPU spares a wait for the device.
         seqlen: the length of the whole sequences without cu_seqlens; by default own tokens * ranks.
+            Refused with cu_seqlens, which have the lengths.
         method: "all_gather": every rank gathers K and V; "ring": they travel from rank to rank;
             "ulysses": every rank attends to all tokens with some heads; "ulysses+ring": groups of
             ranks do that, and the keys travel between groups. docs/distributed.md says when to take
@@ -64,12 +65,12 @@ def attention(
             rank's share: sum it over ranks.
         recipe: FP8 as in `flash8.fp8_attention`, with e4m3 on the wire. Where keys go around the
             backward is the 16-bit one, and "ulysses+ring" takes no `BlockScaling`. `DelayedScaling`
-            gathers the amax of this rank: its `step()` needs the group.
+            gathers the amax of this rank: its `step()` needs one group of all ranks.
         The others are those of `flash8.flash_attn_func`; positions count in the whole sequence.
 
     Returns:
         O in q's layout and dtype; with return_attn_probs (O, LSE), LSE (batch, heads, own tokens)
-        or packed (heads, own tokens), fp32 (fp64 for fp64 inputs).
+        or packed (heads, own tokens), fp32 (fp64 for fp64 inputs without a recipe).
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is supported.
@@ -80,6 +81,7 @@ def attention(
     require_bool("return_attn_probs", return_attn_probs)
     if is_autocast_on():
         q, k, v = cast_for_autocast(q, k, v)
+    checks.no_seqlen(seqlen, cu_seqlens)
     left, right = calls.window(window_size)
     longest = None if cu_seqlens is None else 0  # the plan has those of its calls
     options = Options(

@@ -60,7 +60,8 @@ def unshard(
 
     Args:
         x: a rank's part, (batch, own tokens, ...) or packed with cu_seqlens.
-        seqlen: of the whole sequences of a dense x; by default own tokens * ranks.
+        seqlen: of the whole sequences of a dense x; by default own tokens * ranks. Refused
+            with cu_seqlens.
         The others are those of `shard`.
 
     Returns:
@@ -69,6 +70,7 @@ def unshard(
     """
     ranks, layout = checks.ranks_of(group), checks.layout(layout)
     _require_tensor(x)
+    checks.no_seqlen(seqlen, cu_seqlens)
     packed = cu_seqlens is not None
     if packed:
         batch = checks.packed_batch(cu_seqlens, layout)
@@ -76,7 +78,10 @@ def unshard(
         batch = checks.dense_batch("x", x, seqlen, ranks, layout)
     checks.local_rows("x", x, batch, ranks, packed)
     whole: Tensor = _Unshard.apply(x if packed else x.flatten(0, 1), batch, ranks)
-    return whole if packed else whole.unflatten(0, (x.shape[0], -1 if x.shape[0] else 0))
+    if packed:
+        return whole
+    length = x.shape[1] * ranks.size if seqlen is None else seqlen
+    return whole.view(x.shape[0], length, *x.shape[2:])
 
 
 class _Unshard(torch.autograd.Function):
