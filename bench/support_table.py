@@ -26,7 +26,7 @@ from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.backends.hopper.verify import trust
-from flash8.ops import planned
+from flash8.ops import plan_cache, planned
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- table: support (bench/support_table.py --write) -->\n", "<!-- end -->"
@@ -340,15 +340,16 @@ def as_on_hopper() -> Iterator[list[Any]]:
     """CPU tensors are routed as a Hopper GPU's. The variants that are asked for; none serves.
     Nobody asks the plan caches, which want a driver."""
     asked: list[Any] = []
-    before = backends.kernels_wanted, trust.is_trusted, planned.may_launch
-    planned.may_launch = lambda q: False
+    before = backends.kernels_wanted, trust.is_trusted, planned.may_launch, plan_cache.may_launch
+    planned.may_launch = plan_cache.may_launch = lambda q: False
     backends.kernels_wanted = lambda tensor: True
     trust.is_trusted = lambda variant, device: asked.append(variant) is not None
     try:
         with warnings.catch_warnings(action="ignore"):
             yield asked
     finally:
-        backends.kernels_wanted, trust.is_trusted, planned.may_launch = before
+        backends.kernels_wanted, trust.is_trusted = before[:2]
+        planned.may_launch, plan_cache.may_launch = before[2:]
 
 
 def table() -> str:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from flash8 import backends
 from flash8.backends.hopper import mode
 from flash8.backends.hopper.verify import trust
-from flash8.ops import planned
+from flash8.ops import plan_cache, planned
 
 _asked = {}
 
@@ -42,7 +42,8 @@ def pytest_configure() -> None:
     torch.cuda.synchronize = lambda *_: None
     backends.kernels_wanted = lambda tensor: True
     mode.kernels_mode = lambda: "auto"
-    planned.may_launch = lambda q: False  # a backward runs where the mode below is not seen
+    # A backward runs where the mode below is not seen.
+    planned.may_launch = plan_cache.may_launch = lambda q: False
     trust.is_trusted = _record
 
 

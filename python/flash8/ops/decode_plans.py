@@ -20,9 +20,8 @@ from torch.autograd.profiler import record_function
 from flash8 import backends
 from flash8.call.observed import is_profiled
 from flash8.call.options import Arguments, Options
-from flash8.ops import planned
+from flash8.ops import plan_cache, planned
 from flash8.ops.attention import empty_lse, empty_out
-from flash8.ops.plan_cache import may_launch
 
 if TYPE_CHECKING:
     from flash8 import _native
@@ -32,7 +31,7 @@ _OP = "flash8::forward"  # what profilers call a launch
 
 def find(arguments: Arguments, return_lse: bool) -> tuple[Tensor, Tensor | None] | None:
     """A hit: O, and LSE if it is wanted, launched. None on a miss, and nothing was done."""
-    if not may_launch(arguments["q"]):
+    if not plan_cache.may_launch(arguments["q"]):
         return None
     run = cache().run
     if is_profiled():
@@ -53,7 +52,7 @@ def launch(
     """After a miss: plans the call, launches it, keeps the plan, and gives O and LSE. What follows
     `arguments` is made of them, and checked. None where no decode kernel serves the call, or
     autograd has to know of it, and nothing was done."""
-    if not may_launch(q):
+    if not plan_cache.may_launch(q):
         return None
     tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
     if is_grad_enabled() and any(x.requires_grad for x in tensors):

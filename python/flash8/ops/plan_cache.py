@@ -20,7 +20,7 @@ from torch.autograd.profiler import record_function
 
 from flash8 import backends
 from flash8.backends import index_checks
-from flash8.call.observed import is_profiled
+from flash8.call.observed import is_observed, is_profiled
 from flash8.call.options import Arguments, Options, WithoutTensors, without_tensors
 from flash8.ops import planned
 from flash8.ops.attention import empty_lse, empty_out
@@ -33,8 +33,14 @@ _OP = "flash8::forward"  # what profilers call a launch
 
 
 def may_launch(q: Any) -> bool:
-    """Whether a call with this q is for kernels, and nobody has to see the torch op."""
-    return planned.may_launch(q) and not index_checks.wanted()
+    """Whether a call with this q is for kernels, nobody has to see the torch op, and nobody looks
+    at its indices. It is `planned.may_launch` and one more, without the time of another call."""
+    return (
+        isinstance(q, Tensor)
+        and not is_observed()
+        and backends.kernels_wanted(q)
+        and not index_checks.wanted()
+    )
 
 
 def find(arguments: Arguments, return_lse: bool) -> Any:
