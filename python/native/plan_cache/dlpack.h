@@ -12,6 +12,9 @@ namespace flash8::dlpack {
 inline constexpr const char* kCapsuleName = "dlpack_exchange_api";
 inline constexpr std::uint32_t kMajorVersion = 1;
 
+inline constexpr std::uint64_t kInt = 0;
+inline constexpr std::uint64_t kUInt = 1;
+
 inline constexpr std::int32_t kCpu = 1;
 inline constexpr std::int32_t kCuda = 2;
 

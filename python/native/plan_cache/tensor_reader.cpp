@@ -100,10 +100,16 @@ TensorReader::TensorReader(const py::object& exchange_api) {
     }
 }
 
+// Only floating-point tensors are negated lazily.
+bool TensorReader::is_integer(const TensorView& view) const {
+    const std::uint64_t code = view.dtype & 0xff;
+    return api_ != nullptr && (code == dlpack::kInt || code == dlpack::kUInt);
+}
+
 bool TensorReader::read(PyObject* tensor, TensorView& view, bool is_new) const {
     try {
         return (api_ != nullptr ? borrow(tensor, view) : read_attributes(tensor, view)) && has_memory(view) &&
-               (is_new || !is_true(call(tensor, names().is_neg)));
+               (is_new || is_integer(view) || !is_true(call(tensor, names().is_neg)));
     } catch (const py::error_already_set& error) {  // of a sparse or nested tensor, or on another device
         if (!error.matches(PyExc_Exception)) {
             throw;  // somebody interrupts

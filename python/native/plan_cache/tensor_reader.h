@@ -47,6 +47,7 @@ class TensorReader {
     std::uint64_t stream(const dlpack::Device& device) const;
 
   private:
+    bool is_integer(const TensorView& view) const;
     bool borrow(PyObject* tensor, TensorView& view) const;
     bool read_attributes(PyObject* tensor, TensorView& view) const;
 
