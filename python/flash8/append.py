@@ -7,12 +7,10 @@ from torch import Tensor
 
 from flash8 import backends
 from flash8.backends.cpu import append as portable
-from flash8.backends.hopper import append as hopper
 from flash8.call import checks, derivatives
 from flash8.call.geometry import Geometry
 from flash8.call.options import Options
 from flash8.call.request import Appended, Queries
-from flash8.ops import append as kernels
 from flash8.ops import attention as ops
 from flash8.tensors import memory
 from flash8.tensors.arguments import (
@@ -162,6 +160,9 @@ class NewKeys:
         """
         both, queries = self._appended(options), self._queries(q, options)
         if self._go_to_kernels(both):
+            from flash8.backends.hopper import append as hopper
+            from flash8.ops import append as kernels
+
             if queries is not None and hopper.refusal_of_queries(queries) is not None:
                 q, queries = portable.rotate(queries), None
             rotated, lengths = kernels.append(*both, queries)
@@ -197,6 +198,8 @@ class NewKeys:
         """Whether compiled kernels rotate, quantize and write the new rows."""
         if not backends.kernels_wanted(self._k_cache):
             return False
+        from flash8.backends.hopper import append as hopper
+
         for appended in both:
             reason = hopper.refusal(appended)
             if reason is not None:

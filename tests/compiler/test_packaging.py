@@ -95,3 +95,11 @@ def test_import_adds_nothing_of_cuda_and_no_plotting():
     added = run_python(code).split()
     assert "flash8" in added
     assert not {"matplotlib", "tqdm", "numpy", "scipy", "cuda", "triton", "hypothesis"} & set(added)
+
+
+def test_import_leaves_kernels_and_their_compiler_to_the_first_call_that_wants_them():
+    added = run_python("import sys, flash8; print(*sys.modules)").split()
+    assert "flash8.backends.hopper.mode" in added  # which says whether a call does
+    late = ("flash8._native", "flash8.compiler", "flash8.backends.hopper.")
+    known = {"flash8.backends.hopper.mode"}
+    assert {name for name in added if name.startswith(late)} <= known

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from flash8.backends import cpu
-from flash8.backends.hopper.verify import trust
 from flash8.tensors import descales
 
 if TYPE_CHECKING:
@@ -73,6 +72,8 @@ def check_quantize(
 def _readable(x: Tensor) -> bool:
     if not wanted() or x.device.type == "meta":
         return False
+    from flash8.backends.hopper.verify import trust
+
     if trust.is_captured(x.device):
         _tell_about_capture()
         return False
