@@ -5,6 +5,7 @@ The order of the fields here is the order of the arguments of `flash8::forward`,
 schema, fake, autograd and backends can never disagree.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -65,6 +66,12 @@ class Options(NamedTuple):
         """Whether a descale or a mean is given."""
         descales = (self.q_descale, self.k_descale, self.v_descale, self.v_channel_descale)
         return any(x is not None for x in (*descales, self.k_mean, self.v_mean))
+
+    def scale(self, q: Tensor, qv: Tensor | None = None) -> float:
+        """What scores are multiplied by: softmax_scale, or its default."""
+        if self.softmax_scale is not None:
+            return self.softmax_scale
+        return 1.0 / math.sqrt(q.shape[-1] + (0 if qv is None else qv.shape[-1]))
 
     def head_dim_v(self, v: Tensor) -> int:
         """The channels of v, whichever way it lies."""

@@ -142,8 +142,7 @@ def backward(
 
     ring, keys = _Ring.of(how, k8.descale, k8.data.shape[-1]), _Keys.of(k8, v8)
     q_wide = dequantized(q8.data, q8.descale, pieces)
-    scale = how.options.softmax_scale
-    scale = q_wide.shape[-1] ** -0.5 if scale is None else scale
+    scale = how.options.scale(q_wide)
     mean = own_mean = None
     if how.options.softcap == 0.0:  # beyond a cap a shift of the scores does not cancel
         own_mean = how.mean(dequantized(k8.data, k8.descale, pieces))

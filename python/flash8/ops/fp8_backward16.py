@@ -118,8 +118,7 @@ class _Rows:
     def __init__(self, q: Tensor, k: Tensor, options: Options) -> None:
         self._q, self._group = q, q.shape[-2] // k.shape[-2]
         self._tokens = Tokens(options.cu_seqlens_q)
-        given = options.softmax_scale
-        self.scale = q.shape[-1] ** -0.5 if given is None else given
+        self.scale = options.scale(q)
 
     def of_queries(self, values: Tensor) -> Tensor:
         """(heads_kv, d) or (batch, heads_kv, d) so that it broadcasts over q."""

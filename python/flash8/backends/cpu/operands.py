@@ -4,7 +4,6 @@ Query heads that share a KV head are stacked along the rows of a tile (PackGQA),
 product serves the whole group and the gradients of K and V sum over it by themselves.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -82,11 +81,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def default_scale(q: Tensor, qv: Tensor | None) -> float:
-    width = q.shape[-1] + (0 if qv is None else qv.shape[-1])
-    return 1.0 / math.sqrt(width)
-
-
 def heads_first(tokens: Tensor, heads_kv: int, dtype: torch.dtype) -> Tensor:
     """(B, seqlen, heads, d) as a contiguous (B, heads_kv, G, seqlen, d)."""
     grouped: Tensor = tokens.unflatten(2, (heads_kv, tokens.shape[2] // heads_kv))
@@ -111,8 +105,7 @@ def load(
     dtype = accumulation_dtype(q.dtype)
     heads, heads_kv = q.shape[-2], k.shape[-2]
     grouped = (heads_kv, heads // heads_kv)
-    given = options.softmax_scale
-    scale = default_scale(q, qv) if given is None else given
+    scale = options.scale(q, qv)
     float8_q = q.dtype == FP8
     page = k.shape[1] if options.page_table is not None else 0
     entries = torch.arange(unit.batch.start, unit.batch.stop, device=q.device)

@@ -118,8 +118,7 @@ def describe(
         sequences.batch_k, sequences.max_seqlen_k = k.shape[:2]
     else:
         sequences.max_seqlen_k, sequences.total_k = options.max_seqlen_k or 0, k.shape[0]
-    scale = options.softmax_scale
-    scores.softmax_scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores.softmax_scale = options.scale(q)
     scores.softcap = options.softcap
     scores.window_left, scores.window_right = options.window_left, options.window_right
     scores.attention_chunk = options.attention_chunk

@@ -251,7 +251,7 @@ def plan(
     call = _native.DecodeParams()
     held = []
     if qv is not None:
-        options = options._replace(softmax_scale=_scale(q, qv, options))
+        options = options._replace(softmax_scale=options.scale(q, qv))
         qv = qv.contiguous() if attention_params.overlaps(qv) else qv
         call.qv = attention_params.tensor_ref(qv)
         held.append(qv)
@@ -268,12 +268,6 @@ def plan(
     partials = torch.empty(workspace["partials"] // 4, dtype=torch.float32, device=q.device)
     call.partials = partials.data_ptr()
     return Plan(kernel, device, call, options.sm_margin, workspace, [*held, partials])
-
-
-def _scale(q: Tensor, qv: Tensor, options: Options) -> float:
-    """What the scores of q and qv are multiplied by."""
-    scale = options.softmax_scale
-    return (q.shape[-1] + qv.shape[-1]) ** -0.5 if scale is None else scale
 
 
 def _describe_cache(call: _native.DecodeParams, k: Tensor, options: Options) -> list[Tensor]:
