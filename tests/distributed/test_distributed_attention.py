@@ -8,10 +8,9 @@ import torch
 from distributed_cases import (
     RAGGED,
     Case,
-    attend,
     differences,
     expected,
-    joined,
+    found_by,
     random_case,
     single,
     with_dtype,
@@ -98,10 +97,6 @@ def processes():
     started = Processes(4)
     yield started
     started.close()
-
-
-def found_by(processes, case):
-    return joined(case, processes.run(attend, case.processes, case))
 
 
 def assert_close(found, reference, tolerance):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distributed_cases import RECIPES, Case, attend, differences, expected, joined, single
+from distributed_cases import RECIPES, Case, differences, expected, found_by, single
 from distributed_faults import FP8_FAULTS
 from process_group import Processes
 
@@ -50,10 +50,6 @@ def processes():
     started = Processes(4)
     yield started
     started.close()
-
-
-def found_by(processes, case):
-    return joined(case, processes.run(attend, case.processes, case))
 
 
 @pytest.mark.parametrize("case", [*CASES, *ULYSSES, *RING, *BOTH, *MIXED, *WIDE], ids=str)

@@ -16,6 +16,7 @@ from torch import Tensor
 import oracle
 import tolerances
 from decode_launch import Call, DecodeKernel
+from faults import Fault
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.compiler import Unit, compile_unit
 from forward_cases import device, int32
@@ -226,3 +227,18 @@ def check(
         for name, x, y in zip(("O", "LSE"), first, again, strict=True):
             assert torch.equal(x, y), f"{name} differs between the seeds {seeds[0]} and {seed}"
     return first
+
+
+def found_by(
+    fault: Fault, problems: Sequence[tuple[Call, int]], seeds: Sequence[int], folder: Path
+) -> str | None:
+    """Under which seed, and by which of these calls and CTAs, a planted fault shows; None if under
+    none. What it was edited in is compiled in `folder`."""
+    changed = changed_kernel(folder, fault.variant, fault.edit)
+    for seed in seeds:
+        for i, (call, ctas) in enumerate(problems):
+            try:
+                check(fault.variant, call, ctas=ctas, seeds=(seed,), changed=changed)
+            except (AssertionError, RuntimeError) as error:
+                return f"seed {seed}, problem {i}: {str(error)[:200]}"
+    return None

@@ -19,7 +19,7 @@ import distributed_faults
 import oracle
 from flash8 import distributed, flash_attn_varlen_func, fp8_attention
 from flash8.fp8 import BlockScaling, CurrentScaling, DelayedScaling
-from process_group import GRID
+from process_group import GRID, Processes
 
 RAGGED = (37, 0, 1, 64, 3, 23, 2)
 
@@ -220,6 +220,11 @@ def joined(case: Case, parts: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
                 shape = (total, *own.shape[1:])
                 found.setdefault(name, torch.full(shape, torch.nan).double())[rows] = own
     return found
+
+
+def found_by(processes: Processes, case: Case) -> dict[str, Tensor]:
+    """What a case's processes find, joined."""
+    return joined(case, processes.run(attend, case.processes, case))
 
 
 def expected(case: Case) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from decode_cases import Cache, changed_kernel, check, draw
+from decode_cases import Cache, check, draw, found_by
 from decode_launch import Call
 from defaults import by_default
 from faults import Fault
@@ -282,20 +282,9 @@ def _faint(variant: DecodeVariant, heads: int) -> Call:
     return replace(call, **given, k_descale=torch.tensor(2.0), v_descale=torch.tensor(32.0))
 
 
-def found_by(fault: Fault, folder: Path) -> str | None:
-    changed = changed_kernel(folder, fault.variant, fault.edit)
-    for seed in SEEDS:
-        for i, (call, ctas) in enumerate(problems(fault.variant)):
-            try:
-                check(fault.variant, call, ctas=ctas, seeds=(seed,), changed=changed)
-            except (AssertionError, RuntimeError) as error:
-                return f"seed {seed}, problem {i}: {str(error)[:200]}"
-    return None
-
-
 @pytest.mark.parametrize("fault", by_default(FAULTS, KEPT))
 def test_fault_is_found(fault: Fault, tmp_path: Path):
-    found = found_by(fault, tmp_path)
+    found = found_by(fault, problems(fault.variant), SEEDS, tmp_path)
     assert found is not None, f"{fault.name} is not found under {len(SEEDS)} seeds"
     print(found)
 
