@@ -413,3 +413,29 @@ def test_a_process_ends_while_threads_launch(fake_library):
     for _ in range(3):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+OUTLIVES = """
+import sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from fake_driver.control import FakeDriver
+from fake_driver.cubin import fake_cubin
+from flash8 import _native
+fake = FakeDriver(sys.argv[2])
+fake.reset()
+driver = _native.Driver(sys.argv[2])
+registry = _native.Registry(driver, lambda key, image: fake_cubin())
+# The driver takes the first image for another device's, so the resolver is asked again.
+fake.fail("cuLibraryLoadData", 209)
+fake.delay("cuLibraryLoadData", 300)
+fake.linger(600)
+threading.Thread(target=registry.get, args=("key",), daemon=True).start()
+time.sleep(0.1)
+"""
+
+
+def test_a_driver_returns_when_python_has_ended(fake_library):
+    """A thread that asks for the GIL then has no interpreter to ask."""
+    command = light_process.command(OUTLIVES, str(SUPPORT), str(fake_library))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

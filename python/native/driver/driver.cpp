@@ -55,7 +55,8 @@ std::shared_ptr<const Driver> Driver::load(const std::string& path) {
 std::shared_ptr<const Driver> Driver::process() {
     // A failed load leaves the table empty, and the next call tries again.
     static std::mutex mutex;
-    static std::shared_ptr<const Driver> driver;
+    // Never destroyed: threads may outlive what is.
+    static auto& driver = *new std::shared_ptr<const Driver>();
     const std::lock_guard<std::mutex> lock(mutex);
     if (driver == nullptr) {
         driver = load(process_path());

@@ -2,9 +2,14 @@
 
 #include <unistd.h>
 
+#include <utility>
+
 namespace flash8 {
 
 namespace {
+
+// Of the innermost GilRelease.
+thread_local PyThreadState* released = nullptr;
 
 class HoldsStillWhenUnwound {
   public:
@@ -31,13 +36,6 @@ class HoldsStillWhenUnwound {
     thread.returned();
 }
 
-[[gnu::noinline]] PyGILState_STATE ensure() {
-    HoldsStillWhenUnwound thread;
-    const PyGILState_STATE state = PyGILState_Ensure();
-    thread.returned();
-    return state;
-}
-
 [[gnu::noinline]] PyObject* call(PyObject* callable, PyObject* first, PyObject* second) {
     HoldsStillWhenUnwound thread;
     PyObject* const result = PyObject_CallFunctionObjArgs(callable, first, second, nullptr);
@@ -47,11 +45,16 @@ class HoldsStillWhenUnwound {
 
 }  // namespace
 
+GilRelease::GilRelease() : state_(PyEval_SaveThread()), outer_(std::exchange(released, state_)) {}
+
 GilRelease::~GilRelease() {
     restore(state_);
+    released = outer_;
 }
 
-GilAcquire::GilAcquire() : state_(ensure()) {}
+GilAcquire::GilAcquire() {
+    restore(released);
+}
 
 pybind11::object call_python(const pybind11::object& callable, const pybind11::object& first,
                              const pybind11::object& second) {

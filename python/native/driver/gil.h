@@ -14,25 +14,24 @@ namespace flash8 {
 // Without the GIL for the length of a scope, as pybind11::gil_scoped_release.
 class GilRelease {
   public:
-    GilRelease() : state_(PyEval_SaveThread()) {}
+    GilRelease();
     ~GilRelease();
     GilRelease(const GilRelease&) = delete;
     GilRelease& operator=(const GilRelease&) = delete;
 
   private:
     PyThreadState* state_;
+    PyThreadState* outer_;
 };
 
-// With the GIL for the length of a scope, in a thread that Python knows.
+// With the GIL for the length of a scope, within a GilRelease of this thread. PyGILState_Ensure would look
+// for the thread's state in an interpreter that may be gone, and crash.
 class GilAcquire {
   public:
     GilAcquire();
-    ~GilAcquire() { PyGILState_Release(state_); }
+    ~GilAcquire() { PyEval_SaveThread(); }
     GilAcquire(const GilAcquire&) = delete;
     GilAcquire& operator=(const GilAcquire&) = delete;
-
-  private:
-    PyGILState_STATE state_;
 };
 
 // callable(first, second). The GIL has to be held. Throws pybind11::error_already_set.

@@ -45,6 +45,14 @@ class FakeDriver:
     def fail(self, entry: str, code: int) -> None:
         self._library.fake_fail(entry.encode(), code)
 
+    def delay(self, entry: str, milliseconds: int) -> None:
+        """What the entry takes from now on, before it does anything."""
+        self._library.fake_delay(entry.encode(), milliseconds)
+
+    def linger(self, milliseconds: int) -> None:
+        """How long threads may go on after the interpreter's end, before the process ends."""
+        self._library.fake_linger(milliseconds)
+
     def count(self, entry: str) -> int:
         return self._library.fake_count(entry.encode())
 

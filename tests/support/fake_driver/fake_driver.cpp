@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -15,6 +16,7 @@
 #include <set>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -38,6 +40,7 @@ struct State {
     std::mutex mutex;
     std::map<std::string, int> counts;
     std::map<std::string, cu::Result> failures;
+    std::map<std::string, int> delays;  // milliseconds
     std::vector<std::string> launches;
     std::vector<std::string> parameters;  // the first one of every launch whose size is known
     std::set<void*> libraries;
@@ -53,6 +56,7 @@ State& state() {
 
 std::atomic<bool> recording{true};
 std::atomic<bool> capturing{false};
+std::chrono::milliseconds linger{0};
 thread_local std::vector<cu::Context> context_stack;
 
 // Counts the call and gives the failure that a test has planted for it.
@@ -63,10 +67,17 @@ cu::Result enter(const char* entry) {
     if (!recording) {
         return cu::kSuccess;
     }
-    const std::lock_guard<std::mutex> lock(state().mutex);
+    std::unique_lock<std::mutex> lock(state().mutex);
     ++state().counts[entry];
     const auto planted = state().failures.find(entry);
-    return planted == state().failures.end() ? cu::kSuccess : planted->second;
+    const cu::Result result = planted == state().failures.end() ? cu::kSuccess : planted->second;
+    const auto delay = state().delays.find(entry);
+    if (delay != state().delays.end()) {
+        const std::chrono::milliseconds time(delay->second);
+        lock.unlock();
+        std::this_thread::sleep_for(time);
+    }
+    return result;
 }
 
 #define ENTER()                                                         \
@@ -132,6 +143,7 @@ void fake_reset(int devices) {
     const std::lock_guard<std::mutex> lock(state().mutex);
     state().counts.clear();
     state().failures.clear();
+    state().delays.clear();
     state().launches.clear();
     state().parameters.clear();
     state().devices = devices;
@@ -150,6 +162,20 @@ void fake_record(int on) {
 void fake_fail(const char* entry, int code) {
     const std::lock_guard<std::mutex> lock(state().mutex);
     state().failures[entry] = code;
+}
+
+void fake_delay(const char* entry, int milliseconds) {
+    const std::lock_guard<std::mutex> lock(state().mutex);
+    state().delays[entry] = milliseconds;
+}
+
+// The process ends that much later: threads that outlive main go on when the interpreter is gone.
+void fake_linger(int milliseconds) {
+    linger = std::chrono::milliseconds(milliseconds);
+}
+
+[[gnu::destructor]] void fake_end() {
+    std::this_thread::sleep_for(linger);
 }
 
 int fake_count(const char* entry) {
