@@ -240,7 +240,8 @@ def flash_attn_varlen_func(
 def attend(
     arguments: Arguments, *, dropout_seed: Any, return_lse: bool, names: Names = OWN_NAMES
 ) -> Output:
-    """Runs a call: by the plan cache, or checked. names: what the caller calls its arguments."""
+    """Runs a call: by the plan cache, or checked. The arguments become what was made of them;
+    names: what the caller calls them."""
     if return_lse is not False:
         require_bool("return_attn_probs", return_lse)
     if is_autocast_on():
@@ -255,7 +256,7 @@ def attend(
     for plain in (unwrap, checks.narrowed):  # a plan points to plain tensors and int32 indices
         others = plain(arguments)
         if others:
-            arguments = {**arguments, **others}
+            arguments.update(others)
             done = plan_cache.find(arguments, return_lse) if may_be_cached else None
             if done is not None:
                 return done  # type: ignore[no-any-return]

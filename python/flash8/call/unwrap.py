@@ -16,12 +16,27 @@ def unwrap(arguments: Arguments) -> Arguments:
         isinstance(q, ScaledTensor) or isinstance(k, ScaledTensor) or isinstance(v, ScaledTensor)
     ):
         return {}
-    _check_rotations(q, k, v)
     given: Arguments = {}
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if isinstance(x, ScaledTensor):
-            given[name] = x.data
-            _give_factors(given, arguments, name, x)
+    for name, x, boundaries in (
+        ("q", q, "cu_seqlens_q"),
+        ("k", k, "cu_seqlens_k"),
+        ("v", v, "cu_seqlens_k"),
+    ):
+        if not isinstance(x, ScaledTensor):
+            continue
+        given[name], descale = x.data, f"{name}_descale"
+        if arguments.get(descale) is not None:
+            raise ValueError(
+                f"{descale} must be None where {name} is a ScaledTensor: it brings its own"
+            )
+        given[descale] = x.descale
+        if x.mean is not None:
+            _give_mean(given, arguments, name, x.mean)
+        if x.cu_seqlens is not arguments.get(boundaries):
+            _check_boundaries(name, x, arguments.get(boundaries))
+        if name != "v":
+            _check_q_or_k(name, x)
+    _check_rotations(q, k, v)
     if isinstance(v, ScaledTensor):
         given["v_colmajor_tokens"] = v.v_colmajor_tokens
         if v.granularity == "channel":
@@ -30,17 +45,6 @@ def unwrap(arguments: Arguments) -> Arguments:
                     "v_channel_descale must be None where v is a ScaledTensor: it brings its own"
                 )
             given["v_descale"], given["v_channel_descale"] = None, v.descale
-    for name, x in (("q", q), ("k", k)):
-        if isinstance(x, ScaledTensor):
-            _check_q_or_k(name, x)
-    for name, x, boundaries in (
-        ("q", q, "cu_seqlens_q"),
-        ("k", k, "cu_seqlens_k"),
-        ("v", v, "cu_seqlens_k"),
-    ):
-        ends = arguments.get(boundaries)
-        if isinstance(x, ScaledTensor) and x.cu_seqlens is not ends:
-            _check_boundaries(name, x, ends)
     return given
 
 
@@ -72,20 +76,12 @@ def _check_boundaries(name: str, x: ScaledTensor, ends: Any) -> None:
     )
 
 
-def _give_factors(given: Arguments, arguments: Arguments, name: str, x: ScaledTensor) -> None:
-    """The descale and the mean of x, which the caller must not have passed."""
-    if arguments.get(f"{name}_descale") is not None:
-        raise ValueError(
-            f"{name}_descale must be None where {name} is a ScaledTensor: it brings its own"
-        )
-    given[f"{name}_descale"] = x.descale
-    if x.mean is None:
-        return
+def _give_mean(given: Arguments, arguments: Arguments, name: str, mean: Tensor) -> None:
     if name == "q":
         raise ValueError("q must not have had a mean taken from it, got a ScaledTensor with one")
     if arguments.get(f"{name}_mean") is not None:
         raise ValueError(f"{name}_mean must be None where {name} is a ScaledTensor with a mean")
-    given[f"{name}_mean"] = x.mean
+    given[f"{name}_mean"] = mean
 
 
 def _check_rotations(q: Any, k: Any, v: Any) -> None:
@@ -96,7 +92,7 @@ def _check_rotations(q: Any, k: Any, v: Any) -> None:
         )
     q_rotation = q.rotation if isinstance(q, ScaledTensor) else None
     k_rotation = k.rotation if isinstance(k, ScaledTensor) else None
-    if q_rotation != k_rotation:
+    if q_rotation is not k_rotation and q_rotation != k_rotation:
         raise ValueError(
             "q and k must be rotated alike (the same hadamard and seed), "
             f"got {q_rotation} and {k_rotation}"
