@@ -188,9 +188,17 @@ def calls_over_a_cache() -> Calls:
         "cache, dense": lambda: flash_attn_with_kvcache(
             q, *dense, cache_seqlens=lengths, causal=True
         ),
-        "cache, paged": lambda: flash_attn_with_kvcache(q, k, v, **paged),
+        "cache, paged": lambda: flash_attn_with_kvcache(
+            q, k, v, page_table=table, cache_seqlens=lengths, causal=True
+        ),
         "cache, paged, LSE returned": lambda: flash_attn_with_kvcache(
-            q, k, v, return_softmax_lse=True, **paged
+            q,
+            k,
+            v,
+            page_table=table,
+            cache_seqlens=lengths,
+            causal=True,
+            return_softmax_lse=True,
         ),
         "cache, paged, e4m3": lambda: flash_attn_with_kvcache(q, *e4m3, **descales, **paged),
         "cache, paged, first of its kind": first_of_its_kind,

@@ -435,15 +435,14 @@ class DecodeCache:
         parameter: type,
         empty_like: Callable[..., object],
         current_stream: Callable[..., int],
-        tickets: Callable[..., object],
+        scope: Callable[[], object],
+        is_grad_enabled: Callable[[], bool],
+        workspace: Callable[..., object],
     ) -> None: ...
-    def run(
-        self, scope: object, arguments: dict[str, Any], want_lse: bool, grad_enabled: bool, /
-    ) -> tuple[Any, Any] | None: ...
-    def has_key(self, scope: object, arguments: dict[str, Any], /) -> bool: ...
+    def run(self, **arguments: Any) -> tuple[Any, Any] | dict[str, Any]: ...
+    def has_key(self, arguments: dict[str, Any], /) -> bool: ...
     def insert(
         self,
-        scope: object,
         arguments: dict[str, Any],
         *,
         kernel: Kernel,
@@ -452,7 +451,8 @@ class DecodeCache:
         params: DecodeParams,
         out_like: object,
         lse_like: object,
-        partials_like: object,
+        partial_bytes: int,
+        returns_lse: bool,
         most_plans: int,
     ) -> None: ...
     def clear(self) -> None: ...

@@ -122,48 +122,51 @@ def flash_attn_with_kvcache(
         TypeError, ValueError: naming the argument, its value and what is supported. The cache is
             unchanged then.
     """
-    require_bool("return_softmax_lse", return_softmax_lse)
-    require_bool("rotary_interleaved", rotary_interleaved)
+    if return_softmax_lse is not False:
+        require_bool("return_softmax_lse", return_softmax_lse)
+    if rotary_interleaved is not True:
+        require_bool("rotary_interleaved", rotary_interleaved)
     if cu_seqlens_q is not None and max_seqlen_q is None:
         raise ValueError("max_seqlen_q must be given with cu_seqlens_q, got None")
     if is_autocast_on():
         q, k, v, qv = _cast_for_autocast(k_cache, q, k, v, qv)
-    given: Arguments = {
-        "q": q,
-        "k_cache": k_cache,
-        "v_cache": v_cache,
-        "qv": qv,
-        "rotary_cos": rotary_cos,
-        "rotary_sin": rotary_sin,
-        "cache_seqlens": cache_seqlens,
-        "cache_batch_idx": cache_batch_idx,
-        "cache_leftpad": cache_leftpad,
-        "page_table": page_table,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k_new": cu_seqlens_k_new,
-        "max_seqlen_q": max_seqlen_q,
-        "rotary_seqlens": rotary_seqlens,
-        "q_descale": q_descale,
-        "k_descale": k_descale,
-        "v_descale": v_descale,
-        "softmax_scale": softmax_scale,
-        "causal": causal,
-        "window_size": window_size,
-        "attention_chunk": attention_chunk,
-        "softcap": softcap,
-        "scheduler_metadata": scheduler_metadata,
-        "num_splits": num_splits,
-        "pack_gqa": pack_gqa,
-        "sm_margin": sm_margin,
-        "s_aux": s_aux,
-        "alibi_slopes": alibi_slopes,
-        "out": out,
-        "k_mean": k_mean,
-        "v_mean": v_mean,
-    }
     appends = k is not None or v is not None
-    if not appends and (found := decode_plans.find(given, return_softmax_lse)) is not None:
-        return _returned(*found)
+    given = (dict if appends else decode_plans.run(q))(
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        qv=qv,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        cache_seqlens=cache_seqlens,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        page_table=page_table,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k_new=cu_seqlens_k_new,
+        max_seqlen_q=max_seqlen_q,
+        rotary_seqlens=rotary_seqlens,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        scheduler_metadata=scheduler_metadata,
+        num_splits=num_splits,
+        pack_gqa=pack_gqa,
+        sm_margin=sm_margin,
+        s_aux=s_aux,
+        alibi_slopes=alibi_slopes,
+        out=out,
+        k_mean=k_mean,
+        v_mean=v_mean,
+        return_softmax_lse=return_softmax_lse,
+    )
+    if isinstance(given, tuple):
+        return _returned(*given)
     window_left, window_right = checks.window(window_size)
     rotated = getattr(k_cache, "rotation", None) is not None
     arguments: Arguments = {
@@ -239,7 +242,7 @@ def _returned(out: Tensor, lse: Tensor | None) -> Tensor | tuple[Tensor, Tensor,
     if lse is None:
         return out
     none = decode_plans.no_splits(lse.device)
-    return out, lse, torch.empty_like(none), torch.empty_like(none)
+    return out, lse, none, none
 
 
 def _cast_for_autocast(k_cache: Any, *inputs: Any) -> tuple[Any, ...]:

@@ -179,6 +179,7 @@ CHANGES = {
     "softcap": lambda x: {"softcap": 2.0},
     "padding": lambda x: {"cache_leftpad": int32([0, 1])},
     "output": lambda x: {"out": torch.empty_like(x["q"])},
+    "LSE": lambda x: {"return_softmax_lse": True},
 }
 
 
@@ -355,6 +356,20 @@ def test_a_captured_hit_has_tickets_of_its_own(fake, on_fake_driver, misses):
     assert of_stream not in tickets[1:3]
 
 
+def test_launches_of_a_stream_share_what_they_scratch_in(fake, on_fake_driver):
+    """Its address is the stream's; one of another size, or in a graph, has other memory."""
+    given, scratch = draw(), []
+    wider = {name: given[name].repeat_interleave(2, -1) for name in ("q", "k_cache", "v_cache")}
+    for others, captured in (({}, False), ({}, False), (wider, False), ({}, True), ({}, False)):
+        run(given, **others)
+        fake.capture(captured)
+        run(given, **others)
+        scratch.append(parts(fake.parameter(len(fake.launches) - 1))["partials"][1])
+        fake.capture(False)
+    assert len({scratch[i] for i in (0, 1, 4)}) == 1
+    assert len(set(scratch)) == 3
+
+
 def test_there_are_no_more_plans_than_so_many(on_fake_driver, monkeypatch):
     monkeypatch.setattr(planned, "MOST_PLANS", 3)
     given = draw()
@@ -444,7 +459,7 @@ def test_no_plan_changes_a_call(seed, fake, on_fake_driver, misses):
 def test_a_hit_computes_what_a_miss_does(on_simulated_device, misses):
     """With other lengths and pages, too, as a server replays a call."""
     first, second = e4m3(0), e4m3(1)
-    run(first)
+    run(first, return_softmax_lse=True)
     out, lse, *_ = run(second, return_softmax_lse=True)
     assert len(misses) == 1
     decode_plans.cache().clear()

@@ -1,7 +1,7 @@
 """The plan cache of calls over a KV cache: those of the decode kernel, checked and planned once.
 
 The key of a call is the arguments of `flash_attn_with_kvcache` as they were given, by name: of a
-tensor type, sizes, strides and device, of anything else type and value. `find` launches by the plan
+tensor type, sizes, strides and device, of anything else type and value. `run` launches by the plan
 of a key (`python/native/plan_cache/decode_cache.cpp`). On a miss the call is checked, and `launch`
 plans it, launches it and keeps the plan.
 
@@ -11,7 +11,8 @@ with lengths that are an int or not int32, say.
 
 import contextlib
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -29,14 +30,13 @@ if TYPE_CHECKING:
 _OP = "flash8::forward"  # what profilers call a launch
 
 
-def find(arguments: Arguments, return_lse: bool) -> tuple[Tensor, Tensor | None] | None:
-    """A hit: O, and LSE if it is wanted, launched. None on a miss, and nothing was done."""
-    if not plan_cache.may_launch(arguments["q"]):
-        return None
+def run(q: Any) -> Callable[..., tuple[Tensor, Tensor | None] | Arguments]:
+    """What to call with the arguments of a call, by name. On a hit it launches and gives O and LSE,
+    or None for that; on a miss it has done nothing and gives the arguments, as a dict."""
+    if not plan_cache.may_launch(q):
+        return dict
     run = cache().run
-    if is_profiled():
-        run = record_function(_OP)(run)
-    return run(planned.hopper().kernels.registry(), arguments, return_lse, is_grad_enabled())
+    return record_function(_OP)(run) if is_profiled() else run
 
 
 def launch(
@@ -58,8 +58,7 @@ def launch(
     if is_grad_enabled() and any(x.requires_grad for x in tensors):
         return None
     hopper = planned.hopper()
-    registry = hopper.kernels.registry()
-    if not cache().has_key(registry, arguments):
+    if not cache().has_key(arguments):
         return None
     profiled = record_function(_OP) if is_profiled() else contextlib.nullcontext()
     with torch.no_grad(), profiled:
@@ -72,9 +71,7 @@ def launch(
     out_like, lse_like = planned.like(out), planned.like(lse)
     tickets = plan.workspace["tickets"] // 4
     if planned.make_contiguous((out_like, lse_like)) and tickets <= hopper.streams.MANY_TICKETS:
-        partials = plan.workspace["partials"] // 4
         cache().insert(
-            registry,
             arguments,
             kernel=plan.kernel,
             device=plan.device,
@@ -82,7 +79,8 @@ def launch(
             params=plan.call,
             out_like=out_like,
             lse_like=lse_like,
-            partials_like=planned.without_memory((partials,), torch.float32, q.device),
+            partial_bytes=plan.workspace["partials"],
+            returns_lse=arguments["return_softmax_lse"],
             most_plans=planned.MOST_PLANS,
         )
     return out, lse
@@ -90,8 +88,9 @@ def launch(
 
 @functools.cache
 def no_splits(device: torch.device) -> Tensor:
-    """What the results of splits are like where there are none: made so sooner than by a size."""
-    return torch.empty(0, dtype=torch.float32, device=device)
+    """The results of splits where there are none."""
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=torch.float32, device=device)
 
 
 @functools.cache
@@ -103,6 +102,10 @@ def new_cache(exchange_api: object | None) -> "_native.DecodeCache":
     """An empty one."""
     from flash8 import _native
 
+    hopper = planned.hopper()
     return _native.DecodeCache(
-        **planned.functions(exchange_api)._asdict(), tickets=planned.hopper().streams.many_tickets
+        **planned.functions(exchange_api)._asdict(),
+        scope=lambda: hopper.kernels.registry(),
+        is_grad_enabled=is_grad_enabled,
+        workspace=hopper.streams.decode_workspace,
     )

@@ -86,9 +86,38 @@ void bind_backward_cache(py::module_& module) {
     type.def("__len__", &BackwardCache::size);
 }
 
-void insert_decode(DecodeCache& self, py::handle scope, py::dict arguments, std::shared_ptr<Kernel> kernel,
-                   int device, int sm_margin, const DecodeParams& params, py::object out_like,
-                   py::object lse_like, py::object partials_like, std::size_t most_plans) {
+// run(**arguments), which no dict is made of on a hit. Not by pybind11, which always makes one.
+PyObject* run_decode(PyObject* self, PyObject* const* values, Py_ssize_t count, PyObject* names) {
+    if (count != 0 || names == nullptr) {
+        PyErr_SetString(PyExc_TypeError, "run takes the arguments of a call by name");
+        return nullptr;
+    }
+    try {
+        py::object done = py::handle(self).cast<DecodeCache&>().run(names, values);
+        if (!done.is_none()) {
+            return done.release().ptr();
+        }
+        py::dict arguments;
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i) {
+            arguments[PyTuple_GET_ITEM(names, i)] = py::handle(values[i]);
+        }
+        return arguments.release().ptr();
+    } catch (py::error_already_set& error) {
+        error.restore();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+}
+
+PyMethodDef kRunDecode = {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run_decode)),
+                          METH_FASTCALL | METH_KEYWORDS,
+                          "run(**arguments): on a hit launches and gives (O, LSE or None); on a miss gives "
+                          "the arguments, by name."};
+
+void insert_decode(DecodeCache& self, const py::dict& arguments, std::shared_ptr<Kernel> kernel, int device,
+                   int sm_margin, const DecodeParams& params, py::object out_like, py::object lse_like,
+                   std::size_t partial_bytes, bool returns_lse, std::size_t most_plans) {
     DecodePlan plan;
     plan.kernel = std::move(kernel);
     plan.device = device;
@@ -96,37 +125,33 @@ void insert_decode(DecodeCache& self, py::handle scope, py::dict arguments, std:
     plan.params = params;
     plan.out_like = std::move(out_like);
     plan.lse_like = std::move(lse_like);
-    plan.partials_like = std::move(partials_like);
-    self.insert({scope, std::move(arguments)}, std::move(plan), most_plans);
+    plan.partial_bytes = partial_bytes;
+    plan.returns_lse = returns_lse;
+    self.insert(arguments, std::move(plan), most_plans);
 }
 
 void bind_decode_cache(py::module_& module) {
     py::class_<DecodeCache> type(module, "DecodeCache",
                                  "The plans of calls over a KV cache, by all but their addresses.");
     type.def(py::init([](py::object exchange_api, py::object tensor, py::object parameter,
-                         py::object empty_like, py::object current_stream, py::object tickets) {
+                         py::object empty_like, py::object current_stream, py::object scope,
+                         py::object is_grad_enabled, py::object workspace) {
                  return std::make_unique<DecodeCache>(
                      torch_of(std::move(exchange_api), std::move(tensor), std::move(parameter),
                               std::move(empty_like), std::move(current_stream)),
-                     std::move(tickets));
+                     std::move(scope), std::move(is_grad_enabled), std::move(workspace));
              }),
              py::kw_only(), py::arg("exchange_api").none(true), py::arg("tensor"), py::arg("parameter"),
-             py::arg("empty_like"), py::arg("current_stream"), py::arg("tickets"));
+             py::arg("empty_like"), py::arg("current_stream"), py::arg("scope"), py::arg("is_grad_enabled"),
+             py::arg("workspace"));
+    type.attr("run") = py::reinterpret_steal<py::object>(
+        PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &kRunDecode));
     type.def(
-        "run",
-        [](DecodeCache& self, py::handle scope, py::dict arguments, bool want_lse, bool grad_enabled) {
-            return self.run({scope, std::move(arguments)}, want_lse, grad_enabled);
-        },
-        "On a hit launches and gives (O, LSE or None); None on a miss.");
-    type.def(
-        "has_key",
-        [](DecodeCache& self, py::handle scope, py::dict arguments) {
-            return self.has_key({scope, std::move(arguments)});
-        },
+        "has_key", [](DecodeCache& self, const py::dict& arguments) { return self.has_key(arguments); },
         "Whether the plan of such a call can be kept.");
-    type.def("insert", &insert_decode, py::arg("scope"), py::arg("arguments"), py::kw_only(),
-             py::arg("kernel").none(false), py::arg("device"), py::arg("sm_margin"), py::arg("params"),
-             py::arg("out_like"), py::arg("lse_like"), py::arg("partials_like"), py::arg("most_plans"),
+    type.def("insert", &insert_decode, py::arg("arguments"), py::kw_only(), py::arg("kernel").none(false),
+             py::arg("device"), py::arg("sm_margin"), py::arg("params"), py::arg("out_like"),
+             py::arg("lse_like"), py::arg("partial_bytes"), py::arg("returns_lse"), py::arg("most_plans"),
              "Keep the plan of a call, unless its launch points to more than the arguments.");
     type.def("clear", &DecodeCache::clear);
     type.def("__len__", &DecodeCache::size);

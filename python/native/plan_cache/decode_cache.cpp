@@ -48,18 +48,33 @@ bool points_elsewhere(const CallKey& key, const DecodeParams& params) {
     });
 }
 
+py::object call_function(const py::object& function) {
+    PyObject* const result = PyObject_CallNoArgs(function.ptr());
+    if (result == nullptr) {
+        throw py::error_already_set();
+    }
+    return py::reinterpret_steal<py::object>(result);
+}
+
 }  // namespace
 
-DecodeCache::DecodeCache(TorchTensors::Functions torch, py::object tickets)
-    : torch_(std::move(torch)), names_(kTensors), tickets_(std::move(tickets)) {}
+DecodeCache::DecodeCache(TorchTensors::Functions torch, py::object scope, py::object is_grad_enabled,
+                         py::object workspace)
+    : torch_(std::move(torch)),
+      scope_(std::move(scope)),
+      is_grad_enabled_(std::move(is_grad_enabled)),
+      names_(kTensors),
+      workspaces_(std::move(workspace)) {}
 
-py::object DecodeCache::run(const CallArguments& call, bool want_lse, bool grad_enabled) {
+py::object DecodeCache::run(PyObject* names, PyObject* const* values) {
     CallKey key = torch_.new_key();
-    if (!read_call(key, names_, call)) {
+    const py::object scope = call_function(scope_);
+    if (!read_call(key, names_, CallKeywords{scope, names, values})) {
         return py::none();
     }
-    const auto found = plans_.find(key.bytes());
+    const bool grad_enabled = call_function(is_grad_enabled_).ptr() == Py_True;
     bool graph = false;
+    const auto found = plans_.find(key.bytes());
     if (found == plans_.end() || !is_aligned(key) ||
         !needs_graph(key, torch_.reader(), grad_enabled, graph) || graph ||
         !can_write_out(key, torch_.reader())) {
@@ -75,13 +90,13 @@ py::object DecodeCache::run(const CallArguments& call, bool want_lse, bool grad_
     py::object out = make_out(key, torch_, plan.out_like);
     params.o.ptr = reinterpret_cast<void*>(torch_.address_of(out));
     // The kernel leaves LSE out where there is none.
-    py::object lse = want_lse ? torch_.new_like(plan.lse_like) : py::none();
+    py::object lse = plan.returns_lse ? torch_.new_like(plan.lse_like) : py::none();
     params.lse.ptr = lse.is_none() ? nullptr : reinterpret_cast<float*>(torch_.address_of(lse));
-    const py::object partials = torch_.new_like(plan.partials_like);
-    params.partials = reinterpret_cast<float*>(torch_.address_of(partials));
     const std::uint64_t stream = torch_.current_stream(q);
-    const py::object tickets = tickets_.of(q, *plan.kernel, plan.device, stream);
-    params.tickets = reinterpret_cast<std::int32_t*>(torch_.address_of(tickets));
+    const StreamMemory workspace =
+        workspaces_.of(q, torch_, *plan.kernel, plan.device, stream, plan.partial_bytes);
+    params.tickets = reinterpret_cast<std::int32_t*>(workspace.counters);
+    params.partials = reinterpret_cast<float*>(workspace.scratch);
     {
         const GilRelease release;
         launch_decode(*plan.kernel, plan.device, stream, params, plan.sm_margin);
@@ -89,21 +104,21 @@ py::object DecodeCache::run(const CallArguments& call, bool want_lse, bool grad_
     return py::make_tuple(std::move(out), std::move(lse));
 }
 
-bool DecodeCache::has_key(const CallArguments& call) {
+bool DecodeCache::has_key(const py::dict& call) {
     CallKey key = torch_.new_key();
-    return read_call(key, names_, call);
+    return read_call(key, names_, {call_function(scope_), call});
 }
 
-void DecodeCache::insert(const CallArguments& call, DecodePlan plan, std::size_t most_plans) {
+void DecodeCache::insert(const py::dict& call, DecodePlan plan, std::size_t most_plans) {
     CallKey key = torch_.new_key();
-    if (!read_call(key, names_, call) || !points_to_arguments(key, plan.params) ||
+    py::object scope = call_function(scope_);
+    if (!read_call(key, names_, {scope, call}) || !points_to_arguments(key, plan.params) ||
         points_elsewhere(key, plan.params)) {
         return;
     }
     if (plans_.size() >= most_plans) {
         clear();
     }
-    auto scope = py::reinterpret_borrow<py::object>(call.scope);
     plans_[key.bytes()] = std::make_shared<const CachedPlan>(CachedPlan{std::move(plan), std::move(scope)});
 }
 

@@ -20,28 +20,32 @@ struct DecodePlan {
     int device = 0;
     int sm_margin = 0;
     DecodeParams params{};
-    // One element each, expanded to the shape of an output and of the partial results.
+    std::size_t partial_bytes = 0;
+    bool returns_lse = false;
+    // One element each, expanded to the shape of an output.
     pybind11::object out_like;
     pybind11::object lse_like;
-    pybind11::object partials_like;
 };
 
 // Everything here runs with the GIL, which guards it too, but for the launch itself.
 class DecodeCache {
   public:
-    // tickets: (device, stream, captured) -> int32 tensor, with as many as any launch takes.
-    DecodeCache(TorchTensors::Functions torch, pybind11::object tickets);
+    // workspace: (device, stream, captured, bytes) -> (tickets, partial results): int32 zeros, as many as any
+    // launch takes, and at least so many bytes of anything.
+    // scope: () -> whose kernels serve calls now, told apart by identity.
+    DecodeCache(TorchTensors::Functions torch, pybind11::object scope, pybind11::object is_grad_enabled,
+                pybind11::object workspace);
 
-    // A hit launches: (O, LSE or None). None on a miss, which is every call too that autograd has to know
-    // of, or whose tensors cannot be launched by the plan that is there.
-    pybind11::object run(const CallArguments& call, bool want_lse, bool grad_enabled);
+    // A call by keywords. A hit launches: (O, LSE or None). None on a miss, which is every call too that
+    // autograd has to know of, or whose tensors cannot be launched by the plan that is there.
+    pybind11::object run(PyObject* names, PyObject* const* values);
 
     // Whether the call has a key: its tensors are plain ones, and the rest are plain values.
-    bool has_key(const CallArguments& call);
+    bool has_key(const pybind11::dict& call);
 
     // Keeps the plan of a call that went well, and drops all others if there are most_plans. Not if its
     // launch points to anything but the arguments, to copies of them: there is no plan for such calls.
-    void insert(const CallArguments& call, DecodePlan plan, std::size_t most_plans);
+    void insert(const pybind11::dict& call, DecodePlan plan, std::size_t most_plans);
 
     void clear();
     std::size_t size() const { return plans_.size(); }
@@ -53,8 +57,10 @@ class DecodeCache {
     };
 
     TorchTensors torch_;
+    pybind11::object scope_;
+    pybind11::object is_grad_enabled_;
     ArgumentNames names_;
-    StreamCounters tickets_;
+    StreamMemories workspaces_;
     std::unordered_map<std::string, std::shared_ptr<const CachedPlan>> plans_;
 };
 

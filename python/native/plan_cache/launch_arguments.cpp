@@ -38,6 +38,18 @@ bool read_call(CallKey& key, ArgumentNames& names, const CallArguments& call) {
     return key.find(Argument::kGivesDevice) != nullptr;
 }
 
+bool read_call(CallKey& key, ArgumentNames& names, const CallKeywords& call) {
+    key.add_identity(call.scope.ptr());
+    std::size_t number = ArgumentNames::kNone;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(call.names); ++i) {
+        number = names.number(PyTuple_GET_ITEM(call.names, i), number);
+        if (number == ArgumentNames::kNone || !key.add(number, names.tensor(number), call.values[i])) {
+            return false;
+        }
+    }
+    return key.find(Argument::kGivesDevice) != nullptr;
+}
+
 bool is_aligned(const CallKey& key) {
     return std::all_of(key.begin(), key.end(), [](const CallKey::Tensor& tensor) {
         return !tensor.argument->has(Argument::kAligned) || tensor.view.address % kAddressUnit == 0;
@@ -81,18 +93,28 @@ py::object make_out(const CallKey& key, const TorchTensors& torch, const py::obj
     return given != nullptr ? py::reinterpret_borrow<py::object>(given->object) : torch.new_like(out_like);
 }
 
-py::object StreamCounters::of(const CallKey::Tensor& q, const Kernel& kernel, int device,
-                              std::uint64_t stream) {
-    const auto ask = [&](bool captured) {
-        return get_(py::handle(q.object).attr("device"), stream, captured);
-    };
+StreamMemory StreamMemories::ask(const CallKey::Tensor& q, const TorchTensors& torch, std::uint64_t stream,
+                                 bool captured, std::size_t bytes) const {
+    const py::object where = py::handle(q.object).attr("device");
+    if (bytes == 0) {
+        py::object counters = get_(where, stream, captured);
+        const std::uintptr_t address = torch.address_of(counters);
+        return {std::move(counters), address, 0};
+    }
+    const py::tuple both = get_(where, stream, captured, bytes);
+    return {both, torch.address_of(both[0]), torch.address_of(both[1])};
+}
+
+StreamMemory StreamMemories::of(const CallKey::Tensor& q, const TorchTensors& torch, const Kernel& kernel,
+                                int device, std::uint64_t stream, std::size_t bytes) {
     if (kernel.is_captured(device, stream)) {
-        return ask(true);
+        return ask(q, torch, stream, true, bytes);
     }
     const unsigned long thread = stream == cu::kStreamPerThread ? PyThread_get_thread_ident() : 0;
-    const Key key{q.view.device.type, q.view.device.id, stream, thread};
-    const auto found = counters_.find(key);
-    return found != counters_.end() ? found->second : counters_.emplace(key, ask(false)).first->second;
+    const Key key{q.view.device.type, q.view.device.id, stream, thread, bytes};
+    const auto found = kept_.find(key);
+    return found != kept_.end() ? found->second
+                                : kept_.emplace(key, ask(q, torch, stream, false, bytes)).first->second;
 }
 
 }  // namespace flash8

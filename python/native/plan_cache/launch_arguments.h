@@ -23,8 +23,16 @@ struct CallArguments {
     pybind11::dict arguments;  // by name
 };
 
+// The same of a call by keywords, before any dict is made of them.
+struct CallKeywords {
+    pybind11::handle scope;
+    PyObject* names;          // a tuple
+    PyObject* const* values;  // as many as there are names
+};
+
 // False: the call has no key.
 bool read_call(CallKey& key, ArgumentNames& names, const CallArguments& call);
+bool read_call(CallKey& key, ArgumentNames& names, const CallKeywords& call);
 
 // Whether the tensors that launches access in units of 16 bytes begin at such a unit.
 bool is_aligned(const CallKey& key);
@@ -82,20 +90,34 @@ pybind11::object put_arguments(const CallKey& key, const TorchTensors& torch, bo
 // The call's `out`, or a new tensor.
 pybind11::object make_out(const CallKey& key, const TorchTensors& torch, const pybind11::object& out_like);
 
-// Counters of launches: one that runs uses its stream's, which never change, and one that is captured gets
-// its own.
-class StreamCounters {
-  public:
-    // get: (device, stream, captured) -> tensor.
-    explicit StreamCounters(pybind11::object get) : get_(std::move(get)) {}
+// Memory that launches of one stream share, since they never run at the same time.
+struct StreamMemory {
+    pybind11::object held;
+    std::uintptr_t counters = 0;
+    std::uintptr_t scratch = 0;
+};
 
-    pybind11::object of(const CallKey::Tensor& q, const Kernel& kernel, int device, std::uint64_t stream);
+// The counters and scratch memory of launches: one that runs uses its stream's, which never change, and one
+// that is captured gets its own.
+class StreamMemories {
+  public:
+    // get: (device, stream, captured) -> counters, or (device, stream, captured, bytes) -> (counters, scratch
+    // memory) for launches that have such.
+    explicit StreamMemories(pybind11::object get) : get_(std::move(get)) {}
+
+    // Launches that take as many bytes of scratch memory have the same.
+    StreamMemory of(const CallKey::Tensor& q, const TorchTensors& torch, const Kernel& kernel, int device,
+                    std::uint64_t stream, std::size_t bytes = 0);
 
   private:
-    using Key = std::tuple<int, int, std::uint64_t, unsigned long>;  // device, stream, thread
+    // device, stream, thread, bytes
+    using Key = std::tuple<int, int, std::uint64_t, unsigned long, std::size_t>;
+
+    StreamMemory ask(const CallKey::Tensor& q, const TorchTensors& torch, std::uint64_t stream, bool captured,
+                     std::size_t bytes) const;
 
     pybind11::object get_;
-    std::map<Key, pybind11::object> counters_;
+    std::map<Key, StreamMemory> kept_;
 };
 
 }  // namespace flash8

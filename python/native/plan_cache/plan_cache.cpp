@@ -61,10 +61,10 @@ py::object PlanCache::run(const CallArguments& call, bool want_lse, bool grad_en
     py::object lse = want_lse || graph ? torch_.new_like(plan.lse_like) : py::none();
     params.lse.ptr = lse.is_none() ? nullptr : reinterpret_cast<float*>(torch_.address_of(lse));
     const std::uint64_t stream = torch_.current_stream(q);
-    py::object tile_count;
+    StreamMemory memory;
     if (plan.dynamic_schedule) {
-        tile_count = counters_.of(q, *plan.kernel, plan.device, stream);
-        params.scheduler.tile_count = reinterpret_cast<std::int32_t*>(torch_.address_of(tile_count));
+        memory = counters_.of(q, torch_, *plan.kernel, plan.device, stream);
+        params.scheduler.tile_count = reinterpret_cast<std::int32_t*>(memory.counters);
     }
     {
         const GilRelease release;

@@ -61,7 +61,7 @@ class PlanCache {
     TorchTensors torch_;
     ArgumentNames names_;
     std::unordered_map<std::string, std::shared_ptr<const CachedPlan>> plans_;
-    StreamCounters counters_;
+    StreamMemories counters_;
 };
 
 }  // namespace flash8

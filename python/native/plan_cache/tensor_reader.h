@@ -19,8 +19,8 @@ struct TensorView {
     std::int64_t element_bytes = 0;
     dlpack::Device device{};
     int rank = 0;
-    std::array<std::int64_t, kMaxRank> sizes{};
-    std::array<std::int64_t, kMaxRank> strides{};
+    std::array<std::int64_t, kMaxRank> sizes;  // as many as `rank`
+    std::array<std::int64_t, kMaxRank> strides;
 
     // Behind the last byte. The view has elements, and torch's strides are never negative.
     std::uintptr_t end_address() const;

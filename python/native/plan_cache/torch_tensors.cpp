@@ -14,6 +14,14 @@ CallKey TorchTensors::new_key() const {
     return {reader_, {functions_.tensor_types[0].ptr(), functions_.tensor_types[1].ptr()}};
 }
 
+py::object TorchTensors::new_like(const py::object& like) const {
+    PyObject* const made = PyObject_CallOneArg(functions_.empty_like.ptr(), like.ptr());
+    if (made == nullptr) {
+        throw py::error_already_set();
+    }
+    return py::reinterpret_steal<py::object>(made);
+}
+
 std::uintptr_t TorchTensors::address_of(const py::object& tensor) const {
     TensorView view;
     const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));

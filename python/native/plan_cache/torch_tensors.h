@@ -28,7 +28,7 @@ class TorchTensors {
     CallKey new_key() const;
 
     // The quickest way to a new tensor: `like` is one element, expanded to the shape.
-    pybind11::object new_like(const pybind11::object& like) const { return functions_.empty_like(like); }
+    pybind11::object new_like(const pybind11::object& like) const;
 
     // Of a tensor that torch has made. Throws std::runtime_error if it has no memory.
     std::uintptr_t address_of(const pybind11::object& tensor) const;

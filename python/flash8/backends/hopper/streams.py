@@ -2,6 +2,7 @@
 
 import functools
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -36,9 +37,14 @@ def get_tickets(device: torch.device, stream: int, count: int, captured: bool = 
     return _of_stream(device, stream, max(count, MANY_TICKETS))
 
 
-def many_tickets(device: torch.device, stream: int, captured: bool) -> Tensor:
-    """As many as any launch takes."""
-    return get_tickets(device, stream, MANY_TICKETS, captured)
+def decode_workspace(
+    device: torch.device, stream: int, captured: bool, partial_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """As many tickets as any launch takes, and memory for partial results, of whom it is alike."""
+    tickets = get_tickets(device, stream, MANY_TICKETS, captured)
+    if captured:
+        return tickets, _scratch(device, partial_bytes)
+    return tickets, _scratch_of_stream(device, stream, partial_bytes)
 
 
 def new_tile_count(device: torch.device) -> Tensor:
@@ -47,27 +53,49 @@ def new_tile_count(device: torch.device) -> Tensor:
 
 
 def _of_stream(device: torch.device, stream: int, count: int) -> Tensor:
-    # The handle of the per-thread default stream means another stream in every thread.
-    thread = threading.get_ident() if stream == _PER_THREAD_STREAM else 0
-    return _kept_zeros(device, stream, thread, count)
+    return _kept(_zeros, device, stream, _thread_of(stream), count)
+
+
+def _scratch_of_stream(device: torch.device, stream: int, size: int) -> Tensor:
+    return _kept(_scratch, device, stream, _thread_of(stream), size)
+
+
+def _thread_of(stream: int) -> int:
+    """The handle of the per-thread default stream means another stream in every thread."""
+    return threading.get_ident() if stream == _PER_THREAD_STREAM else 0
 
 
 @functools.cache
-def _kept_zeros(device: torch.device, stream: int, thread: int, count: int) -> Tensor:
+def _kept(
+    make: Callable[[torch.device, int], Tensor],
+    device: torch.device,
+    stream: int,
+    thread: int,
+    count: int,
+) -> Tensor:
     """Made by another thread: memory pools that torch is told to allocate from, like those of
     torch.compile's CUDA graphs, are those of a thread, and must not keep what outlives them."""
     if thread:
-        return _zeros(device, count)  # another thread cannot enqueue on this stream
+        return make(device, count)  # another thread cannot enqueue on this stream
     where = torch.cuda.current_stream(device) if device.type == "cuda" else None
     with ThreadPoolExecutor(max_workers=1) as another:
-        return another.submit(_zeros_on, where, device, count).result()
+        return another.submit(_make_on, where, make, device, count).result()
 
 
-def _zeros_on(stream: torch.cuda.Stream | None, device: torch.device, count: int) -> Tensor:
-    """Set to zero in that stream's order."""
+def _make_on(
+    stream: torch.cuda.Stream | None,
+    make: Callable[[torch.device, int], Tensor],
+    device: torch.device,
+    count: int,
+) -> Tensor:
+    """In that stream's order."""
     with torch.cuda.stream(stream):
-        return _zeros(device, count)
+        return make(device, count)
 
 
 def _zeros(device: torch.device, count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+def _scratch(device: torch.device, size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
