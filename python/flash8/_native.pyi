@@ -435,7 +435,7 @@ class DecodeCache:
         parameter: type,
         empty_like: Callable[..., object],
         current_stream: Callable[..., int],
-        scope: Callable[[], object],
+        kernels: object,
         is_grad_enabled: Callable[[], bool],
         workspace: Callable[..., object],
     ) -> None: ...

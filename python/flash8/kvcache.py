@@ -166,7 +166,8 @@ def flash_attn_with_kvcache(
         return_softmax_lse=return_softmax_lse,
     )
     if isinstance(given, tuple):
-        return _returned(*given)
+        of_plan, lse = given
+        return of_plan if lse is None else _with_no_splits(of_plan, lse)
     window_left, window_right = checks.window(window_size)
     rotated = getattr(k_cache, "rotation", None) is not None
     arguments: Arguments = {
@@ -232,15 +233,13 @@ def flash_attn_with_kvcache(
             _CACHE_NAMES, decode_plans.launch, given, query, keys, values, qv, s_aux, out, options
         )
         if done is not None:
-            return _returned(done[0], done[1] if return_softmax_lse else None)
+            return _with_no_splits(*done) if return_softmax_lse else done[0]
     result = call_by(_CACHE_NAMES, ops.run_forward, query, keys, values, qv, s_aux, out, options)
     return (*result,) if return_softmax_lse else result.out
 
 
-def _returned(out: Tensor, lse: Tensor | None) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
-    """O, and with LSE the empty results of splits, as `ops.run_forward` gives them."""
-    if lse is None:
-        return out
+def _with_no_splits(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """O, LSE and the empty results of splits, as `ops.run_forward` gives them."""
     none = decode_plans.no_splits(lse.device)
     return out, lse, none, none
 

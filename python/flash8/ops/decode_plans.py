@@ -105,7 +105,7 @@ def new_cache(exchange_api: object | None) -> "_native.DecodeCache":
     hopper = planned.hopper()
     return _native.DecodeCache(
         **planned.functions(exchange_api)._asdict(),
-        scope=lambda: hopper.kernels.registry(),
+        kernels=hopper.kernels,
         is_grad_enabled=is_grad_enabled,
         workspace=hopper.streams.decode_workspace,
     )

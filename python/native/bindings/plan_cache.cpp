@@ -134,15 +134,15 @@ void bind_decode_cache(py::module_& module) {
     py::class_<DecodeCache> type(module, "DecodeCache",
                                  "The plans of calls over a KV cache, by all but their addresses.");
     type.def(py::init([](py::object exchange_api, py::object tensor, py::object parameter,
-                         py::object empty_like, py::object current_stream, py::object scope,
+                         py::object empty_like, py::object current_stream, py::object kernels,
                          py::object is_grad_enabled, py::object workspace) {
                  return std::make_unique<DecodeCache>(
                      torch_of(std::move(exchange_api), std::move(tensor), std::move(parameter),
                               std::move(empty_like), std::move(current_stream)),
-                     std::move(scope), std::move(is_grad_enabled), std::move(workspace));
+                     std::move(kernels), std::move(is_grad_enabled), std::move(workspace));
              }),
              py::kw_only(), py::arg("exchange_api").none(true), py::arg("tensor"), py::arg("parameter"),
-             py::arg("empty_like"), py::arg("current_stream"), py::arg("scope"), py::arg("is_grad_enabled"),
+             py::arg("empty_like"), py::arg("current_stream"), py::arg("kernels"), py::arg("is_grad_enabled"),
              py::arg("workspace"));
     type.attr("run") = py::reinterpret_steal<py::object>(
         PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &kRunDecode));

@@ -48,8 +48,7 @@ bool points_elsewhere(const CallKey& key, const DecodeParams& params) {
     });
 }
 
-py::object call_function(const py::object& function) {
-    PyObject* const result = PyObject_CallNoArgs(function.ptr());
+py::object steal(PyObject* result) {
     if (result == nullptr) {
         throw py::error_already_set();
     }
@@ -58,21 +57,26 @@ py::object call_function(const py::object& function) {
 
 }  // namespace
 
-DecodeCache::DecodeCache(TorchTensors::Functions torch, py::object scope, py::object is_grad_enabled,
+DecodeCache::DecodeCache(TorchTensors::Functions torch, py::object kernels, py::object is_grad_enabled,
                          py::object workspace)
     : torch_(std::move(torch)),
-      scope_(std::move(scope)),
+      kernels_(std::move(kernels)),
+      registry_("registry"),
       is_grad_enabled_(std::move(is_grad_enabled)),
       names_(kTensors),
       workspaces_(std::move(workspace)) {}
 
+py::object DecodeCache::scope() const {
+    return steal(PyObject_CallMethodNoArgs(kernels_.ptr(), registry_.ptr()));
+}
+
 py::object DecodeCache::run(PyObject* names, PyObject* const* values) {
     CallKey key = torch_.new_key();
-    const py::object scope = call_function(scope_);
-    if (!read_call(key, names_, CallKeywords{scope, names, values})) {
+    const py::object kernels = scope();
+    if (!read_call(key, names_, CallKeywords{kernels, names, values})) {
         return py::none();
     }
-    const bool grad_enabled = call_function(is_grad_enabled_).ptr() == Py_True;
+    const bool grad_enabled = steal(PyObject_CallNoArgs(is_grad_enabled_.ptr())).ptr() == Py_True;
     bool graph = false;
     const auto found = plans_.find(key.bytes());
     if (found == plans_.end() || !is_aligned(key) ||
@@ -106,20 +110,20 @@ py::object DecodeCache::run(PyObject* names, PyObject* const* values) {
 
 bool DecodeCache::has_key(const py::dict& call) {
     CallKey key = torch_.new_key();
-    return read_call(key, names_, {call_function(scope_), call});
+    return read_call(key, names_, {scope(), call});
 }
 
 void DecodeCache::insert(const py::dict& call, DecodePlan plan, std::size_t most_plans) {
     CallKey key = torch_.new_key();
-    py::object scope = call_function(scope_);
-    if (!read_call(key, names_, {scope, call}) || !points_to_arguments(key, plan.params) ||
+    py::object kernels = scope();
+    if (!read_call(key, names_, {kernels, call}) || !points_to_arguments(key, plan.params) ||
         points_elsewhere(key, plan.params)) {
         return;
     }
     if (plans_.size() >= most_plans) {
         clear();
     }
-    plans_[key.bytes()] = std::make_shared<const CachedPlan>(CachedPlan{std::move(plan), std::move(scope)});
+    plans_[key.bytes()] = std::make_shared<const CachedPlan>(CachedPlan{std::move(plan), std::move(kernels)});
 }
 
 void DecodeCache::clear() {

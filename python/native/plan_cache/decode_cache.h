@@ -32,8 +32,8 @@ class DecodeCache {
   public:
     // workspace: (device, stream, captured, bytes) -> (tickets, partial results): int32 zeros, as many as any
     // launch takes, and at least so many bytes of anything.
-    // scope: () -> whose kernels serve calls now, told apart by identity.
-    DecodeCache(TorchTensors::Functions torch, pybind11::object scope, pybind11::object is_grad_enabled,
+    // kernels.registry() has the kernels that serve calls now: it is told apart by identity.
+    DecodeCache(TorchTensors::Functions torch, pybind11::object kernels, pybind11::object is_grad_enabled,
                 pybind11::object workspace);
 
     // A call by keywords. A hit launches: (O, LSE or None). None on a miss, which is every call too that
@@ -56,8 +56,11 @@ class DecodeCache {
         pybind11::object scope;  // kept alive: its identity is in the key
     };
 
+    pybind11::object scope() const;
+
     TorchTensors torch_;
-    pybind11::object scope_;
+    pybind11::object kernels_;
+    pybind11::str registry_;
     pybind11::object is_grad_enabled_;
     ArgumentNames names_;
     StreamMemories workspaces_;
