@@ -6,8 +6,9 @@
         ..., attn_implementation=flash8_transformers.register()
     )
 
-Two public registries are used, `AttentionInterface` and `AttentionMaskInterface`. One method is
-wrapped, so that models with an attention of their own are refused when they load (`own_attention`).
+Two public registries are used, `AttentionInterface` and `AttentionMaskInterface`. Three functions
+are wrapped: one so that models with an attention of their own are refused when they load
+(`own_attention`), two so that continuous batching takes flash8 (`continuous`).
 The name of the implementation avoids the word "flash": transformers takes every name that contains
 it for a FlashAttention package of its own and looks for that on the hub.
 

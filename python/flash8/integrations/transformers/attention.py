@@ -58,23 +58,26 @@ def attend(
     Raises:
         ValueError: attention weights, a mask tensor, a position bias, chosen keys or a paged cache.
     """
-    _refuse_unsupported(attention_mask, kwargs)
+    refuse_unsupported(attention_mask, kwargs)
     q, k, v = cast_for_autocast(query, key, value)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     layout = attention_mask if isinstance(attention_mask, Layout) else None
     if layout is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        layout = Dense(causal, _window(sliding_window, causal), packing_known=not causal)
+        layout = Dense(causal, window_of(sliding_window, causal), packing_known=not causal)
     layout = packing.resolve(layout, q, k, kwargs)
     options: dict[str, Any] = dict(
         softmax_scale=scaling,
         causal=layout.causal,
         window_size=layout.window,
         softcap=softcap or 0.0,
-        s_aux=_sinks(s_aux, q),
+        s_aux=sinks_of(s_aux, q),
     )
     if isinstance(layout, Cached):
         return _run_cached(q, k, v, layout, dropout, options), None
+    if isinstance(layout, Dense) and q.shape[1] < k.shape[1] and dropout == 0.0:
+        # Generation over a dynamic cache: few rows of q have a kernel of their own.
+        return cast(Tensor, flash_attn_with_kvcache(q, k, v, **options)), None
     options["dropout_p"] = dropout
     # Over a cache one query would have all keys quantized again: FP8 is for whole sequences.
     recipe = recipe_of(getattr(module, "config", None)) if q.shape[1] == k.shape[1] else None
@@ -121,7 +124,7 @@ def _run_packed(
     return queries.scatter(out, torch.Size((*q.shape[:-1], v.shape[-1])))
 
 
-def _refuse_unsupported(attention_mask: Any, kwargs: dict[str, Any]) -> None:
+def refuse_unsupported(attention_mask: Any, kwargs: dict[str, Any]) -> None:
     if kwargs.get("output_attentions"):
         raise ValueError(
             "output_attentions=True is not supported: attention weights are never stored; "
@@ -142,13 +145,13 @@ def _refuse_unsupported(attention_mask: Any, kwargs: dict[str, Any]) -> None:
             raise ValueError(f"{name} is not supported; {_REMEDY}")
 
 
-def _window(sliding_window: int | None, causal: bool) -> tuple[int, int]:
+def window_of(sliding_window: int | None, causal: bool) -> tuple[int, int]:
     if sliding_window is None:
         return UNBOUNDED
     return (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)
 
 
-def _sinks(s_aux: Tensor | None, q: Tensor) -> Tensor | None:
+def sinks_of(s_aux: Tensor | None, q: Tensor) -> Tensor | None:
     if s_aux is None or s_aux.dtype in (torch.float32, torch.float64, q.dtype):
         return s_aux
     return s_aux.float()

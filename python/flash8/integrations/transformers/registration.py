@@ -1,5 +1,6 @@
 """Entering flash8 into the registries of transformers."""
 
+from flash8.integrations.transformers import continuous
 from flash8.integrations.transformers.attention import attend
 from flash8.integrations.transformers.own_attention import refuse_when_loaded
 
@@ -31,4 +32,5 @@ def register() -> str:
     refuse_when_loaded(ATTENTION_NAME)
     transformers.AttentionInterface.register(ATTENTION_NAME, attend)
     transformers.AttentionMaskInterface.register(ATTENTION_NAME, make_mask)
+    continuous.enter(ATTENTION_NAME)
     return ATTENTION_NAME
