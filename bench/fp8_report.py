@@ -4,10 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from plots import BAD, GOOD, NEUTRAL, OURS, dots, lines, picture
 
 ROOT = Path(__file__).parent.parent
 DOC = ROOT / "docs" / "fp8.md"
@@ -19,11 +16,9 @@ Results = dict[str, Any]
 def write_report(results: Results) -> None:
     """Draws the plots and rewrites what stands between the markers of docs/fp8.md."""
     IMAGES.mkdir(parents=True, exist_ok=True)
-    for name, draw in PLOTS.items():
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        draw(axes, results)
-        figure.savefig(IMAGES / f"fp8_{name}.png", dpi=130)
-        plt.close(figure)
+    for name, (title, draw) in PLOTS.items():
+        with picture(IMAGES / f"fp8_{name}.png", title) as axes:
+            draw(axes, results)
     DOC.write_text(with_tables(DOC.read_text(), results))
 
 
@@ -120,70 +115,79 @@ TABLES: dict[str, Callable[[Rows], str]] = {
 
 def draw_rmse(axes: Any, results: Results) -> None:
     rows = results["rmse_table"]
-    places = range(len(rows))
-    for offset, key, label in ((-0.2, "rmse", "flash8"), (0.2, "paper", "FA3 paper")):
-        axes.barh([p + offset for p in places], [row[key] for row in rows], 0.38, label=label)
-    axes.set_yticks(list(places), [row["method"] for row in rows])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("RMSE, FA3's test data, 4096 keys, d = 128")
-    axes.legend()
+    series = {"FA3 paper": [row["paper"] for row in rows], "flash8": [row["rmse"] for row in rows]}
+    dots(axes, [row["method"] for row in rows], series, (NEUTRAL, OURS))
+    axes.set(xscale="log", xlabel="RMSE of O on FA3's test data, 4096 keys, d = 128")
 
 
 def draw_context_length(axes: Any, results: Results) -> None:
     rows = results["context_length"]
-    for promotion in dict.fromkeys(row["promotion"] for row in rows):
-        mine = [row for row in rows if row["promotion"] == promotion]
-        named = isinstance(promotion, int)
-        label = f"promoted every {promotion} keys" if named else str(promotion)
-        label = "never promoted" if promotion == "never" else label
-        axes.plot([r["keys"] for r in mine], [r["error"] for r in mine], marker="o", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="keys", ylabel="relL2 of O, V of mean 0.5")
+    keys = sorted({row["keys"] for row in rows})
+    errors = {(row["keys"], row["promotion"]): row["error"] for row in rows}
+    names = {"never": "never promoted", 2048: "every 2048 keys", 512: "every 512 keys"}
+    names |= {128: "every 128 keys: flash8", "fp32 sums": "sums in fp32"}
     axes.set_xscale("log", base=2)
-    axes.legend()
+    axes.set(yscale="log", xlabel="keys", ylabel="relL2 of O, V of mean 0.5", ylim=(4e-4, 1))
+    curves = {name: [errors[n, promotion] for n in keys] for promotion, name in names.items()}
+    lines(axes, keys, curves, (BAD, "#e08214", "#8073ac", OURS, NEUTRAL))
+    axes.set_xticks(keys, [f"{n // 1024}k" for n in keys])
 
 
 def draw_smoothing(axes: Any, results: Results) -> None:
-    grouped_bars(axes, results["smoothing"], "data", "method", "error")
-    axes.set_ylabel("relL2 of O, causal, 2048 keys, d = 128")
+    data, errors = grouped(results["smoothing"], "data", "method")
+    errors = {"neither": errors.pop("none"), **errors}
+    dots(axes, data, errors, (BAD, OURS, "#e08214", GOOD))
+    axes.set(xlim=(0, None), xlabel="relL2 of O, causal, 2048 keys, d = 128")
 
 
 def draw_p_reference(axes: Any, results: Results) -> None:
-    grouped_bars(axes, results["p_reference"], "data", "p_scaling", "error")
-    axes.set(yscale="log", ylabel="relL2 of O, only P rounded")
+    data, errors = grouped(results["p_reference"], "data", "p_scaling")
+    names = {"none": "P as it is", "running_max": "by the running maximum"}
+    names |= {"block_local": "by the block's maximum: flash8"}
+    dots(axes, data, {names[key]: values for key, values in errors.items()}, (BAD, NEUTRAL, OURS))
+    axes.set(xscale="log", xlabel="relL2 of O, only P rounded to e4m3")
 
 
 def draw_gradients(axes: Any, results: Results) -> None:
-    rows = [
-        dict(backward=row["backward"], gradient=name, error=row[name])
-        for row in results["gradients"]
-        for name in ("dq", "dk", "dv")
-    ]
-    grouped_bars(axes, rows, "backward", "gradient", "error")
-    axes.set_ylabel("relL2 against float64, std-1 logits")
-    axes.tick_params(axis="x", rotation=20)
-    for label in axes.get_xticklabels():
-        label.set(ha="right", fontsize=7)
+    rows = results["gradients"]
+    series = {f"d{x.upper()}": [row[f"d{x}"] for row in rows] for x in "qkv"}
+    names = {
+        "16bit": "16 bits",
+        "16bit, block scales": "16 bits, block scales",
+        "16bit, Hadamard and smooth K": "16 bits, Hadamard and smooth K",
+        "fp8_scores": "S and dP in FP8",
+        "fp8_scores_dv": "S, dP and dV in FP8",
+        "fp8": "all five products in FP8",
+        "fp8, e5m2 gradients": "all five, gradients in e5m2",
+        "fp8_scores_dv, P not scaled": "S, dP and dV in FP8, P not scaled",
+    }
+    dots(axes, [names[row["backward"]] for row in rows], series)
+    axes.set(xscale="log", xlabel="relL2 against float64, std-1 logits")
+    axes.set_xticks([0.04, 0.06, 0.1, 0.2, 0.3], ["0.04", "0.06", "0.1", "0.2", "0.3"])
+    axes.minorticks_off()
 
 
-def grouped_bars(axes: Any, rows: Rows, group: str, series: str, value: str) -> None:
+def grouped(rows: Rows, group: str, series: str) -> tuple[list[str], dict[str, list[float]]]:
+    """The groups, and of each series the error in every group."""
+    errors = {(row[group], row[series]): row["error"] for row in rows}
     groups = list(dict.fromkeys(row[group] for row in rows))
-    names = list(dict.fromkeys(row[series] for row in rows))
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        heights = [
-            row[value] for g in groups for row in rows if (row[group], row[series]) == (g, name)
-        ]
-        axes.bar([g + i * width for g in range(len(groups))], heights, width, label=name)
-    middle = width * (len(names) - 1) / 2
-    axes.set_xticks([g + middle for g in range(len(groups))], groups, fontsize=8)
-    axes.legend(fontsize=8)
+    names = dict.fromkeys(row[series] for row in rows)
+    return groups, {name: [errors[g, name] for g in groups] for name in names}
 
 
-PLOTS: dict[str, Callable[[Any, Results], None]] = {
-    "rmse": draw_rmse,
-    "context_length": draw_context_length,
-    "smoothing": draw_smoothing,
-    "p_reference": draw_p_reference,
-    "gradients": draw_gradients,
+PLOTS: dict[str, tuple[str, Callable[[Any, Results], None]]] = {
+    "rmse": ("Rotation halves the error of FP8 with block scales", draw_rmse),
+    "context_length": (
+        "Promoted every 128 keys, FP8 does not get worse with the context",
+        draw_context_length,
+    ),
+    "smoothing": (
+        "A bias of K's channels costs next to nothing once K is smoothed",
+        draw_smoothing,
+    ),
+    "p_reference": (
+        "P scaled by its own block is as exact wherever a sink lies",
+        draw_p_reference,
+    ),
+    "gradients": ("Each product in FP8 costs the gradients a little", draw_gradients),
 }
