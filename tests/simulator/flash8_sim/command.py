@@ -65,6 +65,7 @@ def _parser(kernels: Kernels) -> argparse.ArgumentParser:
         "--span", type=int, nargs=2, metavar=("FROM", "TO"), help="of the logical time, to be drawn"
     )
     parser.add_argument("--output", type=Path, default=Path("timeline.png"), metavar="FILE.png")
+    parser.add_argument("--title", help="of the picture; the kernel and its call by default")
     parser.add_argument(
         "--trace", type=Path, metavar="FILE.json", help="the events, for Chrome's trace viewer"
     )
@@ -116,9 +117,9 @@ def _run(kernels: Kernels, options: argparse.Namespace) -> None:
         report, trace = sim.report(), sim.timeline()
     rows = timeline.lanes(trace, cta=options.cta)
     place = f"CTA {options.cta} of {options.ctas}, seed {options.seed}"
-    title = f"{options.kernel}: {kernels.describe(options)}, {place}"
-    timeline.draw(rows, options.output, title=title, span=options.span)
-    print(f"{title}\nno finding; {result}")
+    what = f"{options.kernel}: {kernels.describe(options)}, {place}"
+    timeline.draw(rows, options.output, title=options.title or what, span=options.span)
+    print(f"{what}\nno finding; {result}")
     for name, counts in report["statistics"]["by_role"].items():
         print(f"{name}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
     print(f"picture: {options.output}")

@@ -9,6 +9,7 @@ copies is the producer's work. Nothing of it is a speed.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,6 +135,11 @@ def _without_crumbs(phases: Sequence[Phase]) -> list[Phase]:
     return result
 
 
+def _plain(name: str) -> str:
+    """A product by its size, whatever its types."""
+    return re.sub(r"^m(\d+)n(\d+)k(\d+)[^,]*", r"\1 x \2 x \3 product", name)
+
+
 def draw(
     rows: Sequence[Lane],
     path: str | os.PathLike[str],
@@ -172,7 +178,15 @@ def draw(
     axes.invert_yaxis()
     axes.set_xlim(begin, last)
     axes.set_xlabel("logical time: a warp's instructions, cycles of full-rate products; no speed")
-    axes.set_title(title, fontsize=10)
-    keys = [Patch(facecolor=colors[name], edgecolor="#999999", label=name) for name in seen]
-    figure.legend(handles=keys, loc="outside lower center", ncols=min(5, len(keys)), fontsize=8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", left=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    keys = [Patch(facecolor=colors[name], edgecolor="#999999", label=_plain(name)) for name in seen]
+    figure.legend(
+        handles=keys,
+        loc="outside lower center",
+        ncols=min(5, len(keys)),
+        fontsize=8,
+        frameon=False,
+    )
     figure.savefig(Path(path), dpi=110)
