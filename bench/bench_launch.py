@@ -178,6 +178,8 @@ def calls_over_a_cache() -> Calls:
     e4m3 = [x.to(torch.float8_e4m3fn) for x in (k, v)]
     descales = {f"{x}_descale": torch.ones(2, 2) for x in "kv"}
     dense = k[:2], v[:2]
+    new = [torch.randn(2, 1, 2, WIDTH).bfloat16() for _ in "kv"]
+    cos, sin = (torch.randn(64, WIDTH // 2).bfloat16() for _ in "cs")
     paged = {"page_table": table, "cache_seqlens": lengths, "causal": True}
 
     def first_of_its_kind() -> object:
@@ -199,6 +201,12 @@ def calls_over_a_cache() -> Calls:
             cache_seqlens=lengths,
             causal=True,
             return_softmax_lse=True,
+        ),
+        "cache, paged, new keys": lambda: flash_attn_with_kvcache(
+            q, k, v, *new, page_table=table, cache_seqlens=lengths, causal=True
+        ),
+        "cache, paged, new keys, rotary": lambda: flash_attn_with_kvcache(
+            *(q, k, v, *new, cos, sin), page_table=table, cache_seqlens=lengths, causal=True
         ),
         "cache, paged, e4m3": lambda: flash_attn_with_kvcache(q, *e4m3, **descales, **paged),
         "cache, paged, first of its kind": first_of_its_kind,

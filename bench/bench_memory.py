@@ -2,8 +2,8 @@
 
 Beside flash8 runs attention as it is written down: S = Q K^T, P = softmax(S), O = P V by torch's
 operations, which keep S and P. Each measurement is a process of its own; what counts is how far its
-resident memory rises above what it is before the call: inputs and gradients are there. Writes bench/results/memory_cpu.json and
-docs/images/memory.png.
+resident memory rises above what it is before the call, when inputs and gradients are there.
+Writes bench/results/memory_cpu.json and docs/images/memory.png.
 
 usage: python bench/bench_memory.py
 """

@@ -426,6 +426,14 @@ class PlanCache:
     def clear(self) -> None: ...
     def __len__(self) -> int: ...
 
+class AppendPlan:
+    def __init__(
+        self,
+        launches: Sequence[tuple[Kernel, AppendParams]],
+        lengths_like: object,
+        rotated_like: object | None,
+    ) -> None: ...
+
 class DecodeCache:
     def __init__(
         self,
@@ -438,6 +446,7 @@ class DecodeCache:
         kernels: object,
         is_grad_enabled: Callable[[], bool],
         workspace: Callable[..., object],
+        increment_version: Callable[..., None],
     ) -> None: ...
     def run(self, **arguments: Any) -> tuple[Any, Any] | dict[str, Any]: ...
     def has_key(self, arguments: dict[str, Any], /) -> bool: ...
@@ -453,6 +462,7 @@ class DecodeCache:
         lse_like: object,
         partial_bytes: int,
         returns_lse: bool,
+        append: AppendPlan | None,
         most_plans: int,
     ) -> None: ...
     def clear(self) -> None: ...

@@ -1,6 +1,6 @@
 """The keys and values that a KV-cache call appends: checks, rotary, quantization, the write."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from flash8.call.geometry import Geometry
 from flash8.call.options import Options
 from flash8.call.request import Appended, Queries
 from flash8.ops import attention as ops
+from flash8.ops import plan_cache
 from flash8.tensors import memory
 from flash8.tensors.arguments import (
     INDEX_DTYPES,
@@ -23,6 +24,9 @@ from flash8.tensors.arguments import (
 )
 from flash8.tensors.float8 import E4M3
 from flash8.tensors.rotary import Rope, token_positions
+
+if TYPE_CHECKING:
+    from flash8.backends.hopper import append as hopper
 
 #: What `checks` and `flash_attn_with_kvcache` call the same arguments, where lengths are those
 #: after the append.
@@ -153,10 +157,13 @@ class NewKeys:
                     f"got {rope.cos.shape[0]} rows"
                 )
 
-    def append(self, q: Tensor, options: Options) -> tuple[Tensor, Options]:
+    def append(
+        self, q: Tensor, options: Options
+    ) -> tuple[Tensor, Options, "hopper.Launched | None"]:
         """Writes the new rows after the used ones, quantized if the cache is and they are not.
 
-        Returns the rotated q, and the options of a call that sees the new rows.
+        Returns the rotated q, the options of a call that sees the new rows, and all launches that
+        this took, if it was launches alone.
         """
         both, queries = self._appended(options), self._queries(q, options)
         if self._go_to_kernels(both):
@@ -165,8 +172,14 @@ class NewKeys:
 
             if queries is not None and hopper.refusal_of_queries(queries) is not None:
                 q, queries = portable.rotate(queries), None
+            elif plan_cache.may_launch(q):
+                launched = kernels.launch(*both, queries)
+                if launched is not None:
+                    q = q if launched.rotated is None else launched.rotated
+                    return q, options._replace(seqused_k=launched.lengths), launched
             rotated, lengths = kernels.append(*both, queries)
-            return q if rotated is None else rotated, options._replace(seqused_k=lengths)
+            q = q if rotated is None else rotated
+            return q, options._replace(seqused_k=lengths), None
         if queries is not None:
             q = portable.rotate(queries)
         longer = options._replace(seqused_k=portable.lengths(both[0]))
@@ -180,7 +193,7 @@ class NewKeys:
             options.page_table,
             options.kv_batch_idx,
         )
-        return q, longer
+        return q, longer, None
 
     def _appended(self, options: Options) -> tuple[Appended, Appended]:
         where = (self._starts, self._cu_seqlens, options.page_table, options.kv_batch_idx)

@@ -130,11 +130,12 @@ def flash_attn_with_kvcache(
         raise ValueError("max_seqlen_q must be given with cu_seqlens_q, got None")
     if is_autocast_on():
         q, k, v, qv = _cast_for_autocast(k_cache, q, k, v, qv)
-    appends = k is not None or v is not None
-    given = (dict if appends else decode_plans.run(q))(
+    given = decode_plans.run(q)(
         q=q,
         k_cache=k_cache,
         v_cache=v_cache,
+        k=k,
+        v=v,
         qv=qv,
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
@@ -146,6 +147,7 @@ def flash_attn_with_kvcache(
         cu_seqlens_k_new=cu_seqlens_k_new,
         max_seqlen_q=max_seqlen_q,
         rotary_seqlens=rotary_seqlens,
+        rotary_interleaved=rotary_interleaved,
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
@@ -213,7 +215,8 @@ def flash_attn_with_kvcache(
         planned = num_splits_of(scheduler_metadata, geometry, options, page_size)
         options = options._replace(num_splits=planned)
     options = ops.resolve_num_splits(query, geometry, options)
-    rotary = (rotary_cos, rotary_sin)
+    rotary, appended = (rotary_cos, rotary_sin), None
+    appends = k is not None or v is not None
     if not appends:
         _refuse_without_new_keys(cu_seqlens_k_new, rotary)
     else:
@@ -227,10 +230,11 @@ def flash_attn_with_kvcache(
         call_by(_CACHE_NAMES, ops.check_indices, query, keys, options)
         if rotary_cos is not None or rotary_sin is not None:
             new.set_rotary(query, options, *rotary, rotary_seqlens, rotary_interleaved)
-        query, options = call_by(_CACHE_NAMES, new.append, query, options)
-    if not appends:
+        query, options, appended = call_by(_CACHE_NAMES, new.append, query, options)
+    if not appends or appended is not None:
         done = call_by(
-            _CACHE_NAMES, decode_plans.launch, given, query, keys, values, qv, s_aux, out, options
+            *(_CACHE_NAMES, decode_plans.launch, given),
+            *(query, keys, values, qv, s_aux, out, options, appended),
         )
         if done is not None:
             return _with_no_splits(*done) if return_softmax_lse else done[0]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from flash8 import backends
 from flash8.backends import index_checks
@@ -48,6 +49,16 @@ def append(k: Appended, v: Appended, queries: Queries | None) -> tuple[Tensor | 
         queries is None or queries.advances,
     )
     return None if queries is None else rotated, lengths
+
+
+def launch(k: Appended, v: Appended, queries: Queries | None) -> hopper.Launched | None:
+    """The same without the op, where nobody has to see it. None where no kernel serves the call,
+    and nothing was done."""
+    if not _serves(k, v, queries=queries):
+        return None
+    launched = hopper.launch(k, v, queries=queries)
+    increment_version((k.cache, v.cache))
+    return launched
 
 
 def _append(

@@ -5,8 +5,8 @@ tensor type, sizes, strides and device, of anything else type and value. `run` l
 of a key (`python/native/plan_cache/decode_cache.cpp`). On a miss the call is checked, and `launch`
 plans it, launches it and keeps the plan.
 
-Calls that append, that autograd has to know of, or whose kernel reads copies have no plan: those
-with lengths that are an int or not int32, say.
+A call that appends launches that first, and its plan has both. Calls that autograd has to know of,
+or whose kernels read copies, have no plan: those with lengths that are an int or not int32, say.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch.autograd.graph import increment_version
 from torch.autograd.profiler import record_function
 
 from flash8 import backends
@@ -26,6 +27,7 @@ from flash8.ops.attention import empty_lse, empty_out
 
 if TYPE_CHECKING:
     from flash8 import _native
+    from flash8.backends.hopper import append
 
 _OP = "flash8::forward"  # what profilers call a launch
 
@@ -48,10 +50,11 @@ def launch(
     s_aux: Tensor | None,
     out: Tensor | None,
     options: Options,
+    appended: "append.Launched | None" = None,
 ) -> tuple[Tensor, Tensor] | None:
     """After a miss: plans the call, launches it, keeps the plan, and gives O and LSE. What follows
-    `arguments` is made of them, and checked. None where no decode kernel serves the call, or
-    autograd has to know of it, and nothing was done."""
+    `arguments` is made of them, and checked; `appended` has been launched before. None where no
+    decode kernel serves the call, or autograd has to know of it, and nothing was done."""
     if not plan_cache.may_launch(q):
         return None
     tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
@@ -81,9 +84,17 @@ def launch(
             lse_like=lse_like,
             partial_bytes=plan.workspace["partials"],
             returns_lse=arguments["return_softmax_lse"],
+            append=None if appended is None else _plan_of(appended),
             most_plans=planned.MOST_PLANS,
         )
     return out, lse
+
+
+def _plan_of(appended: "append.Launched") -> "_native.AppendPlan":
+    from flash8 import _native
+
+    rotated = None if appended.rotated is None else planned.like(appended.rotated)
+    return _native.AppendPlan(appended.launches, planned.like(appended.lengths), rotated)
 
 
 @functools.cache
@@ -108,4 +119,5 @@ def new_cache(exchange_api: object | None) -> "_native.DecodeCache":
         kernels=hopper.kernels,
         is_grad_enabled=is_grad_enabled,
         workspace=hopper.streams.decode_workspace,
+        increment_version=increment_version,
     )

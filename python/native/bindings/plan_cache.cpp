@@ -117,7 +117,8 @@ PyMethodDef kRunDecode = {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<
 
 void insert_decode(DecodeCache& self, const py::dict& arguments, std::shared_ptr<Kernel> kernel, int device,
                    int sm_margin, const DecodeParams& params, py::object out_like, py::object lse_like,
-                   std::size_t partial_bytes, bool returns_lse, std::size_t most_plans) {
+                   std::size_t partial_bytes, bool returns_lse, std::optional<AppendPlan> append,
+                   std::size_t most_plans) {
     DecodePlan plan;
     plan.kernel = std::move(kernel);
     plan.device = device;
@@ -127,23 +128,39 @@ void insert_decode(DecodeCache& self, const py::dict& arguments, std::shared_ptr
     plan.lse_like = std::move(lse_like);
     plan.partial_bytes = partial_bytes;
     plan.returns_lse = returns_lse;
+    plan.append = std::move(append);
     self.insert(arguments, std::move(plan), most_plans);
 }
 
+void bind_append_plan(py::module_& module) {
+    using Launches = std::vector<std::pair<std::shared_ptr<Kernel>, AppendParams>>;
+    py::class_<AppendPlan>(module, "AppendPlan", "What a call over a KV cache launches before attention.")
+        .def(py::init([](Launches launches, py::object lengths_like, py::object rotated_like) {
+                 std::vector<AppendPlan::Launch> plan;
+                 for (auto& [kernel, params] : launches) {
+                     plan.push_back({std::move(kernel), params});
+                 }
+                 return AppendPlan(std::move(plan), std::move(lengths_like), std::move(rotated_like));
+             }),
+             py::arg("launches"), py::arg("lengths_like"), py::arg("rotated_like").none(true));
+}
+
 void bind_decode_cache(py::module_& module) {
+    bind_append_plan(module);
     py::class_<DecodeCache> type(module, "DecodeCache",
                                  "The plans of calls over a KV cache, by all but their addresses.");
     type.def(py::init([](py::object exchange_api, py::object tensor, py::object parameter,
                          py::object empty_like, py::object current_stream, py::object kernels,
-                         py::object is_grad_enabled, py::object workspace) {
+                         py::object is_grad_enabled, py::object workspace, py::object increment_version) {
                  return std::make_unique<DecodeCache>(
                      torch_of(std::move(exchange_api), std::move(tensor), std::move(parameter),
                               std::move(empty_like), std::move(current_stream)),
-                     std::move(kernels), std::move(is_grad_enabled), std::move(workspace));
+                     std::move(kernels), std::move(is_grad_enabled), std::move(workspace),
+                     std::move(increment_version));
              }),
              py::kw_only(), py::arg("exchange_api").none(true), py::arg("tensor"), py::arg("parameter"),
              py::arg("empty_like"), py::arg("current_stream"), py::arg("kernels"), py::arg("is_grad_enabled"),
-             py::arg("workspace"));
+             py::arg("workspace"), py::arg("increment_version"));
     type.attr("run") = py::reinterpret_steal<py::object>(
         PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &kRunDecode));
     type.def(
@@ -151,7 +168,8 @@ void bind_decode_cache(py::module_& module) {
         "Whether the plan of such a call can be kept.");
     type.def("insert", &insert_decode, py::arg("arguments"), py::kw_only(), py::arg("kernel").none(false),
              py::arg("device"), py::arg("sm_margin"), py::arg("params"), py::arg("out_like"),
-             py::arg("lse_like"), py::arg("partial_bytes"), py::arg("returns_lse"), py::arg("most_plans"),
+             py::arg("lse_like"), py::arg("partial_bytes"), py::arg("returns_lse"),
+             py::arg("append").none(true), py::arg("most_plans"),
              "Keep the plan of a call, unless its launch points to more than the arguments.");
     type.def("clear", &DecodeCache::clear);
     type.def("__len__", &DecodeCache::size);

@@ -23,8 +23,10 @@ struct TensorArgument {
         kWritten = 16,
     };
 
+    static constexpr std::size_t kElsewhere = ~std::size_t{0};
+
     const char* name;
-    std::size_t place;  // of its address in the parameters
+    std::size_t place;  // of its address in the parameters; kElsewhere: another launch's
     unsigned traits = 0;
 
     bool has(Traits trait) const { return (traits & trait) != 0; }

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "driver/gil.h"
+#include "kernels/launch_append.h"
 #include "kernels/launch_decode.h"
 
 namespace py = pybind11;
@@ -16,8 +17,7 @@ namespace {
 
 using Argument = TensorArgument;
 
-// Every tensor that a launch points to, by flash_attn_with_kvcache's names. A call with any other has no key:
-// with new rows, say.
+// Every tensor that a launch points to, by flash_attn_with_kvcache's names. A call with any other has no key.
 constexpr Argument kTensors[] = {
     {"q", offsetof(DecodeParams, q.ptr),
      Argument::kGivesDevice | Argument::kAligned | Argument::kDifferentiable},
@@ -36,7 +36,31 @@ constexpr Argument kTensors[] = {
     {"cache_batch_idx", offsetof(DecodeParams, sequences.kv_batch_idx)},
     {"page_table", offsetof(DecodeParams, pages.page_table)},
     {"alibi_slopes", offsetof(DecodeParams, scores.alibi_slopes)},
+    // Of a call that appends:
+    {"k", Argument::kElsewhere, Argument::kAligned | Argument::kDifferentiable},
+    {"v", Argument::kElsewhere, Argument::kAligned | Argument::kDifferentiable},
+    {"rotary_cos", Argument::kElsewhere, Argument::kAligned | Argument::kDifferentiable},
+    {"rotary_sin", Argument::kElsewhere, Argument::kAligned | Argument::kDifferentiable},
+    {"rotary_seqlens", Argument::kElsewhere},
+    {"cu_seqlens_k_new", Argument::kElsewhere},
 };
+
+constexpr std::size_t kQ = offsetof(DecodeParams, q.ptr);
+constexpr std::size_t kLengths = offsetof(DecodeParams, sequences.seqused_k);
+
+// The argument that belongs at a place.
+const CallKey::Tensor* argument_at(const CallKey& key, std::size_t place) {
+    return std::find_if(key.begin(), key.end(),
+                        [&](const CallKey::Tensor& tensor) { return tensor.argument->place == place; });
+}
+
+// Attention reads the lengths and, where it is rotated, the Q at these addresses.
+void lead_to(DecodeParams& params, bool rotates, std::uintptr_t q, std::uintptr_t lengths) {
+    put_address(params, kLengths, lengths);
+    if (rotates) {
+        put_address(params, kQ, q);
+    }
+}
 
 // Whether a launch points to a tensor that the call does not have: lengths made of an int, say.
 bool points_elsewhere(const CallKey& key, const DecodeParams& params) {
@@ -44,7 +68,8 @@ bool points_elsewhere(const CallKey& key, const DecodeParams& params) {
         const bool given = std::any_of(key.begin(), key.end(), [&](const CallKey::Tensor& tensor) {
             return tensor.argument == &argument;
         });
-        return !given && !argument.has(Argument::kWritten) && address_at(params, argument.place) != 0;
+        return !given && argument.place != Argument::kElsewhere && !argument.has(Argument::kWritten) &&
+               address_at(params, argument.place) != 0;
     });
 }
 
@@ -58,13 +83,14 @@ py::object steal(PyObject* result) {
 }  // namespace
 
 DecodeCache::DecodeCache(TorchTensors::Functions torch, py::object kernels, py::object is_grad_enabled,
-                         py::object workspace)
+                         py::object workspace, py::object increment_version)
     : torch_(std::move(torch)),
       kernels_(std::move(kernels)),
       registry_("registry"),
       is_grad_enabled_(std::move(is_grad_enabled)),
       names_(kTensors),
-      workspaces_(std::move(workspace)) {}
+      workspaces_(std::move(workspace)),
+      increment_version_(std::move(increment_version)) {}
 
 py::object DecodeCache::scope() const {
     return steal(PyObject_CallMethodNoArgs(kernels_.ptr(), registry_.ptr()));
@@ -81,7 +107,8 @@ py::object DecodeCache::run(PyObject* names, PyObject* const* values) {
     const auto found = plans_.find(key.bytes());
     if (found == plans_.end() || !is_aligned(key) ||
         !needs_graph(key, torch_.reader(), grad_enabled, graph) || graph ||
-        !can_write_out(key, torch_.reader())) {
+        !can_write_out(key, torch_.reader()) ||
+        (found->second->plan.append && !found->second->plan.append->may_write(key))) {
         return py::none();
     }
     // Shared: other threads may drop it while torch's functions, called below, let them run.
@@ -91,6 +118,12 @@ py::object DecodeCache::run(PyObject* names, PyObject* const* values) {
 
     DecodeParams params = plan.params;
     const py::object converted = put_arguments(key, torch_, false, params);
+    std::vector<AppendPlan::Launch> appends;
+    AppendPlan::Made made;
+    if (plan.append) {
+        made = plan.append->make(key, torch_, appends);
+        lead_to(params, plan.append->rotates(), made.rotated_address, made.lengths_address);
+    }
     py::object out = make_out(key, torch_, plan.out_like);
     params.o.ptr = reinterpret_cast<void*>(torch_.address_of(out));
     // The kernel leaves LSE out where there is none.
@@ -103,7 +136,15 @@ py::object DecodeCache::run(PyObject* names, PyObject* const* values) {
     params.partials = reinterpret_cast<float*>(workspace.scratch);
     {
         const GilRelease release;
+        for (const AppendPlan::Launch& append : appends) {
+            launch_append(*append.kernel, plan.device, stream, append.params);
+        }
         launch_decode(*plan.kernel, plan.device, stream, params, plan.sm_margin);
+    }
+    if (plan.append) {
+        const auto cache = [&](std::size_t place) { return py::handle(argument_at(key, place)->object); };
+        increment_version_(
+            py::make_tuple(cache(offsetof(DecodeParams, k.ptr)), cache(offsetof(DecodeParams, v.ptr))));
     }
     return py::make_tuple(std::move(out), std::move(lse));
 }
@@ -116,8 +157,20 @@ bool DecodeCache::has_key(const py::dict& call) {
 void DecodeCache::insert(const py::dict& call, DecodePlan plan, std::size_t most_plans) {
     CallKey key = torch_.new_key();
     py::object kernels = scope();
-    if (!read_call(key, names_, {kernels, call}) || !points_to_arguments(key, plan.params) ||
-        points_elsewhere(key, plan.params)) {
+    if (!read_call(key, names_, {kernels, call}) || (plan.append && !plan.append->learn(key))) {
+        return;
+    }
+    DecodeParams params = plan.params;
+    if (plan.append) {  // what it has made is in the place of arguments
+        const bool rotates = plan.append->rotates();
+        if (address_at(params, kLengths) != plan.append->lengths_address() ||
+            (rotates && address_at(params, kQ) != plan.append->rotated_address())) {
+            return;
+        }
+        lead_to(params, rotates, argument_at(key, kQ)->view.address,
+                argument_at(key, kLengths)->view.address);
+    }
+    if (!points_to_arguments(key, params) || points_elsewhere(key, params)) {
         return;
     }
     if (plans_.size() >= most_plans) {

@@ -6,10 +6,12 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_map>
 
 #include "decode/params.h"
+#include "plan_cache/append_plan.h"
 #include "plan_cache/launch_arguments.h"
 
 namespace flash8 {
@@ -22,6 +24,7 @@ struct DecodePlan {
     DecodeParams params{};
     std::size_t partial_bytes = 0;
     bool returns_lse = false;
+    std::optional<AppendPlan> append;  // launched before
     // One element each, expanded to the shape of an output.
     pybind11::object out_like;
     pybind11::object lse_like;
@@ -33,8 +36,9 @@ class DecodeCache {
     // workspace: (device, stream, captured, bytes) -> (tickets, partial results): int32 zeros, as many as any
     // launch takes, and at least so many bytes of anything.
     // kernels.registry() has the kernels that serve calls now: it is told apart by identity.
+    // increment_version: (tensors) -> None, says that they have been written.
     DecodeCache(TorchTensors::Functions torch, pybind11::object kernels, pybind11::object is_grad_enabled,
-                pybind11::object workspace);
+                pybind11::object workspace, pybind11::object increment_version);
 
     // A call by keywords. A hit launches: (O, LSE or None). None on a miss, which is every call too that
     // autograd has to know of, or whose tensors cannot be launched by the plan that is there.
@@ -64,6 +68,7 @@ class DecodeCache {
     pybind11::object is_grad_enabled_;
     ArgumentNames names_;
     StreamMemories workspaces_;
+    pybind11::object increment_version_;
     std::unordered_map<std::string, std::shared_ptr<const CachedPlan>> plans_;
 };
 

@@ -15,13 +15,11 @@ constexpr std::int64_t kFloat32Bytes = sizeof(float);
 
 using Argument = TensorArgument;
 
-// Whether a byte between the first and the last of one is also that of the other: so do tensors meet whose
-// storages do not know of each other, as DLPack and NumPy make them.
+}  // namespace
+
 bool spans_meet(const TensorView& a, const TensorView& b) {
     return a.address < b.end_address() && b.address < a.end_address();
 }
-
-}  // namespace
 
 bool read_call(CallKey& key, ArgumentNames& names, const CallArguments& call) {
     key.add_identity(call.scope.ptr());

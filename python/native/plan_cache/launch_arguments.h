@@ -34,6 +34,10 @@ struct CallKeywords {
 bool read_call(CallKey& key, ArgumentNames& names, const CallArguments& call);
 bool read_call(CallKey& key, ArgumentNames& names, const CallKeywords& call);
 
+// Whether a byte between the first and the last of one is also that of the other: so do tensors meet whose
+// storages do not know of each other, as DLPack and NumPy make them.
+bool spans_meet(const TensorView& a, const TensorView& b);
+
 // Whether the tensors that launches access in units of 16 bytes begin at such a unit.
 bool is_aligned(const CallKey& key);
 
@@ -64,7 +68,8 @@ std::uintptr_t address_at(const Params& params, std::size_t place) {
 template <class Params>
 bool points_to_arguments(const CallKey& key, const Params& params) {
     for (const CallKey::Tensor& tensor : key) {
-        if (!is_converted(tensor) && address_at(params, tensor.argument->place) != tensor.view.address) {
+        if (tensor.argument->place != TensorArgument::kElsewhere && !is_converted(tensor) &&
+            address_at(params, tensor.argument->place) != tensor.view.address) {
             return false;
         }
     }
@@ -76,6 +81,9 @@ template <class Params>
 pybind11::object put_arguments(const CallKey& key, const TorchTensors& torch, bool graph, Params& params) {
     pybind11::object converted;
     for (const CallKey::Tensor& tensor : key) {
+        if (tensor.argument->place == TensorArgument::kElsewhere) {
+            continue;
+        }
         std::uintptr_t address = tensor.view.address;
         if (is_converted(tensor)) {
             converted = pybind11::reinterpret_borrow<pybind11::object>(tensor.object);

@@ -41,7 +41,7 @@ class Driver:
             patch.setattr(backends, "kernels_wanted", lambda tensor: True)
             patch.setattr(mode, "kernels_mode", lambda: "on")
             patch.setattr(kernels, "registry", lambda: self.registry)
-            patch.setattr(hopper, "append", _append)
+            patch.setattr(hopper, "launch", _launch)
             yield
 
     def launches(self, call: Callable[[], Any]) -> list[tuple[str, bytes]]:
@@ -52,13 +52,14 @@ class Driver:
         return [(self.fake.launches[i], without_addresses(self.fake.parameter(i))) for i in new]
 
 
-_launch_append = hopper.append
+_real_launch = hopper.launch
 
 
-def _append(k: Appended, v: Appended, *, queries: Queries | None) -> tuple[Any, Any]:
+def _launch(k: Appended, v: Appended, *, queries: Queries | None) -> hopper.Launched:
     """The kernel is launched and writes nothing here, but what follows reads the new lengths."""
-    _launch_append(k, v, queries=queries)
-    return portable.append(k, v, queries=queries)
+    launched = _real_launch(k, v, queries=queries)
+    launched.lengths.copy_(portable.lengths(k))
+    return launched
 
 
 class Leg:

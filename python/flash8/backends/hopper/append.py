@@ -4,6 +4,7 @@ Rows of one type, and caches of one, go into a launch together; others have thei
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,42 +100,54 @@ def _variant(dtype: Input, cache: Cache) -> AppendVariant:
 def append(*appended: Appended, queries: Queries | None = None) -> tuple[Tensor | None, Tensor]:
     """Writes the rows of K, or of K and V, on their stream; those without a place are dropped.
     Returns the rotated queries, and int32 (batch,): the lengths of the sequences from now on."""
+    launched = launch(*appended, queries=queries)
+    return launched.rotated, launched.lengths
+
+
+class Launched(NamedTuple):
+    """What an append has filled, and its launches, one unless types differ."""
+
+    rotated: Tensor | None
+    lengths: Tensor
+    launches: list[tuple[_native.Kernel, _native.AppendParams]]
+
+
+def launch(*appended: Appended, queries: Queries | None = None) -> Launched:
+    """As `append`."""
     call = _Call(appended, queries)
-    call.launch()
-    return call.rotated, call.lengths
+    first = appended[0].x
+    device, stream = first.device.index or 0, streams.current_stream(first)
+    launches = [(kernels.kernel(variant), params) for variant, params in call.launches.items()]
+    for kernel, params in launches:
+        _native.launch_append(kernel, device, stream, params)
+    return Launched(call.rotated, call.lengths, launches)
 
 
 class _Call:
-    """The launches of an append, one unless types differ, and what they fill."""
+    """The launches of an append, and what they fill."""
 
     def __init__(self, appended: tuple[Appended, ...], queries: Queries | None) -> None:
         first = appended[0]
         self._first, self._kept = first, [first.x]
-        self._launches: dict[AppendVariant, _native.AppendParams] = {}
+        self.launches: dict[AppendVariant, _native.AppendParams] = {}
         self.lengths = quantizer.allocate((first.starts.shape[0],), torch.int32, first.x)
         self.rotated: Tensor | None = None
         for name, rows in zip("kv", appended, strict=False):
             params = self._params(_variant_of(rows), rows.rope)
             self._describe_appended(getattr(params, name), rows)
-        next(iter(self._launches.values())).lengths = self.lengths.data_ptr()
+        next(iter(self.launches.values())).lengths = self.lengths.data_ptr()
         if queries is not None:
             self.rotated = quantizer.allocate(queries.x.shape, queries.x.dtype, queries.x)
-            variant = _variant_of_queries(queries, list(self._launches))
+            variant = _variant_of_queries(queries, list(self.launches))
             self._describe_queries(self._params(variant, queries.rope).q, queries, self.rotated)
-
-    def launch(self) -> None:
-        device = self._first.x.device.index or 0
-        stream = streams.current_stream(self._first.x)
-        for variant, params in self._launches.items():
-            _native.launch_append(kernels.kernel(variant), device, stream, params)
 
     def _params(self, variant: AppendVariant, rope: Rope | None) -> _native.AppendParams:
         """Those of the launch of this kernel."""
-        if variant not in self._launches:
-            self._launches[variant] = params = _native.AppendParams()
+        if variant not in self.launches:
+            self.launches[variant] = params = _native.AppendParams()
             params.batch = self._first.starts.shape[0]
             self._describe_place(params.place)
-        params = self._launches[variant]
+        params = self.launches[variant]
         if rope is not None and _rotates(rope) and params.rotary.cos == 0:
             self._describe_rotary(params.rotary, rope, variant)
         return params
