@@ -179,7 +179,7 @@ def calls_over_a_cache() -> Calls:
     descales = {f"{x}_descale": torch.ones(2, 2) for x in "kv"}
     dense = k[:2], v[:2]
     new = [torch.randn(2, 1, 2, WIDTH).bfloat16() for _ in "kv"]
-    cos, sin = (torch.randn(64, WIDTH // 2).bfloat16() for _ in "cs")
+    cos, sin = (torch.randn(72, WIDTH // 2).bfloat16() for _ in "cs")
     paged = {"page_table": table, "cache_seqlens": lengths, "causal": True}
 
     def first_of_its_kind() -> object:
@@ -206,7 +206,10 @@ def calls_over_a_cache() -> Calls:
             q, k, v, *new, page_table=table, cache_seqlens=lengths, causal=True
         ),
         "cache, paged, new keys, rotary": lambda: flash_attn_with_kvcache(
-            *(q, k, v, *new, cos, sin), page_table=table, cache_seqlens=lengths, causal=True
+            *(q, k, v, *new, None, cos, sin),
+            page_table=table,
+            cache_seqlens=lengths,
+            causal=True,
         ),
         "cache, paged, e4m3": lambda: flash_attn_with_kvcache(q, *e4m3, **descales, **paged),
         "cache, paged, first of its kind": first_of_its_kind,

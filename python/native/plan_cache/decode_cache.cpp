@@ -151,13 +151,13 @@ py::object DecodeCache::run(PyObject* names, PyObject* const* values) {
 
 bool DecodeCache::has_key(const py::dict& call) {
     CallKey key = torch_.new_key();
-    return read_call(key, names_, {scope(), call});
+    return read_call(key, names_, {scope(), call, true});
 }
 
 void DecodeCache::insert(const py::dict& call, DecodePlan plan, std::size_t most_plans) {
     CallKey key = torch_.new_key();
     py::object kernels = scope();
-    if (!read_call(key, names_, {kernels, call}) || (plan.append && !plan.append->learn(key))) {
+    if (!read_call(key, names_, {kernels, call, true}) || (plan.append && !plan.append->learn(key))) {
         return;
     }
     DecodeParams params = plan.params;

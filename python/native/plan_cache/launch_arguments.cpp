@@ -28,6 +28,9 @@ bool read_call(CallKey& key, ArgumentNames& names, const CallArguments& call) {
     PyObject* name = nullptr;
     PyObject* value = nullptr;
     while (PyDict_Next(call.arguments.ptr(), &position, &name, &value) != 0) {
+        if (value == Py_None && call.has_all_names) {
+            continue;
+        }
         number = names.number(name, number);
         if (number == ArgumentNames::kNone || !key.add(number, names.tensor(number), value)) {
             return false;
@@ -40,6 +43,9 @@ bool read_call(CallKey& key, ArgumentNames& names, const CallKeywords& call) {
     key.add_identity(call.scope.ptr());
     std::size_t number = ArgumentNames::kNone;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(call.names); ++i) {
+        if (call.values[i] == Py_None) {
+            continue;
+        }
         number = names.number(PyTuple_GET_ITEM(call.names, i), number);
         if (number == ArgumentNames::kNone || !key.add(number, names.tensor(number), call.values[i])) {
             return false;

@@ -21,9 +21,11 @@ namespace flash8 {
 struct CallArguments {
     pybind11::handle scope;    // whose kernels serve it; told apart by identity
     pybind11::dict arguments;  // by name
+    bool has_all_names = false;
 };
 
-// The same of a call by keywords, before any dict is made of them.
+// The same of a call by keywords, before any dict is made of them. It has all names, so that the key need not
+// tell None from a name that is missing.
 struct CallKeywords {
     pybind11::handle scope;
     PyObject* names;          // a tuple
