@@ -179,6 +179,8 @@ def calls_over_a_cache() -> Calls:
     descales = {f"{x}_descale": torch.ones(2, 2) for x in "kv"}
     dense = k[:2], v[:2]
     new = [torch.randn(2, 1, 2, WIDTH).bfloat16() for _ in "kv"]
+    many = torch.randn(2, 64, 8, WIDTH).bfloat16()
+    ends, many_ends = (torch.tensor([0, n, 2 * n], dtype=torch.int32) for n in (1, 64))
     cos, sin = (torch.randn(72, WIDTH // 2).bfloat16() for _ in "cs")
     paged = {"page_table": table, "cache_seqlens": lengths, "causal": True}
 
@@ -209,6 +211,18 @@ def calls_over_a_cache() -> Calls:
             *(q, k, v, *new, None, cos, sin),
             page_table=table,
             cache_seqlens=lengths,
+            causal=True,
+        ),
+        "varlen over pages": lambda: flash_attn_varlen_func(
+            *(q.flatten(0, 1), k, v, ends, None, 1, 64),
+            seqused_k=lengths,
+            page_table=table,
+            causal=True,
+        ),
+        "varlen over pages, prefill": lambda: flash_attn_varlen_func(
+            *(many.flatten(0, 1), k, v, many_ends, None, 64, 64),
+            seqused_k=lengths,
+            page_table=table,
             causal=True,
         ),
         "cache, paged, e4m3": lambda: flash_attn_with_kvcache(q, *e4m3, **descales, **paged),

@@ -26,7 +26,7 @@ from flash8.call.observed import is_autocast_on
 from flash8.call.options import Arguments, Options
 from flash8.call.unwrap import unwrap
 from flash8.ops import attention as ops
-from flash8.ops import plan_cache
+from flash8.ops import decode_plans, plan_cache
 from flash8.tensors.arguments import OWN_NAMES, Names, call_by, require_bool
 from flash8.tensors.philox import draw_seed
 from flash8.tensors.scaled_tensor import Input
@@ -250,14 +250,14 @@ def attend(
     if type(p) is float and 0.0 < p < 1.0:
         arguments = _with_seed(arguments, dropout_seed)
     may_be_cached = dropout_seed is None or "dropout_seed" in arguments
-    done = plan_cache.find(arguments, return_lse) if may_be_cached else None
+    done = _find(arguments, return_lse) if may_be_cached else None
     if done is not None:
         return done  # type: ignore[no-any-return]
     for plain in (unwrap, checks.narrowed):  # a plan points to plain tensors and int32 indices
         others = plain(arguments)
         if others:
             arguments.update(others)
-            done = plan_cache.find(arguments, return_lse) if may_be_cached else None
+            done = _find(arguments, return_lse) if may_be_cached else None
             if done is not None:
                 return done  # type: ignore[no-any-return]
     q, k, v, qv = arguments["q"], arguments["k"], arguments["v"], arguments.get("qv")
@@ -275,10 +275,24 @@ def attend(
     options = ops.resolve_num_splits(q, geometry, options)
     if may_be_cached:
         done = plan_cache.launch(arguments, options, return_lse)
+        if done is None and options.page_table is not None:
+            given = decode_plans.as_cache_call(arguments, return_lse)
+            done = decode_plans.launch(given, q, k, v, qv, s_aux, out, options)
+            done = done if done is None or return_lse else done[0]
         if done is not None:
-            return done  # type: ignore[no-any-return]
+            return done
     o, lse, _, _ = call_by(names, ops.run_forward, q, k, v, qv, s_aux, out, options)
     return (o, lse) if return_lse else o
+
+
+def _find(arguments: Arguments, return_lse: bool) -> Any:
+    """What the call returns, launched by a plan: over pages that may be the decode kernel's."""
+    if arguments.get("page_table") is not None:
+        given = decode_plans.as_cache_call(arguments, return_lse)
+        done = decode_plans.run(arguments["q"])(**given)
+        if isinstance(done, tuple):
+            return done if return_lse else done[0]
+    return plan_cache.find(arguments, return_lse)
 
 
 def _with_seed(arguments: Arguments, dropout_seed: Any) -> Arguments:

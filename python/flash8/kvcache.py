@@ -13,7 +13,7 @@ from flash8.call.observed import is_autocast_on
 from flash8.call.options import Arguments, Options
 from flash8.call.unwrap import unwrap
 from flash8.ops import attention as ops
-from flash8.ops import decode_plans
+from flash8.ops import decode_plans, plan_cache
 from flash8.scheduler import num_splits_of
 from flash8.tensors import memory
 from flash8.tensors.arguments import (
@@ -29,13 +29,8 @@ from flash8.tensors.arguments import (
 from flash8.tensors.scaled_tensor import Input
 
 #: What `checks` and this function call the same arguments.
-_CACHE_NAMES = {
-    "k": "k_cache",
-    "v": "v_cache",
-    "seqused_k": "cache_seqlens",
-    "leftpad_k": "cache_leftpad",
-    "kv_batch_idx": "cache_batch_idx",
-}
+_CACHE_NAMES = decode_plans.CACHE_NAMES
+_OWN_NAMES = {theirs: ours for ours, theirs in _CACHE_NAMES.items()}
 
 
 def flash_attn_with_kvcache(
@@ -170,6 +165,10 @@ def flash_attn_with_kvcache(
     if isinstance(given, tuple):
         of_plan, lse = given
         return of_plan if lse is None else _with_no_splits(of_plan, lse)
+    appends = k is not None or v is not None
+    of_forward = {} if appends else _as_forward_call(given)
+    if not appends and (found := plan_cache.find(of_forward, return_softmax_lse)) is not None:
+        return _with_no_splits(*found) if return_softmax_lse else found
     window_left, window_right = checks.window(window_size)
     rotated = getattr(k_cache, "rotation", None) is not None
     arguments: Arguments = {
@@ -216,7 +215,6 @@ def flash_attn_with_kvcache(
         options = options._replace(num_splits=planned)
     options = ops.resolve_num_splits(query, geometry, options)
     rotary, appended = (rotary_cos, rotary_sin), None
-    appends = k is not None or v is not None
     if not appends:
         _refuse_without_new_keys(cu_seqlens_k_new, rotary)
     else:
@@ -238,8 +236,17 @@ def flash_attn_with_kvcache(
         )
         if done is not None:
             return _with_no_splits(*done) if return_softmax_lse else done[0]
+    if not appends:
+        done = plan_cache.launch(of_forward, options, return_softmax_lse)
+        if done is not None:
+            return _with_no_splits(*done) if return_softmax_lse else done
     result = call_by(_CACHE_NAMES, ops.run_forward, query, keys, values, qv, s_aux, out, options)
     return (*result,) if return_softmax_lse else result.out
+
+
+def _as_forward_call(given: Arguments) -> Arguments:
+    """By the names of `Options`, without new keys: for the plans of the forward kernel."""
+    return {_OWN_NAMES.get(name, name): x for name, x in given.items() if name not in ("k", "v")}
 
 
 def _with_no_splits(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

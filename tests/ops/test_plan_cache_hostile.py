@@ -202,7 +202,7 @@ KEYLESS = {
     "no arguments": {},
     "no q": {"k": draw()[1], "causal": True},
     "q is no tensor": arguments(q=None),
-    "a tensor that no launch points to": arguments(page_table=ENDS),
+    "a tensor that no launch points to": arguments(mask=ENDS),
     "qv": arguments(qv=draw()[0]),
     "a name that is no text": {**arguments(), 7: True},
     "a name of a subclass of text": {**arguments(), type("Text", (str,), {})("name"): True},

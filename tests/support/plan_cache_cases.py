@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fake_driver.cubin import LAYOUT
-from flash8 import flash_attn_func, flash_attn_varlen_func
+from flash8 import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash8.fp8 import Rotation, ScaledTensor
 from flash8.ops import plan_cache
 from flash8.tensors.tokens import Tokens
@@ -62,6 +62,15 @@ def _colmajor(v: Tensor) -> ScaledTensor:
     return ScaledTensor(data, _factors(2, 2, 128), "channel", v_colmajor_tokens=v.shape[1])
 
 
+def _pages(x: Tensor) -> Tensor:
+    """Of eight keys each, five for a sequence."""
+    return x.reshape(10, 8, *x.shape[2:])
+
+
+def _table() -> Tensor:
+    return torch.arange(9, -1, -1, dtype=torch.int32).view(2, 5)
+
+
 ENDS = _lengths(0, 13, 80)
 SINKS = torch.linspace(-1.0, 2.0, 4)
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -90,6 +99,20 @@ CALLS: dict[str, Call] = {
     "slopes of sequences": lambda q, k, v: flash_attn_func(q, k, v, alibi_slopes=_factors(2, 4)),
     "used": lambda q, k, v: flash_attn_varlen_func(
         q, k, v, None, None, None, None, _lengths(17, 40), _lengths(40, 3), causal=True
+    ),
+    "pages": lambda q, k, v: flash_attn_varlen_func(
+        *(q, _pages(k), _pages(v), None, None, None, None),
+        seqused_k=_lengths(17, 40),
+        page_table=_table(),
+        causal=True,
+    ),
+    "pages of a cache": lambda q, k, v: flash_attn_with_kvcache(
+        *(q, _pages(k), _pages(v)),
+        cache_seqlens=_lengths(40, 9),
+        page_table=_table(),
+        cache_batch_idx=_lengths(1, 0),
+        cache_leftpad=_lengths(0, 3),
+        causal=True,
     ),
     "output": lambda q, k, v: flash_attn_func(q, k, v, causal=True, out=torch.zeros_like(q)),
     "e4m3": lambda q, k, v: flash_attn_func(*_e4m3(q, k, v), causal=True),
@@ -123,7 +146,12 @@ def addresses(parameters: bytes, *fields: str) -> list[int]:
     return [int.from_bytes(parameters[at : at + 8], "little") for at in map(_offset, fields)]
 
 
-_STRUCTS = {"sequences": "SequenceParams", "scores": "ScoreParams", "scheduler": "SchedulerParams"}
+_STRUCTS = {
+    "sequences": "SequenceParams",
+    "scores": "ScoreParams",
+    "scheduler": "SchedulerParams",
+    "pages": "PageParams",
+}
 
 
 def _offset(field: str) -> int:
@@ -137,6 +165,7 @@ _ADDRESSES = (
     *("k_mean", "v_mean", "v_channel_descale"),
     *("sequences.cu_seqlens_q", "sequences.cu_seqlens_k"),
     *("sequences.seqused_q", "sequences.seqused_k"),
+    *("sequences.leftpad_k", "sequences.kv_batch_idx", "pages.page_table"),
     *("scores.sinks", "scores.alibi_slopes", "dropout"),
 )
 

@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from flash8 import _native
     from flash8.backends.hopper import append
 
+#: What `Options` and `flash_attn_with_kvcache` call the same arguments.
+CACHE_NAMES = {
+    "k": "k_cache",
+    "v": "v_cache",
+    "seqused_k": "cache_seqlens",
+    "leftpad_k": "cache_leftpad",
+    "kv_batch_idx": "cache_batch_idx",
+}
 _OP = "flash8::forward"  # what profilers call a launch
 
 
@@ -39,6 +47,12 @@ def run(q: Any) -> Callable[..., tuple[Tensor, Tensor | None] | Arguments]:
         return dict
     run = cache().run
     return record_function(_OP)(run) if is_profiled() else run
+
+
+def as_cache_call(arguments: Arguments, return_lse: bool) -> Arguments:
+    """The arguments of `flash_attn_varlen_func` over pages by the names that a plan knows."""
+    given = {CACHE_NAMES.get(name, name): x for name, x in arguments.items()}
+    return {**given, "return_softmax_lse": return_lse}
 
 
 def launch(

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <iterator>
 #include <utility>
 
 #include "driver/gil.h"
@@ -60,17 +59,6 @@ void lead_to(DecodeParams& params, bool rotates, std::uintptr_t q, std::uintptr_
     if (rotates) {
         put_address(params, kQ, q);
     }
-}
-
-// Whether a launch points to a tensor that the call does not have: lengths made of an int, say.
-bool points_elsewhere(const CallKey& key, const DecodeParams& params) {
-    return std::any_of(std::begin(kTensors), std::end(kTensors), [&](const Argument& argument) {
-        const bool given = std::any_of(key.begin(), key.end(), [&](const CallKey::Tensor& tensor) {
-            return tensor.argument == &argument;
-        });
-        return !given && argument.place != Argument::kElsewhere && !argument.has(Argument::kWritten) &&
-               address_at(params, argument.place) != 0;
-    });
 }
 
 py::object steal(PyObject* result) {
@@ -170,7 +158,7 @@ void DecodeCache::insert(const py::dict& call, DecodePlan plan, std::size_t most
         lead_to(params, rotates, argument_at(key, kQ)->view.address,
                 argument_at(key, kLengths)->view.address);
     }
-    if (!points_to_arguments(key, params) || points_elsewhere(key, params)) {
+    if (!points_to_arguments(key, params) || points_elsewhere(key, params, kTensors)) {
         return;
     }
     if (plans_.size() >= most_plans) {

@@ -5,9 +5,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <tuple>
 
@@ -76,6 +78,18 @@ bool points_to_arguments(const CallKey& key, const Params& params) {
         }
     }
     return true;
+}
+
+// Whether a launch points to a tensor that the call does not have: lengths made of an int, say.
+template <class Params, std::size_t kCount>
+bool points_elsewhere(const CallKey& key, const Params& params, const TensorArgument (&tensors)[kCount]) {
+    return std::any_of(std::begin(tensors), std::end(tensors), [&](const TensorArgument& argument) {
+        const bool given = std::any_of(key.begin(), key.end(), [&](const CallKey::Tensor& tensor) {
+            return tensor.argument == &argument;
+        });
+        return !given && argument.place != TensorArgument::kElsewhere &&
+               !argument.has(TensorArgument::kWritten) && address_at(params, argument.place) != 0;
+    });
 }
 
 // Gives what the parameters point to besides the arguments, to be held until the launch.

@@ -32,6 +32,9 @@ constexpr Argument kTensors[] = {
     {"cu_seqlens_k", offsetof(ForwardParams, sequences.cu_seqlens_k)},
     {"seqused_q", offsetof(ForwardParams, sequences.seqused_q)},
     {"seqused_k", offsetof(ForwardParams, sequences.seqused_k)},
+    {"leftpad_k", offsetof(ForwardParams, sequences.leftpad_k)},
+    {"kv_batch_idx", offsetof(ForwardParams, sequences.kv_batch_idx)},
+    {"page_table", offsetof(ForwardParams, pages.page_table)},
     {"alibi_slopes", offsetof(ForwardParams, scores.alibi_slopes)},
     {"dropout_seed", offsetof(ForwardParams, dropout.seed)},
 };
@@ -83,7 +86,8 @@ void PlanCache::insert(const CallArguments& call, CallPlan plan, std::size_t mos
     if (!read_call(key, names_, call) || find(key) != nullptr) {
         return;
     }
-    const bool by_address = points_to_arguments(key, plan.params);
+    const bool by_address =
+        points_to_arguments(key, plan.params) && !points_elsewhere(key, plan.params, kTensors);
     if (plans_.size() >= most_plans) {
         clear();
     }
