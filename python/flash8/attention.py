@@ -250,14 +250,15 @@ def attend(
     if type(p) is float and 0.0 < p < 1.0:
         arguments = _with_seed(arguments, dropout_seed)
     may_be_cached = dropout_seed is None or "dropout_seed" in arguments
-    done = _find(arguments, return_lse) if may_be_cached else None
+    find = plan_cache.find if arguments.get("page_table") is None else _find_over_pages
+    done = find(arguments, return_lse) if may_be_cached else None
     if done is not None:
         return done  # type: ignore[no-any-return]
     for plain in (unwrap, checks.narrowed):  # a plan points to plain tensors and int32 indices
         others = plain(arguments)
         if others:
             arguments.update(others)
-            done = _find(arguments, return_lse) if may_be_cached else None
+            done = find(arguments, return_lse) if may_be_cached else None
             if done is not None:
                 return done  # type: ignore[no-any-return]
     q, k, v, qv = arguments["q"], arguments["k"], arguments["v"], arguments.get("qv")
@@ -285,14 +286,13 @@ def attend(
     return (o, lse) if return_lse else o
 
 
-def _find(arguments: Arguments, return_lse: bool) -> Any:
-    """What the call returns, launched by a plan: over pages that may be the decode kernel's."""
-    if arguments.get("page_table") is not None:
-        given = decode_plans.as_cache_call(arguments, return_lse)
-        done = decode_plans.run(arguments["q"])(**given)
-        if isinstance(done, tuple):
-            return done if return_lse else done[0]
-    return plan_cache.find(arguments, return_lse)
+def _find_over_pages(arguments: Arguments, return_lse: bool) -> Any:
+    """`plan_cache.find`, where the plan may be the decode kernel's."""
+    given = decode_plans.as_cache_call(arguments, return_lse)
+    done = decode_plans.run(arguments["q"])(**given)
+    if not isinstance(done, tuple):
+        return plan_cache.find(arguments, return_lse)
+    return done if return_lse else done[0]
 
 
 def _with_seed(arguments: Arguments, dropout_seed: Any) -> Arguments:
