@@ -28,7 +28,7 @@ def rel_l2_beyond_rounding(actual: Tensor, reference: Tensor) -> float:
     in every element."""
     bits = 8 if actual.dtype == torch.bfloat16 else 11
     a, r = actual.double(), reference.double()
-    half_unit = torch.ldexp(torch.ones_like(a), torch.frexp(a).exponent - bits - 1)
+    half_unit = torch.ldexp((a != 0.0).to(a.dtype), torch.frexp(a).exponent - bits - 1)
     beyond = ((a - r).abs() - half_unit).clamp_min(0.0)
     return (beyond.norm() / r.norm().clamp_min(1e-300)).item()
 
