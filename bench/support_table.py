@@ -209,12 +209,14 @@ ROWS = (
         ],
     ),
     Row(
-        "16-bit q over an e4m3 cache: descales by tensor, head; smoothing; pages",
+        "16-bit q over an e4m3 cache: descales by tensor, head, page, token; smoothing; pages",
         DecodeVariant,
         [
             *(cached(E4M3, BF16, **per_head()), cached(E4M3, FP16, **per_head())),
             cached(E4M3, BF16, page_table=ints([[0]]), **per_head()),
             cached(E4M3, BF16, k_mean=torch.zeros(2, 64), **per_head()),
+            cached(E4M3, BF16, page_table=ints([[0]]), k_descale=torch.ones(1, 2, 1)),
+            cached(E4M3, BF16, k_descale=torch.ones(1, 2), v_descale=torch.ones(1, 32, 2)),
         ],
     ),
     Row(
@@ -226,10 +228,10 @@ ROWS = (
         ],
     ),
     Row(
-        "an e4m3 cache with descales by page; KV splits",
+        "KV splits; descales by page or token with head_dim above 256",
         DecodeVariant,
         [
-            cached(E4M3, BF16, page_table=ints([[0]]), k_descale=torch.ones(1, 2, 1)),
+            cached(E4M3, BF16, dim=512, k_descale=torch.ones(1, 32, 2)),
             cached(BF16, num_splits=2),
         ],
     ),

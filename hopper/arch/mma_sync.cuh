@@ -96,6 +96,11 @@ __device__ __forceinline__ void copy_async_16(uint32_t target, void const* sourc
                  : "memory");
 }
 
+// The same of 4 bytes.
+__device__ __forceinline__ void copy_async_4(uint32_t target, void const* source) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
+}
+
 // Closes the group of this thread's copies since the last one.
 __device__ __forceinline__ void copy_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");

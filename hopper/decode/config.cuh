@@ -16,6 +16,7 @@ namespace flash8 {
 enum class ElementChoice { kFp16, kBf16 };  // of q and the output
 enum class CacheChoice { kSame, kE4m3 };    // of k and v
 enum class LoadChoice { kTma, kGather };
+enum class ScaleChoice { kHead, kKey };  // what a descale of K or V belongs to
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -37,16 +38,30 @@ constexpr int smaller(int a, int b) {
     return a < b ? a : b;
 }
 
+// Stages of descales of keys beside so many slots.
+constexpr int scale_stages(int slots) {
+    return slots / 2 + 1;
+}
+
+constexpr int fitting_slots(int slots, int stage_bytes, int scale_bytes, int room) {
+    while (slots * stage_bytes + scale_stages(slots) * scale_bytes > room) {
+        --slots;
+    }
+    return slots;
+}
+
 struct DecodeConfig {
     static constexpr auto kElement = ElementChoice::FLASH8_DTYPE;
     static constexpr bool kFp8 = CacheChoice::FLASH8_CACHE == CacheChoice::kE4m3;
     static constexpr bool kGather = LoadChoice::FLASH8_LOAD == LoadChoice::kGather;
     static constexpr bool kScoreMod = FLASH8_SCORE_MOD;  // softcap, ALiBi
-    static constexpr bool kQv = FLASH8_QV;               // scores are q . k + qv . v
+    static constexpr bool kKeyScales = ScaleChoice::FLASH8_SCALES == ScaleChoice::kKey;
+    static constexpr bool kQv = FLASH8_QV;  // scores are q . k + qv . v
     static constexpr int kHeadDim = FLASH8_HEAD_DIM;
     static constexpr int kHeadDimV = FLASH8_HEAD_DIM_V;
     static constexpr int kBlockM = FLASH8_ROWS;  // rows of Q: query heads of a KV head, times queries
     static_assert(kBlockM % 8 == 0 && kBlockM <= 32);
+    static_assert(!kKeyScales || kFp8);
     static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0);
 
     // e4m3 is widened to fp16, exactly. P of fp16 is made 2^12 times as large, so that the weights of many
@@ -68,6 +83,7 @@ struct DecodeConfig {
     static constexpr int kWarpChannelsK = kQv ? 32 : kHeadDim / kTeamWarps;
     static constexpr int kWarpsOfK = kQv ? kHeadDim / kWarpChannelsK : kTeamWarps;
     static_assert(!kQv || kTeamWarps > 1);
+    static_assert(!kKeyScales || kTeamWarps == 1);
     static_assert(kWarpsOfK <= kTeamWarps && kWarpChannelsK % 32 == 0 && kWarpChannelsV % 32 == 0);
 
     // Of what a warp has of a row.
@@ -99,7 +115,9 @@ struct DecodeConfig {
     static constexpr bool kQInRegisters = kRowTiles * kWarpSteps <= (kTeamWarps == 1 ? 16 : 20);
 
     // Channels of O of each warp that are merged at a time.
-    static constexpr int kMergeChannels = kBlockM == 8 && kHeadDimV % 64 == 0 ? 64 : kBlockM <= 16 ? 32 : 16;
+    static constexpr int kMergeChannels = kBlockM == 8 && kHeadDimV % 64 == 0 && !kKeyScales ? 64
+                                          : kBlockM <= 16                                    ? 32
+                                                                                             : 16;
     static constexpr int kMergePitch = kMergeChannels + 4;  // no bank conflicts
     static_assert(kWarpChannelsV % kMergeChannels == 0);
 
@@ -112,7 +130,12 @@ struct DecodeConfig {
                                        (kMergeBytes > kExchangeBytes ? kMergeBytes : kExchangeBytes) + 4096;
     static constexpr int kRingBytes = smaller(192 * 1024, 227 * 1024 - kOtherBytes);
     static constexpr int kStageBytes = kWarps * kSlotBytes + kTeams * kWarpsOfK * kSlotBytesK;
-    static constexpr int kSlots = smaller(8, kRingBytes / kStageBytes);
+    // Descales of keys lie beside the slots. The last are in use when those of the tile that takes the first
+    // slot to be free again are asked for.
+    static constexpr int kScaleBytes = kKeyScales ? kWarps * kBlockN * 8 : 0;
+    static constexpr int kSlots = fitting_slots(smaller(8, kRingBytes / kStageBytes), kStageBytes,
+                                                kScaleBytes, 227 * 1024 - kOtherBytes);
+    static constexpr int kScaleStages = scale_stages(kSlots);
     static_assert(kSlots >= 2);
 
     using TileMask = Mask<MaskMode::kLocal, kBlockM, kBlockN, true>;

@@ -34,6 +34,7 @@ constexpr KernelInfo describe() {
     info.shared_bytes = kSharedBytes;
     info.pack_gqa = 1;
     info.qv = Config::kQv;
+    info.scale_block = Config::kKeyScales ? 1 : 0;
     constexpr auto kType = Config::kFp8                               ? ElementType::kUint8
                            : Config::kElement == ElementChoice::kFp16 ? ElementType::kFloat16
                                                                       : ElementType::kBfloat16;

@@ -18,6 +18,7 @@
 
 #include "../arch/swizzled_tile.cuh"
 #include "../attention/pages.cuh"
+#include "key_scales.cuh"
 #include "storage.cuh"
 
 namespace flash8 {
@@ -79,6 +80,14 @@ class Loader {
         __syncwarp();
         if constexpr (!kV || Config::kQv) {
             advance();
+        }
+        if constexpr (Config::kKeyScales && !kV) {
+            if (more_) {
+                copy_scales();
+            }
+            if constexpr (!Config::kGather) {
+                ptx::copy_async_commit();
+            }
         }
         bool const beside = Config::kQv && member_ < Config::kWarpsOfK;
         if constexpr (Config::kGather) {
@@ -152,6 +161,28 @@ class Loader {
                 places[i] = finder_.find(sequence.info.batch_k, tile * kBlockN + key, step, sequence.begin,
                                          sequence.end);
             }
+        }
+    }
+
+    // Those of the tile that `fill` asks for, in the group of its copies.
+    __device__ __forceinline__ void copy_scales() {
+        Walk<Config> const& walk = shared_.loader_walk[warp_];
+        TileScales<Config>& scales = shared_.scales.of[warp_][scale_stage_];
+        scale_stage_ = scale_stage_ + 1 == Config::kScaleStages ? 0 : scale_stage_ + 1;
+        int const first = tile_ * kBlockN;
+        int const box_shift = Config::kGather ? 0 : 31 - __clz(params_.pages.box_rows);
+#pragma unroll
+        for (int i = 0; i < kBlockN / 32; ++i) {
+            int const key = threadIdx.x % 32 + 32 * i;
+            KeyPlace place = places_[Config::kGather ? i : 0];
+            if constexpr (!Config::kGather) {
+                int const box = key >> box_shift;
+                place.page = __shfl_sync(0xffffffff, places_[0].page, box);
+                place.row = __shfl_sync(0xffffffff, places_[0].row, box) + key - (box << box_shift);
+            }
+            bool const seen = first + key >= walk.sequence.begin && first + key < walk.sequence.end &&
+                              place.page < params_.pages.num_pages;
+            KeyScaleLoader<Config>(params_).copy(scales, key, place, walk.segment.head, seen);
         }
     }
 
@@ -239,6 +270,7 @@ class Loader {
     int tile_ = 0;  // the last one of K that was asked for, of this team's [.., end_) of the segment
     int end_ = 0;
     bool more_ = true;
+    int scale_stage_ = 0;              // where descales of keys go next
     KeyPlace places_[kPlaces]{};       // of the tile
     KeyPlace next_places_[kPlaces]{};  // of the one after it: read one tile ahead
 };

@@ -5,6 +5,8 @@
 #include "ring.cuh"
 #include "softmax.cuh"
 
+#include <type_traits>
+
 namespace flash8 {
 
 template <class Config>
@@ -17,11 +19,16 @@ class Mainloop {
   public:
     __device__ Mainloop(DecodeParams const& params, SharedStorage<Config>& shared, Share const& share,
                         int warp)
-        : params_(params), shared_(shared), ring_(params, shared, share, warp), warp_(warp) {}
+        : params_(params),
+          shared_(shared),
+          ring_(params, shared, share, warp),
+          key_scales_(shared, warp),
+          warp_(warp) {}
 
     // The tiles of a segment that this warp has. Q is in shared memory.
     __device__ void run(Walk<Config> const& walk, Accumulators<Config>& sums) {
         sums.clear();
+        key_scales_.clear();
         Segment const& segment = walk.segment;
         SequenceWork<Config> const& sequence = walk.sequence;
         KeyRange const tiles = segment.of_team<Config>(warp_);
@@ -41,10 +48,15 @@ class Mainloop {
             int const position = tile * Config::kBlockN;
             bool const edge = position < common_begin || position + Config::kBlockN > common_end;
             typename Product::Scores s;
-            ring_.wait();
+            ring_.template wait<Config::kKeyScales>();
             Product::template scores<false, false>(s, ring_.address(),
                                                    [&](int step, int n) { return query(step, n); });
             ring_.template release<false>();
+            float change_of_unit = 1.0f;
+            if constexpr (Config::kKeyScales) {
+                change_of_unit = key_scales_.enter();
+                key_scales_.each_k([&](int i, int h, float descale) { scale_keys(s, i, h, descale); });
+            }
             if constexpr (Config::kScoreMod) {
 #pragma unroll
                 for (int n = 0; n < kRowTiles; ++n) {
@@ -59,13 +71,16 @@ class Mainloop {
                 }
             }
             typename Product::Weights p;
-            weigh(s, p, scales, sums);
+            weigh(s, p, scales, change_of_unit, sums);
             ring_.wait();
             if (edge) {
                 ring_.clear_hidden(sequence, position);
             }
             Product::out(sums.o, ring_.address(), p);
             ring_.template release<true>();
+        }
+        if constexpr (Config::kKeyScales) {
+            sums.unit = key_scales_.unit();
         }
     }
 
@@ -94,24 +109,55 @@ class Mainloop {
 
     // Turns scores into P, which becomes the second operand of the next product.
     __device__ __forceinline__ void weigh(typename Product::Scores& s, typename Product::Weights& p,
-                                          RowScales<Config> const& scales, Accumulators<Config>& sums) const {
+                                          RowScales<Config> const& scales, float change_of_unit,
+                                          Accumulators<Config>& sums) {
+        float alpha[kRowTiles][2];
 #pragma unroll
         for (int n = 0; n < kRowTiles; ++n) {
             auto const score = scores_of(s, n);
-            float alpha[2];
             Softmax::exponentiate(scales.scale[Config::kScoreMod ? 0 : n], sums.reference[n], sums.sum[n],
-                                  alpha, score);
-#pragma unroll
-            for (int i = 0; i < kKeySteps; ++i) {
-                p[i][n] = Softmax::fragment(i, score);
+                                  alpha[n], score);
+            if constexpr (!Config::kKeyScales) {
+                finish_weights(s, p, n, alpha[n], sums);
             }
-            sums.rescale(n, alpha);
+        }
+        if constexpr (Config::kKeyScales) {
+            key_scales_.each_v([&](int i, int h, float descale) { scale_keys(s, i, h, descale); });
+            key_scales_.leave();
+#pragma unroll
+            for (int n = 0; n < kRowTiles; ++n) {
+                alpha[n][0] *= change_of_unit;
+                alpha[n][1] *= change_of_unit;
+                finish_weights(s, p, n, alpha[n], sums);
+            }
+        }
+    }
+
+    __device__ __forceinline__ static void finish_weights(typename Product::Scores& s,
+                                                          typename Product::Weights& p, int n,
+                                                          float const (&alpha)[2],
+                                                          Accumulators<Config>& sums) {
+#pragma unroll
+        for (int i = 0; i < kKeySteps; ++i) {
+            p[i][n] = Softmax::fragment(i, scores_of(s, n));
+        }
+        sums.rescale(n, alpha);
+    }
+
+    // Of half `h` of step i of the keys, in all rows.
+    __device__ __forceinline__ static void scale_keys(typename Product::Scores& s, int i, int h,
+                                                      float descale) {
+#pragma unroll
+        for (int n = 0; n < kRowTiles; ++n) {
+            s[i][n][2 * h] *= descale;
+            s[i][n][2 * h + 1] *= descale;
         }
     }
 
     DecodeParams const& params_;
     SharedStorage<Config>& shared_;
     Ring<Config> ring_;
+    std::conditional_t<Config::kKeyScales, KeyScales<Config>, NoKeyScales> key_scales_;
     int warp_;
     typename Product::Queries queries_;
 };

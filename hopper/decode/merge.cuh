@@ -138,7 +138,8 @@ class Merge {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 int const row = 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + r;
-                float const factor = ptx::exp2(shared_.reference[team_][row] - shared_.merged_reference[row]);
+                float factor = ptx::exp2(shared_.reference[team_][row] - shared_.merged_reference[row]);
+                factor *= Config::kKeyScales ? sums.unit : 1.0f;
 #pragma unroll
                 for (int c = 0; c < Product::kOutSteps; ++c) {
                     sums.o[n][c][r] *= factor;
@@ -179,7 +180,7 @@ class Merge {
         float const factor = sum == 0.0f ? 0.0f : ptx::exp2(reference - safe);
         float const total = sum * factor + ptx::exp2(sink - safe);
         bool const empty = total == 0.0f;
-        float const descale = head_descale(params_.v_descale, segment.batch, segment.head);
+        float const descale = head_descale<Config>(params_.v_descale, params_.v_scale_rows, segment);
         shared_.normalise[row] = sum == 0.0f ? 0.0f : factor / total * descale;
         shared_.weight[row] = sum == 0.0f ? 0.0f : sum * factor / total;
         if (used && params_.lse.ptr != nullptr) {

@@ -19,7 +19,9 @@ struct DecodeParams {
     TensorRef o;   // as q, head_dim_v
     RowRef lse;    // natural log
 
-    DescaleRef k_descale;  // per tensor, or per (batch, KV head)
+    // Per tensor, or per (batch, KV head); by place, where scale_rows is not 0: per (page, KV head, so many
+    // rows of the page).
+    DescaleRef k_descale;
     DescaleRef v_descale;
     ChannelRef k_mean;  // subtracted from K beforehand: LSE gets softmax_scale * q . k_mean back
     ChannelRef v_mean;  // subtracted from V beforehand: O gets it back, times the weight of the keys
@@ -36,7 +38,9 @@ struct DecodeParams {
     std::int32_t heads_kv;
     std::int32_t head_dim;
     std::int32_t head_dim_v;
-    std::int32_t reserved[4];  // zero: fills the struct up to its 64-byte alignment
+    std::int32_t k_scale_rows;  // a power of two, where the kernel is made for it
+    std::int32_t v_scale_rows;
+    std::int32_t reserved[2];  // zero: fills the struct up to its 64-byte alignment
 };
 
 static_assert(kIsPlain<DecodeParams> && alignof(DecodeParams) == 64);

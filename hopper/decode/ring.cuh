@@ -28,7 +28,13 @@ class Ring {
             shared_.slot_k(warp_ / Config::kTeamWarps, warp_ % Config::kTeamWarps, state_.stage));
     }
 
+    // By kScales, for the tile's descales of keys too, which come with K.
+    template <bool kScales = false>
     __device__ __forceinline__ void wait() {
+        if constexpr (kScales && !Config::kGather) {
+            ptx::copy_async_wait<(Config::kSlots - 1) / 2>();
+            __syncwarp();
+        }
         if constexpr (Config::kGather) {
             ptx::copy_async_wait<Config::kSlots - 1>();
             __syncwarp();  // the other lanes' copies

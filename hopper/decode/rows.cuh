@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../clamp.cuh"
+#include "key_scales.cuh"
 #include "products.cuh"
 #include "storage.cuh"
 
@@ -23,10 +24,13 @@ struct UnitRow {
     }
 };
 
-// A descale of (batch, head), or of the tensor.
-__device__ __forceinline__ float head_descale(DescaleRef const& ref, int batch, int head) {
-    return ref.ptr == nullptr ? 1.0f
-                              : checked_descale(ref.ptr[batch * ref.batch_stride + head * ref.head_stride]);
+// A descale of (batch, head), or of the tensor; 1 where keys have their own.
+template <class Config>
+__device__ __forceinline__ float head_descale(DescaleRef const& ref, int scale_rows, Segment const& segment) {
+    if (ref.ptr == nullptr || (Config::kKeyScales && scale_rows != 0)) {
+        return 1.0f;
+    }
+    return checked_descale(ref.ptr[segment.batch * ref.batch_stride + segment.head * ref.head_stride]);
 }
 
 // What turns products with K into units of products with V. The two may be 2^24 apart: q and qv share a power
@@ -109,10 +113,10 @@ class QueryStage {
             shared.q[n][step][lane] = fragments[step];
         }
         if (lane % 4 == 0) {
-            float descale = head_descale(params.k_descale, segment.batch, segment.head);
+            float descale = head_descale<Config>(params.k_descale, params.k_scale_rows, segment);
             if constexpr (Config::kQv) {
                 // All scores are in units of V's.
-                float const of_v = head_descale(params.v_descale, segment.batch, segment.head);
+                float const of_v = head_descale<Config>(params.v_descale, params.v_scale_rows, segment);
                 if (n == 0 && lane == 0) {
                     shared.key_factor = checked_ratio(descale, of_v);
                 }

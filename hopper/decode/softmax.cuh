@@ -22,8 +22,10 @@ struct Accumulators {
     typename Products<Config>::Out o;
     float reference[kOwnRowTiles][2];
     float sum[kOwnRowTiles][2];  // of this lane's keys
+    float unit;                  // of O, with descales by key
 
     __device__ void clear() {
+        unit = 1.0f;
 #pragma unroll
         for (int n = 0; n < Config::kRowTiles; ++n) {
 #pragma unroll

@@ -19,6 +19,23 @@ struct Exchange<Config, true> {
     float2 sum[Config::kTeams][Config::kRowTiles][32];  // of a lane's keys, as Accumulators has it
 };
 
+// The descales of K and V of a tile's keys.
+template <class Config>
+struct TileScales {
+    alignas(16) float k[Config::kBlockN];
+    float v[Config::kBlockN];
+
+    __device__ __forceinline__ static int place(int key) { return key % 8 * (Config::kBlockN / 8) + key / 8; }
+};
+
+template <class Config, bool kIsNeeded = Config::kKeyScales>
+struct KeyScaleRing {};
+
+template <class Config>
+struct KeyScaleRing<Config, true> {
+    TileScales<Config> of[Config::kWarps][Config::kScaleStages];
+};
+
 template <class Config>
 struct SharedStorage {
     alignas(1024) char slots[Config::kWarps][Config::kSlots][Config::kSlotBytes];
@@ -46,6 +63,7 @@ struct SharedStorage {
     Walk<Config> loader_walk[Config::kWarps];
     Walk<Config> walk[Config::kWarps];
     int is_last;
+    KeyScaleRing<Config> scales;
 
     // With qv: the part of K that a warp has, if it has one.
     __device__ __forceinline__ char* slot_k(int team, int member, int slot) {

@@ -282,6 +282,8 @@ class DecodeParams:
     v_descale: tuple[int, int, int, int]
     k_mean: tuple[int, int, int]
     v_mean: tuple[int, int, int]
+    k_scale_rows: int
+    v_scale_rows: int
     partials: int
     tickets: int
     heads_q: int

@@ -22,6 +22,7 @@ from flash8.tensors.arguments import (
     require_tensor,
     to_int32,
 )
+from flash8.tensors.descales import is_per_token
 from flash8.tensors.float8 import E4M3
 from flash8.tensors.rotary import Rope, token_positions
 
@@ -71,10 +72,23 @@ class NewKeys:
                 f"v must have as many new rows as k {tuple(k.shape)}, got {tuple(v.shape)}"
             )
         self._quantizes = k.dtype != E4M3 and k_cache.dtype == E4M3
+        self._k_descale = self._descale("k", options.k_descale)
+        self._v_descale = self._descale("v", options.v_descale)
         if k_cache.dtype == E4M3 and (v.dtype == E4M3) == self._quantizes:
             raise TypeError(f"v must have k's dtype {k.dtype}, got {v.dtype}")
         self._k, self._v = k, v
         self._rope: Rope | None = None
+
+    def _descale(self, name: str, descale: Tensor | None) -> Tensor | None:
+        """What quantizes new rows."""
+        if not is_per_token(descale, self._k_cache):
+            return descale
+        if self._quantizes:
+            raise ValueError(
+                f"{name} must be {E4M3} where {name}_descale has a value for each token: quantize "
+                f"it, and write its descales where its tokens go"
+            )
+        return None
 
     def _check_new(self, name: str, new: Any, head_dim: int, geometry: Geometry) -> None:
         dtype = self._k_cache.dtype
@@ -198,8 +212,8 @@ class NewKeys:
     def _appended(self, options: Options) -> tuple[Appended, Appended]:
         where = (self._starts, self._cu_seqlens, options.page_table, options.kv_batch_idx)
         return (
-            Appended(self._k_cache, self._k, *where, options.k_descale, options.k_mean, self._rope),
-            Appended(self._v_cache, self._v, *where, options.v_descale, options.v_mean),
+            Appended(self._k_cache, self._k, *where, self._k_descale, options.k_mean, self._rope),
+            Appended(self._v_cache, self._v, *where, self._v_descale, options.v_mean),
         )
 
     def _queries(self, q: Tensor, options: Options) -> Queries | None:

@@ -100,8 +100,10 @@ def flash_attn_with_kvcache(
         scheduler_metadata: from `get_scheduler_metadata` for the same sizes.
         num_splits: 0 chooses.
         k_descale, v_descale: with page_table also (pages, heads_kv, 1), one per page, and without
-            (batch_cache, heads_kv, ceil(seqlen_cache / 128)). An append reads them and never
-            changes them: a page's descale must be set before its first token arrives.
+            (batch_cache, heads_kv, ceil(seqlen_cache / 128)); of either cache also one per token,
+            k_cache's shape without head_dim. An append reads them and never changes them: a page's
+            descale must be set before its first token arrives, and with one per token new rows
+            are e4m3, with their descales in place.
         k_mean, v_mean: fp32 (heads_kv, d) or (batch, heads_kv, d), with an e4m3 cache: what its
             rows lack, fixed when the cache was first filled.
 

@@ -319,19 +319,9 @@ def test_rotations_must_agree():
     refuse("q must not have had a mean", fp8.quantize(q, smooth_k=True), plain, v8)
 
 
-def test_small_pages_have_no_descales_of_their_own():
-    q, k, v = (torch.randn(1, 4, 1, 16).to(torch.float8_e4m3fn) for _ in range(3))
-    refuse(
-        "k_descale per page needs a page_size of at least 16, got 4",
-        q,
-        k,
-        v,
-        *(None,) * 4,
-        call=flash8.flash_attn_varlen_func,
-        page_table=int32((0,)).view(1, 1),
-        seqused_k=int32((4,)),
-        k_descale=torch.ones(1, 1, 1),
-    )
+def test_descales_by_token_are_for_caches():
+    q, k, v = (torch.randn(1, 40, 1, 16).to(torch.float8_e4m3fn) for _ in range(3))
+    refuse("A descale per token of k is for KV caches", q, k, v, k_descale=torch.ones(1, 40, 1))
 
 
 def test_gradients_of_raw_fp8_name_fp8_attention():

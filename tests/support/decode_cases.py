@@ -15,7 +15,7 @@ from torch import Tensor
 
 import oracle
 import tolerances
-from decode_launch import Call, DecodeKernel
+from decode_launch import BLOCK, Call, DecodeKernel
 from faults import Fault
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.compiler import Unit, compile_unit
@@ -58,9 +58,11 @@ def draw(
     heads_kv: int = 1,
     cache: Cache = Cache(),
     seed: int = 0,
+    scales: tuple[str, str] = ("token", "token"),
     **options: object,
 ) -> Call:
-    """Normal q, k, v; `lengths` are the used keys of each sequence."""
+    """Normal q, k, v; `lengths` are the used keys of each sequence, `scales` what the descales of k
+    and v belong to, where the variant has them by key: "head", "token", "page", "block"."""
     generator = torch.Generator().manual_seed(seed)
     batch, room = len(lengths), max(cache.room, *lengths, 1)
 
@@ -85,6 +87,13 @@ def draw(
         k, v = (32.0 * k).to(E4M3), (32.0 * v).to(E4M3)
         factors = 1.0 + 0.25 * torch.arange(batch * heads_kv).view(batch, heads_kv)
         given["k_descale"], given["v_descale"] = factors / 32.0, (factors + 0.5) / 32.0
+        if variant.scales == "key":
+            shapes = {"token": (pages, page_size, heads_kv), "page": (pages, heads_kv, 1)}
+            shapes["block"] = (pages, heads_kv, -(-page_size // BLOCK))
+            for name, granularity in zip("kv", scales, strict=True):
+                if granularity != "head":
+                    exponents = 6.0 * torch.rand(shapes[granularity], generator=generator) - 9.0
+                    given[f"{name}_descale"] = exponents.exp2()
     else:
         k, v = k.to(dtype), v.to(dtype)
     width = variant.head_dim + (variant.head_dim_v if variant.qv else 0)
@@ -128,6 +137,8 @@ def poisoned(call: Call) -> Call:
     """The same call with NaN in every slot of the cache that no query sees."""
     keys = keys_of(call)
     given = {name: torch.full(x.shape, math.nan).to(x.dtype) for name, x in _caches(call).items()}
+    by_key = {name: x for name, x in _descales(call).items() if x.dim() == 3}
+    given |= {name: torch.full_like(x, math.nan) for name, x in by_key.items()}
     for b in range(call.batch):
         if not keys.has_work(b):
             continue
@@ -137,6 +148,12 @@ def poisoned(call: Call) -> Call:
         slot = keys.slot(call.k, b, logical[seen])
         for name, x in _caches(call).items():
             given[name][slot] = x[slot]
+        for name, x in by_key.items():
+            if is_by_token(x, call):
+                given[name][slot] = x[slot]
+            else:
+                at = (slot[0], slice(None), slot[1] // BLOCK if x.shape[2] > 1 else 0 * slot[1])
+                given[name][at] = x[at]
     if call.qv is not None:
         given["k"], given["v"] = _of_one_cache(given["k"], given["v"])
     return replace(call, **given)
@@ -144,6 +161,29 @@ def poisoned(call: Call) -> Call:
 
 def _caches(call: Call) -> dict[str, Tensor]:
     return {"k": call.k, "v": call.v}
+
+
+def _descales(call: Call) -> dict[str, Tensor]:
+    both = {"k_descale": call.k_descale, "v_descale": call.v_descale}
+    return {name: x for name, x in both.items() if x is not None}
+
+
+def is_by_token(descale: Tensor, call: Call) -> bool:
+    return descale.shape == call.k.shape[:3]
+
+
+def _of_keys(descale: Tensor, call: Call, keys: oracle.Keys, b: int) -> Tensor:
+    """Broadcasting over (keys, heads_kv, d), in float64."""
+    descale = descale.double()
+    if descale.dim() == 0:
+        return descale
+    if descale.dim() == 2:
+        return descale[b][:, None]
+    if not is_by_token(descale, call):
+        tokens = call.k.shape[1]
+        each = tokens if descale.shape[2] == 1 else BLOCK
+        descale = descale.repeat_interleave(each, dim=2)[:, :, :tokens].transpose(1, 2)
+    return keys.take(descale[..., None], b)
 
 
 def reference(call: Call) -> tuple[Tensor, Tensor]:
@@ -157,10 +197,9 @@ def reference(call: Call) -> tuple[Tensor, Tensor]:
         at = queries_of(call, b)
         q = call.q[at].double()
         k, v = (keys.take(x.double(), b) for x in (call.k, call.v))
-        for name, x in (("k_descale", k), ("v_descale", v)):
-            descale = getattr(call, name)
-            if descale is not None:
-                x *= descale if descale.dim() == 0 else descale[b][:, None]
+        for name, descale in _descales(call).items():
+            x = k if name == "k_descale" else v
+            x *= _of_keys(descale, call, keys, b)
         for mean, x in ((call.k_mean, k), (call.v_mean, v)):
             if mean is not None:
                 x += mean[b]

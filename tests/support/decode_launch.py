@@ -12,6 +12,9 @@ from torch import Tensor
 from flash8 import _native
 from forward_launch import Launch
 
+#: Tokens that share a descale of a block.
+BLOCK = 128
+
 
 @dataclass(frozen=True)
 class Call:
@@ -31,7 +34,8 @@ class Call:
     page_table: Tensor | None = None
     max_seqlen_q: int | None = None
     s_aux: Tensor | None = None
-    k_descale: Tensor | None = None  # scalar or (batch, heads_kv)
+    #: Scalar, (batch, heads_kv); by key (pages, page_size, heads_kv) or (pages, heads_kv, blocks).
+    k_descale: Tensor | None = None
     v_descale: Tensor | None = None
     k_mean: Tensor | None = None  # (batch, heads_kv, head_dim): what k lacks
     v_mean: Tensor | None = None
@@ -112,8 +116,16 @@ class DecodeKernel:
         for name in ("k_descale", "v_descale"):
             descale = getattr(call, name)
             if descale is not None:
-                steps = (0, 0) if descale.dim() == 0 else descale.stride()
-                setattr(params, name, (given.upload(descale.reshape(-1)).address, *steps, 0))
+                address = given.upload(descale.reshape(-1)).address
+                steps = (*descale.stride(), 0, 0, 0)[:3]
+                if descale.dim() == 3:
+                    by_token = descale.shape == call.k.shape[:3]
+                    page, x, y = steps
+                    steps = (
+                        (page, y, x) if by_token else (page, x, 0 if descale.shape[2] == 1 else y)
+                    )
+                    setattr(params, f"{name[0]}_scale_rows", 1 if by_token else BLOCK)
+                setattr(params, name, (address, *steps))
         for name in ("k_mean", "v_mean"):
             mean = getattr(call, name)
             if mean is not None:

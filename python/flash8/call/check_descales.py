@@ -10,7 +10,6 @@ from flash8.call.options import Options
 from flash8.tensors.arguments import require_tensor
 from flash8.tensors.descales import (
     BLOCK,
-    MIN_PAGE_SIZE,
     check_value,
     num_blocks,
     num_packed_blocks,
@@ -21,11 +20,12 @@ from flash8.tensors.float8 import E4M3
 def check(q: Tensor, k: Tensor, geometry: Geometry, options: Options) -> None:
     """Raises TypeError or ValueError on a descale or mean that does not fit the call."""
     g = geometry
+    of_cache = [tuple(k.shape[:-1])] if options.is_cache or g.paged else []
     heads = (g.heads_kv,) if g.heads == g.heads_kv else (g.heads_kv, g.heads)
     allowed: dict[str, list[tuple[int, ...]]] = {
         "q_descale": [*((g.batch, h) for h in heads), _blocks(q, g.heads, g.batch, g.q_packed)],
-        "k_descale": [(g.batch, g.heads_kv), _key_blocks(k, g)],
-        "v_descale": [(g.batch, g.heads_kv), _key_blocks(k, g)],
+        "k_descale": [(g.batch, g.heads_kv), _key_blocks(k, g), *of_cache],
+        "v_descale": [(g.batch, g.heads_kv), _key_blocks(k, g), *of_cache],
     }
     for name, shapes in allowed.items():
         descale = getattr(options, name)
@@ -37,11 +37,6 @@ def check(q: Tensor, k: Tensor, geometry: Geometry, options: Options) -> None:
         shape = tuple(descale.shape)
         if descale.dim() != 0 and shape not in shapes:
             raise ValueError(_wrong_shape(name, shape, shapes, scaled))
-        if descale.dim() == 3 and name != "q_descale" and g.paged and k.shape[1] < MIN_PAGE_SIZE:
-            raise ValueError(
-                f"{name} per page needs a page_size of at least {MIN_PAGE_SIZE}, got {k.shape[1]}: "
-                "smaller pages cost a multiply per score"
-            )
     _check_channels(q, k, geometry, options)
 
 
@@ -70,13 +65,14 @@ def _wrong_shape(
     listed = " or ".join(str(allowed) for allowed in shapes)
     message = (
         f"{name} must be a scalar or have shape (batch, heads) or that of its blocks of {BLOCK} "
-        f"tokens (of its pages for a paged cache), here {listed}; got {shape}"
+        f"tokens (of its pages for a paged cache, or of the tokens of any cache), here {listed}; "
+        f"got {shape}"
     )
     tokens = scaled.shape[-3]
     if name != "q_descale" and tokens in shape and tokens > 1:
         message += (
-            f". A descale per token of {name[0]} is not supported: it would cost a multiply per "
-            "score, where block descales cost nothing"
+            f". A descale per token of {name[0]} is for KV caches: elsewhere it would cost a "
+            "multiply per score, where block descales cost nothing"
         )
     return message
 

@@ -8,6 +8,7 @@ x ~ descale * x_fp8 [+ mean], everything fp32. A descale's rank says what it bel
     (1, heads, total // 128 + batch)    128 tokens of a packed tensor; sequence b's first block is
                                         number cu_seqlens[b] // 128 + b (`block_offsets`)
     (pages, heads, 1)                   a page of a paged cache
+    (batch or pages, tokens, heads)     a token of a KV cache: the cache's shape without channels
 
 V may have another one per channel beside it, (heads_kv, d) or (batch, heads_kv, d), which O is
 multiplied with when it is complete. K's channels have none: they would multiply inside q . k.
@@ -28,13 +29,17 @@ BLOCK = 128
 SMALLEST = 2.0**-126
 #: Its inverse is a normal number, too.
 LARGEST = 2.0**126
-#: Pages with fewer tokens have no page descales.
-MIN_PAGE_SIZE = 16
 
 
 def num_blocks(seqlen: int) -> int:
     """Blocks of a dense sequence."""
     return -(-seqlen // BLOCK)
+
+
+def is_per_token(descale: Tensor | None, cache: Tensor) -> bool:
+    """Whether a descale of the KV cache has a value for each token. (The other shapes of rank 3 are
+    equal to this one only where they mean the same.)"""
+    return descale is not None and descale.dim() == 3 and descale.shape == cache.shape[:-1]
 
 
 def num_packed_blocks(total: int, batch: int) -> int:

@@ -31,7 +31,9 @@ void bind_decode(py::module_& module) {
         .def_readwrite("heads_q", &P::heads_q)
         .def_readwrite("heads_kv", &P::heads_kv)
         .def_readwrite("head_dim", &P::head_dim)
-        .def_readwrite("head_dim_v", &P::head_dim_v);
+        .def_readwrite("head_dim_v", &P::head_dim_v)
+        .def_readwrite("k_scale_rows", &P::k_scale_rows)
+        .def_readwrite("v_scale_rows", &P::v_scale_rows);
     module.def(
         "decode_workspace",
         [](const Kernel& kernel, int device, const P& call, int sm_margin) {

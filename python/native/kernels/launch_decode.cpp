@@ -88,6 +88,17 @@ void check_cache(const char* name, const TensorRef& cache, const DecodeParams& c
     }
 }
 
+void check_descale(const char* name, const DescaleRef& descale, std::int32_t rows, const KernelInfo& info) {
+    if (rows == 0) {
+        require(descale.block_stride == 0, "decode: ", name, " is per tensor or per head, not per block");
+        return;
+    }
+    require(info.scale_block != 0, "decode: this kernel takes no ", name, " by place");
+    require(descale.ptr != nullptr, "decode: ", name, " by place is null");
+    require(rows > 0 && (rows & (rows - 1)) == 0, "decode: ", rows, " rows share a ", name,
+            "; it must be a power of two");
+}
+
 void check_tensors(const DecodeParams& call, const KernelInfo& info) {
     check_rows_of(kCall, "q", call.q);
     require((info.qv != 0) == (call.qv.ptr != nullptr), "decode: this kernel ",
@@ -103,8 +114,8 @@ void check_tensors(const DecodeParams& call, const KernelInfo& info) {
     require(!uses_tma(info) || call.pages.page_table == nullptr || call.pages.page_size % kBoxRows == 0,
             "decode: page_size is ", call.pages.page_size, "; this kernel loads pages of a multiple of ",
             kBoxRows, " keys");
-    require(call.k_descale.block_stride == 0 && call.v_descale.block_stride == 0,
-            "decode: descales are per tensor or per head, not per block");
+    check_descale("k_descale", call.k_descale, call.k_scale_rows, info);
+    check_descale("v_descale", call.v_descale, call.v_scale_rows, info);
 }
 
 void check_workspace(const DecodeParams& call) {

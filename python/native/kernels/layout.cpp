@@ -156,12 +156,30 @@ StructLayout backward_params() {
 
 StructLayout decode_params() {
     using T = DecodeParams;
-    return layout<T>("DecodeParams",
-                     {FIELD(tma_k),      FIELD(tma_v),   FIELD(q),         FIELD(qv),        FIELD(k),
-                      FIELD(v),          FIELD(o),       FIELD(lse),       FIELD(k_descale), FIELD(v_descale),
-                      FIELD(k_mean),     FIELD(v_mean),  FIELD(sequences), FIELD(scores),    FIELD(pages),
-                      FIELD(partials),   FIELD(tickets), FIELD(heads_q),   FIELD(heads_kv),  FIELD(head_dim),
-                      FIELD(head_dim_v), FIELD(reserved)});
+    return layout<T>("DecodeParams", {FIELD(tma_k),
+                                      FIELD(tma_v),
+                                      FIELD(q),
+                                      FIELD(qv),
+                                      FIELD(k),
+                                      FIELD(v),
+                                      FIELD(o),
+                                      FIELD(lse),
+                                      FIELD(k_descale),
+                                      FIELD(v_descale),
+                                      FIELD(k_mean),
+                                      FIELD(v_mean),
+                                      FIELD(sequences),
+                                      FIELD(scores),
+                                      FIELD(pages),
+                                      FIELD(partials),
+                                      FIELD(tickets),
+                                      FIELD(heads_q),
+                                      FIELD(heads_kv),
+                                      FIELD(head_dim),
+                                      FIELD(head_dim_v),
+                                      FIELD(k_scale_rows),
+                                      FIELD(v_scale_rows),
+                                      FIELD(reserved)});
 }
 
 StructLayout group_ref() {

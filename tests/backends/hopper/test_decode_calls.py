@@ -49,6 +49,16 @@ def to_e4m3(tensors, given):
     return [q, *(x.to(E4M3) for x in cache)], {**given, **scales}
 
 
+def by_key(tensors, given):
+    """K's descales by token, V's by page, or by block of a dense cache."""
+    generator = torch.Generator().manual_seed(7)
+    q, k, v = (x.to(E4M3) if i else x for i, x in enumerate(tensors))
+    blocks = 1 if "page_table" in given else -(-k.shape[1] // 128)
+    shapes = {"k_descale": k.shape[:3], "v_descale": (k.shape[0], k.shape[2], blocks)}
+    scales = {n: 0.5 + torch.rand(shape, generator=generator) for n, shape in shapes.items()}
+    return [q, k, v], {**given, **scales}
+
+
 def dense(page_size=100, **options):
     tensors, given = draw(page_size, **options)
     given.pop("page_table")
@@ -90,6 +100,9 @@ CALLS = {
     "e4m3": (to_e4m3(*dense()), "decode_bf16_e4m3_d128_rows8"),
     "absorbed MLA": (absorbed(seqlen_q=2), "decode_bf16_d64x512_rows32_qv"),
     "absorbed MLA, e4m3": (to_e4m3(*absorbed()), "decode_bf16_e4m3_d64x512_rows16_qv"),
+    "descales by key": (by_key(*draw(16)), "decode_bf16_e4m3_d128_rows8_keyscales"),
+    "of pages of three": (by_key(*draw(3)), "decode_bf16_e4m3_d128_rows8_gather_keyscales"),
+    "of a dense cache": (by_key(*dense()), "decode_bf16_e4m3_d128_rows8_keyscales"),
     "more rows": (to_e4m3(*dense(seqlen_q=20)), "decode_bf16_e4m3_d128_rows32"),
 }
 
@@ -152,10 +165,10 @@ REFUSED = {
         {},
         "head_dim is 40; the decode kernel takes multiples of 16",
     ),
-    "pages' descales": (
-        lambda q, k, v: (q, k.to(E4M3), v.to(E4M3)),
+    "pages' descales of wide heads": (
+        lambda q, k, v: (q.repeat(1, 1, 1, 4), *(x.repeat(1, 1, 1, 4).to(E4M3) for x in (k, v))),
         {"k_descale": torch.ones(22, 2, 1)},
-        "k_descale is per block or page",
+        "k_descale is per token, block or page; with head_dim_v above 256",
     ),
     "expanded": (
         lambda q, k, v: (q, k[:1].expand(22, -1, -1, -1), v),

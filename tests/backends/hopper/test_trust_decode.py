@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missi
 
 CPU = torch.device("cpu")
 E8 = DecodeVariant("bf16", "e4m3", 128, 128, 8)
+K8 = DecodeVariant("bf16", "e4m3", 128, 128, 8, scales="key")
 MODIFIED = DecodeVariant("fp16", "e4m3", 128, 128, 8, score_mod=True)
 OTHERS = (
     MODIFIED,
@@ -28,6 +29,8 @@ OTHERS = (
     DecodeVariant("fp16", "e4m3", 512, 512, 16, load="gather", score_mod=True),
     DecodeVariant("bf16", "same", 512, 512, 8),
     DecodeVariant("fp16", "same", 64, 512, 32, load="gather", score_mod=True, qv=True),
+    DecodeVariant("fp16", "e4m3", 64, 64, 16, load="gather", score_mod=True, scales="key"),
+    DecodeVariant("bf16", "e4m3", 256, 256, 16, scales="key"),
 )
 MLA = DecodeVariant("bf16", "e4m3", 64, 512, 16, qv=True)
 DEFAULT = (*(v for v in SHIPPED_DECODERS if v.head_dim == 128), MODIFIED, MLA)
@@ -51,9 +54,15 @@ WRONG = {
     "sinks": (E8, (MERGE, "used && sinks != nullptr", "false"), "LSE"),
     "k_descale": (
         E8,
-        (ROWS, "head_descale(params.k_descale, segment.batch, segment.head)", "0.03125f"),
+        (ROWS, "head_descale<Config>(params.k_descale, params.k_scale_rows, segment)", "0.03125f"),
         "LSE",
     ),
+    "k_descale of keys": (
+        K8,
+        ("decode/key_scales.cuh", "checked_descale(tile.k[first + i])", "0.03125f"),
+        "LSE",
+    ),
+    "v_descale of keys": (K8, ("decode/merge.cuh", "? sums.unit : 1.0f", "? 1.0f : 1.0f"), "O is"),
     "descales of qv": (MLA, (ROWS, "k_descale / v_descale;", "1.0f;"), "LSE"),
     "v_descale": (E8, (MERGE, "factor / total * descale", "factor / total"), "O is off"),
     "tickets": (

@@ -152,7 +152,7 @@ FAULTS = (
     Fault(
         "k_unscaled",
         E8,
-        (ROWS, "head_descale(params.k_descale, segment.batch, segment.head)", "1.0f"),
+        (ROWS, "head_descale<Config>(params.k_descale, params.k_scale_rows, segment)", "1.0f"),
     ),
     Fault("v_unscaled", E8, (MERGE, "factor / total * descale", "factor / total")),
     Fault("power_of_two_forgotten", E8, (ROWS, "descale, scale);", "descale, 1.0f);")),

@@ -1,7 +1,7 @@
 """The descales of one unit, as the tiles need them.
 
-Nothing is multiplied into the operands: Q's and K's descales join the softmax scale of a tile of
-scores, V's joins the factor that rescales O from block to block.
+Q's and K's descales join the softmax scale of a tile of scores, V's joins the factor that rescales
+O from block to block. Only descales of single tokens, or of very few, multiply K and V.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,11 @@ from torch import Tensor
 from flash8.backends.cpu.mask import Tile
 from flash8.backends.cpu.sequences import KeyRows, QueryRows, Unit
 from flash8.call.options import Options
-from flash8.tensors.descales import BLOCK, checked
+from flash8.tensors.descales import BLOCK, checked, is_per_token
 from flash8.tensors.float8 import E4M3
+
+#: Keys that a tile has at least: fewer with one descale are multiplied by it.
+_LEAST_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,19 @@ class Descales:
             k = self.k.of(tile)
             factor = k if factor is None else factor * k
         return None if factor is None else factor[..., None]
+
+
+def key_factor(unit: Unit, descale: Tensor | None, cache: Tensor, paged: bool) -> Tensor | None:
+    """(B, seqlen_k, heads_kv, 1): what multiplies the keys of a unit, where tokens have descales of
+    their own, or pages that are too small for tiles."""
+    if descale is None or descale.dim() != 3:
+        return None
+    if is_per_token(descale, cache):
+        return unit.keys.tokens(checked(descale))[..., None]
+    if not paged or _largest_block(cache.shape[1]) >= _LEAST_BLOCK:
+        return None
+    of_tokens = checked(descale).transpose(1, 2).expand(-1, cache.shape[1], -1)
+    return unit.keys.tokens(of_tokens)[..., None]
 
 
 def load_descales(

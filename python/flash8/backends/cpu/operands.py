@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash8.backends.cpu.descales import Descales, load_descales
+from flash8.backends.cpu.descales import Descales, key_factor, load_descales
 from flash8.backends.cpu.sequences import Unit
 from flash8.call.checks import FP8
 from flash8.call.options import Options
@@ -39,7 +39,7 @@ class Operands:
     v_mean: Tensor | None  # (B or 1, heads_kv, 1, 1, head_dim_v)
     v_channel_descale: Tensor | None  # likewise
     scale: float
-    dtype: torch.dtype  # of q
+    dtype: torch.dtype  # of q; of wider ones that stand for float8, where K or V are multiplied
 
     @property
     def group(self) -> int:
@@ -116,11 +116,20 @@ def load(
         slopes = slopes.to(dtype).unflatten(1, grouped)[..., None, None]
     channels = options.v_channel_descale
     channels = None if channels is None else checked(channels)
+    paged = options.page_table is not None
+    k_rows, v_rows = unit.keys.tokens(k), unit.keys.tokens(v)
+    k_factor = key_factor(unit, options.k_descale, k, paged)
+    v_factor = key_factor(unit, options.v_descale, v, paged)
+    if k_factor is not None:
+        k_rows, options = k_rows.to(dtype) * k_factor, options._replace(k_descale=None)
+    if v_factor is not None:
+        v_rows, options = v_rows.to(dtype) * v_factor, options._replace(v_descale=None)
+    exact = k_factor is not None or v_factor is not None
     q_rows = heads_first(unit.queries.tokens(q), heads_kv, dtype)
     return Operands(
         q=q_rows if float8_q else q_rows * scale,
-        k=heads_first(unit.keys.tokens(k), heads_kv, dtype).squeeze(2),
-        v=heads_first(unit.keys.tokens(v), heads_kv, dtype).squeeze(2),
+        k=heads_first(k_rows, heads_kv, dtype).squeeze(2),
+        v=heads_first(v_rows, heads_kv, dtype).squeeze(2),
         qv=None if qv is None else heads_first(unit.queries.tokens(qv), heads_kv, dtype) * scale,
         sink=None if s_aux is None else s_aux.to(dtype).unflatten(0, grouped)[..., None],
         slopes=slopes,
@@ -130,7 +139,7 @@ def load(
         v_mean=_channels(options.v_mean, unit, dtype),
         v_channel_descale=_channels(channels, unit, dtype),
         scale=scale,
-        dtype=q.dtype,
+        dtype=dtype if float8_q and exact else q.dtype,
     )
 
 

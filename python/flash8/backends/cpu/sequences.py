@@ -6,6 +6,7 @@ what the mask lets a query see: other entries may be pages that were freed, or n
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from flash8.backends.cpu.mask import Mask
 from flash8.call import check_descales
 from flash8.call.options import Options
 from flash8.tensors.arguments import wrong_index
+from flash8.tensors.descales import check_value, is_per_token
 
 #: The row of a cache that a sequence without work has.
 NO_ROW = -1
@@ -88,6 +90,14 @@ class Unit:
     queries: QueryRows
     keys: KeyRows
 
+    def seen(self, x: Tensor, options: Options) -> Tensor:
+        """(B, keys, ...): the part of a tensor in k's layout that some query sees."""
+        begin, end = 0, 0
+        if self.queries.seqlen > 0:
+            mask = Mask(self.queries.seqlen, self.keys.seqlen, options)
+            begin, end = mask.visible_range(0, self.queries.seqlen)
+        return self.keys.tokens(x)[:, begin:end]
+
 
 def page_slots(pages: Tensor, page_size: int) -> Tensor:
     """The flat row in a (pages * page_size, ...) cache of every position of one sequence."""
@@ -118,6 +128,13 @@ def check_indices(q: Tensor, k: Tensor, options: Options) -> None:
 
 def check_values(q: Tensor, k: Tensor, options: Options) -> None:
     """Raises ValueError on descales that are none, and for pages on their indices."""
+    for name in ("k_descale", "v_descale"):
+        descale = getattr(options, name)
+        if is_per_token(descale, k):
+            for unit in units(q, k, options):
+                check_value(name, unit.seen(descale, options))
+            without: dict[str, Any] = {name: None}
+            options = options._replace(**without)
     if options.page_table is None:
         check_descales.check_values(options)
         return

@@ -18,13 +18,16 @@ from flash8.backends.hopper.decode_variants import (
     QV_TILES,
     ROWS,
     TILES,
+    WIDEST_OF_WARP,
     Cache,
     DecodeVariant,
     Element,
     Load,
+    Scales,
     tile_rows,
 )
 from flash8.call.options import Options
+from flash8.tensors.descales import BLOCK, is_per_token
 from flash8.tensors.float8 import E4M3
 
 _DTYPES: dict[torch.dtype, Element] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -52,7 +55,7 @@ def refusal(
     if q.dtype not in _DTYPES or k.dtype not in (q.dtype, E4M3):
         return f"there is no decode kernel for {q.dtype} q and {k.dtype} k"
     reason = attention_params.refused_scale(options)
-    reason = reason or _refused_options(q, k, qv, options) or _refused_sizes(q, k, v, qv, options)
+    reason = reason or _refused_options(k, v, qv, options) or _refused_sizes(q, k, v, qv, options)
     many = reason is None and _rows(q, k, options) > _FEW_ROWS
     if many and many_rows.refusal(q, k, v, qv, options, out) is None:
         return f"more than {_FEW_ROWS} rows of q for a KV head are for the forward kernel"
@@ -61,7 +64,7 @@ def refusal(
     return reason
 
 
-def _refused_options(q: Tensor, k: Tensor, qv: Tensor | None, options: Options) -> str | None:
+def _refused_options(k: Tensor, v: Tensor, qv: Tensor | None, options: Options) -> str | None:
     for name, given in (
         ("cu_seqlens_k", options.cu_seqlens_k is not None),
         ("dropout_p", options.dropout_p > 0.0),
@@ -76,8 +79,11 @@ def _refused_options(q: Tensor, k: Tensor, qv: Tensor | None, options: Options) 
         if given:
             return f"{name} has no decode kernel yet"
     for name, descale in (("k_descale", options.k_descale), ("v_descale", options.v_descale)):
-        if descale is not None and descale.dim() > 2:
-            return f"{name} is per block or page; the decode kernel takes one per tensor or head"
+        if descale is not None and descale.dim() > 2 and v.shape[-1] > WIDEST_OF_WARP:
+            return (
+                f"{name} is per token, block or page; with head_dim_v above {WIDEST_OF_WARP} the "
+                "decode kernel takes one per tensor or head"
+            )
     return None
 
 
@@ -158,7 +164,13 @@ def choose(
         "gather" if paged and k.shape[1] % attention_params.TMA_PAGE != 0 else "tma",
         options.softcap > 0.0 or options.alibi_slopes is not None,
         qv is not None,
+        "key" if any(_is_by_key(x) for x in (options.k_descale, options.v_descale)) else "head",
     )
+
+
+def _is_by_key(descale: Tensor | None) -> bool:
+    """Whether it is of tokens, blocks or pages."""
+    return descale is not None and descale.dim() == 3
 
 
 @functools.cache
@@ -171,9 +183,10 @@ def _variant(
     load: Load,
     score_mod: bool,
     qv: bool,
+    scales: Scales,
 ) -> DecodeVariant:
     """The variant for these choices, made once per process."""
-    return DecodeVariant(dtype, cache, head_dim, head_dim_v, rows, load, score_mod, qv)
+    return DecodeVariant(dtype, cache, head_dim, head_dim_v, rows, load, score_mod, qv, scales)
 
 
 def forward(
@@ -274,6 +287,20 @@ def _describe_cache(call: _native.DecodeParams, k: Tensor, options: Options) -> 
     """Pages and descales; returns what the call points to then."""
     call.pages.num_pages, call.pages.page_size = k.shape[:2]  # of a dense cache too
     held = attention_params.describe_pages(call, k, options)
-    return held + attention_params.describe_scaling(
+    held += attention_params.describe_scaling(
         call, options, ("k_descale", "v_descale"), ("k_mean", "v_mean")
     )
+    if _is_by_key(options.k_descale):
+        call.k_descale, call.k_scale_rows = _by_place(options.k_descale, k)
+    if _is_by_key(options.v_descale):
+        call.v_descale, call.v_scale_rows = _by_place(options.v_descale, k)
+    return held
+
+
+def _by_place(descale: Tensor | None, k: Tensor) -> tuple[tuple[int, int, int, int], int]:
+    """Address and strides of page, head and block of a descale by key, and the rows of a block. A
+    page is the only block of its own."""
+    assert descale is not None
+    if is_per_token(descale, k):
+        return attention_params.descale_ref(descale.transpose(1, 2)), 1
+    return attention_params.descale_ref(descale), BLOCK

@@ -13,8 +13,9 @@ from flash8.compiler import Unit, enumerator, kernel_root
 Element = Literal["fp16", "bf16"]
 Cache = Literal["same", "e4m3"]
 Load = Literal["tma", "gather"]
+Scales = Literal["head", "key"]
 
-_CHOICES = {"dtype": Element, "cache": Cache, "load": Load}
+_CHOICES = {"dtype": Element, "cache": Cache, "load": Load, "scales": Scales}
 #: head_dim and head_dim_v that tiles are made for, the smallest first; others are filled up with
 #: zeros as they are loaded.
 TILES = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (512, 512))
@@ -23,8 +24,8 @@ QV_TILES = ((64, 512),)
 #: Rows of a tile of Q: query heads of a KV head, times queries.
 ROWS = (8, 16, 32)
 _MOST_OF_O = 32 * 128  # values of O that the registers of a warp have room for
-_TEAM_WARPS = 4  # that share O out by channels where head_dim_v is above _WIDEST_OF_WARP
-_WIDEST_OF_WARP = 256
+_TEAM_WARPS = 4  # that share O out by channels where head_dim_v is larger
+WIDEST_OF_WARP = 256
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class DecodeVariant:
         load: "tma" takes dense caches and pages of a multiple of 8 keys, "gather" all others.
         score_mod: Whether there is softcap or ALiBi.
         qv: Whether scores are q . k + qv . v.
+        scales: What a descale of k or v belongs to: a head of a sequence, or a key; of pages and
+            blocks, too.
 
     Raises:
         ValueError: A choice is unknown, or there is no such tile.
@@ -53,6 +56,7 @@ class DecodeVariant:
     load: Load = "tma"
     score_mod: bool = False
     qv: bool = False
+    scales: Scales = "head"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -64,6 +68,10 @@ class DecodeVariant:
             raise ValueError(
                 f"head_dim and head_dim_v are {self.head_dim} and {self.head_dim_v}; supported are "
                 f"{tiles}" + (" with qv" if self.qv else "")
+            )
+        if self.scales == "key" and (self.cache != "e4m3" or self.head_dim_v > WIDEST_OF_WARP):
+            raise ValueError(
+                f"scales is 'key'; that needs an e4m3 cache and head_dim_v up to {WIDEST_OF_WARP}"
             )
         if self.rows not in tile_rows(self.head_dim_v):
             raise ValueError(
@@ -80,6 +88,7 @@ class DecodeVariant:
         parts += ["qv"] if self.qv else []
         parts += ["gather"] if self.load == "gather" else []
         parts += ["scoremod"] if self.score_mod else []
+        parts += ["keyscales"] if self.scales == "key" else []
         return "_".join(["decode", *parts])
 
     @property
@@ -91,6 +100,7 @@ class DecodeVariant:
             ("FLASH8_LOAD", enumerator(self.load)),
             ("FLASH8_SCORE_MOD", str(int(self.score_mod))),
             ("FLASH8_QV", str(int(self.qv))),
+            ("FLASH8_SCALES", enumerator(self.scales)),
             ("FLASH8_HEAD_DIM", str(self.head_dim)),
             ("FLASH8_HEAD_DIM_V", str(self.head_dim_v)),
             ("FLASH8_ROWS", str(self.rows)),
@@ -103,7 +113,7 @@ class DecodeVariant:
 
 def tile_rows(head_dim_v: int) -> tuple[int, ...]:
     """The rows that a tile may have."""
-    warps = _TEAM_WARPS if head_dim_v > _WIDEST_OF_WARP else 1
+    warps = _TEAM_WARPS if head_dim_v > WIDEST_OF_WARP else 1
     return tuple(rows for rows in ROWS if rows * head_dim_v <= _MOST_OF_O * warps)
 
 
@@ -114,6 +124,7 @@ def _shipped() -> tuple[DecodeVariant, ...]:
             rows += [DecodeVariant("bf16", cache, head_dim, head_dim, n) for n in ROWS]
             rows.append(DecodeVariant("bf16", cache, head_dim, head_dim, 8, load="gather"))
     rows.append(DecodeVariant("fp16", "same", 128, 128, 8))
+    rows += [DecodeVariant("bf16", "e4m3", 128, 128, n, scales="key") for n in (8, 16)]
     for cache in get_args(Cache):
         rows += [DecodeVariant("bf16", cache, 64, 512, n, qv=True) for n in ROWS]
     return tuple(rows)

@@ -7,6 +7,7 @@ from flash8 import _native
 from flash8.backends.hopper import attention_params
 from flash8.backends.hopper.variants import Scales
 from flash8.call.options import Options
+from flash8.tensors.descales import is_per_token
 
 _OUTPUTS = {
     torch.float16: _native.ElementType.FLOAT16,
@@ -18,6 +19,8 @@ _CHANNELS = ("k_mean", "v_mean", "v_channel_descale")
 
 def refusal(v: Tensor, options: Options) -> str | None:
     """Why no FP8 kernel serves a call with these options, or None."""
+    if any(is_per_token(x, v) for x in (options.k_descale, options.v_descale)):
+        return "a descale per token has no forward kernel"
     if scales(options) == "block" and options.page_table is not None:
         return "page_table with descales by page or block has no forward kernel yet"
     if scales(options) == "block" and options.leftpad_k is not None:

@@ -18,6 +18,7 @@ from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.verify.forward import Bounds, compare
 from flash8.backends.hopper.verify.watchdog import Watchdog
 from flash8.call.options import Options
+from flash8.tensors.descales import BLOCK
 from flash8.tensors.float8 import E4M3
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -110,12 +111,22 @@ def _problem(
         if variant.cache == "e4m3":
             x = (x * _UNIT).to(E4M3)
             factor = torch.tensor([1.0, 1.5] if name == "k" else [1.75, 1.25]) / _UNIT
-            given[f"{name}_descale"] = factor.expand(batch, -1).contiguous().to(device)
+            descale = factor.expand(batch, -1)
+            if variant.scales == "key":
+                factor = factor * torch.exp2(3.0 * draw(pages, rows, 1).tanh())
+                if name == "v":  # by page, or by block of a dense cache
+                    block = rows if page_size is not None else BLOCK
+                    factor = factor[:, ::block]
+                    descale, factor = factor.transpose(1, 2), factor.repeat_interleave(block, 1)
+                    factor = factor[:, :rows]
+                else:
+                    descale = torch.where(seen[..., None], factor, math.nan)
+            given[f"{name}_descale"] = descale.contiguous().to(device)
             # K's is not exact under a softcap.
             mean = 0.5 * draw(_HEADS_KV, head_dim)
             mean *= (name == "v" or not variant.score_mod) and not variant.qv
             given |= {f"{name}_mean": mean.to(device)} if mean.any() else {}
-            real.append(x.double() * factor.double()[:, None] + mean.double())
+            real.append(x.double() * factor.double()[..., None] + mean.double())
         else:
             x = x.to(dtype)
             real.append(x.double())
