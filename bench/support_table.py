@@ -205,16 +205,16 @@ ROWS = (
             *(prefilled(BF16), prefilled(FP16, cache_leftpad=ints([2]))),
             *(prefilled(BF16, page_table=ints([[0]])), prefilled(E4M3, page_table=ints([[0]]))),
             prefilled(BF16, page_table=ints([[0]]), cache_leftpad=ints([2])),
-            cached(E4M3, page_table=ints([[0]]), **per_head()),
         ],
     ),
     Row(
-        "16-bit q over an e4m3 cache: descales by tensor, head, page, token; smoothing; pages",
+        "an e4m3 cache, 16-bit or e4m3 q: descales by tensor, head, page, token; smoothing; pages",
         DecodeVariant,
         [
             *(cached(E4M3, BF16, **per_head()), cached(E4M3, FP16, **per_head())),
             cached(E4M3, BF16, page_table=ints([[0]]), **per_head()),
             cached(E4M3, BF16, k_mean=torch.zeros(2, 64), **per_head()),
+            cached(E4M3, q_descale=torch.ones(1, 4), page_table=ints([[0]]), **per_head()),
             cached(E4M3, BF16, page_table=ints([[0]]), k_descale=torch.ones(1, 2, 1)),
             cached(E4M3, BF16, k_descale=torch.ones(1, 2), v_descale=torch.ones(1, 32, 2)),
         ],
@@ -225,6 +225,14 @@ ROWS = (
         [
             *(latent(BF16), latent(E4M3, k_descale=torch.ones(1, 1))),
             *(latent(BF16, page_table=ints([[0]])), cached(BF16, dim=512)),
+        ],
+    ),
+    Row(
+        "KV cache: trees of drafts (`tree_mask`), splits of fixed boundaries (`split_keys`)",
+        DecodeVariant,
+        [
+            cached(BF16, tree_mask=ints([[1, 3, 5, 9]])),
+            cached(E4M3, BF16, split_keys=64, **per_head()),
         ],
     ),
     Row(

@@ -12,7 +12,8 @@
 //
 // A unit's ticket is that of the first CTA that has a part of it: only one unit begins in a CTA and ends
 // elsewhere. A CTA has two places for partial results, for a unit that began before it and for one that ends
-// after it.
+// after it. With split_keys every split has a place, and a unit that one CTA has all splits of needs no
+// ticket.
 
 #pragma once
 
@@ -40,7 +41,8 @@ class Merge {
         SequenceWork<Config> const& sequence = walk.sequence;
         bool const whole = segment.begin == 0 && segment.end == sequence.tiles;
         bool const started_here = segment.begin == 0;
-        float* const partial = place(blockIdx.x, started_here);
+        float* const partial = params_.split_keys != 0 ? params_.partials + int64_t{segment.piece} * kPartial
+                                                       : place(blockIdx.x, started_here);
         add_statistics(sums);
         int const row = threadIdx.x;
         if (row < kBlockM) {
@@ -75,12 +77,18 @@ class Merge {
             });
             __syncthreads();
         }
-        if (!whole && is_last_part(segment)) {
+        if (!whole && segment.ends_here && is_last_part(segment)) {
             add_parts(segment, sequence);
         }
     }
 
   private:
+    // Partial result `part` of a unit: a split, or what a CTA has of it.
+    __device__ __forceinline__ float* part_of(Segment const& segment, int part) const {
+        return params_.split_keys != 0 ? params_.partials + int64_t{segment.first_piece + part} * kPartial
+                                       : place(segment.first_cta + part, part == 0);
+    }
+
     // The partial result of a unit that `cta` has a part of.
     __device__ float* place(int cta, bool starts_there) const {
         return params_.partials + (2 * int64_t{cta} + (starts_there ? 1 : 0)) * kPartial;
@@ -216,6 +224,9 @@ class Merge {
 
     __device__ bool is_last_part(Segment const& segment) {
         // All threads have met since they wrote their part.
+        if (segment.first_cta == segment.last_cta) {
+            return true;
+        }
         if (threadIdx.x == 0) {
             int const first = segment.first_cta;
             int const before = ptx::add_acquire_release(params_.tickets + first, 1);
@@ -229,21 +240,21 @@ class Merge {
     }
 
     __device__ void add_parts(Segment const& segment, SequenceWork<Config> const& sequence) {
-        int const first = segment.first_cta;
-        int const last = segment.last_cta;
-        auto const reference_of = [&](int cta, int row) {
-            return __ldcg(place(cta, cta == first) + kPartialO + row);
+        int const parts =
+            params_.split_keys != 0 ? sequence.pieces : segment.last_cta - segment.first_cta + 1;
+        auto const reference_of = [&](int part, int row) {
+            return __ldcg(part_of(segment, part) + kPartialO + row);
         };
         int const row = threadIdx.x;
         if (row < kBlockM) {
             float reference = -FLT_MAX;
-            for (int cta = first; cta <= last; ++cta) {
-                reference = fmaxf(reference, reference_of(cta, row));
+            for (int part = 0; part < parts; ++part) {
+                reference = fmaxf(reference, reference_of(part, row));
             }
             float sum = 0.0f;
-            for (int cta = first; cta <= last; ++cta) {
-                sum += __ldcg(place(cta, cta == first) + kPartialO + kBlockM + row) *
-                       ptx::exp2(reference_of(cta, row) - reference);
+            for (int part = 0; part < parts; ++part) {
+                sum += __ldcg(part_of(segment, part) + kPartialO + kBlockM + row) *
+                       ptx::exp2(reference_of(part, row) - reference);
             }
             shared_.merged_reference[row] = reference;
             shared_.merged_sum[row] = sum;
@@ -254,12 +265,12 @@ class Merge {
             float const reference = shared_.merged_reference[row];
             float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll 4
-            for (int cta = first; cta <= last; ++cta) {
-                float const factor = ptx::exp2(reference_of(cta, row) - reference);
-                float2 const part = __ldcg(reinterpret_cast<float2 const*>(
-                    place(cta, cta == first) + row * Config::kHeadDimV + channel));
-                sum.x += part.x * factor;
-                sum.y += part.y * factor;
+            for (int part = 0; part < parts; ++part) {
+                float const factor = ptx::exp2(reference_of(part, row) - reference);
+                float2 const values = __ldcg(reinterpret_cast<float2 const*>(
+                    part_of(segment, part) + row * Config::kHeadDimV + channel));
+                sum.x += values.x * factor;
+                sum.y += values.y * factor;
             }
             store(segment, sequence, row, channel, sum);
         });

@@ -44,8 +44,8 @@ __device__ __forceinline__ float checked_ratio(float k_descale, float v_descale)
 // overflows or vanishes on the way. It is a normal number: 0 times the -inf of a hidden key would be NaN, and
 // with scales so small all scores are 0 as good as exactly.
 __device__ __forceinline__ float score_scale(float softmax_scale, float descale, float q_scale) {
-    if (isnan(descale)) {
-        return descale;
+    if (isnan(descale) || isnan(q_scale)) {
+        return NAN;
     }
     float const low = fminf(softmax_scale, descale);
     float const high = fmaxf(softmax_scale, descale);
@@ -53,9 +53,25 @@ __device__ __forceinline__ float score_scale(float softmax_scale, float descale,
     return fmaxf(fminf(low, q_scale) * fmaxf(high, q_scale) * middle, FLT_MIN);
 }
 
+// That of a row of an e4m3 Q. Blocks of a packed Q begin with their sequence; other granularities have
+// strides of 0.
+__device__ __forceinline__ float query_descale(DecodeParams const& params, SeqlenInfo const& info, int batch,
+                                               UnitRow const& row) {
+    DescaleRef const& ref = params.q_descale;
+    if (ref.ptr == nullptr) {
+        return 1.0f;
+    }
+    bool const packed = params.sequences.cu_seqlens_q != nullptr;
+    int const first = packed ? info.offset_q / kScaleBlock + batch : 0;
+    return checked_descale(
+        ref.ptr[batch * ref.batch_stride + row.head / params.heads_per_q_descale * ref.head_stride +
+                (first + row.query / kScaleBlock) * ref.block_stride]);
+}
+
 // Stages the fragments of Q in shared memory. One warp has eight rows, a lane a quarter of the channels of
 // row `group`. bf16 rows become fp16 for e4m3 keys: a power of two per row brings their largest value to
-// about 2^14, so none overflows, and values down to 2^-28 of it keep all their bits.
+// about 2^14, so none overflows, and values down to 2^-28 of it keep all their bits. e4m3 rows become fp16 as
+// they are.
 template <class Config>
 class QueryStage {
   public:
@@ -72,6 +88,7 @@ class QueryStage {
                    (info.offset_q + int64_t{exists ? at.query : 0}) * ref.row_stride +
                    (exists ? at.head : 0) * ref.head_stride;
         };
+        bool const is_e4m3 = kMayBeE4m3 && params.q_is_e4m3 != 0;
         uint16_t const* const q = row_of(params.q);
         uint2 fragments[Config::kChannelSteps];
         uint32_t largest = 0;  // magnitude, of bf16 as its bits
@@ -87,15 +104,20 @@ class QueryStage {
                 } else {
                     int const of_q = channel - 16 * kStepsOfQv;
                     bool const reads = exists && of_q < params.head_dim;
-                    words[b] = reads ? *reinterpret_cast<uint32_t const*>(q + of_q) : 0;
+                    words[b] = !reads    ? 0
+                               : is_e4m3 ? e4m3_pair(params.q, info, exists ? at : UnitRow{0, 0}, of_q)
+                                         : *reinterpret_cast<uint32_t const*>(q + of_q);
                 }
                 largest = max(largest, max(magnitude(words[b] & 0xffff), magnitude(words[b] >> 16)));
             }
             fragments[step] = make_uint2(words[0], words[1]);
         }
-        float const shift = mean_product(params, segment, fragments);
+        float shift = mean_product(params, segment, fragments, is_e4m3);
         float scale = 1.0f;
-        if constexpr (kNarrows) {
+        if (is_e4m3) {
+            scale = exists ? query_descale(params, info, segment.batch, at) : 1.0f;
+            shift *= scale;
+        } else if constexpr (kNarrows) {
             largest = max(largest, __shfl_xor_sync(0xffffffff, largest, 1));
             largest = max(largest, __shfl_xor_sync(0xffffffff, largest, 2));
             // The exponent of the largest value, kept where powers of two and their inverses are normal.
@@ -135,11 +157,25 @@ class QueryStage {
   private:
     static constexpr bool kNarrows =
         Config::kArithmetic == ArithmeticType::kFp16 && Config::kElement == ElementChoice::kBf16;
+    static constexpr bool kMayBeE4m3 = Config::kFp8 && !Config::kQv;
     static constexpr int kStepsOfQv = Config::kQv ? Config::kHeadDimV / 16 : 0;
+
+    // Two channels of a row of an e4m3 Q, in fp16.
+    __device__ __forceinline__ static uint32_t e4m3_pair(TensorRef const& ref, SeqlenInfo const& info,
+                                                         UnitRow const& at, int channel) {
+        int64_t const row = info.batch_q * ref.batch_stride +
+                            (info.offset_q + int64_t{at.query}) * ref.row_stride + at.head * ref.head_stride;
+        uint32_t pair;
+        uint32_t above;
+        ptx::widen_e4m3(
+            *reinterpret_cast<uint16_t const*>(static_cast<uint8_t const*>(ref.ptr) + row + channel), pair,
+            above);
+        return pair;
+    }
 
     // The product of a row, as it lies in global memory, and K's mean.
     __device__ static float mean_product(DecodeParams const& params, Segment const& segment,
-                                         uint2 const (&fragments)[Config::kChannelSteps]) {
+                                         uint2 const (&fragments)[Config::kChannelSteps], bool is_fp16) {
         if (Config::kQv || params.k_mean.ptr == nullptr) {
             return 0.0f;
         }
@@ -152,7 +188,7 @@ class QueryStage {
             for (int b = 0; b < 2; ++b) {
                 int const channel = 16 * step + Products<Config>::q_channel(threadIdx.x % 4, b);
                 if (channel < params.head_dim) {
-                    float2 const q = widened(b == 0 ? fragments[step].x : fragments[step].y);
+                    float2 const q = widened(b == 0 ? fragments[step].x : fragments[step].y, is_fp16);
                     product += q.x * mean[channel] + q.y * mean[channel + 1];
                 }
             }
@@ -161,12 +197,11 @@ class QueryStage {
         return product + __shfl_xor_sync(0xffffffff, product, 2);
     }
 
-    __device__ __forceinline__ static float2 widened(uint32_t pair) {
-        if constexpr (Config::kElement == ElementChoice::kBf16) {
-            return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
-        } else {
+    __device__ __forceinline__ static float2 widened(uint32_t pair, bool is_fp16) {
+        if (Config::kElement == ElementChoice::kFp16 || is_fp16) {
             return ptx::widen_fp16(pair);
         }
+        return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
     }
 
     __device__ static float slope(ScoreParams const& scores, int batch, int head) {

@@ -94,14 +94,18 @@ class RowTileSoftmax {
         int const first = position - sequence.info.offset_k;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            KeyRange const seen = mask.visible_keys(UnitRow::of<Config>(params, segment, row(n, r)).query);
+            int const query = UnitRow::of<Config>(params, segment, row(n, r)).query;
+            KeyRange const seen = mask.visible_keys(query);
+            uint32_t const hidden = hidden_new_keys(params, sequence, query);
+            int const first_new = sequence.first_new_key() - first;
             int const begin = max(seen.begin, 0) - first;
             int const end = seen.end - first;
 #pragma unroll
             for (int i = 0; i < kKeySteps; ++i) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    bool const visible = key(i, h) >= begin && key(i, h) < end;
+                    bool const visible = key(i, h) >= begin && key(i, h) < end &&
+                                         (bits_from(hidden, key(i, h) - first_new) & 1) == 0;
                     score(i, 2 * h + r) = visible ? score(i, 2 * h + r) : -INFINITY;
                 }
             }
@@ -151,6 +155,25 @@ class RowTileSoftmax {
     }
 
   private:
+    // A bit for each new key, set where the query does not see it.
+    __device__ __forceinline__ static uint32_t hidden_new_keys(DecodeParams const& params,
+                                                               SequenceWork<Config> const& sequence,
+                                                               int query) {
+        if (params.tree_mask == nullptr || query >= sequence.queries) {
+            return 0;
+        }
+        SeqlenInfo const& info = sequence.info;
+        return ~params.tree_mask[info.batch_q * params.tree_mask_stride + info.offset_q + query];
+    }
+
+    // None below bit 0 and above bit 31: a shift by 32 and more leaves nothing, and a negative number is
+    // more.
+    __device__ __forceinline__ static uint32_t bits_from(uint32_t word, int bit) {
+        uint32_t shifted;
+        asm("shr.b32 %0, %1, %2;" : "=r"(shifted) : "r"(word), "r"(bit));
+        return shifted;
+    }
+
     __device__ __forceinline__ static int key(int i, int h) {
         return 16 * i + 8 * h + static_cast<int>(threadIdx.x % 32) / 4;
     }

@@ -6,6 +6,9 @@
 // is a segment. A unit may be one segment, or its keys are shared out among neighbouring CTAs; only a CTA's
 // first and last segment can be such parts.
 //
+// With split_keys the keys of a unit are cut at fixed places, into splits. Splits are what is numbered and
+// shared out then, and each is a segment: so what happens to a sequence does not depend on its neighbours.
+//
 // The teams of a CTA, mostly single warps, share out a segment's tiles, each taking neighbours.
 
 #pragma once
@@ -48,6 +51,7 @@ struct SequenceWork {
     int common_end;
     int queries;  // that there is work for; the mask goes by info.seqlen_q
     int tiles;    // of a unit
+    int pieces;   // that it is shared out in: its tiles, or its splits
     int m_blocks;
 
     // offset_q: `first_row` of the sequence.
@@ -67,30 +71,42 @@ struct SequenceWork {
         work.begin = offset_k + max(0, head.begin);
         work.end = offset_k + max(0, tail.end);
         work.common_begin = offset_k + max(0, tail.begin);
-        work.common_end = offset_k + max(0, head.end);
+        // A query may see none of the new keys of a tree.
+        int const common_end = params.tree_mask == nullptr ? head.end : min(head.end, work.first_new_key());
+        work.common_end = offset_k + max(0, common_end);
         if (work.begin < work.end) {
             work.tiles = (work.end + Config::kBlockN - 1) / Config::kBlockN - work.first_tile();
         }
+        int const of_split = split_tiles(params);
+        work.pieces = of_split == 0 ? work.tiles : (work.tiles + of_split - 1) / of_split;
         int const ratio = params.heads_q / params.heads_kv;
         work.m_blocks = (work.queries * ratio + Config::kBlockM - 1) / Config::kBlockM;
         return work;
     }
 
+    // Of the keys that have queries of their own, counted without the left padding.
+    __device__ int first_new_key() const { return info.seqlen_k - info.seqlen_q; }
     __device__ int first_tile() const { return begin / Config::kBlockN; }
-    __device__ int all_tiles(DecodeParams const& params) const { return tiles * m_blocks * params.heads_kv; }
+    __device__ int all_pieces(DecodeParams const& params) const {
+        return pieces * m_blocks * params.heads_kv;
+    }
+    // Of a split, or 0.
+    __device__ static int split_tiles(DecodeParams const& params) {
+        return params.split_keys / Config::kBlockN;
+    }
 };
 
-// Consecutive numbers of tiles, and where the first of them is.
+// Consecutive numbers of pieces, and where the first of them is.
 struct Share {
-    int tiles_per_cta;
+    int pieces_per_cta;
     int begin;
     int end;
-    int batch;        // the sequence of the first tile, or -1
-    int batch_begin;  // the number of that sequence's first tile
+    int batch;        // the sequence of the first piece, or -1
+    int batch_begin;  // the number of that sequence's first piece
     int batch_row;    // that sequence's first row
 };
 
-// By all lanes of a warp. The host keeps the number of tiles below 2^30.
+// By all lanes of a warp. The host keeps the number of pieces below 2^30.
 template <class Config>
 class Shares {
   public:
@@ -100,7 +116,7 @@ class Shares {
         Share share{};
         share.batch = -1;
         int all = 0;
-        // The first pass counts, the second finds the sequence of the first tile.
+        // The first pass counts, the second finds the sequence of the first piece.
 #pragma unroll 1
         for (int pass = 0; pass < 2; ++pass) {
             int before = 0;
@@ -110,7 +126,7 @@ class Shares {
                 bool const exists = first + lane < params.sequences.batch;
                 int const row = first_rows(params.sequences, first, row_before);
                 int const own =
-                    exists ? SequenceWork<Config>::read(params, first + lane, row).all_tiles(params) : 0;
+                    exists ? SequenceWork<Config>::read(params, first + lane, row).all_pieces(params) : 0;
                 int const end = before + inclusive_sum(own);
                 unsigned const ends_after = __ballot_sync(0xffffffff, pass == 1 && end > share.begin);
                 if (ends_after != 0) {
@@ -123,9 +139,10 @@ class Shares {
             }
             if (pass == 0) {
                 all = before;
-                share.tiles_per_cta = max((all + ctas - 1) / ctas, Config::kLeastTiles);
-                share.begin = min(static_cast<int>(blockIdx.x) * share.tiles_per_cta, all);
-                share.end = min(share.begin + share.tiles_per_cta, all);
+                int const least = params.split_keys == 0 ? Config::kLeastTiles : 1;
+                share.pieces_per_cta = max((all + ctas - 1) / ctas, least);
+                share.begin = min(static_cast<int>(blockIdx.x) * share.pieces_per_cta, all);
+                share.end = min(share.begin + share.pieces_per_cta, all);
             }
         }
         return share;
@@ -151,6 +168,9 @@ struct Segment {
     int end;
     int first_cta;  // that has a part of the unit
     int last_cta;
+    int first_piece;  // of the unit
+    int piece;        // this one: a split, or the first of the tiles
+    bool ends_here;   // no more of the unit is this CTA's
 
     // Tiles [begin, end) of one team.
     template <class Config>
@@ -163,46 +183,54 @@ struct Segment {
 // Walks over the segments of a CTA. Its loader runs ahead of the products, so there are two of them.
 template <class Config>
 struct Walk {
-    int tile;  // the number of the first tile of the next segment
+    int piece;  // the number of the first piece of the next segment
     int end;
-    int tiles_per_cta;
-    int sequence_begin;  // the number of the sequence's first tile
+    int pieces_per_cta;
+    int sequence_begin;  // the number of the sequence's first piece
     int sequence_row;    // its first row
     SequenceWork<Config> sequence;
     Segment segment;
 
     __device__ static Walk over(Share const& share) {
         Walk walk{};
-        walk.tile = share.begin;
+        walk.piece = share.begin;
         walk.end = share.end;
-        walk.tiles_per_cta = share.tiles_per_cta;
+        walk.pieces_per_cta = share.pieces_per_cta;
         walk.sequence_begin = share.batch_begin;
         walk.sequence_row = share.batch_row;
-        walk.segment.batch = share.batch - 1;  // which has no tiles here
+        walk.segment.batch = share.batch - 1;  // which has no pieces here
         return walk;
     }
 
     // False at the end of the share.
     __device__ bool next(DecodeParams const& params) {
-        if (tile >= end) {
+        if (piece >= end) {
             return false;
         }
 #pragma unroll 1
-        while (tile >= sequence_begin + sequence.all_tiles(params)) {
-            sequence_begin += sequence.all_tiles(params);
+        while (piece >= sequence_begin + sequence.all_pieces(params)) {
+            sequence_begin += sequence.all_pieces(params);
             segment.batch += 1;
             sequence_row = first_row(params.sequences, segment.batch, sequence_row);
             sequence = SequenceWork<Config>::read(params, segment.batch, sequence_row);
         }
-        int const unit = (tile - sequence_begin) / sequence.tiles;
-        int const unit_begin = sequence_begin + unit * sequence.tiles;
-        segment.first_cta = unit_begin / tiles_per_cta;
-        segment.last_cta = (unit_begin + sequence.tiles - 1) / tiles_per_cta;
+        int const unit = (piece - sequence_begin) / sequence.pieces;
+        int const unit_begin = sequence_begin + unit * sequence.pieces;
+        segment.first_cta = unit_begin / pieces_per_cta;
+        segment.last_cta = (unit_begin + sequence.pieces - 1) / pieces_per_cta;
         segment.head = unit / sequence.m_blocks;
         segment.m_block = unit - segment.head * sequence.m_blocks;
-        segment.begin = tile - unit_begin;
-        segment.end = min(segment.begin + end - tile, sequence.tiles);
-        tile += segment.end - segment.begin;
+        segment.first_piece = unit_begin;
+        segment.piece = piece;
+        // A split at a time, or all of the unit that there is.
+        int const of_split = SequenceWork<Config>::split_tiles(params);
+        int const index = piece - unit_begin;
+        int const taken = of_split != 0 ? 1 : min(end - piece, sequence.pieces - index);
+        int const tiles_of_piece = of_split != 0 ? of_split : 1;
+        segment.begin = index * tiles_of_piece;
+        segment.end = min(segment.begin + taken * tiles_of_piece, sequence.tiles);
+        segment.ends_here = piece + taken == end || index + taken == sequence.pieces;
+        piece += taken;
         return true;
     }
 };

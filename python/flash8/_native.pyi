@@ -278,14 +278,20 @@ class DecodeParams:
     v: tuple[int, int, int, int]
     o: tuple[int, int, int, int]
     lse: tuple[int, int, int]
+    q_descale: tuple[int, int, int, int]
     k_descale: tuple[int, int, int, int]
     v_descale: tuple[int, int, int, int]
     k_mean: tuple[int, int, int]
     v_mean: tuple[int, int, int]
+    q_is_e4m3: int
+    heads_per_q_descale: int
     k_scale_rows: int
     v_scale_rows: int
     partials: int
     tickets: int
+    tree_mask: int
+    tree_mask_stride: int
+    split_keys: int
     heads_q: int
     heads_kv: int
     head_dim: int

@@ -70,6 +70,8 @@ def flash_attn_with_kvcache(
     out: Tensor | None = None,
     k_mean: Tensor | None = None,
     v_mean: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    split_keys: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention of q over a KV cache, which takes up new keys and values first, in place.
 
@@ -106,6 +108,14 @@ def flash_attn_with_kvcache(
             are e4m3, with their descales in place.
         k_mean, v_mean: fp32 (heads_kv, d) or (batch, heads_kv, d), with an e4m3 cache: what its
             rows lack, fixed when the cache was first filled.
+        tree_mask: int32 or uint32, q's shape without heads and head_dim: draft tokens that form a
+            tree. Bit n of a query's word says whether it sees the n-th of the sequence's last
+            seqlen_q keys, of at most 32; what causal, window_size and attention_chunk hide stays
+            hidden. Let drafts that no query sees hold finite values.
+        split_keys: a multiple of 64: keys after each of which a sequence is split, and nowhere
+            else. Its bits then do not depend on the other sequences of the batch, for one number
+            of queries, or one max_seqlen_q. Each split that the cache has room for takes a place
+            in a workspace, of rows x (head_dim_v + 2) x 4 bytes for a KV head. 0: any place.
 
     Returns:
         O; with return_softmax_lse (O, LSE, O of the splits, LSE of the splits), the last two fp32
@@ -162,6 +172,8 @@ def flash_attn_with_kvcache(
         out=out,
         k_mean=k_mean,
         v_mean=v_mean,
+        tree_mask=tree_mask,
+        split_keys=split_keys,
         return_softmax_lse=return_softmax_lse,
     )
     if isinstance(given, tuple):
@@ -197,6 +209,8 @@ def flash_attn_with_kvcache(
         "pack_gqa": pack_gqa,
         "sm_margin": sm_margin,
         "alibi_slopes": alibi_slopes,
+        "tree_mask": tree_mask,
+        "split_keys": split_keys,
     }
     arguments |= unwrap(arguments)
     query, keys, values = arguments["q"], arguments["k"], arguments["v"]

@@ -161,6 +161,23 @@ REFUSED = {
     "span": (changed(dense_call(), k=(16, 2**37, 16, 16)), r"k spans more than 2\^36 bytes"),
     "o": (changed(dense_call(), o=(8, 16, 16, 16)), "o is at address 8; it must be a multiple"),
     "blocks": (changed(dense_call(), k_descale=(16, 0, 0, 1)), "per tensor or per head"),
+    "descales of keys": (
+        changed(dense_call(), v_scale_rows=1, v_descale=(16, 0, 0, 1)),
+        "this kernel takes no v_descale by place",
+    ),
+    "wide queries' descale": (
+        changed(dense_call(), q_descale=(16, 0, 0, 0)),
+        "q_descale is given with a q of 16 bits",
+    ),
+    "queries' descale": (
+        changed(dense_call(), q_is_e4m3=1, q_descale=(16, 0, 1, 0), heads_per_q_descale=3),
+        "3 of 8 query heads share a q_descale",
+    ),
+    "a tree": (
+        changed(dense_call(rows=33), tree_mask=16),
+        "tree_mask is given with 33 rows of q; a word has 32 bits",
+    ),
+    "splits": (changed(dense_call(), split_keys=96), "split_keys is 96; it must be a multiple"),
     "partials": (changed(dense_call(), partials=8), "partials is at address 8; it must be"),
     "tickets": (changed(dense_call(), tickets=0), "tickets is null"),
 }
@@ -172,6 +189,46 @@ def test_what_is_refused(fake, kernel, name):
     with pytest.raises(ValueError, match=f"decode: .*{words}"):
         _native.launch_decode(kernel, 0, 0, call)
     assert not fake.launches
+
+
+REFUSED_BY_OTHERS = {
+    "16-bit keys": (
+        "decode_bf16_d128_rows8",
+        changed(dense_call(), q_is_e4m3=1),
+        "q is e4m3; this kernel takes q of 16 bits",
+    ),
+    "no descale of keys": (
+        "decode_bf16_e4m3_d128_rows8_keyscales",
+        changed(dense_call(), k_scale_rows=1),
+        "k_descale by place is null",
+    ),
+    "rows of descales": (
+        "decode_bf16_e4m3_d128_rows8_keyscales",
+        changed(dense_call(), k_scale_rows=24, k_descale=(16, 0, 0, 1)),
+        "24 rows share a k_descale; it must be a power of two",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_BY_OTHERS)
+def test_what_another_kernel_refuses(fake, driver, name):
+    variant, call, words = REFUSED_BY_OTHERS[name]
+    with pytest.raises(ValueError, match=f"decode: {words}"):
+        _native.launch_decode(load(driver, variant), 0, 0, call)
+    assert not fake.launches
+
+
+def test_every_split_has_a_place(fake, driver, kernel):
+    """Of as many as there is room for, rounded up to a power of two; a CTA may have one."""
+    call = changed(dense_call(batch=5, keys=1000), split_keys=128)
+    sizes = _native.decode_workspace(kernel, 0, call, MARGIN)
+    assert sizes == {"partials": 4 * 128 * 8 * 130, "tickets": 4 * 5 * 2 * 8}
+    _native.launch_decode(kernel, 0, 0, call, MARGIN)
+    assert grid(fake) == 5 * 2 * 8
+    many = driver.devices()[0].multiprocessors
+    call = changed(dense_call(batch=500, keys=1000), split_keys=128)
+    _native.launch_decode(kernel, 0, 0, call, MARGIN)
+    assert grid(fake) == many - MARGIN
 
 
 def test_other_kernels_are_refused(fake, driver):

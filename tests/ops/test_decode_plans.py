@@ -19,7 +19,8 @@ from simulated_device import missing_compiler
 pytest_plugins = ["driver_fixtures", "plan_cache_fixtures"]
 
 E4M3 = torch.float8_e4m3fn
-POINTERS = ("q", "qv", "k", "v", "o", "k_descale", "v_descale", "k_mean", "v_mean")
+POINTERS = ("q", "qv", "k", "v", "o", "q_descale", "k_descale", "v_descale", "k_mean", "v_mean")
+POINTERS += ("tree_mask",)
 PAGES = ("page_table",)
 SEQUENCES = ("cu_seqlens_q", "seqused_k", "leftpad_k", "kv_batch_idx")
 SCORES = ("sinks", "alibi_slopes")
@@ -74,6 +75,17 @@ def absorbed(seed=0):
     return {**given, "q": q, "qv": qv, "k_cache": both[..., 512:], "v_cache": both[..., :512]}
 
 
+def by_key(seed=0):
+    """K's descales by token, V's by page."""
+    scales = {"k_descale": torch.ones(9, 16, 2), "v_descale": torch.ones(9, 2, 1)}
+    return {**draw(seed, E4M3), **scales}
+
+
+def e4m3_queries(seed=0):
+    given = e4m3(seed)
+    return {**given, "q": given["q"].to(E4M3), "q_descale": torch.ones(2, 8)}
+
+
 SINKS = torch.linspace(-1.0, 2.0, 8)
 #: Of every kind that leaves a plan.
 CALLS = {
@@ -81,6 +93,10 @@ CALLS = {
     "dense": lambda seed: dense(seed),
     "all of a dense cache": lambda seed: {**dense(seed), "cache_seqlens": None},
     "e4m3": lambda seed: e4m3(seed),
+    "descales by key": lambda seed: by_key(seed),
+    "e4m3 queries": lambda seed: e4m3_queries(seed),
+    "a tree": lambda seed: {**draw(seed), "tree_mask": int32([[1, 3], [1, 2]])},
+    "splits": lambda seed: {**draw(seed), "split_keys": 64},
     "absorbed MLA": lambda seed: absorbed(seed),
     "packed": lambda seed: packed(seed),
     "masks": lambda seed: {**draw(seed), "causal": True, "window_size": (40, 0), "sm_margin": 3},
@@ -172,6 +188,8 @@ CHANGES = {
         "v_cache": x["v_cache"][:2],
     },
     "scale": lambda x: {"softmax_scale": 0.3},
+    "tree": lambda x: {"tree_mask": int32([[1, 3], [1, 2]])},
+    "splits": lambda x: {"split_keys": 64},
     "mask": lambda x: {"causal": True},
     "window": lambda x: {"window_size": (5, 0)},
     "margin": lambda x: {"sm_margin": 1},

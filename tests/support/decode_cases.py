@@ -59,6 +59,7 @@ def draw(
     cache: Cache = Cache(),
     seed: int = 0,
     scales: tuple[str, str] = ("token", "token"),
+    e4m3_q: bool = False,
     **options: object,
 ) -> Call:
     """Normal q, k, v; `lengths` are the used keys of each sequence, `scales` what the descales of k
@@ -73,6 +74,10 @@ def draw(
     dtype = DTYPES[variant.dtype]
     q = tensor(batch, seqlen_q, heads, variant.head_dim).to(dtype)
     given: dict = {"indices": {"seqused_k": int32(lengths)}}
+    if e4m3_q:
+        q = (16.0 * q.float()).to(E4M3)
+        given["q_descale"] = (1.0 + torch.rand(batch, heads, generator=generator)) / 16.0
+        given["out_dtype"] = dtype
     if cache.page_size is None:
         pages, page_size = batch, room
     else:
@@ -186,6 +191,38 @@ def _of_keys(descale: Tensor, call: Call, keys: oracle.Keys, b: int) -> Tensor:
     return keys.take(descale[..., None], b)
 
 
+def _of_queries(call: Call, b: int) -> Tensor:
+    """Of an e4m3 q, broadcasting over (rows, heads, d), in float64."""
+    descale = call.q_descale
+    if descale is None:
+        return torch.ones((), dtype=torch.float64)
+    descale = descale.double()
+    if descale.dim() < 2:
+        return descale
+    if descale.dim() == 2:
+        return descale[b].repeat_interleave(call.q.shape[-2] // descale.shape[1])[:, None]
+    rows = call.q[queries_of(call, b)].shape[0]
+    first, of = 0, b
+    if "cu_seqlens_q" in call.indices:
+        first, of = int(call.indices["cu_seqlens_q"][b]) // BLOCK + b, 0
+    return descale[of][:, first + torch.arange(rows) // BLOCK].T[..., None]
+
+
+def _drafts(call: Call, b: int, keys: int) -> Tensor:
+    """bool (rows, keys): what the tree lets a query see."""
+    rows = call.q[queries_of(call, b)].shape[0]
+    seen = torch.ones(rows, keys, dtype=torch.bool)
+    if call.tree_mask is None:
+        return seen
+    words = call.tree_mask[queries_of(call, b)].tolist()
+    for i, word in enumerate(words):
+        for n in range(rows):
+            key = keys - rows + n
+            if key >= 0 and not word >> n & 1:
+                seen[i, key] = False
+    return seen
+
+
 def reference(call: Call) -> tuple[Tensor, Tensor]:
     """O and LSE of every row in float64; 0 and -inf in rows that are not used."""
     o = torch.zeros((*call.q.shape[:-1], call.v.shape[-1]), dtype=torch.float64)
@@ -195,7 +232,7 @@ def reference(call: Call) -> tuple[Tensor, Tensor]:
         if not keys.has_work(b):
             continue
         at = queries_of(call, b)
-        q = call.q[at].double()
+        q = call.q[at].double() * _of_queries(call, b)
         k, v = (keys.take(x.double(), b) for x in (call.k, call.v))
         for name, descale in _descales(call).items():
             x = k if name == "k_descale" else v
@@ -208,7 +245,7 @@ def reference(call: Call) -> tuple[Tensor, Tensor]:
             q,
             k,
             v,
-            _mask(call, q.shape[0], k.shape[0]),
+            _mask(call, q.shape[0], k.shape[0]) & _drafts(call, b, k.shape[0]),
             call.softmax_scale,
             call.softcap,
             slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[b],

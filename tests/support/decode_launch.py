@@ -40,6 +40,10 @@ class Call:
     k_mean: Tensor | None = None  # (batch, heads_kv, head_dim): what k lacks
     v_mean: Tensor | None = None
     qv: Tensor | None = None  # as q, head_dim_v
+    q_descale: Tensor | None = None  # of an e4m3 q: scalar, (batch, heads) or by block of queries
+    out_dtype: torch.dtype | None = None  # q's, unless it is e4m3
+    tree_mask: Tensor | None = None  # int32, as q without heads and channels
+    split_keys: int = 0
 
     @property
     def batch(self) -> int:
@@ -85,7 +89,9 @@ class DecodeKernel:
     def _describe(self, given: Launch, call: Call) -> tuple:
         params = _native.DecodeParams()
         rows, heads = call.q.shape[-3:-1]
-        o = torch.full((*call.q.shape[:-1], call.v.shape[-1]), torch.nan, dtype=call.q.dtype)
+        o = torch.full(
+            (*call.q.shape[:-1], call.v.shape[-1]), torch.nan, dtype=call.out_dtype or call.q.dtype
+        )
         lse = torch.full((*call.q.shape[:-3], heads, rows), torch.nan)
         for name in ("q", "k", "v"):
             given.tensor(params, name, getattr(call, name))
@@ -126,6 +132,20 @@ class DecodeKernel:
                     )
                     setattr(params, f"{name[0]}_scale_rows", 1 if by_token else BLOCK)
                 setattr(params, name, (address, *steps))
+        params.q_is_e4m3 = int(call.q.dtype == torch.float8_e4m3fn)
+        params.heads_per_q_descale = 1
+        if call.q_descale is not None:
+            steps = (*call.q_descale.stride(), 0, 0, 0)[:3]
+            if call.q_descale.dim() == 3:
+                if packed:
+                    steps = (0, *steps[1:])
+            else:
+                params.heads_per_q_descale = heads // call.q_descale.shape[-1] if steps[1] else 1
+            params.q_descale = (given.upload(call.q_descale.reshape(-1)).address, *steps)
+        if call.tree_mask is not None:
+            params.tree_mask = given.upload(call.tree_mask).address
+            params.tree_mask_stride = 0 if packed else rows
+        params.split_keys = call.split_keys
         for name in ("k_mean", "v_mean"):
             mean = getattr(call, name)
             if mean is not None:

@@ -53,7 +53,7 @@ def forward_backend(
     over_cache = decode.is_wanted(q, k, options)
     why_not = decode.refusal(q, k, v, qv, options, out) if over_cache else None
     decodes = over_cache and why_not is None
-    if decodes and trust.is_trusted(decode.choose(q, k, v, options, qv), q.device):
+    if decodes and trust.is_trusted(decode.choose(q, k, v, options, qv, out), q.device):
         return decode
     reason = hopper.refusal(q, k, v, qv, options, out)
     if reason is None:

@@ -34,6 +34,8 @@ FP8 = E4M3
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, FP8)
 MAX_HEAD_DIM = 512
 MAX_SPLITS = 256
+TREE_KEYS = 32  # bits of a word of tree_mask
+_SPLIT_UNIT = 64  # keys: every kernel's tiles divide them
 _INT32_MAX = 2**31 - 1
 _INDEX_FIELDS = (
     *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
@@ -67,6 +69,7 @@ def attention(
     if out is not None:
         others = [x for x in options if isinstance(x, Tensor)]
         _check_out(out, (q, k, v, qv, s_aux), others, geometry)
+    options = options._replace(tree_mask=_tree_mask(q, geometry, options))
     options = scalars(options, names)
     suspicions.warn_about_scale(options.softmax_scale, geometry.head_dim)
     if options.smooth_k and k.dtype == FP8:
@@ -264,6 +267,24 @@ def _check_alibi(q: Tensor, geometry: Geometry, alibi_slopes: Any) -> None:
         raise ValueError("alibi_slopes is not differentiable, got requires_grad=True; detach it")
 
 
+def _tree_mask(q: Tensor, geometry: Geometry, options: Options) -> Tensor | None:
+    """The mask in int32."""
+    words: Any = options.tree_mask
+    if words is None:
+        return None
+    require_tensor("tree_mask", words, (torch.int32, torch.uint32), q)
+    meaning = "(total_q,)" if geometry.q_packed else "(batch, seqlen_q)"
+    require_shape("tree_mask", words, tuple(q.shape[:-2]), meaning)
+    queries: Any = options.max_seqlen_q if geometry.q_packed else q.shape[1]
+    if queries > TREE_KEYS:
+        raise ValueError(
+            f"tree_mask is for up to {TREE_KEYS} queries of a sequence, a bit for each, got "
+            f"{'max_seqlen_q = ' if geometry.q_packed else 'q with '}{queries}"
+        )
+    seen: Tensor = words.view(torch.int32)
+    return seen
+
+
 def output_dtype(q: Tensor) -> torch.dtype:
     """The dtype of O: that of q, bfloat16 for FP8."""
     return torch.bfloat16 if q.dtype == FP8 else q.dtype
@@ -365,8 +386,21 @@ def scalars(options: Options, names: Names = OWN_NAMES) -> Options:
         pack_gqa=None if pack_gqa is None else require_bool("pack_gqa", pack_gqa),
         deterministic=require_bool("deterministic", options.deterministic),
         smooth_k=_smooth_k(options.smooth_k, softcap),
+        split_keys=_split_keys(options),
         sm_margin=require_int("sm_margin", options.sm_margin, minimum=0, maximum=_INT32_MAX),
     )
+
+
+def _split_keys(options: Options) -> int:
+    keys = require_int("split_keys", options.split_keys, minimum=0, maximum=_INT32_MAX)
+    if keys % _SPLIT_UNIT != 0:
+        raise ValueError(f"split_keys must be a multiple of {_SPLIT_UNIT}, got {keys}")
+    if keys > 0 and options.num_splits > 1:
+        raise ValueError(
+            f"split_keys cannot be combined with num_splits = {options.num_splits}: it says where "
+            "a sequence is split"
+        )
+    return keys
 
 
 def _smooth_k(value: Any, softcap: float) -> bool:

@@ -35,6 +35,7 @@ class Options(NamedTuple):
     page_table: Tensor | None = None  # int32 (batch or cache batch, max_pages)
     kv_batch_idx: Tensor | None = None  # int32 (batch,)
     alibi_slopes: Tensor | None = None  # fp32 (heads,) or (batch, heads)
+    tree_mask: Tensor | None = None  # int32 (batch, seqlen_q) or (total_q,), a word of bits each
     dropout_seed: Tensor | None = None  # int64 (1,)
     dropout_p: float = 0.0
     softmax_scale: float | None = None  # None: (head_dim [+ head_dim_v with qv]) ** -0.5
@@ -50,6 +51,7 @@ class Options(NamedTuple):
     sm_margin: int = 0
     v_colmajor_tokens: int | None = None  # of a v as `flash8.tensors.v_colmajor` has it
     is_cache: bool = False  # k and v are a KV cache, of which a few queries see much
+    split_keys: int = 0  # keys after each of which a sequence may be split, nowhere else; 0: any
 
     @classmethod
     def of(cls, arguments: Arguments) -> "Options":

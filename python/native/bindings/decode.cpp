@@ -19,12 +19,14 @@ void bind_decode(py::module_& module) {
     def_tensor(type, "v", &P::v);
     def_tensor(type, "o", &P::o);
     def_rows(type, "lse", &P::lse);
+    def_descale(type, "q_descale", &P::q_descale);
     def_descale(type, "k_descale", &P::k_descale);
     def_descale(type, "v_descale", &P::v_descale);
     def_rows(type, "k_mean", &P::k_mean);
     def_rows(type, "v_mean", &P::v_mean);
     def_address(type, "partials", &P::partials);
     def_address(type, "tickets", &P::tickets);
+    def_address(type, "tree_mask", &P::tree_mask);
     type.def_property_readonly("sequences", [](P& self) { return &self.sequences; })
         .def_property_readonly("scores", [](P& self) { return &self.scores; })
         .def_property_readonly("pages", [](P& self) { return &self.pages; })
@@ -32,6 +34,10 @@ void bind_decode(py::module_& module) {
         .def_readwrite("heads_kv", &P::heads_kv)
         .def_readwrite("head_dim", &P::head_dim)
         .def_readwrite("head_dim_v", &P::head_dim_v)
+        .def_readwrite("q_is_e4m3", &P::q_is_e4m3)
+        .def_readwrite("heads_per_q_descale", &P::heads_per_q_descale)
+        .def_readwrite("tree_mask_stride", &P::tree_mask_stride)
+        .def_readwrite("split_keys", &P::split_keys)
         .def_readwrite("k_scale_rows", &P::k_scale_rows)
         .def_readwrite("v_scale_rows", &P::v_scale_rows);
     module.def(

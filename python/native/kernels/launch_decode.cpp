@@ -16,6 +16,8 @@ constexpr const char* kCall = "decode";
 constexpr std::int64_t kMaxUnits = std::int64_t{1} << 30;  // of tiles over all units: 32 bits count them
 constexpr std::int64_t kUnitBytes = 16;                    // of a cache: what one lane copies
 constexpr std::int64_t kWarps = 8;
+constexpr std::int64_t kSplitUnit = 64;  // keys: every tile divides them
+constexpr std::int32_t kTreeKeys = 32;   // bits of a word
 
 void check_kernel(const Kernel& kernel) {
     require(kernel.info().has_value(), "decode: ", kernel.name(), " exports no kernel_info");
@@ -51,17 +53,23 @@ void check_sizes(const DecodeParams& call, const KernelInfo& info) {
                                   : call.pages.page_size;
     require(sequences.max_seqlen_k <= room, "decode: max_seqlen_k is ", sequences.max_seqlen_k,
             "; the pages of a sequence hold ", room, " keys");
+    require(call.split_keys >= 0 && call.split_keys % kSplitUnit == 0, "decode: split_keys is ",
+            call.split_keys, "; it must be a multiple of ", kSplitUnit, ", and not negative");
+    require(call.tree_mask == nullptr || sequences.max_seqlen_q <= kTreeKeys,
+            "decode: tree_mask is given with ", sequences.max_seqlen_q, " rows of q; a word has ", kTreeKeys,
+            " bits");
     require(std::int64_t{sequences.max_seqlen_q} + sequences.max_seqlen_k <= kMaxRows, "decode: q has ",
             sequences.max_seqlen_q, " rows and k ", sequences.max_seqlen_k,
             "; supported are less than 2^31 in all");
 }
 
-// Tiles over all units, by the bounds that the host has.
-std::int64_t count_tiles(const DecodeParams& call, const KernelInfo& info) {
+// Tiles, or splits, over all units, by the bounds that the host has.
+std::int64_t count_pieces(const DecodeParams& call, const KernelInfo& info) {
     const SequenceParams& sequences = call.sequences;
     const std::int64_t rows = std::int64_t{sequences.max_seqlen_q} * (call.heads_q / call.heads_kv);
     require(rows <= kMaxRows, "decode: q has ", rows, " rows of folded heads; supported are less than 2^31");
-    const std::int64_t of_unit = blocks(sequences.max_seqlen_k, info.kBlockN);
+    const std::int64_t of_unit =
+        blocks(sequences.max_seqlen_k, call.split_keys > 0 ? call.split_keys : info.kBlockN);
     std::int64_t units = blocks(rows, info.kBlockM);
     for (const std::int64_t count : {std::int64_t{call.heads_kv}, std::int64_t{sequences.batch}, of_unit}) {
         require(count == 0 || units <= kMaxUnits / count, "decode: there are more than 2^30 tiles of keys");
@@ -114,6 +122,14 @@ void check_tensors(const DecodeParams& call, const KernelInfo& info) {
     require(!uses_tma(info) || call.pages.page_table == nullptr || call.pages.page_size % kBoxRows == 0,
             "decode: page_size is ", call.pages.page_size, "; this kernel loads pages of a multiple of ",
             kBoxRows, " keys");
+    require(call.q_is_e4m3 == 0 ||
+                (call.q_is_e4m3 == 1 && info.tma[0].element_type == ElementType::kUint8 && info.qv == 0),
+            "decode: q is e4m3; this kernel takes q of 16 bits");
+    require(call.q_descale.ptr == nullptr || call.q_is_e4m3 == 1,
+            "decode: q_descale is given with a q of 16 bits");
+    require(call.q_descale.ptr == nullptr ||
+                (call.heads_per_q_descale >= 1 && call.heads_q % call.heads_per_q_descale == 0),
+            "decode: ", call.heads_per_q_descale, " of ", call.heads_q, " query heads share a q_descale");
     check_descale("k_descale", call.k_descale, call.k_scale_rows, info);
     check_descale("v_descale", call.v_descale, call.v_scale_rows, info);
 }
@@ -125,10 +141,20 @@ void check_workspace(const DecodeParams& call) {
     require(call.tickets != nullptr, "decode: tickets is null");
 }
 
+// At least `value`: workspaces are kept, so that there should be few sizes.
+std::int64_t power_of_two(std::int64_t value) {
+    std::int64_t power = 1;
+    while (power < value) {
+        power *= 2;
+    }
+    return power;
+}
+
 std::int64_t count_ctas(const Kernel& kernel, int device, const DecodeParams& call, int sm_margin) {
     require(sm_margin >= 0, "decode: sm_margin is ", sm_margin, "; it must not be negative");
     const int multiprocessors = kernel.driver().primary(device).multiprocessors;
-    return std::clamp<std::int64_t>(blocks(count_tiles(call, *kernel.info()), kWarps), 1,
+    const std::int64_t pieces = count_pieces(call, *kernel.info());
+    return std::clamp<std::int64_t>(call.split_keys > 0 ? pieces : blocks(pieces, kWarps), 1,
                                     std::max(1, multiprocessors - sm_margin));
 }
 
@@ -156,7 +182,8 @@ DecodeWorkspace decode_workspace(const Kernel& kernel, int device, const DecodeP
     check_sizes(call, info);
     const std::int64_t ctas = count_ctas(kernel, device, call, sm_margin);
     constexpr std::int64_t kWord = 4;
-    return {kWord * 2 * ctas * info.kBlockM * (info.kHeadDimV + 2), kWord * ctas};
+    const std::int64_t parts = call.split_keys > 0 ? power_of_two(count_pieces(call, info)) : 2 * ctas;
+    return {kWord * parts * info.kBlockM * (info.kHeadDimV + 2), kWord * ctas};
 }
 
 void launch_decode(Kernel& kernel, int device, std::uint64_t stream, const DecodeParams& call,

@@ -10,7 +10,8 @@
 namespace flash8 {
 
 // What a launch needs besides its tensors, in bytes: it depends on the kernel and the number of CTAs, and
-// neither on the batch nor on any length.
+// neither on the batch nor on any length. With split_keys there is a partial result for each split that there
+// is room for.
 struct DecodeWorkspace {
     std::int64_t partials;
     std::int64_t tickets;  // zero before the launch, and zero again after it

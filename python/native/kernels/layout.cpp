@@ -164,6 +164,7 @@ StructLayout decode_params() {
                                       FIELD(v),
                                       FIELD(o),
                                       FIELD(lse),
+                                      FIELD(q_descale),
                                       FIELD(k_descale),
                                       FIELD(v_descale),
                                       FIELD(k_mean),
@@ -173,12 +174,17 @@ StructLayout decode_params() {
                                       FIELD(pages),
                                       FIELD(partials),
                                       FIELD(tickets),
+                                      FIELD(tree_mask),
+                                      FIELD(tree_mask_stride),
                                       FIELD(heads_q),
                                       FIELD(heads_kv),
                                       FIELD(head_dim),
                                       FIELD(head_dim_v),
                                       FIELD(k_scale_rows),
                                       FIELD(v_scale_rows),
+                                      FIELD(q_is_e4m3),
+                                      FIELD(heads_per_q_descale),
+                                      FIELD(split_keys),
                                       FIELD(reserved)});
 }
 

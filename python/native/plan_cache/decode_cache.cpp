@@ -25,6 +25,7 @@ constexpr Argument kTensors[] = {
     {"qv", offsetof(DecodeParams, qv.ptr), Argument::kAligned | Argument::kDifferentiable},
     {"s_aux", offsetof(DecodeParams, scores.sinks), Argument::kDifferentiable | Argument::kReadInFloat32},
     {"out", offsetof(DecodeParams, o.ptr), Argument::kAligned | Argument::kWritten},
+    {"q_descale", offsetof(DecodeParams, q_descale.ptr)},
     {"k_descale", offsetof(DecodeParams, k_descale.ptr)},
     {"v_descale", offsetof(DecodeParams, v_descale.ptr)},
     {"k_mean", offsetof(DecodeParams, k_mean.ptr)},
@@ -34,6 +35,7 @@ constexpr Argument kTensors[] = {
     {"cache_leftpad", offsetof(DecodeParams, sequences.leftpad_k)},
     {"cache_batch_idx", offsetof(DecodeParams, sequences.kv_batch_idx)},
     {"page_table", offsetof(DecodeParams, pages.page_table)},
+    {"tree_mask", offsetof(DecodeParams, tree_mask)},
     {"alibi_slopes", offsetof(DecodeParams, scores.alibi_slopes)},
     // Of a call that appends:
     {"k", Argument::kElsewhere, Argument::kAligned | Argument::kDifferentiable},

@@ -12,6 +12,7 @@ from fake_driver.cubin import LAYOUT, any_cubin
 from flash8 import _native, flash_attn_with_kvcache
 from flash8.backends.hopper import decode, streams
 from flash8.backends.hopper import kernels as hopper_kernels
+from flash8.call.options import Options
 from forward_cases import device, int32
 from simulated_device import missing_compiler
 
@@ -47,6 +48,11 @@ def to_e4m3(tensors, given):
     heads_kv = cache[0].shape[2]
     scales = {f"{x}_descale": torch.full((3, heads_kv), 0.25 + i) for i, x in enumerate("kv")}
     return [q, *(x.to(E4M3) for x in cache)], {**given, **scales}
+
+
+def queries_to_e4m3(tensors, given):
+    q, *cache = tensors
+    return [q.to(E4M3), *cache], {**given, "q_descale": torch.tensor(0.75)}
 
 
 def by_key(tensors, given):
@@ -85,8 +91,8 @@ def run(monkeypatch, tensors, given, call=flash_attn_with_kvcache):
         return call(*tensors, return_softmax_lse=True, **given)[:2]
 
 
-def agree(found, want):
-    for x, y, bound in zip(found, want, (1e-2, 1e-4), strict=True):
+def agree(found, want, of_o=1e-2):
+    for x, y, bound in zip(found, want, (of_o, 1e-4), strict=True):
         finite = torch.isfinite(y)
         assert torch.equal(finite, torch.isfinite(x))
         torch.testing.assert_close(x[finite], y[finite], atol=bound, rtol=bound)
@@ -100,6 +106,7 @@ CALLS = {
     "e4m3": (to_e4m3(*dense()), "decode_bf16_e4m3_d128_rows8"),
     "absorbed MLA": (absorbed(seqlen_q=2), "decode_bf16_d64x512_rows32_qv"),
     "absorbed MLA, e4m3": (to_e4m3(*absorbed()), "decode_bf16_e4m3_d64x512_rows16_qv"),
+    "e4m3 queries": (queries_to_e4m3(*to_e4m3(*dense())), "decode_bf16_e4m3_d128_rows8"),
     "descales by key": (by_key(*draw(16)), "decode_bf16_e4m3_d128_rows8_keyscales"),
     "of pages of three": (by_key(*draw(3)), "decode_bf16_e4m3_d128_rows8_gather_keyscales"),
     "of a dense cache": (by_key(*dense()), "decode_bf16_e4m3_d128_rows8_keyscales"),
@@ -112,9 +119,11 @@ CALLS = {
 def test_calls_that_it_takes(name, launched, monkeypatch):
     (tensors, given), kernel = CALLS[name]
     given = {**given, "causal": True}
+    # The portable code rounds P to e4m3 where q is.
     agree(
         run(monkeypatch, tensors, given),
         flash_attn_with_kvcache(*tensors, return_softmax_lse=True, **given)[:2],
+        2e-2 if tensors[0].dtype == E4M3 else 1e-2,
     )
     assert launched == [kernel]
 
@@ -132,6 +141,25 @@ def test_other_arguments(launched, monkeypatch):
     found = run(monkeypatch, tensors, {**given, "out": out})
     agree(found, want)
     assert found[0] is out and len(launched) == 1
+
+
+def test_the_type_of_o_is_that_of_the_kernel():
+    """bf16 for e4m3 queries, unless `out` says otherwise."""
+    (q, k, v), _ = queries_to_e4m3(*to_e4m3(*dense()))
+    options = Options(is_cache=True)
+    out = torch.empty(q.shape, dtype=torch.float16)
+    assert decode.choose(q, k, v, options).dtype == "bf16"
+    assert decode.choose(q, k, v, options, None, out).dtype == "fp16"
+
+
+@needs_compiler
+def test_drafts_and_splits(launched, monkeypatch):
+    tensors, given = draw(seqlen_q=5)
+    words = torch.randint(0, 2**31, (3, 5), generator=torch.Generator().manual_seed(1))
+    given |= {"tree_mask": (words | 1 << torch.arange(5)).int(), "split_keys": 64}
+    want = flash_attn_with_kvcache(*tensors, return_softmax_lse=True, **given)[:2]
+    agree(run(monkeypatch, tensors, given), want)
+    assert launched == ["decode_bf16_d128_rows32"]
 
 
 @needs_compiler

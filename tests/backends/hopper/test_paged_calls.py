@@ -65,7 +65,17 @@ CALLS = {
     "e4m3, one row": (
         draw(dtype=E4M3, seqlen_q=1),
         {"pack_gqa": False},
-        "forward_e4m3_d128_causal_paged_headscales",
+        "decode_bf16_e4m3_d128_rows8",
+    ),
+    "e4m3, pages of 20 keys": (
+        draw(20, dtype=E4M3),
+        {},
+        "decode_bf16_e4m3_d128_rows32_gather",
+    ),
+    "e4m3, pages' descales": (
+        draw(dtype=E4M3),
+        {"k_descale": torch.ones(31, 2, 1), "v_descale": torch.ones(31, 2, 1)},
+        "decode_bf16_e4m3_d128_rows32_keyscales",
     ),
     "pages of 20 keys": (draw(20), {}, "decode_bf16_d128_rows32_gather"),
     "dense": (dense(), {}, "forward_bf16_d128_causal"),
@@ -92,13 +102,8 @@ def test_which_kernel_serves(name, launched, on_fake_driver, fake, monkeypatch):
 
 REFUSED = {
     "many rows of odd pages": (draw(20, seqlen_q=300), {}, "there are 300 rows of q for a KV head"),
-    "e4m3 over odd pages": (draw(20, dtype=E4M3), {}, "float8_e4m3fn q and"),
+    "many e4m3 rows": (draw(20, dtype=E4M3, seqlen_q=300), {}, "there are 300 rows of q for a KV"),
     "splits": (draw(), {"num_splits": 2}, "num_splits has no"),
-    "pages' descales": (
-        draw(dtype=E4M3),
-        {"k_descale": torch.ones(31, 2, 1), "v_descale": torch.ones(31, 2, 1)},
-        "float8_e4m3fn q and",
-    ),
 }
 
 

@@ -49,7 +49,7 @@ def test_a_sound_kernel_passes(variant, checked):
 SOFTMAX, MERGE, ROWS = (f"decode/{name}.cuh" for name in ("softmax", "merge", "rows"))
 #: What a kernel that ignores a parameter, or leaves its tickets, is found by.
 WRONG = {
-    "causal": (E8, (SOFTMAX, "key(i, h) < end;", "true;"), "row"),
+    "causal": (E8, (SOFTMAX, "key(i, h) < end &&", "true &&"), "row"),
     "leftpad": (E8, ("attention/seqlen_info.cuh", "begin + leftpad;", "begin;"), "row"),
     "sinks": (E8, (MERGE, "used && sinks != nullptr", "false"), "LSE"),
     "k_descale": (

@@ -135,7 +135,7 @@ FAULTS = (
     ),
     Fault("rows_without_work", E8, (KERNEL, "    EmptyRows<Config>(params).store();\n", "")),
     # Masks.
-    Fault("a_key_too_many", E8, (SOFTMAX, "key(i, h) < end;", "key(i, h) <= end;")),
+    Fault("a_key_too_many", E8, (SOFTMAX, "key(i, h) < end &&", "key(i, h) <= end &&")),
     Fault("a_key_too_few", E8, (SOFTMAX, "key(i, h) >= begin", "key(i, h) > begin")),
     Fault("edge_unmasked", E8, (LOOP, "position < common_begin ||", "")),
     Fault("end_unmasked", E8, (LOOP, "|| position + Config::kBlockN > common_end", "")),

@@ -32,6 +32,7 @@ class Operands:
     v: Tensor  # (B, heads_kv, seqlen_k, head_dim_v)
     qv: Tensor | None  # (B, heads_kv, G, seqlen_q, head_dim_v), times softmax_scale
     sink: Tensor | None  # (heads_kv, G, 1): broadcasts over rows
+    tree_mask: Tensor | None  # (seqlen_q), a word of bits each; B is 1 then
     slopes: Tensor | None  # (1 or B, heads_kv, G, 1, 1)
     batch_heads: Tensor  # int64 (B, heads_kv, G): batch * heads + head, names a dropout mask
     descales: Descales
@@ -114,6 +115,7 @@ def load(
     if slopes is not None:
         slopes = slopes[None] if slopes.dim() == 1 else slopes[unit.batch]
         slopes = slopes.to(dtype).unflatten(1, grouped)[..., None, None]
+    words = options.tree_mask
     channels = options.v_channel_descale
     channels = None if channels is None else checked(channels)
     paged = options.page_table is not None
@@ -132,6 +134,7 @@ def load(
         v=heads_first(v_rows, heads_kv, dtype).squeeze(2),
         qv=None if qv is None else heads_first(unit.queries.tokens(qv), heads_kv, dtype) * scale,
         sink=None if s_aux is None else s_aux.to(dtype).unflatten(0, grouped)[..., None],
+        tree_mask=None if words is None else unit.queries.tokens(words)[0],
         slopes=slopes,
         batch_heads=batch_heads.unflatten(1, grouped),
         descales=load_descales(unit, q, options, scale, grouped, page),

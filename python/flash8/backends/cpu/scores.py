@@ -49,7 +49,21 @@ class Scores:
 
     def hidden(self, tile: Tile) -> Tensor | None:
         """bool (M, N), True where the mask hides the key; None if the whole tile is visible."""
-        return self.mask.hidden(tile, self._operands.q.device)
+        hidden = self.mask.hidden(tile, self._operands.q.device)
+        words = self._operands.tree_mask
+        if words is None or tile.n_end <= self._first_new_key():
+            return hidden
+        drafts = self._hidden_drafts(words[tile.m_begin : tile.m_end], tile)
+        return drafts if hidden is None else hidden | drafts
+
+    def _first_new_key(self) -> int:
+        return self._operands.seqlen_k - self._operands.seqlen_q
+
+    def _hidden_drafts(self, words: Tensor, tile: Tile) -> Tensor:
+        """bool (M, N): True where a bit hides one of the sequence's last keys."""
+        bits = torch.arange(tile.n_begin, tile.n_end, device=words.device) - self._first_new_key()
+        seen = (words[:, None] >> bits.clamp(0, 31)) & 1
+        return (seen == 0) & (bits >= 0)
 
     def bias_and_mask(self, s: Tensor, tile: Tile, hidden: Tensor | None) -> Tensor:
         """Adds ALiBi and hides what is `hidden` of the tile, in place."""

@@ -32,6 +32,7 @@ _PER_SEQUENCE = (
     "leftpad_k",
     "page_table",
     "kv_batch_idx",
+    "tree_mask",
 )
 
 
@@ -156,7 +157,8 @@ def check_tokens(x: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None) -
 
 
 def _is_plain_batch(options: Options) -> bool:
-    return all(getattr(options, name) is None for name in _PER_SEQUENCE)
+    alone = options.split_keys > 0  # bits must not depend on what is worked on together
+    return not alone and all(getattr(options, name) is None for name in _PER_SEQUENCE)
 
 
 def _batch_units(q: Tensor, k: Tensor) -> Iterator[Unit]:

@@ -43,6 +43,7 @@ def refusal_of_options(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str
         ("page_table", options.page_table is not None),
         ("leftpad_k", options.leftpad_k is not None),
         ("kv_batch_idx", options.kv_batch_idx is not None),
+        ("tree_mask", options.tree_mask is not None),
         ("dropout without a seed", options.dropout_p > 0.0 and options.dropout_seed is None),
     ):
         if given:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
-from flash8.backends.hopper import attention_params, kernels, streams
+from flash8.backends.hopper import attention_params, forward_fp8, kernels, streams
 from flash8.backends.hopper import forward as many_rows
 from flash8.backends.hopper.decode_variants import (
     QV_TILES,
@@ -26,6 +26,7 @@ from flash8.backends.hopper.decode_variants import (
     Scales,
     tile_rows,
 )
+from flash8.call.checks import output_dtype
 from flash8.call.options import Options
 from flash8.tensors.descales import BLOCK, is_per_token
 from flash8.tensors.float8 import E4M3
@@ -52,7 +53,7 @@ def refusal(
     out: Tensor | None = None,
 ) -> str | None:
     """Why no decode kernel serves this call, or None. `out` is the caller's."""
-    if q.dtype not in _DTYPES or k.dtype not in (q.dtype, E4M3):
+    if q.dtype not in (*_DTYPES, E4M3) or k.dtype not in (q.dtype, E4M3):
         return f"there is no decode kernel for {q.dtype} q and {k.dtype} k"
     reason = attention_params.refused_scale(options)
     reason = reason or _refused_options(k, v, qv, options) or _refused_sizes(q, k, v, qv, options)
@@ -70,7 +71,6 @@ def _refused_options(k: Tensor, v: Tensor, qv: Tensor | None, options: Options) 
         ("dropout_p", options.dropout_p > 0.0),
         ("num_splits", options.num_splits > 1),
         ("v_colmajor", options.v_colmajor_tokens is not None),
-        ("q_descale", options.q_descale is not None),
         ("k_mean with softcap", options.k_mean is not None and options.softcap > 0.0),
         ("k_mean with qv", qv is not None and options.k_mean is not None),
         ("v_mean with qv", qv is not None and options.v_mean is not None),
@@ -149,15 +149,20 @@ def _span(x: Tensor) -> int:
 
 
 def choose(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, qv: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    qv: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> DecodeVariant:
-    """The variant that serves a call which is not refused."""
+    """The variant that serves a call which is not refused. `out` is the caller's."""
     tile = _tile(q, v, qv)
     assert tile is not None
     rows, supported = _rows(q, k, options), tile_rows(tile[1])
     paged = options.page_table is not None
     return _variant(
-        _DTYPES[q.dtype],
+        _DTYPES[output_dtype(q) if out is None else out.dtype],
         "e4m3" if k.dtype == E4M3 else "same",
         *tile,
         next((n for n in supported if rows <= n), supported[-1]),
@@ -259,7 +264,7 @@ def plan(
     variant: DecodeVariant | None = None,
 ) -> Plan:
     """The kernel and the parameters of a call. `variant` is `choose`'s unless given."""
-    kernel = kernels.kernel(choose(q, k, v, options, qv) if variant is None else variant)
+    kernel = kernels.kernel(choose(q, k, v, options, qv, out) if variant is None else variant)
     device = q.device.index or 0
     call = _native.DecodeParams()
     held = []
@@ -273,14 +278,28 @@ def plan(
     call.q, call.k, call.v, call.o = (attention_params.tensor_ref(x) for x in (q, k, v, out))
     call.lse = attention_params.row_ref(lse)
     call.head_dim_v = v.shape[-1]
+    call.q_is_e4m3 = int(q.dtype == E4M3)
     indices = attention_params.indices_of(options)
     attention_params.describe(call, q, k, indices, options)
     held += [q, *indices.values(), *attention_params.describe_scores(call, s_aux, options)]
     held += _describe_cache(call, k, options)
+    held += forward_fp8.describe_query_scales(call, q, k, options)
+    held += _describe_tree(call, options)
+    call.split_keys = options.split_keys
     workspace = _native.decode_workspace(kernel, device, call, options.sm_margin)
     partials = torch.empty(workspace["partials"] // 4, dtype=torch.float32, device=q.device)
     call.partials = partials.data_ptr()
     return Plan(kernel, device, call, options.sm_margin, workspace, [*held, partials])
+
+
+def _describe_tree(call: _native.DecodeParams, options: Options) -> list[Tensor]:
+    """The words of a tree of drafts; returns what the call points to then."""
+    if options.tree_mask is None:
+        return []
+    words = options.tree_mask.contiguous()
+    call.tree_mask = words.data_ptr()
+    call.tree_mask_stride = words.stride(0) if words.dim() == 2 else 0
+    return [words]
 
 
 def _describe_cache(call: _native.DecodeParams, k: Tensor, options: Options) -> list[Tensor]:

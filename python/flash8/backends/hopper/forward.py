@@ -41,6 +41,7 @@ def refusal(
             return f"{name} is {size}; kernels take multiples of 8 up to {HEAD_DIMS[-1]}"
     for name, given in (
         ("qv", qv is not None),
+        ("tree_mask", options.tree_mask is not None),
         ("num_splits", options.num_splits > 1),
         ("dropout without a seed", options.dropout_p > 0.0 and options.dropout_seed is None),
     ):

@@ -56,8 +56,22 @@ def describe_scales(
     call: attention_params.TrainingCall, q: Tensor, k: Tensor, options: Options
 ) -> list[Tensor]:
     """Fills in descales and means, which a backward has too. Returns what `call` points to then."""
+    _describe_query_heads(call, q, k, options)
+    return attention_params.describe_scaling(call, options, _DESCALES, _CHANNELS)
+
+
+def describe_query_scales(
+    call: _native.DecodeParams, q: Tensor, k: Tensor, options: Options
+) -> list[Tensor]:
+    """Fills in the descales of Q alone. Returns what `call` points to then."""
+    _describe_query_heads(call, q, k, options)
+    return attention_params.describe_scaling(call, options, ("q_descale",), ())
+
+
+def _describe_query_heads(
+    call: attention_params.Call, q: Tensor, k: Tensor, options: Options
+) -> None:
     heads, heads_kv = q.shape[-2], k.shape[-2]
     descale = options.q_descale
     of_kv_heads = descale is not None and descale.dim() > 1 and descale.shape[1] == heads_kv
     call.heads_per_q_descale = heads // heads_kv if of_kv_heads else 1
-    return attention_params.describe_scaling(call, options, _DESCALES, _CHANNELS)

@@ -67,11 +67,12 @@ def find_fault(variant: DecodeVariant, device: torch.device) -> str | None:
 
 def problems(variant: DecodeVariant, device: torch.device) -> Iterator[Problem]:
     """Two: pages under a causal mask, on as many CTAs as there is work for; and a window, by one
-    CTA, over a dense cache where the kernel takes one."""
+    CTA, over a dense cache where the kernel takes one, with queries of e4m3 where it takes them."""
     gathers = variant.load == "gather"
     yield _problem(variant, device, 3 if gathers else 16, 0, causal=True, window_right=0)
     window = {"window_left": 90, "window_right": 2}
-    yield _problem(variant, device, 1 if gathers else None, _ONE_CTA, **window)
+    e4m3_q = variant.cache == "e4m3" and not variant.qv
+    yield _problem(variant, device, 1 if gathers else None, _ONE_CTA, e4m3_q, **window)
 
 
 def _problem(
@@ -79,6 +80,7 @@ def _problem(
     device: torch.device,
     page_size: int | None,
     sm_margin: int,
+    e4m3_q: bool = False,
     **masks: Any,
 ) -> Problem:
     generator = torch.Generator("cpu").manual_seed(1)
@@ -93,6 +95,13 @@ def _problem(
         return torch.tensor(values, dtype=torch.int32)
 
     q = draw(batch, seqlen_q, ratio * _HEADS_KV, variant.head_dim).to(dtype)
+    real = [q.double()]
+    given: dict[str, Any] = masks
+    if e4m3_q:
+        q = (q * _UNIT).to(E4M3)
+        factor = (1.0 + torch.rand(batch, q.shape[2], generator=generator)) / _UNIT
+        real = [q.double() * factor.double()[:, None, :, None]]
+        given["q_descale"] = factor.to(device)
     table = None
     pages, rows = batch, room
     if page_size is not None:
@@ -104,8 +113,6 @@ def _problem(
     leftpad = int32([min(p, n) for p, n in zip(_LEFTPAD, _LENGTHS, strict=True)])
     seen = _seen(pages, rows, table, lengths, leftpad)
     stored: list[Tensor] = []
-    real = [q.double()]
-    given: dict[str, Any] = masks
     for name, head_dim in (("k", variant.head_dim), ("v", variant.head_dim_v)):
         x = draw(pages, rows, _HEADS_KV, head_dim)
         if variant.cache == "e4m3":
@@ -173,7 +180,9 @@ def _seen(pages: int, rows: int, table: Tensor | None, lengths: Tensor, leftpad:
 def _run(variant: DecodeVariant, problem: Problem) -> tuple[Tensor, Tensor, int]:
     """O, LSE and the largest ticket that is left, of the kernel."""
     q, k, v, s_aux, options, _, sm_margin, qv = problem
-    out = torch.full((*q.shape[:-1], v.shape[-1]), math.nan, dtype=q.dtype, device=q.device)
+    out = torch.full(
+        (*q.shape[:-1], v.shape[-1]), math.nan, dtype=_DTYPES[variant.dtype], device=q.device
+    )
     lse = _rows(q, torch.float32)
     options = options._replace(sm_margin=sm_margin)
     planned = hopper.plan(q, k, v, s_aux, options, out, lse, qv, variant)
@@ -192,7 +201,9 @@ def _expected(problem: Problem) -> tuple[Tensor, Tensor]:
     where = torch.device("cpu") if torch.are_deterministic_algorithms_enabled() else device
     q, k, v, s_aux = (x.to(where) for x in (*problem.real, problem.s_aux))
     qv = None if problem.qv is None else problem.qv.to(where, torch.float64)
-    plain: dict[str, Any] = dict.fromkeys(("k_descale", "v_descale", "k_mean", "v_mean"))
+    plain: dict[str, Any] = dict.fromkeys(
+        ("q_descale", "k_descale", "v_descale", "k_mean", "v_mean")
+    )
     options = problem.options._replace(**plain)
     options = Options._make(x.to(where) if isinstance(x, Tensor) else x for x in options)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
