@@ -72,6 +72,7 @@ def attend(
         window_size=layout.window,
         softcap=softcap or 0.0,
         s_aux=sinks_of(s_aux, q),
+        attention_chunk=layout.attention_chunk,
     )
     if isinstance(layout, Cached):
         return _run_cached(q, k, v, layout, dropout, options), None

@@ -22,7 +22,10 @@ UNBOUNDED: Window = (-1, -1)
 class Layout(Opaque):
     """Base of the layouts. `window` is flash8's window_size.
 
-    `chunk`: sequences fall into chunks of so many tokens, which do not see each other.
+    `chunk`: sequences fall into chunks of so many tokens, which do not see each other, and are cut.
+    `attention_chunk`: the same where they are not cut: flash8's argument.
+    `unpacked`: in a graph, whether no row holds several sequences. Layers that are told of no
+        boundaries assert it.
     `packing_known`: the model's mask was made from its position_ids; a layer need not ask them.
     `owner`: the model, for error messages.
     `memo`: what layers found out about the position_ids of this forward, for the other layers.
@@ -31,6 +34,8 @@ class Layout(Opaque):
     causal: bool
     window: Window
     chunk: int | None = field(default=None, kw_only=True)
+    attention_chunk: int = field(default=0, kw_only=True)
+    unpacked: Tensor | None = field(default=None, kw_only=True)
     packing_known: bool = field(default=False, kw_only=True)
     owner: str = field(default="the model", kw_only=True)
     memo: dict[int, Any] = field(default_factory=dict, kw_only=True, repr=False)
@@ -74,7 +79,11 @@ class Cached(Layout):
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Which tokens of a (batch, seqlen) tensor are used, and the sequences they form."""
+    """Which tokens of a (batch, seqlen) tensor are used, and the sequences they form.
+
+    In a graph, where no shape may depend on data, `indices` has all tokens, those that are not used
+    behind the others, where they belong to no sequence.
+    """
 
     indices: Tensor | None  # int64 (total,) into batch * seqlen; None: all
     cu_seqlens: Tensor  # int32 (sequences + 1,)

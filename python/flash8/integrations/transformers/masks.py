@@ -24,6 +24,7 @@ from flash8.integrations.transformers.patterns import (
     Request,
     known_pattern,
     recognise,
+    recognise_in_graph,
 )
 from flash8.varlen import cu_seqlens_from_mask, max_seqlen_of
 
@@ -62,7 +63,8 @@ def make_mask(
         ValueError: the mask is none that flash8 serves.
 
     Looks at the data of a padding mask or of packed positions, once per forward, and so waits for
-    the device and breaks the graph under torch.compile; with neither it does not.
+    the device; with neither it does not. In a graph nothing is looked at: padded tokens are sorted
+    behind the others, and what must be known of the data is asserted when the graph runs.
     """
     if isinstance(attention_mask, Layout):  # made ahead by generate()
         return attention_mask
@@ -86,11 +88,19 @@ def make_mask(
         device=torch.device(device),
         owner=_owner(config),
     )
-    pattern = known_pattern(request)
-    if pattern is not None and attention_mask is None:
-        return _layout(request, pattern, None)
-    layout: Layout = _describe(request, attention_mask)
-    return layout
+    if request.is_chunked and attention_mask is not None:
+        request = replace(request, left_padding=_left_padding(attention_mask))
+    pattern, unpacked = known_pattern(request), None
+    if pattern is None and _in_graph():
+        pattern, unpacked = recognise_in_graph(request)
+    elif pattern is None:
+        pattern = recognise(request)
+    valid = None if attention_mask is None else _valid_slots(request, attention_mask)
+    return _layout(request, pattern, valid, unpacked)
+
+
+def _in_graph() -> bool:
+    return torch.compiler.is_compiling()
 
 
 def _owner(config: Any) -> str:
@@ -104,22 +114,23 @@ def _chunk_size(config: Any) -> int | None:
     return getattr(config, "attention_chunk_size", None)
 
 
-@torch.compiler.disable
-def _describe(request: Request, attention_mask: Tensor | None) -> Layout:
-    """What looks at the data."""
-    pattern = known_pattern(request) or recognise(request)
-    valid = None if attention_mask is None else _valid_slots(request, attention_mask)
-    return _layout(request, pattern, valid)
-
-
-def _layout(request: Request, pattern: Pattern, valid: Tensor | None) -> Layout:
+def _layout(
+    request: Request, pattern: Pattern, valid: Tensor | None, unpacked: Tensor | None
+) -> Layout:
     make = _causal if pattern.causal else _bidirectional
+    cut = pattern.begins is not None
     return replace(
         make(request, pattern, valid),
-        chunk=pattern.chunk,
+        chunk=pattern.chunk if cut else None,
+        attention_chunk=0 if cut else pattern.chunk or 0,
+        unpacked=unpacked,
         packing_known=pattern.packing_known,
         owner=request.owner,
     )
+
+
+def _left_padding(attention_mask: Tensor) -> Tensor:
+    return (attention_mask.cumsum(-1) == 0).sum(-1, keepdim=True)
 
 
 def _valid_slots(request: Request, attention_mask: Tensor) -> Tensor:
@@ -143,7 +154,7 @@ def _causal(request: Request, pattern: Pattern, valid: Tensor | None) -> Layout:
     slots = torch.arange(request.kv_length, device=request.device)
     if valid is not None and not aligned:
         valid = valid & (slots < used)
-    if valid is not None and not (valid | (slots >= used)).all():
+    if valid is not None and not _are_true(valid | (slots >= used)):
         return _padded(request, pattern, valid, used)
     if pattern.begins is not None:
         everything = _sequences(pattern.begins, None)
@@ -161,10 +172,10 @@ def _padded(
     without_cache = request.q_length == request.kv_length
     slots = torch.arange(request.kv_length, device=request.device)
     leftpad = valid.int().argmax(dim=1).to(torch.int32)
-    is_left = bool((valid == ((slots >= leftpad[:, None]) & (slots < used))).all())
+    is_left = _are_true(valid == ((slots >= leftpad[:, None]) & (slots < used)))
     if is_left and pattern.begins is None and not (without_cache and request.wants_packing):
         return Cached(True, window, _per_row(request, used), leftpad)
-    if window != UNBOUNDED:
+    if window != UNBOUNDED or (pattern.chunk is not None and pattern.begins is None):
         _refuse_holes(valid)
     if pattern.begins is not None:
         tokens = _sequences(pattern.begins, valid)
@@ -184,7 +195,7 @@ def _bidirectional(request: Request, pattern: Pattern, valid: Tensor | None) -> 
                 "a bidirectional window needs as many queries as keys, got "
                 f"{request.q_length} and {request.kv_length}"
             )
-    if valid is None or valid.all():
+    if valid is None or _are_true(valid):
         return Dense(False, window)
     keys = _rows(valid)
     if window != UNBOUNDED:
@@ -207,9 +218,17 @@ def _per_row(request: Request, used: int | Tensor) -> Tensor:
     return lengths.expand(request.batch).contiguous()
 
 
+def _are_true(flags: Tensor) -> bool:
+    """False in a graph, where they cannot be looked at: the way of any flags serves."""
+    return not _in_graph() and bool(flags.all())
+
+
 def _rows(valid: Tensor) -> Tokens:
     """One sequence per row, of its valid tokens."""
     cu_seqlens = cu_seqlens_from_mask(valid)
+    if _in_graph():
+        order = torch.argsort(~valid.flatten(), stable=True)
+        return Tokens(order, cu_seqlens, valid.shape[1])
     return Tokens(valid.flatten().nonzero().flatten(), cu_seqlens, max_seqlen_of(cu_seqlens))
 
 
@@ -229,8 +248,11 @@ def _sequences(begins: Tensor, valid: Tensor | None) -> Tokens:
 def _refuse_holes(valid: Tensor) -> None:
     """A window counts slots; once padding is dropped it would count tokens."""
     runs = (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1) + valid[:, 0]
-    if (runs > 1).any():
-        raise ValueError(
-            "attention_mask has padding between valid tokens, which is not supported with a "
-            "sliding window; pad on the left, or use attn_implementation='sdpa'"
-        )
+    reason = (
+        "attention_mask has padding between valid tokens, which is not supported with a sliding "
+        "window or chunks; pad on the left, or use attn_implementation='sdpa'"
+    )
+    if _in_graph():
+        torch._assert_async((runs <= 1).all(), reason)
+    elif (runs > 1).any():
+        raise ValueError(reason)

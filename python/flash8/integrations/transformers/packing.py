@@ -16,6 +16,10 @@ from flash8.varlen import max_seqlen_of, position_ids_from_cu_seqlens
 
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
 _INTEGERS = (torch.int32, torch.int64)
+_RESTART = (
+    "position_ids restart: inside torch.compile or a CUDA graph give packed sequences as "
+    "cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k"
+)
 
 
 def resolve(layout: Layout, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> Layout:
@@ -32,9 +36,12 @@ def resolve(layout: Layout, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> Lay
         ValueError: boundaries beside a padding mask or a static cache; half of the boundaries;
             position_ids that restart over a KV cache.
     """
-    given = _given(kwargs)
+    given = _given(q, k, kwargs)
     if given is not None:
         return _bounded(layout, *given)
+    if layout.unpacked is not None:
+        torch._assert_async(layout.unpacked, _RESTART)
+        return layout
     position_ids = kwargs.get("position_ids")
     batch, q_length, kv_length = q.shape[0], q.shape[1], k.shape[1]
     if position_ids is None or layout.packing_known:
@@ -43,7 +50,7 @@ def resolve(layout: Layout, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> Lay
         return layout
     rows = position_ids.expand(batch, -1)
     if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-        _assert_unpacked(layout, rows)
+        _assert_unpacked(layout, rows, q_length == kv_length)
         return layout
     known = layout.memo.get(id(position_ids))
     if known is None or known[0] is not position_ids:
@@ -60,7 +67,7 @@ def tokens_from_begins(begins: Tensor, indices: Tensor | None = None) -> Tokens:
     return Tokens(indices, cu_seqlens, max_seqlen_of(cu_seqlens))
 
 
-def _given(kwargs: dict[str, Any]) -> tuple[Tokens, Tokens] | None:
+def _given(q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> tuple[Tokens, Tokens] | None:
     cu_q, cu_k = (kwargs.get(name) for name in _BOUNDARIES)
     if cu_q is None and cu_k is None:
         return None
@@ -69,9 +76,16 @@ def _given(kwargs: dict[str, Any]) -> tuple[Tokens, Tokens] | None:
     cu_q, cu_k = cu_q.to(torch.int32), cu_k.to(torch.int32)
     max_q, max_k = kwargs.get("max_length_q"), kwargs.get("max_length_k")
     return (
-        Tokens(None, cu_q, max_seqlen_of(cu_q) if max_q is None else int(max_q)),
-        Tokens(None, cu_k, max_seqlen_of(cu_k) if max_k is None else int(max_k)),
+        Tokens(None, cu_q, _longest(q, cu_q) if max_q is None else int(max_q)),
+        Tokens(None, cu_k, _longest(k, cu_k) if max_k is None else int(max_k)),
     )
+
+
+def _longest(x: Tensor, cu_seqlens: Tensor) -> int:
+    """At least the longest sequence, of those that x (batch, seqlen, ...) may hold in a graph."""
+    if torch.compiler.is_compiling():
+        return x.shape[0] * x.shape[1]
+    return max_seqlen_of(cu_seqlens)
 
 
 def _bounded(layout: Layout, queries: Tokens, keys: Tokens) -> Layout:
@@ -82,7 +96,11 @@ def _bounded(layout: Layout, queries: Tokens, keys: Tokens) -> Layout:
         )
     if layout.chunk is not None:
         queries = keys = _chunked(layout, queries)
-    return Packed(layout.causal, layout.window, queries, keys, chunk=layout.chunk)
+    return Packed(
+        *(layout.causal, layout.window, queries, keys),
+        chunk=layout.chunk,
+        attention_chunk=layout.attention_chunk,
+    )
 
 
 def _chunked(layout: Layout, sequences: Tokens) -> Tokens:
@@ -162,13 +180,15 @@ def _restarts(rows: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor]:
     return firsts, ~firsts & ((position < previous) | (position == position[start]))
 
 
-def _assert_unpacked(layout: Layout, rows: Tensor) -> None:
+def _assert_unpacked(layout: Layout, rows: Tensor, same_tokens: bool) -> None:
     """In a graph, where nothing may depend on the data, packing is refused instead."""
     if isinstance(layout, Cached) and layout.leftpad is not None:
         return  # indices of padding are data; generate() made it, and packs nothing
-    _, restarts = _restarts(rows, layout.keys.indices if isinstance(layout, Packed) else None)
-    torch._assert_async(
-        ~restarts.any(),
-        "position_ids restart: inside torch.compile or a CUDA graph give packed sequences as "
-        "cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k",
-    )
+    if isinstance(layout, Packed):
+        tokens = layout.keys if same_tokens else layout.queries
+        _, restarts = _restarts(rows, tokens.indices)
+        used = torch.arange(restarts.numel(), device=rows.device) < tokens.cu_seqlens[-1]
+        restarts = restarts & used
+    else:
+        _, restarts = _restarts(rows, None)
+    torch._assert_async(~restarts.any(), _RESTART)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
@@ -35,6 +36,7 @@ class Request:
     wants_packing: bool  # of whole sequences, rather than to leave left padding where it is
     device: torch.device
     owner: str
+    left_padding: Tensor | int = 0  # (batch, 1), where chunks are counted from
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,38 @@ def recognise(request: Request) -> Pattern:
         ValueError: the mask function draws something that flash8 does not serve.
     """
     chunk = request.local_size if request.is_chunked else None
+    _refuse_over_a_cache(request, chunk)
     if chunk is None:
         return _probe(request, request.local_size)
+    return replace(_probe(request, window=None), chunk=chunk, packing_known=False)
+
+
+def recognise_in_graph(request: Request) -> tuple[Pattern, Tensor]:
+    """The pattern of any request in a graph, where its values cannot be looked at, and whether no
+    row is packed, a bool tensor.
+
+    That the function draws a packing of causal sequences at most is asserted when the graph runs.
+    """
+    chunk = request.local_size if request.is_chunked else None
+    _refuse_over_a_cache(request, chunk)
+    diagonals = _Diagonals(request)
+    token = diagonals.token
+    begins = _begins(~diagonals(token, token - 1))
+    window = None if request.is_chunked else request.local_size
+    # Fewer places than where the length is known: the number of probes would be part of the graph.
+    places = [token - 2, token - 4, torch.zeros_like(token)]
+    wrong = _wrong(diagonals, token, _first(token, begins, window), token, places)
+    torch._assert_async(~wrong.any(), _UNRECOGNISED.format(_NONE_OF_THEM))
+    expected = torch.zeros_like(begins)
+    if chunk is not None:
+        expected = (token - request.left_padding) % chunk == 0
+    return Pattern(causal=True, window=window, chunk=chunk), (begins == _begins(expected)).all()
+
+
+def _refuse_over_a_cache(request: Request, chunk: int | None) -> None:
     if request.q_length == request.kv_length:
-        return replace(_probe(request, window=None), chunk=chunk, packing_known=False)
-    if request.kv_offset + request.kv_length <= chunk:
+        return
+    if chunk is None or request.kv_offset + request.kv_length <= chunk:
         raise _unrecognised("over a KV cache")
     raise ValueError(
         f"attention_chunk_size {chunk} is not supported over a KV cache of "
@@ -89,24 +118,29 @@ def recognise(request: Request) -> Pattern:
 
 
 def _probe(request: Request, window: int | None) -> Pattern:
-    if request.q_length != request.kv_length:
-        raise _unrecognised("over a KV cache")
     diagonals = _Diagonals(request)
-    token = torch.arange(request.q_length, device=request.device).expand(request.batch, -1)
+    token = diagonals.token
     previous, following = diagonals(token, token - 1), diagonals(token, token + 1)
     if previous[:, 1:].all() and following[:, :-1].all():
         reach = request.q_length if window is None else window
         _check(diagonals, token, token - reach, token + reach)
         return Pattern(causal=False, window=window)
-    begins = ~previous
-    begins[:, 0] = True
-    first = torch.where(begins, token, 0).cummax(dim=1).values
-    if window is not None:
-        first = torch.maximum(first, token - window + 1)
-    _check(diagonals, token, first, token)
+    begins = _begins(~previous)
+    _check(diagonals, token, _first(token, begins, window), token)
     if not begins[:, 1:].any():  # transformers may not have looked at the position_ids
         return Pattern(causal=True, window=window)
     return Pattern(causal=True, window=window, begins=begins, packing_known=True)
+
+
+def _begins(flags: Tensor) -> Tensor:
+    """(batch, seqlen); every row begins a sequence."""
+    return F.pad(flags[:, 1:], (1, 0), value=True)
+
+
+def _first(token: Tensor, begins: Tensor, window: int | None) -> Tensor:
+    """The first token that each one sees."""
+    first = torch.where(begins, token, 0).cummax(dim=1).values
+    return first if window is None else torch.maximum(first, token - window + 1)
 
 
 class _Diagonals:
@@ -114,6 +148,7 @@ class _Diagonals:
 
     def __init__(self, request: Request) -> None:
         self._request = request
+        self.token = torch.arange(request.q_length, device=request.device).expand(request.batch, -1)
         self._batch = torch.arange(request.batch, device=request.device)[:, None]
 
     def __call__(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -127,22 +162,32 @@ class _Diagonals:
 
 
 def _check(f: _Diagonals, token: Tensor, first: Tensor, last: Tensor) -> None:
-    """Holds the function against `first <= key <= last`: at both edges, and at distances 1, 2, 4,
+    """Holds the function against `first <= key <= last`: at the edges, and at distances 1, 2, 4,
     ... to both sides, which tells strides, prefixes and blocks."""
+    distances = [1 << i for i in range(token.shape[1].bit_length())]
+    places = [token + sign * distance for distance in distances for sign in (-1, 1)]
+    if _wrong(f, token, first, last, places).any():
+        raise _unrecognised(_NONE_OF_THEM)
+
+
+def _wrong(
+    f: _Diagonals, token: Tensor, first: Tensor, last: Tensor, places: list[Tensor]
+) -> Tensor:
+    """Where the function is not `first <= key <= last`, at both edges and at some places."""
     length = token.shape[1]
-    distances = [1 << i for i in range(length.bit_length())]
-    probes = [first, first - 1, last, last + 1, token]
-    probes += [token + sign * distance for distance in distances for sign in (-1, 1)]
     wrong = torch.zeros_like(token, dtype=torch.bool)
-    for key in probes:
+    for key in [first, first - 1, last, last + 1, token, *places]:
         exists = (key >= 0) & (key < length)
-        wrong |= exists & (f(token, key) != ((key >= first) & (key <= last)))
-    if wrong.any():
-        raise _unrecognised("that is neither causal, bidirectional, a window nor a packing")
+        wrong = wrong | exists & (f(token, key) != ((key >= first) & (key <= last)))
+    return wrong
+
+
+_NONE_OF_THEM = "that is neither causal, bidirectional, a window nor a packing"
+_UNRECOGNISED = (
+    "the model asks for a mask {}, which is not supported: causal, bidirectional, sliding-window, "
+    "chunked and packed masks are; use attn_implementation='sdpa' for others"
+)
 
 
 def _unrecognised(what: str) -> ValueError:
-    return ValueError(
-        f"the model asks for a mask {what}, which is not supported: causal, bidirectional, "
-        "sliding-window, chunked and packed masks are; use attn_implementation='sdpa' for others"
-    )
+    return ValueError(_UNRECOGNISED.format(what))
