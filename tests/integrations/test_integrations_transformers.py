@@ -2,6 +2,8 @@
 
 import copy
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +25,7 @@ from transformers import (
     Qwen3Config,
     StaticCache,
 )
+from transformers.cache_utils import QuantizedLayer
 
 import flash8.fp8
 from flash8.integrations import transformers as flash8_transformers
@@ -428,6 +431,65 @@ def test_what_cannot_be_served_is_refused(name):
             max_length_q=SEQLEN,
             max_length_k=SEQLEN,
         )
+
+
+def quantizer():
+    """A layer of a quantized cache that needs no package: 8 bits, one scale for a token's head."""
+
+    class Layer(QuantizedLayer):
+        def _quantize(self, tensor, axis):
+            scale = tensor.abs().amax(-1, keepdim=True) / 127
+            return (tensor / scale).round().to(torch.int8), scale
+
+        def _dequantize(self, quantized):
+            values, scale = quantized
+            return values * scale
+
+    return Layer
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_quantized_caches(family, name):
+    """What transformers dequantizes is a dynamic cache to attention."""
+    layer = quantizer()
+    prompt, logits = tokens(), []
+    for model in make_pair(*MODELS[family]):
+        past = DynamicCache()
+        past.layers = [layer(residual_length=4) for _ in range(model.config.num_hidden_layers)]
+        result = model.generate(
+            prompt,
+            attention_mask=padding_mask("left"),
+            past_key_values=past,
+            max_new_tokens=8,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        assert past.layers[0]._quantized_keys[0].dtype == torch.int8
+        logits.append(torch.stack(result.logits))
+    torch.testing.assert_close(*logits, **LOGITS)
+
+
+HINT = """
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
+import flash8.integrations.transformers
+assert not any("f8" in key for key in AttentionInterface().valid_keys())
+for name in ("flash8", "f8_attention"):
+    try:
+        AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=1), attn_implementation=name)
+    except ValueError as error:
+        assert "transformers.register() returns: 'f8_attention'" in str(error), error
+    else:
+        raise AssertionError(name)
+"""
+
+
+def test_a_name_that_is_not_registered_gets_a_hint(name):
+    """And importing registers nothing."""
+    done = subprocess.run([sys.executable, "-c", HINT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(ValueError, match=r"'flash8' is not registered; .*: 'f8_attention'"):
+        new_model(MODELS["llama"][0], "flash8")
 
 
 def test_old_transformers_are_refused(monkeypatch):

@@ -19,6 +19,12 @@ hands that object to `attention.attend`, which adds the packed sequences that it
 error (`opaque`).
 """
 
+import sys
+
+from flash8.integrations.transformers.own_attention import refuse_when_loaded
 from flash8.integrations.transformers.registration import ATTENTION_NAME, register
+
+if "transformers.modeling_utils" in sys.modules:
+    refuse_when_loaded(ATTENTION_NAME)  # so that a name which is not registered gets a hint
 
 __all__ = ["ATTENTION_NAME", "register"]

@@ -1,4 +1,6 @@
-"""Models that do not leave attention to transformers' AttentionInterface, told when they load."""
+"""What is told when a model loads: that its attention is none that transformers' AttentionInterface
+dispatches, or what flash8 is called there.
+"""
 
 import functools
 import sys
@@ -10,16 +12,19 @@ from typing import Any
 from torch import nn
 
 _WRAPPED = "_flash8_refuses"
+#: What users call flash8 before they know its name.
+_OTHER_NAMES = ("flash8", "flash_8", "flash8_attention", "flash_attention_8")
 
 
 def refuse_when_loaded(name: str) -> None:
-    """Has transformers refuse `name` for a model class that would not use it.
+    """Has transformers refuse `name` for a model class that would not use it, or while nothing is
+    registered under it, and other names for flash8 always.
 
     Without this, such a model runs its own attention, or ends in a KeyError for the name. The check
     wraps `PreTrainedModel.get_correct_attn_implementation`, which every model goes through when it
     is made and when its implementation is set; other names pass as before.
     """
-    from transformers import PreTrainedModel
+    from transformers import AttentionInterface, PreTrainedModel
 
     original = PreTrainedModel.get_correct_attn_implementation
     if hasattr(original, _WRAPPED):
@@ -27,6 +32,12 @@ def refuse_when_loaded(name: str) -> None:
 
     @functools.wraps(original)
     def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
+        known = requested_attention in AttentionInterface().valid_keys()
+        if not known and requested_attention in (name, *_OTHER_NAMES):
+            raise ValueError(
+                f"attn_implementation={requested_attention!r} is not registered; flash8 is what "
+                f"flash8.integrations.transformers.register() returns: {name!r}"
+            )
         if requested_attention == name and (reason := why_not_served(type(self), name)):
             raise ValueError(
                 f"{type(self).__name__} {reason}, so attn_implementation={name!r} would not reach "
