@@ -29,7 +29,7 @@ from flash8.backends.cpu.scores import Scores
 from flash8.backends.cpu.sequences import Unit, units
 from flash8.call.options import Options
 from flash8.tensors.descales import BLOCK
-from flash8.tensors.float8 import E4M3, MAX, saturating_cast
+from flash8.tensors.float8 import E4M3, MAX, rounded
 from flash8.tensors.philox import keep_scale
 
 _SMALLEST_DESCALE = 2.0**-126
@@ -151,7 +151,7 @@ def _quantized_rows(rows: _Rows, how: _How, descale: Tensor | None, by_block: bo
         parts = magnitude.split(BLOCK if by_block else max(1, magnitude.shape[-1]), dim=-1)
         tops = [part.amax(dim=-1, keepdim=True).expand_as(part) for part in parts]
         row_descale = _descale(torch.cat(tops, dim=-1), how.gradient_dtype)
-    dout8 = saturating_cast(rows.dout / row_descale[..., None], how.gradient_dtype).float()
+    dout8 = rounded(rows.dout / row_descale[..., None], how.gradient_dtype)
     return _Rows(rows.dout, dout8, row_descale, rows.lse, rows.d, rows.ds_sum, rows.p_sink)
 
 
@@ -251,7 +251,7 @@ class _Unit:
         if how.products < 3:
             stacked = how.rounded(p).flatten(2, 3).transpose(-1, -2)
             return product(stacked, rows.dout.flatten(2, 3), by_keys)
-        p8 = saturating_cast(p * how.study.p_scale).float()
+        p8 = rounded(p * how.study.p_scale)
         matmul = self._matmul(E4M3, how.gradient_dtype)
         # Heads of a group have descales of their own, so each is a product of its own.
         dv = product(p8.transpose(-1, -2), rows.dout8, by_keys, matmul)
@@ -279,7 +279,7 @@ class _Unit:
         else:
             finite = torch.where(ds.isfinite(), ds.abs(), 0.0)
             descale = _descale(finite.amax(dim=(-2, -1), keepdim=True), how.gradient_dtype)
-            ds8 = saturating_cast(ds / descale, how.gradient_dtype).float()
+            ds8 = rounded(ds / descale, how.gradient_dtype)
             matmul = self._matmul(how.gradient_dtype, E4M3)
             dq = product(ds8, k8, hidden, matmul) * (descale * k_factor)
             dk = product(ds8.transpose(-1, -2), q8, by_keys, matmul)

@@ -14,6 +14,7 @@ from flash8.backends.cpu.sequences import Unit
 from flash8.call.checks import FP8
 from flash8.call.options import Options
 from flash8.tensors.descales import checked
+from flash8.tensors.float8 import widened
 
 #: Elements of a score tile per KV head, and the bounds of its sides.
 _TILE_AREA = 1 << 16
@@ -85,7 +86,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def heads_first(tokens: Tensor, heads_kv: int, dtype: torch.dtype) -> Tensor:
     """(B, seqlen, heads, d) as a contiguous (B, heads_kv, G, seqlen, d)."""
     grouped: Tensor = tokens.unflatten(2, (heads_kv, tokens.shape[2] // heads_kv))
-    return grouped.permute(0, 2, 3, 1, 4).to(dtype).contiguous()
+    rows = grouped.permute(0, 2, 3, 1, 4)
+    if rows.dtype == FP8 and dtype == torch.float32 and rows.device.type == "cpu":
+        return widened(rows)
+    return rows.to(dtype).contiguous()
 
 
 def tokens_first(x: Tensor) -> Tensor:

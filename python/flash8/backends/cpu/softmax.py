@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flash8.backends.cpu.study import Study
-from flash8.tensors.float8 import E4M3, saturating_cast
+from flash8.tensors.float8 import E4M3, rounded
 
 _LOG2_E = math.log2(math.e)
 _MINUS_INF = float("-inf")
@@ -110,7 +110,7 @@ class BlockLocalSoftmax:
         alpha = (self._reference - shift).exp2_()
         self._row_sum = self._row_sum * alpha + p.sum(dim=-1)
         self._reference = reference
-        return saturating_cast(p).to(p.dtype), alpha
+        return rounded(p), alpha
 
     def row_sum(self) -> Tensor:
         return self._row_sum
