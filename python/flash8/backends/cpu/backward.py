@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flash8.backends.cpu import compiled
 from flash8.backends.cpu.mask import Tile
 from flash8.backends.cpu.operands import Operands, heads_first, load, tokens_first
 from flash8.backends.cpu.products import product, select, transposed
 from flash8.backends.cpu.scores import Scores
-from flash8.backends.cpu.sequences import Unit, units
+from flash8.backends.cpu.sequences import Unit, is_plain_batch, units
 from flash8.call.options import Options
 from flash8.tensors.philox import keep_scale
 
@@ -70,12 +71,23 @@ def backward(
     ds_aux: Tensor,
 ) -> None:
     """Fills dq, dk, dv (every row of them), and dqv, ds_aux where the forward had qv, s_aux."""
-    for gradient in (dq, dk, dv, dqv, ds_aux):
-        gradient.zero_()
     if dout is None:
         dout = torch.zeros_like(out)
     sink_gradient = None if s_aux is None else s_aux.new_zeros(s_aux.shape, dtype=lse.dtype)
-    for unit in units(q, k, options):
+    found = list(units(q, k, options))
+    groups, others = compiled.groups(found, q, k, v, qv, options, of_backward=True)
+    plain = is_plain_batch(options)  # then there is one group at most, or others
+    if others or not plain:
+        for gradient in (dq, dk, dv, dqv, ds_aux):
+            gradient.zero_()
+    given = (dout, dlse, q, k, v, s_aux, out, lse, options)
+    for group in groups:
+        if not compiled.backward(group, *given, compiled.Gradients(dq, dk, dv, sink_gradient)):
+            others.extend(group.units)
+            if plain:
+                dk.zero_()
+                dv.zero_()
+    for unit in others:
         if unit.queries.seqlen == 0:
             continue
         operands = load(unit, q, k, v, qv, s_aux, options)

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash8.backends.cpu import study
+from flash8.backends.cpu import compiled, study
 from flash8.backends.cpu.accumulator import accumulator_for
 from flash8.backends.cpu.combine import combine_into
 from flash8.backends.cpu.descales import RunningDescale
 from flash8.backends.cpu.mask import Tile
 from flash8.backends.cpu.operands import Operands, load, tokens_first
 from flash8.backends.cpu.scores import Scores
-from flash8.backends.cpu.sequences import Unit, check_values, units
+from flash8.backends.cpu.sequences import Unit, check_values, is_plain_batch, units
 from flash8.backends.cpu.softmax import softmax_for
 from flash8.call.checks import FP8
 from flash8.call.options import Options
@@ -80,15 +80,22 @@ def _forward_split(
 ) -> None:
     """Attention over one of num_splits parts of the keys. The sink belongs to the first part."""
     found = list(units(q, k, options))  # raises what is wrong with them before anything is written
-    out.zero_()
-    lse.fill_(float("-inf"))
-    for unit in found:
+    sink = s_aux if split == 0 else None
+    groups, others = compiled.groups(found, q, k, v, qv, options)
+    if others or not is_plain_batch(options):
+        out.zero_()
+        lse.fill_(float("-inf"))
+    given = (q, k, v, sink, options, out, lse)
+    failed = [group for group in groups if not compiled.forward(group, *given)]
+    others.extend(unit for group in failed for unit in group.units)
+    for unit in others:
         if unit.queries.seqlen == 0:
             continue
-        sink = s_aux if split == 0 else None
         operands = load(unit, q, k, v, qv, sink, options)
         outputs = _Outputs(unit.queries.tokens(out), unit.queries.rows(lse))
         _forward_unit(unit, operands, options, outputs, split)
+    for group in failed:
+        compiled.restore_rows(group, *given)
 
 
 def _forward_unit(

@@ -39,6 +39,19 @@ class Mask:
         self._chunk = options.attention_chunk
         self._shift = seqlen_k - seqlen_q
         self.seqlen_k = seqlen_k
+        self._whole = Tile(0, seqlen_q, 0, seqlen_k)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every query sees every key."""
+        return self._sees_all(self._whole)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether every query sees the keys up to its own position, and no others."""
+        keys = self.seqlen_k
+        in_chunk = self._chunk == 0 or self._chunk >= keys
+        return self._right == 0 and self._left >= keys - 1 and in_chunk
 
     def visible_range(self, m_begin: int, m_end: int) -> tuple[int, int]:
         """[begin, end) of the keys that at least one query of [m_begin, m_end) may see."""

@@ -108,7 +108,7 @@ def page_slots(pages: Tensor, page_size: int) -> Tensor:
 
 def units(q: Tensor, k: Tensor, options: Options) -> Iterator[Unit]:
     """Splits a call into units. Raises ValueError on index data that does not fit q and k."""
-    if _is_plain_batch(options):
+    if is_plain_batch(options):
         yield from _batch_units(q, k)
         return
     batch = q.shape[0] if options.cu_seqlens_q is None else options.cu_seqlens_q.shape[0] - 1
@@ -156,7 +156,8 @@ def check_tokens(x: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None) -
     _used("seqused", seqused, capacities)
 
 
-def _is_plain_batch(options: Options) -> bool:
+def is_plain_batch(options: Options) -> bool:
+    """Whether all entries of the batch have all rows of theirs, and may be worked on together."""
     alone = options.split_keys > 0  # bits must not depend on what is worked on together
     return not alone and all(getattr(options, name) is None for name in _PER_SEQUENCE)
 

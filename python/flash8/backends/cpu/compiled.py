@@ -1,0 +1,360 @@
+"""torch's compiled attention of CPU tensors, for the units that it can do.
+
+It has the tiles of `forward` and `backward` in C++. What it can do is one mask, causal from the
+top left, one head_dim, and scores that are only scaled:
+
+- a causal mask is a square behind keys that all queries see. They are two parts, whose results
+  merge by their LSE; with O and LSE of both, the gradients of each are what they are in the whole;
+- head_dims that differ are filled up with zeros, which change neither scores nor values;
+- a sink scales O after the fact: O * exp(LSE - LSE'), LSE' = log(exp(LSE) + exp(s_aux));
+- the gradient of LSE is taken off rowsum(dO * O), in which one more channel of dO, 1, and of O,
+  -dLSE, makes up for it.
+
+Operands of 16 bits are products of fp32 here, P and dS are not rounded, and gradients are summed
+up in fp32. Where the CPU has products of 16 bits (oneDNN says so), the forward uses them.
+
+The ops' names are private to torch. They are tried once on a small problem, and where they are
+not what is expected, nothing is served.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flash8.backends.cpu.groups import Group
+from flash8.backends.cpu.mask import Mask
+from flash8.backends.cpu.sequences import Unit, is_plain_batch
+from flash8.call.options import Options
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: A row of the operands stays a multiple of a vector.
+_MORE_CHANNELS = 8
+#: Beyond it a unit of LSE's last place is more than the error of fp32 results may be.
+_MOST_LSE = 100.0
+#: With one key P is 1 and dS is 0, which roundings of LSE and rowsum(dO * O) would miss.
+LEAST_KEYS = 2
+
+
+class Ops(NamedTuple):
+    """(q, k, v, dropout_p, causal, scale=) -> (O, LSE), and
+    (dO, q, k, v, O, LSE, dropout_p, causal, scale=) -> (dQ, dK, dV)."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+@functools.cache
+def ops() -> Ops | None:
+    """torch's ops; None where this torch has none that do what is expected."""
+    aten = torch.ops.aten
+    try:
+        found = Ops(
+            aten._scaled_dot_product_flash_attention_for_cpu.default,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+        )
+        return found if _are_right(found) else None
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def required_ops() -> Ops:
+    """They, where `can_do` has found them."""
+    found = ops()
+    assert found is not None
+    return found
+
+
+def groups(
+    found: list[Unit],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    options: Options,
+    *,
+    of_backward: bool = False,
+) -> tuple[list[Group], list[Unit]]:
+    """The units that the ops serve, by lengths, and the others."""
+    if not can_do(q, k, v, qv, options) or (of_backward and options.smooth_k):
+        return [], found
+    by_lengths: dict[tuple[int, int], list[Unit]] = {}
+    for unit in found:
+        by_lengths.setdefault((unit.queries.seqlen, unit.keys.seqlen), []).append(unit)
+    served, others = [], []
+    for lengths, units in by_lengths.items():
+        common = common_keys(*lengths, options)
+        if common is None:
+            others.extend(units)
+        else:
+            served.append(Group(tuple(units), common))
+    return served, others
+
+
+def common_keys(seqlen_q: int, seqlen_k: int, options: Options) -> int | None:
+    """How many keys, the first ones, all queries of a unit see, where a causal square follows them
+    or nothing; None for other masks."""
+    if seqlen_q == 0 or seqlen_k < LEAST_KEYS:
+        return None
+    mask = Mask(seqlen_q, seqlen_k, options)
+    if mask.is_full:
+        return seqlen_k
+    return seqlen_k - seqlen_q if mask.is_causal and seqlen_k >= seqlen_q else None
+
+
+def attend(operands: Sequence[Tensor], common: int, scale: float) -> tuple[Tensor, Tensor] | None:
+    """O and LSE of operands q, k and v, not finite where the mask hides what is no number: products
+    do not keep it out. None if parts cannot be merged."""
+    forward = required_ops().forward
+    q, k, v = operands
+    if common == k.shape[2]:
+        o, lse = forward(q, k, v, 0.0, False, scale=scale)
+        return o, lse
+    o, lse = forward(q, k[:, :, common:], v[:, :, common:], 0.0, True, scale=scale)
+    if common > 0:
+        others, row = forward(q, k[:, :, :common], v[:, :, :common], 0.0, False, scale=scale)
+        total = torch.logaddexp(lse, row)
+        if not _tells_weights(total):
+            return None
+        o = o * (lse - total).exp_()[..., None] + others * (row - total).exp_()[..., None]
+        lse = total
+    return o, lse
+
+
+def attend_backward(
+    operands: Sequence[Tensor], lse: Tensor, common: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The gradients of q, k and v, from operands dO, q, k, v and O. None if they are not finite
+    where the mask may hide what is no number."""
+    backward = required_ops().backward
+    dout, q, k, v, out = operands
+    if common == k.shape[2]:
+        dq, dk, dv = backward(dout, q, k, v, out, lse, 0.0, False, scale=scale)
+        return dq, dk, dv
+    keys = (k[:, :, common:], v[:, :, common:])
+    made = backward(dout, q, *keys, out, lse, 0.0, True, scale=scale)
+    if common > 0:
+        keys = (k[:, :, :common], v[:, :, :common])
+        first = backward(dout, q, *keys, out, lse, 0.0, False, scale=scale)
+        dk, dv = (torch.cat(pair, dim=2) for pair in zip(first[1:], made[1:], strict=True))
+        made = (made[0] + first[0], dk, dv)
+    return made if all(is_finite(x) for x in made) else None
+
+
+def forward(
+    group: Group,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+) -> bool:
+    """Fills the group's rows of out and lse. False: that is for tiles, and nothing was written."""
+    made = _forward(group, group.queries(q), group.keys(k), group.keys(v), s_aux, options)
+    if made is None or (group.hides and not is_finite(made[0])):
+        return False
+    group.store_queries(out, made[0])
+    group.store_rows(lse, made[1])
+    return True
+
+
+def restore_rows(
+    group: Group,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """After tiles have filled out and lse: rows that see only numbers are what they are where the
+    hidden keys are numbers, too, to the bit."""
+    keys, values = group.keys(k), group.keys(v)
+    good = [x.isfinite().all(dim=-1, keepdim=True) for x in (keys, values)]
+    clean = [x.where(seen, 0.0) for x, seen in zip((keys, values), good, strict=True)]
+    made = _forward(group, group.queries(q), clean[0], clean[1], s_aux, options)
+    if made is None:
+        return
+    both = _rows_before(~(good[0] & good[1]), made[0].shape[1], group.common)
+    o = torch.where(both[..., None, None], made[0].to(out.dtype), group.queries(out))
+    group.store_queries(out, o)
+    of_keys = _rows_before(~good[0], made[0].shape[1], group.common)
+    group.store_rows(lse, torch.where(of_keys[:, None], made[1], group.rows(lse)))
+
+
+def _rows_before(bad: Tensor, seqlen_q: int, common: int) -> Tensor:
+    """bool (B, seqlen_q): the rows that see no bad key, (B, seqlen_k, heads_kv, 1)."""
+    keys = bad.any(dim=2)[..., 0]
+    first = torch.where(keys.any(dim=1), keys.int().argmax(dim=1), keys.shape[1])
+    return torch.arange(seqlen_q) < (first - common)[:, None]
+
+
+def _forward(
+    group: Group,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    s_aux: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor] | None:
+    """O (B, seqlen_q, heads, head_dim_v) and LSE. None: parts cannot be merged."""
+    whole = s_aux is None and group.common in (0, keys.shape[1])
+    dtype = queries.dtype if whole and has_products(queries.dtype) else torch.float32
+    channels = max(keys.shape[-1], values.shape[-1])
+    operands = [operand(x, dtype, channels) for x in (queries, keys, values)]
+    made = attend(operands, group.common, options.scale(queries))
+    if made is None:
+        return None
+    o, lse = made
+    if o.shape[-1] > values.shape[-1]:
+        o = o[..., : values.shape[-1]]
+    if s_aux is not None:
+        with_sink = torch.logaddexp(lse, s_aux.to(lse.dtype)[:, None])
+        if not _tells_weights(with_sink):
+            return None
+        o = o * (lse - with_sink).exp_()[..., None]
+        lse = with_sink
+    return o.transpose(1, 2), lse
+
+
+class Gradients(NamedTuple):
+    """Where gradients are added to; `sink`: (heads,) in fp32."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    sink: Tensor | None
+
+
+def backward(
+    group: Group,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    gradients: Gradients,
+) -> bool:
+    """Fills or adds the group's gradients. False as in `forward`."""
+    head_dim, head_dim_v = q.shape[-1], v.shape[-1]
+    channels = max(head_dim, head_dim_v)
+    dlse_rows = None if dlse is None else group.rows(dlse)
+    if dlse_rows is not None:
+        channels = _with_channels(channels)
+    tokens = (group.queries(dout), group.queries(q), group.keys(k), group.keys(v))
+    operands = [operand(x, torch.float32, channels) for x in (*tokens, group.queries(out))]
+    do, o, row = operands[0], operands[4], group.rows(lse)
+    if dlse_rows is not None:
+        do[..., -1] = 1.0
+        o[..., -1] = -dlse_rows
+    made = attend_backward(operands, row, group.common, options.scale(q))
+    if made is None:
+        return False
+    dq, dk, dv = (x.transpose(1, 2) for x in made)
+    group.store_queries(gradients.dq, dq[..., :head_dim])
+    if is_plain_batch(options):  # no keys belong to two units
+        group.store_keys(gradients.dk, dk[..., :head_dim])
+        group.store_keys(gradients.dv, dv[..., :head_dim_v])
+    else:
+        group.accumulate_keys(gradients.dk, dk[..., :head_dim])
+        group.accumulate_keys(gradients.dv, dv[..., :head_dim_v])
+    if gradients.sink is not None and s_aux is not None:
+        d = (do * o).sum(dim=-1)
+        share = (s_aux.to(row.dtype)[:, None] - row).exp_().mul_(d)
+        gradients.sink.sub_(share.sum(dim=(0, 2)))
+    return True
+
+
+def can_do(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, options: Options) -> bool:
+    """Whether the ops serve units of this call whose mask they have."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype in _DTYPES
+        and k.dtype == q.dtype
+        and qv is None
+        and options.softcap == 0.0
+        and options.dropout_p == 0.0
+        and options.alibi_slopes is None
+        and options.tree_mask is None
+        and options.num_splits == 1
+        and options.split_keys == 0
+        and ops() is not None
+    )
+
+
+def operand(tokens: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
+    """(B, seqlen, heads, d) as (B, heads, seqlen, channels), as the products take it: channels
+    next to each other, rows that do not overlap."""
+    if tokens.dtype != dtype:
+        tokens = tokens.to(dtype)
+    _, row, _, channel = tokens.stride()
+    missing = channels - tokens.shape[-1]
+    if missing > 0:
+        tokens = F.pad(tokens, (0, missing))
+    elif channel != 1 or row < channels:
+        tokens = tokens.contiguous()
+    return tokens.transpose(1, 2)
+
+
+def _with_channels(channels: int) -> int:
+    """At least one more."""
+    return (channels // _MORE_CHANNELS + 1) * _MORE_CHANNELS
+
+
+def _tells_weights(lse: Tensor) -> bool:
+    """Whether fp32 has the places for exp(LSE of a part - LSE). NaN is no number to tell by."""
+    return lse.abs().amax().item() <= _MOST_LSE
+
+
+def is_finite(x: Tensor) -> bool:
+    """False if x holds anything but numbers. A sum that overflows only costs the time of tiles."""
+    return math.isfinite(x.sum(dtype=torch.float32).item())
+
+
+@functools.cache
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies numbers of this type, or somebody converts them one by one."""
+    names = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    if dtype not in names:
+        return True
+    try:
+        return bool(getattr(torch.ops.mkldnn, names[dtype])())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _are_right(found: Ops) -> bool:
+    """Whether they are the attention that they are called for: grouped heads, a causal mask, LSE in
+    the natural logarithm, gradients."""
+    q, k, v, do = (_waves(4 if i in (0, 3) else 2, 1.3 + i) for i in range(4))
+    scale = 0.7
+    hidden = torch.ones(5, 5, dtype=torch.bool, device="cpu").triu(1)
+    keys, values = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    s = (q @ keys.mT * scale).masked_fill(hidden, float("-inf"))
+    p = s.softmax(-1)
+    o, lse = p @ values, s.logsumexp(-1)
+    ds = p * (do @ values.mT - (do * o).sum(-1, keepdim=True)) * scale
+    dk, dv = (x.unflatten(1, (2, 2)).sum(2) for x in (ds.mT @ q, p.mT @ do))
+    made = found.forward(q, k, v, 0.0, True, scale=scale)
+    gradients = found.backward(do, q, k, v, *made, 0.0, True, scale=scale)
+    pairs = zip((*made, *gradients), (o, lse, ds @ keys, dk, dv), strict=True)
+    return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+def _waves(heads: int, step: float) -> Tensor:
+    values = torch.arange(heads * 5 * 8, dtype=torch.float32, device="cpu") * step
+    return values.sin_().view(1, heads, 5, 8)

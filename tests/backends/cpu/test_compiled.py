@@ -1,0 +1,290 @@
+"""torch's compiled attention serves the calls it can, and what it serves is right."""
+
+import functools
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import flash8
+from cases import (
+    Case,
+    as_leaves,
+    build,
+    check_backward,
+    check_forward,
+    gradients,
+    run_flash8,
+    upstream,
+)
+from flash8.backends.cpu import compiled
+from flash8.call.options import Options
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+#: One of each side of what the ops split at: vectors of 8, blocks of 32, 64 and 256 queries and of
+#: 512 keys.
+LENGTHS = [(2, 2), (31, 33), (33, 2), (1, 70), (65, 511), (193, 193), (200, 513), (769, 770)]
+
+
+class Watched(list):
+    """The calls of the two ops, by name and whether causal."""
+
+    def __init__(self, monkeypatch):
+        found = compiled.ops()
+        assert found is not None
+
+        def forward(*given, **more):
+            self.append(("forward", given[0].shape[0], given[4]))
+            return found.forward(*given, **more)
+
+        def backward(*given, **more):
+            self.append(("backward", given[1].shape[0], given[7]))
+            return found.backward(*given, **more)
+
+        monkeypatch.setattr(compiled, "ops", lambda: compiled.Ops(forward, backward))
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    return Watched(monkeypatch)
+
+
+def run(problem):
+    """A forward and a backward, of O alone."""
+    d_out, _ = upstream(problem)
+    gradients(as_leaves(problem), run_flash8, d_out, None)
+
+
+BASE = Case((70,) * 3, (70,) * 3, heads=4, heads_kv=2, dtype=torch.bfloat16)
+PACKED = replace(BASE, layout="packed", seqlens_q=(9, 30, 9, 9), seqlens_k=(9, 30, 9, 9))
+SERVED = {
+    "full": (BASE, [(3, False)]),
+    "causal": (replace(BASE, causal=True), [(3, True)]),
+    "causal, more keys": (
+        replace(BASE, causal=True, seqlens_k=(90,) * 3),
+        [(3, True), (3, False)],
+    ),
+    "many heads": (replace(BASE, heads=32, heads_kv=32), [(3, False)]),
+    "cross": (replace(BASE, seqlens_k=(90,) * 3), [(3, False)]),
+    "one query": (replace(BASE, seqlens_q=(1,) * 3, causal=True), [(3, False)]),
+    "a window that hides nothing": (replace(BASE, window_size=(69, 69)), [(3, False)]),
+    "a causal window": (replace(BASE, causal=True, window_size=(69, 0)), [(3, True)]),
+    "a chunk": (replace(BASE, causal=True, attention_chunk=70), [(3, True)]),
+    "sinks": (replace(BASE, sink=True), [(3, False)]),
+    "wider q": (replace(BASE, head_dim=24), [(3, False)]),
+    "wider v": (replace(BASE, head_dim_v=24), [(3, False)]),
+    "packed": (replace(PACKED, causal=True), [(3, True), (1, True)]),
+    "equal lengths": (replace(PACKED, seqlens_q=(9,) * 4, seqlens_k=(9,) * 4), [(4, False)]),
+    "used lengths": (replace(BASE, unused_k=(0, 7, 0)), [(2, False), (1, False)]),
+    "pages": (replace(PACKED, layout="paged", causal=True), [(3, True), (1, True)]),
+}
+NOT_SERVED = {
+    "fp64": dict(dtype=torch.float64),
+    "window": dict(window_size=(5, -1)),
+    "causal, without keys": dict(causal=True, seqlens_k=(69,) * 3),
+    "chunks": dict(attention_chunk=16),
+    "softcap": dict(softcap=3.0),
+    "ALiBi": dict(alibi="h"),
+    "dropout": dict(dropout_p=0.2),
+    "qv": dict(qv=True),
+    "splits": dict(num_splits=2),
+    "one key": dict(seqlens_k=(1,) * 3),
+    "no key": dict(seqlens_k=(0,) * 3),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_served(name, watched):
+    """Units of equal lengths are one call of each op."""
+    case, calls = SERVED[name]
+    problem = build(case)
+    run(problem)
+    assert sorted(watched) == sorted(
+        (op, *call) for op in ("forward", "backward") for call in calls
+    )
+    check_forward(problem)
+    check_backward(problem)
+
+
+@pytest.mark.parametrize("name", NOT_SERVED)
+def test_not_served(name, watched):
+    problem = build(replace(BASE, **NOT_SERVED[name]))
+    if problem.case.num_splits == 1:
+        run(problem)
+    assert watched == []
+    check_forward(problem)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(split_keys=64), dict(tree_mask=torch.ones(3, 70, dtype=torch.int32))], ids=str
+)
+def test_calls_over_a_cache_that_are_not_served(options):
+    """Whose bits do not depend on the number of splits, and whose mask is a tree of drafts."""
+    problem = build(BASE)
+    tensors = (problem.q, problem.k, problem.v, None)
+    assert compiled.can_do(*tensors, Options())
+    assert not compiled.can_do(*tensors, Options(**options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [dict(), dict(sink=True)], ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_edges(lengths, options, dtype):
+    """Of the ops' blocks, with the gradient of LSE: O alone, and O and LSE."""
+    case = Case(*((n,) for n in lengths), head_dim=24, head_dim_v=24)
+    problem = build(case.with_(dtype=dtype, **options))
+    check_forward(problem)
+    check_backward(problem)
+    check_backward(problem, with_lse=False)
+    for keys in (lengths[0], lengths[0] + lengths[1]):
+        causal = build(problem.case.with_(seqlens_k=(keys,), causal=True))
+        check_forward(causal)
+        check_backward(causal)
+
+
+def test_rows_that_are_not_contiguous(watched):
+    """Of q, k, v and dO: every second channel, keys of one row, dO that is expanded."""
+    problem = build(replace(BASE, dtype=torch.float32, causal=True))
+    wide = {
+        n: torch.stack([x, x * 0 + 7.0], dim=-1).flatten(-2) for n, x in problem.leaves().items()
+    }
+    problem = replace(problem, **{n: x[..., ::2] for n, x in wide.items()})
+    check_forward(problem)
+    problem = replace(problem, k=problem.k[:, :1].expand_as(problem.k))
+    check_forward(problem)
+    leaves = as_leaves(problem)
+    out, _ = run_flash8(leaves)
+    out.sum().backward()
+    exact = as_leaves(problem, torch.float64)
+    run_flash8(exact)[0].sum().backward()
+    assert torch.allclose(leaves.k.grad.double(), exact.k.grad, atol=1e-5)
+    assert torch.allclose(leaves.v.grad.double(), exact.v.grad, atol=1e-5)
+    assert {name for name, *_ in watched} == {"forward", "backward"}
+
+
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+def test_what_is_hidden_may_hold_anything(name, layout, watched):
+    """A causal mask hides the last key from all queries but the last. The products would carry its
+    NaN to all; then tiles serve the call."""
+    lengths = (40,) * 3
+    case = Case(lengths, lengths, causal=True, dtype=torch.float32, layout=layout)
+    problem = build(case)
+    last = torch.tensor([39, 79, 119]) if layout == "packed" else 39
+    at = (last,) if layout == "packed" else (slice(None), last)
+    d_out, _ = upstream(problem)
+    clean = gradients(as_leaves(problem), run_flash8, d_out, None)
+    out, _ = run_flash8(problem)
+    if name == "dout":
+        d_out = d_out.clone()
+        d_out[at] = torch.nan
+    else:
+        x = getattr(problem, name).clone()
+        x[at] = torch.nan
+        problem = replace(problem, **{name: x})
+    others = torch.ones(problem.q.shape[:-2], dtype=torch.bool)
+    others[at] = False
+    found, found_lse = run_flash8(problem)
+    assert torch.allclose(found[others], out[others], atol=1e-5)
+    assert found_lse.isnan().sum() == (found_lse.numel() // 40 if name in "qk" else 0)
+    bad = gradients(as_leaves(problem), run_flash8, d_out, None)
+    assert torch.allclose(bad["q"][others], clean["q"][others], atol=1e-5)
+    assert bad["q"][at].isnan().any()
+    assert watched.count(("forward", 3, True)) > 1 and ("backward", 3, True) in watched
+
+
+def test_a_mask_from_the_top_left_is_found(monkeypatch):
+    """What the ops call causal, where the mask is not square."""
+    problem = build(replace(BASE, causal=True, seqlens_k=(75,) * 3))
+    check_forward(problem)
+    check_backward(problem)
+    whole = compiled.common_keys
+    monkeypatch.setattr(
+        compiled, "common_keys", lambda *given: 0 if whole(*given) is not None else None
+    )
+    with pytest.raises(AssertionError):
+        check_forward(problem)
+    with pytest.raises(AssertionError):
+        check_backward(problem)
+
+
+FAULTS = {
+    "another scale": lambda o: compiled.Ops(
+        lambda *x, scale: o.forward(*x), lambda *x, scale: o.backward(*x)
+    ),
+    "a causal mask that is none": lambda o: compiled.Ops(
+        lambda *x, scale: o.forward(*x[:4], False, scale=scale), o.backward
+    ),
+    "LSE to the base of 2": lambda o: compiled.Ops(
+        lambda *x, scale: (lambda out, lse: (out, lse * 1.442695))(*o.forward(*x, scale=scale)),
+        o.backward,
+    ),
+    "no scale of gradients": lambda o: compiled.Ops(
+        o.forward,
+        lambda *x, scale: tuple(g / scale for g in o.backward(*x, scale=scale)),
+    ),
+    "an argument less": lambda o: compiled.Ops(lambda q, k, v: o.forward(q, k, v), o.backward),
+    "no backward": lambda o: compiled.Ops(o.forward, None),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_ops_that_are_others_serve_nothing(name, monkeypatch):
+    """Tiles do, as where torch has no such ops."""
+    found = compiled.ops()
+    other = FAULTS[name](found)
+    calls = []
+
+    def wrapped(op):
+        def call(*given, **more):
+            calls.append(op)
+            return op(*given, **more)
+
+        return call
+
+    names = SimpleNamespace(
+        _scaled_dot_product_flash_attention_for_cpu=SimpleNamespace(default=wrapped(other.forward)),
+        _scaled_dot_product_flash_attention_for_cpu_backward=SimpleNamespace(
+            default=wrapped(other.backward)
+        ),
+    )
+    probe(monkeypatch, names)
+    assert compiled.ops() is None and calls
+    calls.clear()
+    check_backward(build(replace(BASE, causal=True)))
+    assert not calls
+
+
+def test_a_torch_without_the_ops(monkeypatch):
+    probe(monkeypatch, SimpleNamespace())
+    assert compiled.ops() is None
+    check_backward(build(replace(BASE, causal=True)))
+
+
+def probe(monkeypatch, names):
+    """The ops are looked for again, in `names`."""
+    monkeypatch.setattr(compiled, "torch", SimpleNamespace(**vars(torch)))
+    monkeypatch.setattr(compiled.torch, "ops", SimpleNamespace(aten=names, mkldnn=torch.ops.mkldnn))
+    monkeypatch.setattr(compiled, "ops", functools.cache(compiled.ops.__wrapped__))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(70, 70), (300, 600)], ids=str)
+def test_products_of_16_bits(dtype, lengths, monkeypatch):
+    """As on CPUs that have them; others convert, here too."""
+    monkeypatch.setattr(compiled, "has_products", lambda _: True)
+    case = Case(*((n,) for n in lengths), heads=4, heads_kv=2, head_dim=64, head_dim_v=64)
+    causal = lengths[0] == lengths[1]
+    check_forward(build(case.with_(dtype=dtype, causal=causal)))
+    check_backward(build(case.with_(dtype=dtype, causal=causal)))
+
+
+def test_memory_is_linear():
+    """Tiles of the ops and fp32 copies of the operands; scores would take 64 times as much."""
+    seqlen, heads, dim = 2048, 2, 32
+    q = torch.randn(1, seqlen, heads, dim, dtype=torch.bfloat16, requires_grad=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        flash8.flash_attn_func(q, q, q, causal=True).sum().backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= 8 * q.numel() * 4 == heads * seqlen * seqlen * 4 / 8
