@@ -26,7 +26,7 @@ from flash8.call.observed import is_autocast_on
 from flash8.call.options import Arguments, Options
 from flash8.call.unwrap import unwrap
 from flash8.ops import attention as ops
-from flash8.ops import decode_plans, plan_cache
+from flash8.ops import decode_plans, plan_cache, unseen
 from flash8.tensors.arguments import OWN_NAMES, Names, call_by, require_bool
 from flash8.tensors.philox import draw_seed
 from flash8.tensors.scaled_tensor import Input
@@ -254,6 +254,11 @@ def attend(
     done = find(arguments, return_lse) if may_be_cached else None
     if done is not None:
         return done  # type: ignore[no-any-return]
+    key = unseen.key(arguments) if dropout_seed is None else None
+    options = unseen.find(key)
+    if options is not None:
+        o, lse = ops.run_unseen(arguments, options)
+        return (o, lse) if return_lse else o
     for plain in (unwrap, checks.narrowed):  # a plan points to plain tensors and int32 indices
         others = plain(arguments)
         if others:
@@ -274,6 +279,7 @@ def attend(
             options = options._replace(dropout_seed=draw_seed(q.device) if seed is None else seed)
             may_be_cached = False  # a plan points to arguments only
     options = ops.resolve_num_splits(q, geometry, options)
+    unseen.keep(key, options)
     if may_be_cached:
         done = plan_cache.launch(arguments, options, return_lse)
         if done is None and options.page_table is not None:

@@ -17,6 +17,7 @@ try:
     from torch._C import (
         DisableTorchFunction,
         _are_functorch_transforms_active,
+        _dispatch_tls_is_dispatch_key_included,
         _is_any_autocast_enabled,
         _is_tracing,
         _len_torch_dispatch_stack,
@@ -43,6 +44,28 @@ def is_observed() -> bool:
         or peek_interpreter_stack() is not None
         or _is_tracing()
     )
+
+
+#: Types of tensors of which nobody overrides what an op does.
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_unseen(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether nobody sees if a call on these tensors goes through its op: plain CPU tensors, no
+    mode, transform, trace or profiler."""
+    return (
+        first.is_cpu
+        and not is_observed()
+        and not is_profiled()
+        and type(first) in PLAIN
+        and all(x is None or type(x) in PLAIN for x in others)
+        and not is_batched()
+    )
+
+
+def is_batched() -> bool:
+    """Whether tensors may be many under one name, as for `is_grads_batched=True` of autograd."""
+    return bool(_dispatch_tls_is_dispatch_key_included("VmapMode"))
 
 
 def are_operations_observed() -> bool:

@@ -32,9 +32,16 @@ def refuse_other_order(options: Options) -> None:
         raise TypeError(f"seqused_q must be a torch.Tensor, got {options.seqused_q}{HINT}")
 
 
+def may_be_dropout(softmax_scale: float | None) -> bool:
+    """Whether it is a value that most users give dropout_p."""
+    return softmax_scale in _DROPOUTS
+
+
 def warn_about_scale(softmax_scale: float | None, head_dim: int) -> None:
     """Warns of a softmax_scale by position that looks like a dropout probability."""
-    if torch.compiler.is_compiling() or softmax_scale not in _DROPOUTS:
+    if torch.compiler.is_compiling() or softmax_scale is None:
+        return
+    if not may_be_dropout(softmax_scale):
         return
     if math.isclose(softmax_scale, head_dim**-0.5) or not _is_by_position("softmax_scale"):
         return

@@ -8,7 +8,7 @@ from torch import Tensor
 from flash8.call import checks
 from flash8.call.options import Options
 from flash8.ops import attention as ops
-from flash8.ops.attention import ForwardResult
+from flash8.ops.outputs import ForwardResult
 
 
 def forward(

@@ -5,7 +5,7 @@ see an opaque node with exact shapes. The tail of each attention op's schema is 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,34 +14,23 @@ from flash8.backends import (
     backend_for,
     backward_backend,
     choose_num_splits,
+    cpu,
     forward_backend,
     index_checks,
 )
-from flash8.call import checks, derivatives
+from flash8.call import derivatives
 from flash8.call.autocast import unaffected
 from flash8.call.geometry import Geometry
-from flash8.call.options import SCHEMA, Options, without_tensors
-from flash8.ops import autograd, backward_plans, batching
-
-
-class ForwardResult(NamedTuple):
-    """What a forward returns. The partials are empty unless num_splits > 1."""
-
-    out: Tensor  # q's layout, head_dim_v last
-    lse: Tensor  # (batch, heads, seqlen_q) or (heads, total_q)
-    out_partial: Tensor  # (num_splits, batch, heads, seqlen_q, head_dim_v) or packed likewise
-    lse_partial: Tensor  # (num_splits, *lse.shape)
-
-
-class Gradients(NamedTuple):
-    """What a backward returns. dqv and ds_aux are empty if the forward had none."""
-
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    dqv: Tensor
-    ds_aux: Tensor
-
+from flash8.call.options import SCHEMA, Arguments, Options, without_tensors
+from flash8.ops import autograd, backward_plans, batching, unseen
+from flash8.ops.outputs import (
+    ForwardResult,
+    Gradients,
+    empty_forward,
+    empty_gradients,
+    empty_lse_and_partials,
+    empty_tangents,
+)
 
 _library = torch.library.Library("flash8", "DEF")
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? qv, Tensor? s_aux"
@@ -75,10 +64,32 @@ _library.define(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, s_aux: Tensor | None, *options: Any
 ) -> ForwardResult:
-    opts = Options(*options)
-    result = _empty_forward(q, v, opts)
-    forward_backend(q, k, v, qv, opts).forward(q, k, v, qv, s_aux, opts, *result)
-    return result
+    return _with_partials(*_forward_past_op(q, k, v, qv, s_aux, Options(*options)))
+
+
+def _with_partials(out: Tensor, lse: Tensor, *partials: Tensor) -> ForwardResult:
+    if not partials:
+        partials = (lse.new_empty((0,)), lse.new_empty((0,)))
+    return ForwardResult(out, lse, *partials)
+
+
+def _forward_past_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, ...]:
+    """O and LSE, and the partials where there are any."""
+    backend = forward_backend(q, k, v, qv, options)
+    if backend is cpu:
+        made = cpu.forward_batch(q, k, v, qv, s_aux, options)
+        if made is not None:
+            return made
+    out, lse, *partials = empty_forward(q, v, options)
+    backend.forward(q, k, v, qv, s_aux, options, out, lse, *partials)
+    return (out, lse) if options.num_splits == 1 else (out, lse, *partials)
 
 
 def _forward_out(
@@ -91,7 +102,7 @@ def _forward_out(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     opts = Options(*options)
-    lse, out_partial, lse_partial = _empty_lse_and_partials(q, v, opts)
+    lse, out_partial, lse_partial = empty_lse_and_partials(q, v, opts)
     backend = forward_backend(q, k, v, qv, opts, out)
     backend.forward(q, k, v, qv, s_aux, opts, out, lse, out_partial, lse_partial)
     return lse, out_partial, lse_partial
@@ -116,8 +127,12 @@ def _backward(
         dq, dk, dv, ds_aux = done
         nothing = q.new_empty((0,))
         return Gradients(dq, dk, dv, nothing, q.new_empty((0,)) if ds_aux is None else ds_aux)
-    gradients = _empty_gradients(q, k, v, qv, s_aux)
     backend = backward_backend(q, k, v, qv, opts)
+    if backend is cpu:
+        made = cpu.backward_batch(dout, dlse, *saved, opts)
+        if made is not None:
+            return Gradients(*made, q.new_empty((0,)), q.new_empty((0,)))
+    gradients = empty_gradients(q, k, v, qv, s_aux)
     plan = backend.backward(dout, dlse, *saved, opts, *gradients)
     if plan is not None:
         backward_plans.keep(plan, saved, dout, dlse, opts)
@@ -139,7 +154,7 @@ def _jvp(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     opts = Options(*options)
-    tangents = _empty_tangents(q, v, lse, opts)
+    tangents = empty_tangents(q, v, lse, opts)
     given = (q_tangent, k_tangent, v_tangent, qv_tangent, s_aux_tangent)
     backend_for(q).jvp(*given, q, k, v, qv, s_aux, lse, opts, *tangents)
     return tangents
@@ -176,48 +191,10 @@ def _combine_jvp(
     return tangents
 
 
-def empty_out(q: Tensor, v: Tensor, options: Options) -> Tensor:
-    """Memory for the O of a forward."""
-    return q.new_empty((*q.shape[:-1], options.head_dim_v(v)), dtype=checks.output_dtype(q))
-
-
-def empty_lse(q: Tensor) -> Tensor:
-    """Memory for the LSE of a forward."""
-    *batch, rows, heads, _ = q.shape
-    return q.new_empty((*batch, heads, rows), dtype=checks.lse_dtype(q))
-
-
-def _empty_forward(q: Tensor, v: Tensor, options: Options) -> ForwardResult:
-    return ForwardResult(empty_out(q, v, options), *_empty_lse_and_partials(q, v, options))
-
-
-def _empty_lse_and_partials(
-    q: Tensor, v: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    lse = empty_lse(q)
-    if options.num_splits == 1:
-        return lse, lse.new_empty((0,)), lse.new_empty((0,))
-    splits = (options.num_splits, *lse.shape)
-    return lse, lse.new_empty((*splits, options.head_dim_v(v))), lse.new_empty(splits)
-
-
-def _empty_gradients(
-    q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, s_aux: Tensor | None
-) -> Gradients:
-    def like(x: Tensor | None) -> Tensor:
-        return q.new_empty((0,)) if x is None else x.new_empty(x.shape)
-
-    return Gradients(like(q), like(k), like(v), like(qv), like(s_aux))
-
-
-def _empty_tangents(q: Tensor, v: Tensor, lse: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    return q.new_empty((*q.shape[:-1], options.head_dim_v(v))), lse.new_empty(lse.shape)
-
-
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, s_aux: Tensor | None, *options: Any
 ) -> ForwardResult:
-    return _empty_forward(q, v, Options(*options))
+    return empty_forward(q, v, Options(*options))
 
 
 def _forward_out_fake(
@@ -229,7 +206,7 @@ def _forward_out_fake(
     out: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_lse_and_partials(q, v, Options(*options))
+    return empty_lse_and_partials(q, v, Options(*options))
 
 
 def _backward_fake(
@@ -242,7 +219,7 @@ def _backward_fake(
     s_aux: Tensor | None,
     *rest: Any,
 ) -> Gradients:
-    return _empty_gradients(q, k, v, qv, s_aux)
+    return empty_gradients(q, k, v, qv, s_aux)
 
 
 def _jvp_fake(
@@ -259,7 +236,7 @@ def _jvp_fake(
     lse: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    return _empty_tangents(q, v, lse, Options(*options))
+    return empty_tangents(q, v, lse, Options(*options))
 
 
 def _append_kv_fake(*args: Any) -> None:
@@ -359,6 +336,9 @@ def _register() -> None:
 
 
 _register()
+_unseen_forward = unaffected(_forward_past_op)
+#: What the op does, called by a node of autograd that nobody watches.
+backward_past_op = unaffected(_backward)
 
 
 def resolve_num_splits(q: Tensor, geometry: Geometry, options: Options) -> Options:
@@ -389,7 +369,18 @@ def run_forward(
     out: Tensor | None,
     options: Options,
 ) -> ForwardResult:
-    """The forward op, or its in-place twin where `out` is given."""
+    """The forward op, or its in-place twin where `out` is given; what the op does, where nobody
+    sees the difference: a tenth of a millisecond, which a short CPU call has no use for."""
     if out is None:
+        inputs = (q, k, v, s_aux)
+        if qv is None and unseen.may_run(inputs, options):
+            return _with_partials(*unseen.run(_unseen_forward, inputs, options))
         return ForwardResult(*torch.ops.flash8.forward(q, k, v, qv, s_aux, *options))
     return ForwardResult(out, *torch.ops.flash8.forward_out(q, k, v, qv, s_aux, out, *options))
+
+
+def run_unseen(arguments: Arguments, options: Options) -> tuple[Tensor, Tensor]:
+    """O and LSE of a call that `unseen` has found to be checked."""
+    q, k, v = arguments["q"], arguments["k"], arguments["v"]
+    out, lse, *_ = unseen.run(_unseen_forward, (q, k, v, arguments.get("s_aux")), options)
+    return out, lse

@@ -3,12 +3,14 @@
 What is saved and how gradients come of it is written once; the two differ in who asks for it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flash8 import backends
+from flash8.call import observed
 from flash8.call.options import Arguments, Options, WithoutTensors
 from flash8.ops import backward_plans
 from flash8.tensors.float8 import E4M3
@@ -42,9 +44,13 @@ def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> InputGradie
         if done is not None:
             return done[0], done[1], done[2], None, done[3]
     q, k, v, qv, s_aux, out, lse, options = _with_options(saved, given)
-    dq, dk, dv, dqv, ds_aux = torch.ops.flash8.backward(
-        dout, dlse, q, k, v, qv, s_aux, out, lse, *options
-    )
+    backward: Callable[..., Any] = torch.ops.flash8.backward
+    unseen = observed.is_unseen(q, dout, dlse) and not backends.kernels_wanted(q)
+    if unseen and not torch.is_grad_enabled():
+        from flash8.ops import attention
+
+        backward = attention.backward_past_op
+    dq, dk, dv, dqv, ds_aux = backward(dout, dlse, q, k, v, qv, s_aux, out, lse, *options)
     return dq, dk, dv, None if qv is None else dqv, None if s_aux is None else ds_aux
 
 

@@ -23,7 +23,7 @@ from flash8 import backends
 from flash8.call.observed import is_profiled
 from flash8.call.options import Arguments, Options
 from flash8.ops import plan_cache, planned
-from flash8.ops.attention import empty_lse, empty_out
+from flash8.ops.outputs import empty_lse, empty_out
 
 if TYPE_CHECKING:
     from flash8 import _native

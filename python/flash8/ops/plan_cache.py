@@ -23,8 +23,8 @@ from flash8.backends import index_checks
 from flash8.call.observed import is_observed, is_profiled
 from flash8.call.options import Arguments, Options, WithoutTensors, without_tensors
 from flash8.ops import planned
-from flash8.ops.attention import empty_lse, empty_out
 from flash8.ops.autograd import Launched
+from flash8.ops.outputs import empty_lse, empty_out
 
 if TYPE_CHECKING:
     from flash8 import _native

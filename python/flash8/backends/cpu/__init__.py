@@ -4,10 +4,12 @@ It is the backend of CPU tensors and the readable form of what the Hopper kernel
 same loop over tiles, the same online softmax, the same roundings of P and dS.
 
 A call is resolved into units (`sequences`), each of which has dense q, k and v of one length;
-`forward` and `backward` walk over their tiles.
+torch's compiled attention serves those that it can (`compiled`), and `forward` and `backward` walk
+over the tiles of the others.
 """
 
 from flash8.backends.cpu.backward import backward
+from flash8.backends.cpu.batch import backward_batch, forward_batch
 from flash8.backends.cpu.cache import append_kv, check_slots
 from flash8.backends.cpu.combine import combine, combine_backward, combine_jvp
 from flash8.backends.cpu.forward import forward
@@ -18,6 +20,7 @@ from flash8.backends.cpu.sequences import check_indices, check_tokens, check_val
 __all__ = [
     "append_kv",
     "backward",
+    "backward_batch",
     "check_indices",
     "check_slots",
     "check_tokens",
@@ -26,6 +29,7 @@ __all__ = [
     "combine_backward",
     "combine_jvp",
     "forward",
+    "forward_batch",
     "fp8_backward",
     "jvp",
 ]
