@@ -128,7 +128,7 @@ def check_indices(q: Tensor, k: Tensor, options: Options) -> None:
 
 
 def check_values(q: Tensor, k: Tensor, options: Options) -> None:
-    """Raises ValueError on descales that are none, and for pages on their indices."""
+    """Raises ValueError on descales that are none, and where pages tell which count on those."""
     for name in ("k_descale", "v_descale"):
         descale = getattr(options, name)
         if is_per_token(descale, k):
@@ -136,7 +136,7 @@ def check_values(q: Tensor, k: Tensor, options: Options) -> None:
                 check_value(name, unit.seen(descale, options))
             without: dict[str, Any] = {name: None}
             options = options._replace(**without)
-    if options.page_table is None:
+    if options.page_table is None or not options.is_scaled:
         check_descales.check_values(options)
         return
     found = [unit.keys.seen for unit in units(q, k, options)]
@@ -308,14 +308,15 @@ class _Pages:
         used = self._table[row, : -(-seqlen // size)].long()
         first, last = (needed.start // size, -(-needed.stop // size)) if needed else (0, 0)
         counts = used[first:last]
-        wrong = (counts < 0) | (counts >= self._num_pages)
-        if bool(wrong.any()):
-            position = first + int(wrong.nonzero()[0])
-            raise wrong_index(
-                "page_table",
-                f"must hold page indices from 0 to {self._num_pages - 1}, "
-                f"got {int(used[position])} at [{row}, {position}]",
-            )
+        for position, page in enumerate(counts.tolist(), first):
+            if not 0 <= page < self._num_pages:
+                raise wrong_index(
+                    "page_table",
+                    f"must hold page indices from 0 to {self._num_pages - 1}, "
+                    f"got {page} at [{row}, {position}]",
+                )
+        if counts.shape == used.shape:
+            return used, counts
         pages = torch.zeros_like(used)
         pages[first:last] = counts
         return pages, counts
