@@ -31,11 +31,12 @@ def describe_mode() -> str:
 def describe() -> list[Service]:
     """Which backend serves training, prefill and decode on this machine, and why."""
     portable = "tiled PyTorch, memory linear in seqlen"
+    compiled = "torch's compiled attention where it can, else tiled PyTorch"
     rows = [
-        Service("CPU tensors, training, fp64 / fp32 / fp16 / bf16", "cpu", portable),
-        Service("CPU tensors, training, FP8 (fp8_attention)", "cpu", portable),
-        Service("CPU tensors, prefill, also e4m3", "cpu", portable),
-        Service("CPU tensors, decode over 16-bit and e4m3 caches", "cpu", portable),
+        Service("CPU tensors, training, fp32 / fp16 / bf16", "cpu", compiled),
+        Service("CPU tensors, training, fp64, FP8 (fp8_attention)", "cpu", portable),
+        Service("CPU tensors, prefill and decode over 16-bit caches", "cpu", compiled),
+        Service("CPU tensors, prefill and decode over e4m3 caches", "cpu", portable),
     ]
     if torch.cuda.is_available():
         rows += _describe_cuda(torch.cuda.get_device_name())
