@@ -1,5 +1,5 @@
 # Each target works by itself from a clean clone; it needs Python 3.11 to 3.13, a C++17 compiler and make.
-#   make demo     train and serve a small byte-level GPT
+#   make demo     train and serve a small GPT
 #   make test     the default test suite, on the installed package
 #   make test-full  all of it, with the tests marked slow
 #   make fuzz     100,000 random calls, good and hostile (FUZZ_CALLS, FUZZ_SEED, FUZZ_WORKERS)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+import data
 from config import Config, device, mixed_precision
 from flash8 import fp8, varlen
 from flash8.nn import PagedKVCache
@@ -27,7 +26,7 @@ def paged_cache(
         config.pool_pages,
         config.page_size,
         config.serve_rows,
-        config.longest_document + config.new_tokens,
+        config.longest + config.new_tokens,
         config.heads,
         config.head_dim,
         dtype=dtype,
@@ -38,17 +37,16 @@ def paged_cache(
 
 
 @torch.no_grad()
-def e4m3_cache(model: ByteGPT, config: Config, documents: list[Tensor]) -> PagedKVCache:
+def e4m3_cache(model: ByteGPT, config: Config, documents: list[data.Document]) -> PagedKVCache:
     """A cache whose descales come from the largest keys and values of these documents."""
-    texts = documents[: config.calibration_documents]
-    texts = [text[: config.cached_tokens] for text in texts]
+    texts = [document.tokens for document in documents]
     pages = sum(-(-text.shape[0] // config.page_size) for text in texts)
     seen = PagedKVCache(
         config.layers,
         pages,
         config.page_size,
         len(texts),
-        config.cached_tokens,
+        max(text.shape[0] for text in texts),
         config.heads,
         config.head_dim,
         dtype=torch.bfloat16,
@@ -61,31 +59,3 @@ def e4m3_cache(model: ByteGPT, config: Config, documents: list[Tensor]) -> Paged
         model(tokens.to(device()), cu_seqlens.to(device()), max_seqlen, step)
     descales = (fp8.quantize(x.flatten(1, 2), "head").descale * HEADROOM for x in (seen.k, seen.v))
     return paged_cache(config, torch.float8_e4m3fn, *descales)
-
-
-@torch.no_grad()
-def loss_through(
-    cache: PagedKVCache, model: ByteGPT, config: Config, documents: list[Tensor], label: str
-) -> float:
-    """Nats per byte of the documents' beginnings, read a few tokens at a time from an empty cache.
-
-    Every token is appended before it is attended to, so each of its keys and values has been
-    through the cache.
-    """
-    length = config.cached_tokens
-    texts = [text[: length + 1] for text in documents if text.shape[0] > length]
-    tokens = torch.stack(texts[: config.serve_rows]).to(device())
-    rows = [cache.add_sequence() for _ in tokens]
-    total = 0.0
-    starts = range(0, length, config.cached_chunk)
-    for begin in tqdm(starts, desc=f"held-out texts, {label}", unit="step"):
-        end = min(begin + config.cached_chunk, length)
-        step = cache.prepare(rows, end - begin)
-        with mixed_precision(device()):
-            logits = model(tokens[:, begin:end], step=step)
-        step.commit()
-        targets = tokens[:, begin + 1 : end + 1].flatten()
-        total += F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum").item()
-    for row in rows:
-        cache.remove_sequence(row)
-    return total / (len(rows) * length)

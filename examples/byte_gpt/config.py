@@ -13,36 +13,34 @@ OUT_DIR = Path(__file__).resolve().parent / "out"
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes in tokens (one token is one byte), times in seconds."""
+    """Sizes in tokens: one token is one byte, which is one word of the language."""
 
-    # the text
-    corpus_bytes: int = 2_000_000
-    heldout_bytes: int = 20_000
-    longest_document: int = 1536
+    # the language: documents of so many tokens, short ones first
+    shortest: int = 48
+    longest: int = 1024
+    first_longest: int = 128
+    heldout_documents: int = 48
     # the model
-    layers: int = 4
-    dim: int = 128
+    layers: int = 2
+    dim: int = 64
     heads: int = 2
     # training
+    steps: int = 450
     batch_tokens: int = 2048
-    matrix_rate: float = 0.04
-    other_rate: float = 0.02
-    train_seconds: float = 50.0  # of all the models together
-    most_steps: int = 2000
-    validations: int = 4
-    largest_loss_gap: float = 0.01  # of FP8's held-out loss against that of bf16
+    matrix_rate: float = 0.06
+    other_rate: float = 0.03
+    validations: int = 12
+    largest_accuracy_gap: float = 0.01  # of FP8's held-out accuracy against that of bf16
     # the comparison of attention variants: one step to warm up, then the measured ones
-    compare_steps: int = 1
+    compare_steps: int = 3
     compare_tokens: int = 4096
     # serving
     page_size: int = 16
-    pool_pages: int = 96
+    pool_pages: int = 400
     serve_rows: int = 6
-    new_tokens: int = 80
-    temperature: float = 0.5
-    # the held-out loss through a cache: texts of so many tokens, read so many at a time
-    cached_tokens: int = 192
-    cached_chunk: int = 8
+    serve_texts: int = 12
+    serve_shortest: int = 768
+    new_tokens: int = 32
     calibration_documents: int = 8
     seed: int = 2025
 
@@ -50,26 +48,28 @@ class Config:
     def head_dim(self) -> int:
         return self.dim // self.heads
 
+    def longest_at(self, done: float) -> int:
+        """The longest document of a run's training when so much of it is done. To find a word
+        among few is learned first."""
+        growth = min(1.0, max(0.0, (done - 0.5) / 0.35))
+        return round(self.first_longest * (self.longest / self.first_longest) ** growth)
+
 
 FULL = Config()
 QUICK = replace(
     FULL,
-    corpus_bytes=60_000,
-    heldout_bytes=4_000,
-    longest_document=256,
-    layers=2,
-    dim=64,
+    longest=64,
+    first_longest=64,
+    heldout_documents=16,
+    steps=12,
     batch_tokens=512,
-    train_seconds=60.0,
-    most_steps=12,
     validations=2,
     compare_steps=1,
     compare_tokens=1024,
     pool_pages=24,
     serve_rows=3,
-    new_tokens=12,
-    cached_tokens=48,
-    cached_chunk=5,
+    serve_texts=5,
+    serve_shortest=48,
 )
 
 

@@ -1,37 +1,66 @@
-"""Documents of very different lengths that every Python installation carries.
+"""Reports in a small language, whose right answers are known.
 
-Functions and methods of the standard library, and the sections of the reference manual that
-`help()` shows. Nothing is downloaded.
+A report names one word of every topic, somewhere among other words, and ends with a summary that
+lists topics and words in order. The summary follows from the report, so it can be checked word by
+word; to write it, a model has to find twelve words wherever they stand. A token is one byte, which
+stands for a word.
 """
 
 from __future__ import annotations
 
-import ast
-import os
+import math
 import random
-import re
-import sysconfig
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flash8 import varlen
 
-END = 0  # the byte between documents: what a text starts after, and what ends it
-SHORTEST = 48
-_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}
+_TOPICS = """
+animal: fox owl cat dog hen cow ram bee rat elk ant pig
+colour: red blue green black white pink brown gray gold violet teal beige
+food: bread rice soup cheese pasta honey salad pizza plum pear olive bean
+weather: rain snow wind fog hail storm sun frost mist heat thunder drizzle
+city: paris rome oslo cairo lima delhi tokyo berlin madrid quito dublin seoul
+tool: hammer saw drill rake axe chisel spade wrench file brush knife needle
+tree: oak pine elm birch maple cedar willow ash palm beech fir yew
+drink: tea milk juice water cocoa cider lemonade coffee mead broth soda punch
+metal: iron copper tin zinc lead nickel silver steel bronze brass cobalt chrome
+sport: chess golf tennis rowing judo polo rugby hockey boxing fencing skiing archery
+month: january february march april may june july august september october november december
+music: flute harp drum piano violin horn lute cello organ guitar bell banjo
+"""
+_OTHERS = """
+the a then we they went near under over by and on that day some later people walked home with little
+old small quiet long road house garden river hill door table window early late again never always
+somewhere together slowly often maybe still only after before while nobody knew where it was
+"""
+TOPICS = {line.split(":")[0]: line.split(":")[1].split() for line in _TOPICS.strip().splitlines()}
+OTHERS = _OTHERS.split()
+END, SUMMARY = 0, 1  # what a text starts after and ends with; what the summary starts after
+WORDS = ["\n", "| summary:", *TOPICS, *(word for row in TOPICS.values() for word in row), *OTHERS]
+_TOKENS = {word: token for token, word in enumerate(WORDS)}
+_IGNORED = -100  # a target that no loss counts
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Documents as int64 byte tensors, (length,) each, that start with END."""
+class Document:
+    """END, the report, SUMMARY, the summary, END: int64 (length,)."""
 
-    train: list[Tensor]
-    heldout: list[Tensor]
+    tokens: Tensor
+    prompt_length: int  # through SUMMARY
+
+    @property
+    def prompt(self) -> Tensor:
+        return self.tokens[: self.prompt_length]
+
+    @property
+    def answer(self) -> list[int]:
+        """What has to be written behind the prompt."""
+        answer: list[int] = self.tokens[self.prompt_length :].tolist()
+        return answer
 
 
 @dataclass(frozen=True)
@@ -39,7 +68,7 @@ class Batch:
     """Documents back to back: (total,) inputs and targets, as training wants them."""
 
     inputs: Tensor
-    targets: Tensor
+    targets: Tensor  # of summaries only
     cu_seqlens: Tensor
     max_seqlen: int
 
@@ -64,118 +93,66 @@ class Batch:
         return inputs, places
 
 
-def load_corpus(total_bytes: int, heldout_bytes: int, longest: int, seed: int) -> Corpus:
-    """Documents worth about ``total_bytes``, split by file, so no file is on both sides."""
-    sources = _source_files()
-    random.Random(seed).shuffle(sources)
-    train: list[Tensor] = []
-    heldout: list[Tensor] = []
-    filled = 0
-    for documents in _sources_and_topics(sources, seed):
-        side = heldout if filled < heldout_bytes else train
-        for text in documents:
-            if len(text) >= SHORTEST:
-                side.append(_encode(text, longest))
-                filled += side[-1].shape[0]
-        if filled >= total_bytes:
-            break
-    if not train or not heldout:
-        raise RuntimeError(f"the {len(sources)} files of the standard library hold no documents")
-    return Corpus(train, heldout)
+def draw(source: random.Random, length: int) -> Document:
+    """A document of so many tokens."""
+    chosen = {topic: source.choice(words) for topic, words in TOPICS.items()}
+    report = [source.choice(OTHERS) for _ in range(length - 3 - 2 * len(TOPICS))]
+    facts = source.sample(sorted(chosen.values()), len(chosen))
+    for place, word in zip(source.sample(range(len(report)), len(facts)), facts, strict=True):
+        report[place] = word
+    summary = [word for pair in chosen.items() for word in pair]
+    prompt = [END, *(_TOKENS[word] for word in report), SUMMARY]
+    tokens = torch.tensor([*prompt, *(_TOKENS[word] for word in summary), END])
+    return Document(tokens, len(prompt))
 
 
-def batches(documents: list[Tensor], batch_tokens: int, seed: int) -> Iterator[Batch]:
-    """Endless batches of whole documents, at most ``batch_tokens`` each, shuffled every epoch."""
-    shuffler = random.Random(seed)
-    chosen: list[Tensor] = []
+def documents(seed: int, count: int, shortest: int, longest: int) -> list[Document]:
+    source = random.Random(seed)
+    return [draw(source, _length(source, shortest, longest)) for _ in range(count)]
+
+
+def next_batch(source: random.Random, batch_tokens: int, shortest: int, longest: int) -> Batch:
+    """Whole documents, at most ``batch_tokens`` in all; their lengths spread over powers of two."""
+    chosen: list[Document] = []
     filled = 0
     while True:
-        for index in shuffler.sample(range(len(documents)), len(documents)):
-            tokens = documents[index].shape[0] - 1
-            if chosen and filled + tokens > batch_tokens:
-                yield make_batch(chosen)
-                chosen, filled = [], 0
-            chosen.append(documents[index])
-            filled += tokens
+        length = _length(source, shortest, longest)
+        if chosen and filled + length > batch_tokens:
+            return make_batch(chosen)
+        chosen.append(draw(source, length))
+        filled += length
 
 
-def once(documents: list[Tensor], batch_tokens: int) -> list[Batch]:
+def once(chosen: list[Document], batch_tokens: int) -> Iterator[Batch]:
     """Batches that hold each document once, in order."""
-    result: list[Batch] = []
-    chosen: list[Tensor] = []
-    for document in documents:
-        if chosen and sum(d.shape[0] - 1 for d in (*chosen, document)) > batch_tokens:
-            result.append(make_batch(chosen))
-            chosen = []
-        chosen.append(document)
-    return [*result, make_batch(chosen)]
+    pending: list[Document] = []
+    for document in chosen:
+        if pending and sum(d.tokens.shape[0] for d in (*pending, document)) > batch_tokens:
+            yield make_batch(pending)
+            pending = []
+        pending.append(document)
+    yield make_batch(pending)
 
 
-def make_batch(documents: list[Tensor]) -> Batch:
-    """Each token but the last of a document predicts the one behind it."""
-    inputs, cu_seqlens, max_seqlen = varlen.pack([document[:-1] for document in documents])
-    targets = torch.cat([document[1:] for document in documents])
-    return Batch(inputs, targets, cu_seqlens, max_seqlen)
+def make_batch(chosen: list[Document]) -> Batch:
+    """Each token but the last of a document predicts the one behind it; summaries count."""
+    inputs, cu_seqlens, max_seqlen = varlen.pack([document.tokens[:-1] for document in chosen])
+    targets = []
+    for document in chosen:
+        following = document.tokens[1:].clone()
+        following[: document.prompt_length - 1] = _IGNORED
+        targets.append(following)
+    return Batch(inputs, torch.cat(targets), cu_seqlens, max_seqlen)
 
 
-def encode(text: str) -> Tensor:
-    """A prompt as the model wants it: END, then the bytes."""
-    return torch.tensor([END, *text.encode()], dtype=torch.int64)
+def is_answer(targets: Tensor) -> Tensor:
+    """Whether a target is a word to be found, rather than a topic or an END."""
+    return targets >= 2 + len(TOPICS)
 
 
 def decode(tokens: list[int]) -> str:
-    return bytes(token for token in tokens if token != END).decode(errors="replace")
+    return " ".join(WORDS[token] if token < len(WORDS) else "?" for token in tokens).strip()
 
 
-def _encode(text: str, longest: int) -> Tensor:
-    """A whole document ends with END; a longer one is cut."""
-    return torch.tensor([END, *text.encode()[:longest], END], dtype=torch.int64)[: longest + 1]
-
-
-def _source_files() -> list[Path]:
-    found = []
-    for folder, subfolders, files in os.walk(sysconfig.get_paths()["stdlib"]):
-        subfolders[:] = set(subfolders) - _SKIPPED
-        found += [Path(folder, name) for name in files if name.endswith(".py")]
-    return sorted(found)
-
-
-def _sources_and_topics(sources: list[Path], seed: int) -> Iterator[list[str]]:
-    """The documents of each file, with a topic after every fourth."""
-    topics = _topics()
-    random.Random(seed).shuffle(topics)
-    for index, path in enumerate(sources):
-        yield _functions(path)
-        if index % 4 == 0 and topics:
-            yield topics.pop()
-
-
-def _functions(path: Path) -> list[str]:
-    try:
-        source = path.read_text(encoding="utf-8")
-        tree = ast.parse(source)
-    except (SyntaxError, UnicodeDecodeError, ValueError):
-        return []
-    lines = source.splitlines(keepends=True)
-    return [
-        textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno]))
-        for node in _outermost_functions(tree)
-    ]
-
-
-def _outermost_functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield child
-        else:
-            yield from _outermost_functions(child)
-
-
-def _topics() -> list[list[str]]:
-    """The texts of `help()`, each cut into sections before its underlined headings."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart
-        return []
-    heading = re.compile(r"\n(?=[^\n]+\n[=*\-]{4,}\n)")
-    return [heading.split(text) for _, text in sorted(topics.items())]
+def _length(source: random.Random, shortest: int, longest: int) -> int:
+    return round(math.exp(source.uniform(math.log(shortest), math.log(longest))))

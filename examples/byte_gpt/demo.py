@@ -1,10 +1,11 @@
-"""Trains a small GPT on the texts of this Python installation, then serves it.
+"""Trains a small GPT to summarise reports of a small language, then serves it.
 
     python examples/byte_gpt/demo.py [--quick] [--steps N]
 
-Shows what packing and flash8 save beside padding and unfused attention, the loss curves of bf16 and
-of FP8-forward training, and text written from a bf16 and from an e4m3 KV cache. Writes pictures and
-numbers to examples/byte_gpt/out/; fails if FP8 ends more than 1 % away from bf16's loss.
+Shows what packing and flash8 save beside padding and unfused attention, that bf16 and FP8-forward
+training end with the same share of right words, and long reports summarised from a bf16 and from an
+e4m3 KV cache, and without one. Writes pictures and numbers to examples/byte_gpt/out/; fails if FP8
+ends with a share more than 1 % away from that of bf16.
 """
 
 from __future__ import annotations
@@ -12,37 +13,27 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import subprocess
 import sys
+import textwrap
 import warnings
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
-from torch import Tensor
 
 import caches
 import data
 import report
 from config import FULL, OUT_DIR, QUICK, Config, device, use_all_cores
 from flash8.backends.describe import describe, serving
-from flash8.nn import PagedKVCache
 from measure import Measurement, save_batches
 from model import BF16MHA, ByteGPT
-from serve import Request, Server, largest_difference, seconds_without_cache
-from train import PRECISIONS, VARIANTS, History, Trainer, loss_gap, train
-
-PROMPTS = (
-    "def ",
-    "def __init__(self, ",
-    "class ",
-    "The ",
-    "async def ",
-    'def parse(text):\n    """Return ',
-    "Note that ",
-)
+from serve import Request, Server, largest_difference, read_again
+from train import PRECISIONS, VARIANTS, History, Trainer, accuracy_gap, train
 
 #: What kernels do in a training step.
 JOBS = ("forward", "backward", "quantize")
@@ -52,11 +43,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=OUT_DIR, help="folder for the results")
-    parser.add_argument("--steps", type=int, help="train so many steps, however long they take")
+    parser.add_argument("--steps", type=int, help="train so many steps")
     options = parser.parse_args()
     config = QUICK if options.quick else FULL
     if options.steps is not None:
-        config = replace(config, most_steps=options.steps, train_seconds=float("inf"))
+        config = replace(config, steps=options.steps)
     run(config, options.out, options.quick)
 
 
@@ -64,49 +55,45 @@ def run(config: Config, out: Path, quick: bool) -> None:
     began = perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     machine = describe_machine()
-    heading("Documents")
-    corpus = data.load_corpus(
-        config.corpus_bytes, config.heldout_bytes, config.longest_document, config.seed
-    )
-    text = describe_corpus(corpus)
+    heading("The language")
+    describe_language(config)
 
     heading("The same training steps in four ways, each in its own process")
-    rows = compare(corpus, config, out, quick)
+    rows = compare(config, out, quick)
     print(report.table(rows))
     print(report.verdict(rows))
 
     heading("Training on packed documents: bf16, and FP8 in the forward of attention")
     trainers = [Trainer(config, variant) for variant in PRECISIONS.values()]
-    histories, kernels = train_and_tell(trainers, corpus, config)
+    histories, kernels = train_and_tell(trainers, config)
 
     heading("Serving the model that FP8 trained, with a paged KV cache of 16 and of 8 bits")
     model = ByteGPT(config, BF16MHA).to(device())
     model.load_state_dict(trainers[-1].model.state_dict())
-    served, sample = serve_both(model, corpus, config)
+    served, sample = serve_all(model, config)
 
-    report.plot_losses(histories, out / "loss.png", config.largest_loss_gap)
+    report.plot_training(histories, out / "training.png")
     report.plot_comparison(rows, out / "comparison.png")
     (out / "sample.txt").write_text(sample)
-    gap = loss_gap(histories[1], histories[0])
+    gap = accuracy_gap(histories[1], histories[0])
     results = {
         "machine": machine,
         "config": asdict(config),
-        "documents": text,
         "comparison": [asdict(row) for row in rows],
         "training": {name: asdict(h) for name, h in zip(PRECISIONS, histories, strict=True)},
         "kernels": kernels,
-        "fp8_loss_gap": gap,
+        "fp8_accuracy_gap": gap,
         "serving": served,
         "seconds": perf_counter() - began,
     }
     report.write_json(results, out / "results.json")
     heading(f"Done in {results['seconds']:.0f} s")
-    for name in ("loss.png", "comparison.png", "sample.txt", "results.json"):
+    for name in ("training.png", "comparison.png", "sample.txt", "results.json"):
         print(f"  {out / name}")
-    if abs(gap) > config.largest_loss_gap:
+    if abs(gap) > config.largest_accuracy_gap:
         raise SystemExit(
-            f"FP8-forward training ended {gap:+.2%} away from bf16's held-out loss, more than "
-            f"{config.largest_loss_gap:.0%}"
+            f"FP8-forward training ended with {gap:+.2%} right words beside bf16, more than "
+            f"{config.largest_accuracy_gap:.0%} away"
         )
 
 
@@ -131,29 +118,26 @@ def describe_machine() -> dict[str, str]:
     return machine
 
 
-def describe_corpus(corpus: data.Corpus) -> dict[str, float]:
-    lengths = torch.tensor([document.shape[0] - 1 for document in corpus.train]).double()
-    quantiles = lengths.quantile(torch.tensor([0.1, 0.5, 0.9, 1.0]).double()).tolist()
-    text = {
-        "train_documents": len(corpus.train),
-        "train_bytes": int(lengths.sum()),
-        "heldout_documents": len(corpus.heldout),
-        **dict(zip(("p10", "median", "p90", "longest"), quantiles, strict=True)),
-    }
+def describe_language(config: Config) -> None:
+    example = data.draw(random.Random(config.seed), config.shortest)
     print(
-        f"{text['train_documents']:,} functions and help sections of this Python, "
-        f"{text['train_bytes'] / 1e6:.1f} MB; {text['heldout_documents']} more held out; lengths: "
-        f"median {text['median']:.0f}, 10 % under {text['p10']:.0f}, 10 % over {text['p90']:.0f}, "
-        f"cut at {text['longest']:.0f} bytes"
+        f"Reports of {config.shortest} to {config.longest} words name one word of each of "
+        f"{len(data.TOPICS)} topics, {len(next(iter(data.TOPICS.values())))} to choose from; the "
+        "summary has to find them. The shortest:"
     )
-    return text
+    print(textwrap.fill(data.decode(example.tokens.tolist()), 96, initial_indent="  "))
 
 
-def compare(corpus: data.Corpus, config: Config, out: Path, quick: bool) -> list[Measurement]:
+def batches_to_compare(config: Config) -> list[data.Batch]:
+    source = random.Random(config.seed)
+    sizes = (config.compare_tokens, config.shortest, config.longest)
+    return [data.next_batch(source, *sizes) for _ in range(config.compare_steps + 1)]
+
+
+def compare(config: Config, out: Path, quick: bool) -> list[Measurement]:
     """Every variant on the same batches, from the same weights."""
-    batches = data.batches(corpus.train, config.compare_tokens, config.seed)
     inputs, result = out / "batches.pt", out / "measurement.json"
-    save_batches(list(islice(batches, config.compare_steps + 1)), inputs)
+    save_batches(batches_to_compare(config), inputs)
     rows = []
     for variant in VARIANTS:
         script = Path(__file__).with_name("measure.py")
@@ -166,12 +150,12 @@ def compare(corpus: data.Corpus, config: Config, out: Path, quick: bool) -> list
 
 
 def train_and_tell(
-    trainers: list[Trainer], corpus: data.Corpus, config: Config
+    trainers: list[Trainer], config: Config
 ) -> tuple[list[History], dict[str, list[str]]]:
     """Trains; says how far it came, which kernels served, and what they did not serve."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("default")
-        histories = train(trainers, corpus, config)
+        histories = train(trainers, config)
     print(report.training_table(histories))
     found = serving()
     kernels = {job: [name for name in found if name.startswith(job)] for job in JOBS}
@@ -182,60 +166,57 @@ def train_and_tell(
     return histories, kernels
 
 
-def serve_both(model: ByteGPT, corpus: data.Corpus, config: Config) -> tuple[dict, str]:
-    """The same prompts and held-out texts through both caches: results by cache, and the texts."""
-    served, samples = {}, []
+def serve_all(model: ByteGPT, config: Config) -> tuple[dict, str]:
+    """The same long reports through both caches, and without one: results by cache, and texts."""
+    texts = data.documents(
+        config.seed + 2, config.serve_texts, config.serve_shortest, config.longest
+    )
+    seen = data.documents(
+        config.seed + 3, config.calibration_documents, config.shortest, config.longest
+    )
+    seconds, read = read_again(model, texts, config.serve_rows)
+    served: dict[str, dict[str, Any]] = {"none": count(read) | {"seconds_per_step": seconds}}
     for label, cache in (
         ("bf16", caches.paged_cache(config, torch.bfloat16)),
-        ("e4m3", caches.e4m3_cache(model, config, corpus.train)),
+        ("e4m3", caches.e4m3_cache(model, config, seen)),
     ):
-        served[label], requests = serve(model, corpus, config, cache, f"{label} cache")
-        samples.append(f"--- {label} cache ---\n{write_sample(requests)}")
-    print("\n".join(samples))
+        server = Server(model, config, cache, f"{label} cache")
+        requests = server.run(texts)
+        served[label] = count(requests) | costs(server)
+        served[label]["largest_logit_difference"] = largest_difference(model, requests)
     print(report.cache_table(served))
-    first = next(iter(served.values()))
-    print(
-        f"held out: nats per byte of {config.serve_rows} texts read through the cache; logits: "
-        "largest difference to one full bf16 forward pass over the finished texts; a step without "
-        f"a cache: {1e3 * first['seconds_per_step_without_cache']:.0f} ms"
-    )
-    return served, "\n".join(samples)
+    print(f"the last report, of {texts[-1].prompt_length} words, read through e4m3:")
+    shown = [data.decode(texts[-1].prompt.tolist())[-100:], data.decode(requests[-1].written)]
+    print(textwrap.fill(f"... {' '.join(shown)}", 96, initial_indent="  ", subsequent_indent="  "))
+    sample = "".join(write_sample(request) for request in requests)
+    return served, sample
 
 
-def serve(
-    model: ByteGPT, corpus: data.Corpus, config: Config, cache: PagedKVCache, label: str
-) -> tuple[dict, list[Request]]:
-    """Finish prompts of very different lengths: short beginnings and halves of held-out texts."""
-    loss = caches.loss_through(cache, model, config, corpus.heldout, label)
-    server = Server(model, config, cache, label)
-    halves = [document[: document.shape[0] // 2] for document in corpus.heldout[:5]]
-    requests = server.run([*map(data.encode, PROMPTS), *halves])
-    served = server.served
+def count(requests: list[Request]) -> dict[str, int]:
+    """Summaries that are right to the last word, and right words."""
+    return {
+        "texts": len(requests),
+        "exact": sum(request.is_exact for request in requests),
+        "words": len(requests) * len(data.TOPICS),
+        "right_words": sum(request.right_words for request in requests),
+    }
+
+
+def costs(server: Server) -> dict[str, Any]:
+    served, cache = server.served, server.cache
     page_bytes = 2 * cache.k[:, 0].nbytes
-    dense_pages = config.serve_rows * -(-cache.max_seqlen // config.page_size)
     return {
         **asdict(served),
-        "decode_tokens_per_second": served.decode_tokens / served.decode_seconds,
         "seconds_per_step": served.decode_seconds / served.decode_steps,
-        "seconds_per_step_without_cache": seconds_without_cache(
-            model, requests[: config.serve_rows]
-        ),
         "page_bytes": page_bytes,
         "most_bytes": served.most_pages * page_bytes,
-        "dense_bytes": dense_pages * page_bytes,
-        "largest_logit_difference": largest_difference(model, requests),
-        "heldout_loss": loss,
-    }, requests
+    }
 
 
-def write_sample(requests: list[Request]) -> str:
-    """Prompt and continuation of each request, set off by a bar."""
-    return "\n".join(f"{show(request.prompt)}|{request.text}\n" for request in requests)
-
-
-def show(prompt: Tensor, longest: int = 60) -> str:
-    text = data.decode(prompt.tolist())
-    return text if len(text) <= longest else f"[{len(text)} bytes] ...{text[-longest:]}"
+def write_sample(request: Request) -> str:
+    verdict = "right" if request.is_exact else "wrong"
+    prompt, summary = data.decode(request.prompt.tolist()), data.decode(request.written)
+    return f"{textwrap.fill(f'{prompt} {summary}', 96)}\n-> {verdict}\n\n"
 
 
 if __name__ == "__main__":

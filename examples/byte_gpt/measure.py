@@ -42,7 +42,9 @@ def measure(variant: str, batches: list[data.Batch], trainer: Trainer, baseline:
     """Time all batches but the first, which warms up."""
     packed = VARIANTS[variant].packed
     losses, seconds = [], 0.0
-    for index, batch in enumerate(tqdm(batches, desc=VARIANTS[variant].label, unit="step")):
+    for index, batch in enumerate(
+        tqdm(batches, desc=VARIANTS[variant].label, unit="step", disable=None)
+    ):
         batch = batch.to(device())
         _wait()
         began = perf_counter()

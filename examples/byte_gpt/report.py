@@ -13,55 +13,39 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from measure import Measurement
-from train import History, loss_gap
+from train import History, accuracy_gap
 
-_OURS, _THEIRS, _INK, _FAINT = "#2166ac", "#b0b0b0", "#222222", "#cccccc"
+_OURS, _THEIRS = "#2166ac", "#b0b0b0"
 _FP8 = "#d6604d"
 _COLOURS = {"packed": _OURS, "padded": "#92c5de"}
 
 
-def plot_losses(histories: list[History], path: Path, largest_gap: float) -> None:
-    """The loss curves of all runs, and below how far each is from the first, in per cent."""
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(7, 5.5), dpi=150, sharex=True, height_ratios=(5, 2)
-    )
+def plot_training(histories: list[History], path: Path) -> None:
+    """The share of right words of both runs, and their losses."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5.5), dpi=150, sharex=True)
     for history, colour, style in zip(histories, (_OURS, _FP8), ("-", "--"), strict=True):
-        kilobytes = [tokens / 1e3 for tokens in history.tokens]
+        last = 100 * history.heldout_accuracies[-1]
+        label = f"{history.label}: {last:.1f} %"
         heldout = [tokens / 1e3 for tokens in history.heldout_tokens]
-        label = f"{history.label}, held out: {history.heldout_losses[-1]:.3f}"
-        above.plot(
-            kilobytes, _running_mean(history.losses), style, color=colour, label=history.label
-        )
-        above.plot(heldout, history.heldout_losses, "o", color=colour, ms=4, label=label)
-        if history is not histories[0]:
-            _plot_gaps(below, history, histories[0], colour)
-    above.set_ylabel("loss (nats per byte)")
-    above.set_title("The same batches in bf16 and with an FP8 forward of attention", loc="left")
-    above.set_ylim(0, 5.8)
-    above.legend(frameon=False)
-    percent = 100 * largest_gap
-    below.axhspan(-percent, percent, color=_FAINT, alpha=0.4, linewidth=0)
-    below.set_ylim(-1.5 * percent, 1.5 * percent)
-    below.set_ylabel("difference (%)")
-    below.set_xlabel("training text (kB)")
+        shares = [100 * share for share in history.heldout_accuracies]
+        above.plot(heldout, shares, style, color=colour, marker="o", ms=4, label=label)
+        kilo = [tokens / 1e3 for tokens in history.tokens]
+        below.plot(kilo, _running_mean(history.losses), style, color=colour)
+    last = [100 * history.heldout_accuracies[-1] for history in histories]
+    title = f"bf16 and an FP8 forward end with {last[0]:.1f} % and {last[1]:.1f} % right words"
+    above.set_title(title, loc="left", fontweight="bold")
+    above.set_ylabel("right words, held out (%)")
+    above.set_ylim(0, 105)
+    above.legend(frameon=False, loc="lower right")
+    below.set_ylabel("loss (nats per token)")
+    below.set_ylim(bottom=0)
+    below.set_xlabel("trained on (thousand words)")
     below.set_xlim(left=0)
     for axes in (above, below):
         _finish(axes)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
-
-
-def _plot_gaps(axes: Axes, history: History, reference: History, colour: str) -> None:
-    """Of the running means of the training losses, and of the held-out losses."""
-
-    def percent(ours: list[float], theirs: list[float]) -> list[float]:
-        return [100 * (a / b - 1) for a, b in zip(ours, theirs, strict=True)]
-
-    train = percent(_running_mean(history.losses), _running_mean(reference.losses))
-    heldout = percent(history.heldout_losses, reference.heldout_losses)
-    axes.plot([tokens / 1e3 for tokens in history.tokens], train, color=colour, linewidth=1)
-    axes.plot([tokens / 1e3 for tokens in history.heldout_tokens], heldout, "o", color=colour, ms=4)
 
 
 def plot_comparison(rows: list[Measurement], path: Path) -> None:
@@ -107,17 +91,17 @@ def table(rows: list[Measurement]) -> str:
 
 
 def training_table(histories: list[History]) -> str:
-    """Steps, speed and losses of runs in lockstep; the difference is to the first row."""
-    header = ("forward of attention", "steps", "bytes", "tokens/s", "first", "held out", "gap")
+    """Steps, speed and held-out results of runs in lockstep; the gap is to the first row."""
+    header = ("forward of attention", "steps", "words", "words/s", "loss", "right words", "gap")
     body = [
         (
             history.label,
             f"{len(history.losses)}",
             f"{history.tokens[-1]:,}",
             f"{history.tokens[-1] / history.seconds:,.0f}",
-            f"{history.heldout_losses[0]:.3f}",
             f"{history.heldout_losses[-1]:.4f}",
-            "" if history is histories[0] else f"{loss_gap(history, histories[0]):+.2%}",
+            f"{history.heldout_accuracies[-1]:.1%}",
+            "" if history is histories[0] else f"{accuracy_gap(history, histories[0]):+.1%}",
         )
         for history in histories
     ]
@@ -125,20 +109,19 @@ def training_table(histories: list[History]) -> str:
 
 
 def cache_table(served: dict[str, dict[str, Any]]) -> str:
-    """What each cache cost and what it did to the held-out loss; compared with the first row's."""
-    header = ("cache", "MiB at most", "as dense rows", "held out", "gap", "logits", "ms a step")
-    first = next(iter(served.values()))["heldout_loss"]
+    """What was written through each cache, and what that cost; the first row has none."""
+    header = ("cache", "exact summaries", "right words", "MiB at most", "ms a step", "faster")
+    slowest = next(iter(served.values()))["seconds_per_step"]
     body = [
         (
             label,
-            f"{row['most_bytes'] / 2**20:.2f}",
-            f"{row['dense_bytes'] / 2**20:.2f}",
-            f"{row['heldout_loss']:.4f}",
-            f"{row['heldout_loss'] / first - 1:+.3%}" if index else "",
-            f"{row['largest_logit_difference']:.1e}",
-            f"{1e3 * row['seconds_per_step']:.0f}",
+            f"{row['exact']} of {row['texts']}",
+            f"{row['right_words']} of {row['words']}",
+            f"{row['most_bytes'] / 2**20:.2f}" if "most_bytes" in row else "",
+            f"{1e3 * row['seconds_per_step']:.1f}",
+            f"{slowest / row['seconds_per_step']:.1f} x" if "most_bytes" in row else "",
         )
-        for index, (label, row) in enumerate(served.items())
+        for label, row in served.items()
     ]
     return align([header, *body])
 

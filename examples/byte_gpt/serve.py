@@ -1,4 +1,4 @@
-"""Text from the model: continuous batching over a paged KV cache."""
+"""Summaries from the model: continuous batching over a paged KV cache."""
 
 from __future__ import annotations
 
@@ -19,20 +19,32 @@ from model import ByteGPT
 
 @dataclass
 class Request:
-    """A prompt (length,) and what has been written behind it."""
+    """A document, of which the report is read, and what has been written behind it."""
 
-    prompt: Tensor
+    document: data.Document
     row: int = -1
     written: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
 
     @property
-    def text(self) -> str:
-        return data.decode(self.written)
+    def prompt(self) -> Tensor:
+        return self.document.prompt
 
     @property
     def finished(self) -> bool:
         return bool(self.written) and self.written[-1] == data.END
+
+    @property
+    def right_words(self) -> int:
+        """How many of the words to be found stand where they should."""
+        answer = self.document.answer
+        words = data.is_answer(torch.tensor(answer)).tolist()
+        pairs = zip(answer, self.written, words, strict=False)
+        return sum(is_word and a == b for a, b, is_word in pairs)
+
+    @property
+    def is_exact(self) -> bool:
+        return self.written == self.document.answer
 
     def tokens(self) -> Tensor:
         return torch.cat((self.prompt, torch.tensor(self.written, dtype=torch.int64)))
@@ -65,19 +77,18 @@ class Server:
         self._config = config
         self._label = label
         self.cache = cache
-        self._random = torch.Generator().manual_seed(config.seed)
         self._running: list[Request] = []
         self.served = Served()
 
     @torch.no_grad()
-    def run(self, prompts: list[Tensor]) -> list[Request]:
-        """Write up to ``new_tokens`` behind each prompt."""
-        requests = [Request(prompt) for prompt in prompts]
+    def run(self, documents: list[data.Document]) -> list[Request]:
+        """Write up to ``new_tokens`` behind each prompt, always the likeliest."""
+        requests = [Request(document) for document in documents]
         for request in requests:
             self._refuse_if_hopeless(request)
         waiting = deque(requests)
-        total = len(prompts) * self._config.new_tokens
-        with tqdm(total=total, desc=self._label, unit="B") as progress:
+        total = sum(len(request.document.answer) for request in requests)
+        with tqdm(total=total, desc=self._label, unit="token", disable=None) as progress:
             while waiting or self._running:
                 admitted = self._admit(waiting)
                 self._prefill(admitted) if admitted else self._decode()
@@ -128,9 +139,7 @@ class Server:
 
     def _write(self, requests: list[Request], logits: Tensor) -> None:
         logits = logits.float().cpu()
-        chances = (logits / self._config.temperature).softmax(-1)
-        chosen = torch.multinomial(chances, 1, generator=self._random)[:, 0].tolist()
-        for request, row, token in zip(requests, logits, chosen, strict=True):
+        for request, row, token in zip(requests, logits, logits.argmax(-1).tolist(), strict=True):
             request.logits.append(row)
             request.written.append(token)
         self.served.most_pages = max(self.served.most_pages, self.cache.allocator.num_used)
@@ -150,29 +159,45 @@ class Server:
     def _refuse_if_hopeless(self, request: Request) -> None:
         length = request.prompt.shape[0] + self._config.new_tokens
         if length > self.cache.max_seqlen or self._pages_at_most(request) > self._config.pool_pages:
-            raise ValueError(f"a prompt of {request.prompt.shape[0]} bytes does not fit the cache")
+            raise ValueError(f"a prompt of {request.prompt.shape[0]} tokens does not fit the cache")
 
 
 @torch.no_grad()
 def largest_difference(model: ByteGPT, requests: list[Request]) -> float:
     """Between the logits of paged decoding and those of one forward pass over the whole texts."""
-    tokens, cu_seqlens, max_seqlen = varlen.pack([request.tokens()[:-1] for request in requests])
-    with mixed_precision(device()):
-        logits = model(tokens.to(device()), cu_seqlens.to(device()), max_seqlen)
-    texts = varlen.unpack(logits.float().cpu(), cu_seqlens)
+    texts = [request.tokens()[:-1] for request in requests]
+    _, cu_seqlens, _ = varlen.pack(texts)
+    found = varlen.unpack(_whole(model, texts).float().cpu(), cu_seqlens)
     return max(
         (whole[-len(request.logits) :] - torch.stack(request.logits)).abs().max().item()
-        for whole, request in zip(texts, requests, strict=True)
+        for whole, request in zip(found, requests, strict=True)
     )
 
 
 @torch.no_grad()
-def seconds_without_cache(model: ByteGPT, requests: list[Request], repeats: int = 3) -> float:
-    """One decoding step if every text so far had to be read again, halfway through."""
-    halves = [request.tokens()[: -(len(request.written) // 2) or None] for request in requests]
-    tokens, cu_seqlens, max_seqlen = varlen.pack(halves)
-    began = perf_counter()
+def read_again(
+    model: ByteGPT, documents: list[data.Document], rows: int, repeats: int = 3
+) -> tuple[float, list[Request]]:
+    """Without a cache: seconds of a step in which so many texts are read as a whole, and what is
+    written. The likeliest words behind the true ones are those that would be written as long as all
+    are right, so one reading tells which summaries come out exact."""
+    requests = [Request(document) for document in documents]
+    texts = [document.tokens[:-1] for document in documents]
+    seconds = float("inf")
     for _ in range(repeats):
-        with mixed_precision(device()):
-            model(tokens.to(device()), cu_seqlens.to(device()), max_seqlen).sum().item()
-    return (perf_counter() - began) / repeats
+        began = perf_counter()
+        _whole(model, texts[:rows]).sum().item()
+        seconds = min(seconds, perf_counter() - began)
+    for begin in range(0, len(texts), rows):
+        part = texts[begin : begin + rows]
+        _, cu_seqlens, _ = varlen.pack(part)
+        found = varlen.unpack(_whole(model, part).float().cpu(), cu_seqlens)
+        for request, logits in zip(requests[begin:], found, strict=False):
+            request.written = logits[request.document.prompt_length - 1 :].argmax(-1).tolist()
+    return seconds, requests
+
+
+def _whole(model: ByteGPT, texts: list[Tensor]) -> Tensor:
+    tokens, cu_seqlens, max_seqlen = varlen.pack(texts)
+    with mixed_precision(device()):
+        return model(tokens.to(device()), cu_seqlens.to(device()), max_seqlen)

@@ -1,15 +1,17 @@
 """Training on packed or padded batches: the same documents, the same loss.
 
-Models that are compared are trained in lockstep, so whatever the clock allows, they have seen the
-same batches at the same learning rates.
+Models that are compared are trained in lockstep: they see the same batches at the same learning
+rates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,18 +49,23 @@ PRECISIONS = {
 }
 
 
+class Score(NamedTuple):
+    """On held-out documents: nats per token of their summaries, and the share of right words."""
+
+    loss: float
+    accuracy: float
+
+
 @dataclass
 class History:
-    """What a training run leaves: losses in nats per byte, counted in real tokens.
-
-    seconds: in training steps alone.
-    """
+    """What a training run leaves. seconds: in training steps alone."""
 
     label: str = ""
     tokens: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     heldout_tokens: list[int] = field(default_factory=list)
     heldout_losses: list[float] = field(default_factory=list)
+    heldout_accuracies: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -97,53 +104,67 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def evaluate(self, batches: list[data.Batch]) -> float:
-        """Nats per byte."""
-        total = sum(self._loss(batch).item() * batch.tokens for batch in batches)
-        return total / sum(batch.tokens for batch in batches)
+    def evaluate(self, batches: Iterable[data.Batch]) -> Score:
+        loss = right = words = counted = 0
+        for batch in batches:
+            logits = self._logits(batch)
+            loss += F.cross_entropy(logits, batch.targets, reduction="sum").item()
+            counted += (batch.targets >= 0).sum().item()
+            answers = data.is_answer(batch.targets)
+            right += (logits.argmax(-1) == batch.targets)[answers].sum().item()
+            words += answers.sum().item()
+        return Score(loss / counted, right / words)
 
     def _loss(self, batch: data.Batch) -> Tensor:
-        """Mean over the real tokens; padding is computed and dropped."""
+        """Mean over the tokens of summaries."""
+        return F.cross_entropy(self._logits(batch), batch.targets)
+
+    def _logits(self, batch: data.Batch) -> Tensor:
+        """Of the real tokens; padding is computed and dropped."""
         with mixed_precision(batch.inputs.device):
             if self._packed:
                 logits = self.model(batch.inputs, batch.cu_seqlens, batch.max_seqlen)
             else:
                 inputs, places = batch.padded()
                 logits = self.model(inputs).flatten(0, 1)[places]
-            return F.cross_entropy(logits.float(), batch.targets)
+        return logits.float()
 
     def _groups(self) -> Iterator[dict]:
         for optimizer in self._optimizers:
             yield from optimizer.param_groups
 
 
-def train(trainers: Sequence[Trainer], corpus: data.Corpus, config: Config) -> list[History]:
-    """Train all for `train_seconds` or `most_steps`, whichever comes first; validate at times."""
-    heldout = [batch.to(device()) for batch in data.once(corpus.heldout, config.batch_tokens)]
+def train(trainers: Sequence[Trainer], config: Config) -> list[History]:
+    """Train all on the same batches; validate at times."""
+    chosen = data.documents(
+        config.seed + 1, config.heldout_documents, config.shortest, config.longest
+    )
+    heldout = [batch.to(device()) for batch in data.once(chosen, 2 * config.longest)]
     if device().type == "cuda":
         for trainer in trainers:
             trainer.warm_up(heldout[0])
     histories = [History(trainer.label) for trainer in trainers]
     _validate(trainers, histories, heldout)
-    endless = data.batches(corpus.train, config.batch_tokens, config.seed)
-    began, done, steps = perf_counter(), 0.0, 0
-    with tqdm(total=100, desc="train", bar_format="{l_bar}{bar}| {elapsed}{postfix}") as bar:
-        while done < 1.0:
-            batch = next(endless).to(device())
+    source = random.Random(config.seed)
+    every = max(1, config.steps // config.validations)
+    with tqdm(total=config.steps, desc="train", unit="step", disable=None) as bar:
+        for step in range(1, config.steps + 1):
+            done = (step - 1) / config.steps
+            batch = data.next_batch(
+                source, config.batch_tokens, config.shortest, config.longest_at(done)
+            ).to(device())
             for trainer, history in zip(trainers, histories, strict=True):
                 _timed_step(trainer, history, batch, rate(done))
-            steps += 1
-            before, done = done, _progress(began, steps, config)
-            if int(before * config.validations) < int(done * config.validations):
+            if step % every == 0 or step == config.steps:
                 _validate(trainers, histories, heldout)
-            bar.set_postfix_str(_latest(histories, steps))
-            bar.update(100 * done - bar.n)
+                bar.set_postfix_str(_latest(histories))
+            bar.update()
     return histories
 
 
-def loss_gap(history: History, reference: History) -> float:
-    """How far the last held-out loss is above the reference's, as a share of it."""
-    return history.heldout_losses[-1] / reference.heldout_losses[-1] - 1.0
+def accuracy_gap(history: History, reference: History) -> float:
+    """How far the last held-out accuracy is above the reference's."""
+    return history.heldout_accuracies[-1] - reference.heldout_accuracies[-1]
 
 
 def _timed_step(trainer: Trainer, history: History, batch: data.Batch, rate: float) -> None:
@@ -157,8 +178,10 @@ def _validate(
     trainers: Sequence[Trainer], histories: list[History], heldout: list[data.Batch]
 ) -> None:
     for trainer, history in zip(trainers, histories, strict=True):
+        score = trainer.evaluate(heldout)
         history.heldout_tokens.append((history.tokens or [0])[-1])
-        history.heldout_losses.append(trainer.evaluate(heldout))
+        history.heldout_losses.append(score.loss)
+        history.heldout_accuracies.append(score.accuracy)
 
 
 def rate(done: float, climb: float = 0.04) -> float:
@@ -168,14 +191,6 @@ def rate(done: float, climb: float = 0.04) -> float:
     return 0.525 + 0.475 * math.cos(math.pi * (done - climb) / (1 - climb))
 
 
-def _progress(began: float, steps: int, config: Config) -> float:
-    elapsed = (perf_counter() - began) / config.train_seconds
-    return min(1.0, max(elapsed, steps / config.most_steps))
-
-
-def _latest(histories: list[History], steps: int) -> str:
-    losses = (
-        f"{history.label} {history.losses[-1]:.2f} (held out {history.heldout_losses[-1]:.2f})"
-        for history in histories
-    )
-    return ", ".join((f"step {steps}", *losses))
+def _latest(histories: list[History]) -> str:
+    shares = (f"{history.label} {history.heldout_accuracies[-1]:.0%}" for history in histories)
+    return "right words held out: " + ", ".join(shares)
