@@ -179,8 +179,9 @@ class KernelForward(Forward, Protocol):
         v: Tensor,
         options: "Options",
         qv: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> "ForwardVariant | DecodeVariant":
-        """The variant that serves a call which is not refused."""
+        """The variant that serves a call which is not refused. `out` is the caller's."""
 
 
 class KernelBackward(Backward, Protocol):

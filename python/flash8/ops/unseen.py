@@ -27,10 +27,10 @@ _known: dict[Key, Options] = {}
 def key(arguments: Arguments) -> Key | None:
     """Equal for calls that pass the same checks with the same options; None if it cannot be told,
     or somebody is to see the op."""
-    if observed.is_observed() or observed.is_profiled() or observed.is_batched():
-        return None
     q = arguments["q"]
-    if type(q) not in observed.PLAIN or backends.kernels_wanted(q):
+    if type(q) not in observed.PLAIN or not q.is_cpu or backends.kernels_wanted(q):
+        return None
+    if observed.is_observed() or observed.is_profiled() or observed.is_batched():
         return None
     parts: list[Any] = []
     for name, value in arguments.items():

@@ -148,7 +148,12 @@ def launch(planned: Plan, stream: int, tile_count: Tensor | None, sm_margin: int
 
 
 def choose(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, qv: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    qv: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> ForwardVariant:
     """The variant that serves a call which is not refused."""
     assert qv is None
