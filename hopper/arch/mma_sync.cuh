@@ -7,6 +7,8 @@
 
 #pragma once
 
+#include "copy_async.cuh"
+
 #include <cstdint>
 
 namespace flash8 {
@@ -87,29 +89,6 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
     }
     return word;
-}
-
-// 16 bytes from global to shared memory, in the generic proxy; without `reads` zeros, and nothing is read.
-__device__ __forceinline__ void copy_async_16(uint32_t target, void const* source, bool reads) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-                 "r"(reads ? 16 : 0)
-                 : "memory");
-}
-
-// The same of 4 bytes.
-__device__ __forceinline__ void copy_async_4(uint32_t target, void const* source) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
-}
-
-// Closes the group of this thread's copies since the last one.
-__device__ __forceinline__ void copy_async_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Waits for all groups of this thread but the newest kPending.
-template <int kPending>
-__device__ __forceinline__ void copy_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Everything that this thread has seen happens before what sees the sum.
