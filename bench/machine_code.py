@@ -203,7 +203,8 @@ def row(variant: ForwardVariant) -> Row:
     unmasked, *others = code.mainloops
     key = (variant.head_dim, variant.head_dim_v, variant.mask)
     peers = FLASH_ATTENTION_3_FP8 if variant.scales == "head" else FLASH_ATTENTION_3
-    comparable = not (variant.softcap or variant.alibi or variant.scales == "block")
+    other = variant.softcap or variant.alibi or variant.scales == "block"
+    comparable = not (other or variant.gather)  # the peer's pages come by TMA
     peer = peers.get(key, (None,) * 3) if comparable else (None, None, None)
     registers, spills = _cost(compiled)
     block_m, block_n = tile(variant)

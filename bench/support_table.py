@@ -95,11 +95,12 @@ def latent(dtype: torch.dtype, **options: Any) -> Call:
     return call
 
 
-def prefilled(dtype: torch.dtype, **options: Any) -> Call:
+def prefilled(dtype: torch.dtype, page_size: int = 32, **options: Any) -> Call:
     """32 queries of two heads for each KV head, over a cache of `dtype`."""
 
     def call() -> Any:
         q, k, v = tensors(dtype)
+        k, v = (x.reshape(-1, page_size, *x.shape[2:]) for x in (k, v))
         with torch.no_grad():
             return flash8.flash_attn_with_kvcache(
                 q, k, v, cache_seqlens=ints([32]), num_splits=1, **options
@@ -199,12 +200,13 @@ ROWS = (
         ],
     ),
     Row(
-        "the same, more rows than decoding has: pages of a multiple of 8 keys, e4m3 q over them",
+        "the same, more rows than decoding has: pages of any size, e4m3 q over them",
         ForwardVariant,
         [
             *(prefilled(BF16), prefilled(FP16, cache_leftpad=ints([2]))),
             *(prefilled(BF16, page_table=ints([[0]])), prefilled(E4M3, page_table=ints([[0]]))),
             prefilled(BF16, page_table=ints([[0]]), cache_leftpad=ints([2])),
+            *(prefilled(x, page_table=ints([range(32)]), page_size=1) for x in (BF16, E4M3)),
         ],
     ),
     Row(

@@ -23,8 +23,9 @@ enum class KernelKind : std::uint32_t {
 // Where the keys of a forward kernel lie.
 enum class PageChoice : std::int32_t {
     kNone = 0,
-    kPages = 1,        // without leftpad_k
-    kPaddedPages = 2,  // with or without
+    kPages = 1,          // without leftpad_k
+    kPaddedPages = 2,    // with or without
+    kGatheredPages = 3,  // with or without, and of any size
 };
 
 // The driver's CUtensorMapSwizzle.

@@ -50,11 +50,15 @@ struct ForwardConfig {
     // FP8: V in global memory is column-major (keys contiguous), as the quantizer writes it.
     static constexpr bool kVColMajor = FLASH8_V_COLMAJOR;
     static constexpr bool kTransposeV = kFp8 && !kVColMajor;
-    // K and V lie in pages. Left padding that ends inside of a tile needs a mask at the left edge.
+    // K and V lie in pages, which TMA loads, or which are gathered. For TMA left padding that ends inside of
+    // a tile needs a mask at the left edge.
     static constexpr auto kPages = !FLASH8_PAGED               ? PageChoice::kNone
+                                   : FLASH8_GATHER             ? PageChoice::kGatheredPages
                                    : kMask == MaskMode::kLocal ? PageChoice::kPaddedPages
                                                                : PageChoice::kPages;
     static constexpr bool kPaged = kPages != PageChoice::kNone;
+    static constexpr bool kGather = kPages == PageChoice::kGatheredPages;
+    static_assert(kPaged || !FLASH8_GATHER, "what is gathered are pages");
     static_assert(!kPaged || (kClusterM == 1 && !kVColMajor && !kBlockScales && !kDropout),
                   "pages are loaded by one CTA, by token, and number no keys of a whole sequence");
     static_assert(kFp8 == (kScales != ScaleGranularity::kNone), "e4m3 has descales, 16-bit types have none");
@@ -78,8 +82,10 @@ struct ForwardConfig {
     static constexpr int kConsumerWarpgroups = kBlockM / kRowsPerWarpgroup;
     static constexpr int kConsumerWarps = kConsumerWarpgroups * 4;
     static constexpr int kThreads = (kConsumerWarpgroups + 1) * 128;
-    // Warps of the producer warpgroup that transpose V; the first one issues TMA.
-    static constexpr int kTransposerWarps = kTransposeV ? 3 : 0;
+    // Warps of the producer warpgroup: the first one issues TMA, then come those that gather pages, and
+    // those that transpose V.
+    static constexpr int kGatherWarps = !kGather ? 0 : kTransposeV ? 1 : 2;
+    static constexpr int kTransposerWarps = kTransposeV ? 3 - kGatherWarps : 0;
     // Transposing takes more registers than loading.
     using Registers = RegisterBudget<kConsumerWarpgroups, kTransposeV ? 40 : 32>;
     static_assert(Registers::kThreads == kThreads);
@@ -136,8 +142,25 @@ struct TransposeStorage<Config, true> {
     Pipeline<Config::kStages> pipeline_v_rows;
 };
 
+// Of a warp that gathers pages: what the queries of its tile see of a row of the cache. It lies in shared
+// memory because these warps have few registers.
+struct GatheredKeys {
+    int first_block;  // the last one to be gathered
+    int table_row;
+    int offset;      // where the first block begins
+    int first_seen;  // keys [first_seen, end_seen) are those that some query sees
+    int end_seen;
+    int head;
+};
+template <int kWarps>
+struct GatherStorage {
+    GatheredKeys gathered_keys[kWarps];
+};
+template <>
+struct GatherStorage<0> {};
+
 template <class Config>
-struct SharedStorage : TransposeStorage<Config, Config::kTransposeV> {
+struct SharedStorage : TransposeStorage<Config, Config::kTransposeV>, GatherStorage<Config::kGatherWarps> {
     using Element = typename Config::Element;
 
     alignas(1024) Element q[Config::kBlockM * Config::kHeadDim];
@@ -150,17 +173,35 @@ struct SharedStorage : TransposeStorage<Config, Config::kTransposeV> {
     Pipeline<Config::kStages> pipeline_k;
     Pipeline<Config::kStages> pipeline_v;
 
-    // Every arrival count. Q, K and V are filled by one thread's TMA, unless V goes through the warps that
-    // transpose it.
-    __device__ void init_pipelines() {
-        tiles.init(Config::kConsumerWarps + Config::kTransposerWarps);
-        pipeline_q.init(Config::kConsumerWarps);
-        pipeline_k.init(Config::kConsumerWarps * Config::kClusterM);
+    // V as it lies in memory: for the consumers, or for the warps that transpose it for them.
+    __device__ __forceinline__ Pipeline<Config::kStages>& pipeline_of_v() {
         if constexpr (Config::kTransposeV) {
-            this->pipeline_v_rows.init(Config::kTransposerWarps * Config::kClusterM);
+            return this->pipeline_v_rows;
+        } else {
+            return pipeline_v;
+        }
+    }
+    __device__ __forceinline__ Element* stages_of_v() {
+        if constexpr (Config::kTransposeV) {
+            return this->v_rows;
+        } else {
+            return v;
+        }
+    }
+
+    // Every arrival count. Q, K and V are filled by one thread's TMA, unless K and V are gathered by the
+    // lanes of a warp, or V goes through the warps that transpose it.
+    __device__ void init_pipelines() {
+        constexpr int kLoadersOfK = Config::kGather ? 32 : 1;
+        constexpr int kLoadersOfV = Config::kGather ? 33 : 1;  // and the thread that claims tiles
+        tiles.init(Config::kConsumerWarps + Config::kGatherWarps + Config::kTransposerWarps);
+        pipeline_q.init(Config::kConsumerWarps);
+        pipeline_k.init(Config::kConsumerWarps * Config::kClusterM, kLoadersOfK);
+        if constexpr (Config::kTransposeV) {
+            this->pipeline_v_rows.init(Config::kTransposerWarps * Config::kClusterM, kLoadersOfV);
             pipeline_v.init(Config::kConsumerWarps, Config::kTransposerWarps);
         } else {
-            pipeline_v.init(Config::kConsumerWarps * Config::kClusterM);
+            pipeline_v.init(Config::kConsumerWarps * Config::kClusterM, kLoadersOfV);
         }
     }
 };

@@ -2,6 +2,7 @@
 // compilation; flash8.backends.hopper.variants says which -D options there are.
 
 #include "consumer.cuh"
+#include "page_gatherer.cuh"
 #include "producer.cuh"
 #include "transpose_v.cuh"
 
@@ -50,6 +51,9 @@ constexpr KernelInfo describe() {
     info.tma[2] = box(Config::kPanelV, Config::kBlockN / Config::kClusterM, Config::AtomsV::kSwizzle);
     info.v_colmajor = Config::kVColMajor;
     info.paged = Config::kPages;
+    if (Config::kGather) {
+        info.tma[1] = info.tma[2] = TmaBox{};
+    }
     if (Config::kVColMajor) {
         info.tma[2] = box(Config::kPanelVt, Config::kHeadDimV / Config::kClusterM, Config::AtomsVt::kSwizzle);
     }
@@ -69,8 +73,10 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
     int const warpgroup = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x / 128), 0);
     if (threadIdx.x == 0) {
         ptx::prefetch_tensor_map(&params.tma_q);
-        ptx::prefetch_tensor_map(&params.tma_k);
-        ptx::prefetch_tensor_map(&params.tma_v);
+        if constexpr (!Config::kGather) {
+            ptx::prefetch_tensor_map(&params.tma_k);
+            ptx::prefetch_tensor_map(&params.tma_v);
+        }
         shared.init_pipelines();
         ptx::fence_barrier_init();
     }
@@ -85,10 +91,16 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
         if (threadIdx.x < 32) {
             Producer<Config>(params, shared).run();
         }
+        int const warp = threadIdx.x / 32;
+        constexpr int kFirstTransposer = 1 + Config::kGatherWarps;
+        if constexpr (Config::kGather) {
+            if (warp > 0 && warp < kFirstTransposer) {
+                gather_pages(params, shared, warp - 1);
+            }
+        }
         if constexpr (Config::kTransposeV) {
-            int const warp = threadIdx.x / 32;
-            if (warp > 0) {
-                Transposer<Config>(params, shared, warp - 1).run();
+            if (warp >= kFirstTransposer) {
+                Transposer<Config>(params, shared, warp - kFirstTransposer).run();
             }
         }
     } else {

@@ -15,6 +15,7 @@
 #include "../attention/score_mod.cuh"
 #include "../attention/softmax.cuh"
 #include "config.cuh"
+#include "page_gatherer.cuh"
 
 namespace flash8 {
 
@@ -66,7 +67,7 @@ class Mainloop {
         float const inner[kRowsPerThread] = {cap, cap};
 
         shared_.pipeline_q.wait(state_.q);
-        shared_.pipeline_k.wait(state_.k);
+        wait_for_keys<Config>(shared_.pipeline_k, state_.k);
         multiply<true>(mma_qk, rQ, rK(_, _, _, state_.k.stage), s);
         warpgroup_wait<0>();
         warpgroup_fence_operand(s);
@@ -80,12 +81,12 @@ class Mainloop {
 
         auto advance = [&](auto masked, int n_block) __attribute__((always_inline)) {
             constexpr bool kMasked = decltype(masked)::value;
-            shared_.pipeline_k.wait(state_.k);
+            wait_for_keys<Config>(shared_.pipeline_k, state_.k);
             if constexpr (Config::kTakeTurns) {
                 Turns::wait(warpgroup_);
             }
             multiply<true>(mma_qk, rQ, rK(_, _, _, state_.k.stage), s);
-            shared_.pipeline_v.wait(state_.v);
+            wait_for_keys<Config>(shared_.pipeline_v, state_.v);
             multiply<false>(mma_pv, p, rV(_, _, _, state_.v.stage), o);
             if constexpr (Config::kTakeTurns) {
                 Turns::pass_on(warpgroup_);
@@ -113,7 +114,7 @@ class Mainloop {
                 clear_hidden_keys(blocks, blocks.begin);
             }
         }
-        shared_.pipeline_v.wait(state_.v);
+        wait_for_keys<Config>(shared_.pipeline_v, state_.v);
         multiply<false>(mma_pv, p, rV(_, _, _, state_.v.stage), o);
         warpgroup_wait<0>();
         warpgroup_fence_operand(o);
@@ -152,7 +153,11 @@ class Mainloop {
     }
 
     // By all consumer warpgroups. None of them has the turn at that time, so they can meet at a barrier.
+    // Gathered keys are zero where they are hidden.
     __device__ void clear_hidden_keys(KeyBlocks const& blocks, int n_block) {
+        if constexpr (Config::kGather) {
+            return;
+        }
         SeenKeys const seen = SeenKeys::of<kBlockN>(blocks, n_block);
         if (seen.all<kBlockN>()) {
             return;

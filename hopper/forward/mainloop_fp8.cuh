@@ -63,7 +63,7 @@ class MainloopFp8 {
         auto attend = [&](auto masked, int n_block) __attribute__((always_inline)) {
             constexpr bool kMasked = decltype(masked)::value;
             Tensor s = make_tensor<float>(typename Config::template LayoutC<kBlockN>{});
-            shared_.pipeline_k.wait(state_.k);
+            wait_for_keys<Config>(shared_.pipeline_k, state_.k);
             multiply<true>(mma_qk, rQ, rK(_, _, _, state_.k.stage), s);
             Turns::pass_on(warpgroup_);
             warpgroup_wait<0>();

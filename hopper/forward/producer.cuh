@@ -26,11 +26,13 @@ class Producer {
         while (tile.valid()) {
             if (leader) {
                 shared_.tiles.publish(tiles_state_, tile);
-                if constexpr (!Config::kPaged) {
+                if constexpr (Config::kGather) {
+                    follow_gathered_tile(tile, scheduler);
+                } else if constexpr (!Config::kPaged) {
                     load_tile(tile, scheduler);
                 }
             }
-            if constexpr (Config::kPaged) {
+            if constexpr (Config::kPaged && !Config::kGather) {
                 load_tile_of_pages(tile, scheduler, leader);
             }
             __syncwarp();
@@ -39,12 +41,10 @@ class Producer {
         if (leader) {
             shared_.tiles.publish(tiles_state_, tile);
             // A CTA must not end before its TMA writes and its consumers' arrivals.
-            shared_.pipeline_k.drain(kv_state_);
-            if constexpr (Config::kTransposeV) {
-                shared_.pipeline_v_rows.drain(kv_state_);
-            } else {
-                shared_.pipeline_v.drain(kv_state_);
+            if constexpr (!Config::kGather) {
+                shared_.pipeline_k.drain(kv_state_);
             }
+            shared_.pipeline_of_v().drain(kv_state_);
         }
     }
 
@@ -78,6 +78,24 @@ class Producer {
         scheduler.claim();
         load_v(kv_state_, info, tile.batch, head_kv, blocks.begin);
         kv_state_.advance();
+    }
+
+    // K and V are gathered by other warps. The next tile is claimed when the last V of this one can be.
+    __device__ void follow_gathered_tile(WorkTile const& tile, Scheduler& scheduler) {
+        auto const info = sequence_of<Config>(params_, tile);
+        typename Config::TileMask const mask(params_, info);
+        KeyBlocks const blocks = mask.key_blocks(tile.m_block);
+        if (!blocks.empty()) {
+            load_q(info, tile);
+        }
+        // A stage is full only when this thread has arrived, too. So it misses no phase of an empty one.
+#pragma unroll 1
+        for (int count = blocks.end - blocks.begin; count > 0; --count) {
+            shared_.pipeline_of_v().wait_empty(kv_state_);
+            ptx::mbarrier_arrive(&shared_.pipeline_of_v().full[kv_state_.stage]);
+            kv_state_.advance();
+        }
+        scheduler.claim();
     }
 
     // The same from pages, by the whole warp. The entries of the page table are read a tile before their

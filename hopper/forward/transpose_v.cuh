@@ -57,8 +57,11 @@ class Transposer {
     }
 
   private:
-    // Of the next block, which is in the next stage.
+    // Of the next block, which is in the next stage. Gathered keys are zero where they are hidden.
     __device__ __forceinline__ void clear_hidden_keys(KeyBlocks const& blocks, int n_block) {
+        if constexpr (Config::kGather) {
+            return;
+        }
         SeenKeys const seen = SeenKeys::of<kBlockN>(blocks, n_block);
         if (seen.all<kBlockN>()) {
             return;

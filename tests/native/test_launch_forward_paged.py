@@ -12,13 +12,14 @@ pytest_plugins = ["driver_fixtures"]
 
 BF16, SWIZZLE_128B = 9, 3
 ADDRESS = {"q": 0x10000, "k": 0x20000, "v": 0x30000, "o": 0x40000}
-#: KernelInfo.paged: no pages, pages, pages with left padding.
-DENSE, PAGES, PADDED = 0, 1, 2
+#: KernelInfo.paged: no pages, pages, pages with left padding, pages that are gathered.
+DENSE, PAGES, PADDED, GATHERED = 0, 1, 2, 3
 
 
 def load(driver, paged=PAGES, block_n=128) -> _native.Kernel:
     q, keys = ((4, (64, rows, 1, 1), BF16, SWIZZLE_128B) for rows in (128, block_n))
-    cubin = fake_cubin(kBlockN=block_n, paged=paged, tma=tma_boxes(q, keys, keys))
+    boxes = (q,) if paged == GATHERED else (q, keys, keys)
+    cubin = fake_cubin(kBlockN=block_n, paged=paged, tma=tma_boxes(*boxes))
     return _native.Library(driver, cubin).kernel()
 
 
@@ -77,6 +78,9 @@ def test_division_by_the_page_size_is_exact(fake, driver):
 def changed(**values) -> _native.ForwardParams:
     call = paged_call()
     for name, value in values.items():
+        if name in ("k", "v", "head_dim", "head_dim_v"):
+            setattr(call, name, value)
+            continue
         setattr(call.pages if hasattr(call.pages, name) else call.sequences, name, value)
     return call
 
@@ -90,6 +94,16 @@ REFUSED = {
     "no rows": (PAGES, changed(page_size=0), "page_size is 0"),
     "no page": (PAGES, changed(num_pages=0), "num_pages is 0 and max_pages 40; there must be a"),
     "columns": (PAGES, changed(max_pages=-1), "max_pages -1"),
+    "gathered, no rows": (GATHERED, changed(page_size=0), "page_size is 0; it must be a positive"),
+    "gathered, address": (GATHERED, changed(k=(0x20008, 4096, 256, 128)), "k is at address 131080"),
+    "gathered, page": (
+        GATHERED,
+        changed(v=(0x30000, 4100, 256, 128)),
+        "row of v has 4100 elements",
+    ),
+    "gathered, row": (GATHERED, changed(k=(0x20000, 4096, 260, 128)), "row of k has 260 elements"),
+    "gathered, head": (GATHERED, changed(v=(0x30000, 4096, 256, 124)), "row of v has 124 elements"),
+    "gathered, width": (GATHERED, changed(head_dim=124), "row of k has 124 elements; this kernel"),
     "room": (PAGES, changed(max_seqlen_k=641), "max_seqlen_k is 641; the pages of a sequence hold"),
 }
 
@@ -106,3 +120,13 @@ def test_a_kernel_for_padding_takes_calls_with_and_without(fake, driver):
     for call in (changed(leftpad_k=16), changed()):
         _native.launch_forward(load(driver, PADDED), 0, 0, call)
     assert len(fake.launches) == 2
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 8, 17])
+def test_gathered_pages_have_any_size_and_no_maps(fake, driver, page_size):
+    call = paged_call(page_size)
+    call.sequences.leftpad_k = 16
+    _native.launch_forward(load(driver, GATHERED), 0, 0, call)
+    assert fake.parameter(0)[128:384] == bytes(256)
+    factor, shift = field(fake, "page_multiplier", "I"), field(fake, "page_shift", "i")
+    assert all(n * factor >> shift == n // page_size for n in (0, 7, 2**31 - 1))

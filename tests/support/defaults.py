@@ -28,6 +28,7 @@ GATES_ONLY = (
     ForwardVariant("e4m3", 128, 128, mask="causal", scales="head"),
     ForwardVariant("e4m3", 128, 128, mask="causal", scales="head", v_colmajor=True),
     ForwardVariant("e4m3", 128, 128, mask="causal", scales="head", paged=True),
+    ForwardVariant("e4m3", 128, 128, mask="causal", scales="head", paged=True, gather=True),
     ForwardVariant("e4m3", 128, 128, scales="block"),
     ForwardVariant("e4m3", 192, 128, mask="causal", scales="head"),
     ForwardVariant("e4m3", 192, 192, mask="local", scales="block"),

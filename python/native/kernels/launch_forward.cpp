@@ -13,6 +13,7 @@ namespace flash8 {
 namespace {
 
 constexpr const char* kCall = "forward";
+constexpr std::int64_t kCopyBytes = 16;  // that a lane copies when pages are gathered
 
 void check_kernel(const Kernel& kernel) {
     require(kernel.info().has_value(), "forward: ", kernel.name(), " exports no kernel_info");
@@ -45,6 +46,18 @@ void check_descales(const ForwardParams& call, const KernelInfo& info) {
             "forward: leftpad_k is not supported with descales per block or transposed v");
 }
 
+// What TMA would be told of these pages: lanes copy 16 bytes of a row at a time.
+void check_gathered(const char* name, const TensorRef& cache, std::int64_t channels, int element) {
+    const std::int64_t unit = kCopyBytes / element;
+    const auto address = reinterpret_cast<std::uintptr_t>(cache.ptr);
+    require(address != 0 && address % kCopyBytes == 0, "forward: ", name, " is at address ", address,
+            "; it must be a multiple of ", kCopyBytes, " and not null");
+    for (const std::int64_t size : {cache.batch_stride, cache.row_stride, cache.head_stride, channels}) {
+        require(size % unit == 0, "forward: a stride or row of ", name, " has ", size,
+                " elements; this kernel reads pages by ", kCopyBytes, " bytes");
+    }
+}
+
 void check_pages(const ForwardParams& call, const KernelInfo& info) {
     const PageParams& pages = call.pages;
     const SequenceParams& sequences = call.sequences;
@@ -55,15 +68,22 @@ void check_pages(const ForwardParams& call, const KernelInfo& info) {
         return;
     }
     require(sequences.cu_seqlens_k == nullptr, "forward: cu_seqlens_k is given with a page_table");
-    require(info.paged == PageChoice::kPaddedPages || sequences.leftpad_k == nullptr,
+    require(info.paged != PageChoice::kPages || sequences.leftpad_k == nullptr,
             "forward: leftpad_k is given; this kernel reads pages without left padding");
-    require(pages.page_size >= 1 && pages.page_size % kBoxRows == 0, "forward: page_size is ",
-            pages.page_size, "; it must be a positive multiple of ", kBoxRows);
+    const bool gathers = info.paged == PageChoice::kGatheredPages;
+    const int unit = gathers ? 1 : kBoxRows;
+    require(pages.page_size >= 1 && pages.page_size % unit == 0, "forward: page_size is ", pages.page_size,
+            "; it must be a positive multiple of ", unit);
     require(pages.num_pages >= 1 && pages.max_pages >= 0, "forward: num_pages is ", pages.num_pages,
             " and max_pages ", pages.max_pages, "; there must be a page, and no negative number of them");
     const std::int64_t room = std::int64_t{pages.page_size} * pages.max_pages;
     require(sequences.max_seqlen_k <= room, "forward: max_seqlen_k is ", sequences.max_seqlen_k,
             "; the pages of a sequence hold ", room, " keys");
+    if (gathers) {
+        const int bytes = element_bytes(info.tma[0].element_type);
+        check_gathered("k", call.k, call.head_dim, bytes);
+        check_gathered("v", call.v, call.head_dim_v, bytes);
+    }
 }
 
 // Q as (head_dim, ratio, row, KV head, batch); a box holds all query heads of a KV head for as many rows as
@@ -111,6 +131,9 @@ void encode_maps(const Driver& driver, const KernelInfo& info, ForwardParams& pa
         // A tile is of boxes that no page boundary cuts.
         pages.box_rows = std::gcd(pages.page_size, info.kBlockN);
         divide_by_page_size(pages);
+        if (info.paged == PageChoice::kGatheredPages) {
+            return;
+        }
         const auto encode_cache = [&](const TensorRef& ref, std::int64_t head_dim, const TmaBox& box) {
             return encode_pages(driver, ref, head_dim, params.heads_kv, pages, box, params.o.ptr);
         };

@@ -67,17 +67,32 @@ CALLS = {
         {"pack_gqa": False},
         "decode_bf16_e4m3_d128_rows8",
     ),
-    "e4m3, pages of 20 keys": (
-        draw(20, dtype=E4M3),
-        {},
-        "decode_bf16_e4m3_d128_rows32_gather",
-    ),
     "e4m3, pages' descales": (
         draw(dtype=E4M3),
         {"k_descale": torch.ones(31, 2, 1), "v_descale": torch.ones(31, 2, 1)},
         "decode_bf16_e4m3_d128_rows32_keyscales",
     ),
-    "pages of 20 keys": (draw(20), {}, "decode_bf16_d128_rows32_gather"),
+    "pages of 20 keys": (draw(20), {}, "forward_bf16_d128_causal_paged_gather"),
+    "a row for decoding, of pages of 20 keys": (
+        draw(20, seqlen_q=16),
+        {},
+        "decode_bf16_d128_rows16_gather",
+    ),
+    "pages of one key, window": (
+        draw(1),
+        {"window_size": (9, 0)},
+        "forward_bf16_d128_local_paged_gather",
+    ),
+    "pages of one key, padding": (
+        draw(1, heads=8),
+        {"cache_leftpad": int32([1, 1, 9])},
+        "forward_bf16_d128_causal_packgqa_paged_gather",
+    ),
+    "e4m3, pages of 20 keys": (
+        draw(20, dtype=E4M3),
+        {},
+        "forward_e4m3_d128_causal_paged_gather_headscales",
+    ),
     "dense": (dense(), {}, "forward_bf16_d128_causal"),
     "dense, padding": (
         dense(),
@@ -101,8 +116,11 @@ def test_which_kernel_serves(name, launched, on_fake_driver, fake, monkeypatch):
 
 
 REFUSED = {
-    "many rows of odd pages": (draw(20, seqlen_q=300), {}, "there are 300 rows of q for a KV head"),
-    "many e4m3 rows": (draw(20, dtype=E4M3, seqlen_q=300), {}, "there are 300 rows of q for a KV"),
+    "rows of no 16 bytes, of odd pages": (
+        draw(20, dtype=E4M3, width=120),
+        {},
+        "head_dim is 120",
+    ),
     "splits": (draw(), {"num_splits": 2}, "num_splits has no"),
 }
 

@@ -104,9 +104,9 @@ def e4m3(granularity, **options):
     )
 
 
-def paged_bf16():
+def paged_bf16(size=8):
     q, k, v = draw(torch.bfloat16)
-    pages = [x.reshape(20, 15, 2, 128)[:, :8].contiguous() for x in (k, v)]
+    pages = [x.reshape(20, 15, 2, 128)[:, :size].contiguous() for x in (k, v)]
     table = int32(range(19, -1, -1)).view(2, 10)
     given = {"page_table": table, "cache_seqlens": int32([70, 33]), "pack_gqa": False}
     out, lse, *_ = flash8.flash_attn_with_kvcache(
@@ -128,6 +128,7 @@ SLOPES = {"alibi_slopes": torch.linspace(0.01, 0.3, 4)}
 CAUSAL, LOCAL = replace(BF16, mask="causal"), replace(BF16, mask="local")
 SLOPED = replace(BF16, alibi=True)
 PAGED = replace(CAUSAL, paged=True)
+GATHERED = replace(PAGED, gather=True)
 MASK, EPILOGUE, SCORES = "attention/mask.cuh", "forward/epilogue.cuh", "attention/score_mod.cuh"
 SINK = "params.scores.sinks != nullptr"
 SHIFT = "float shift = reference;"
@@ -144,6 +145,7 @@ CALLS = {
     "another KV head": (BF16, bf16(), "off"),
     "unused rows unwritten": (BF16, packed_bf16, "rows are not written"),
     "pages in their own order": (PAGED, paged_bf16, "not written, or NaN"),
+    "keys of the next place": (GATHERED, lambda: paged_bf16(7), "off"),
     "descales swapped": (HEAD, e4m3("head"), "LSE is off"),
     "LSE keeps the offset": (BLOCK, e4m3("block"), "LSE is off"),
     "counter left": (CAUSAL, bf16(causal=True), "counter of tiles is left at"),
@@ -160,6 +162,11 @@ EDITS = {
         "attention/pages.cuh",
         "pages.page_table[table_row * pages.page_table_stride + index]",
         "table_row * pages.max_pages + index",
+    ),
+    "keys of the next place": (
+        "forward/page_gatherer.cuh",
+        "step, kLanesPerRow);",
+        "step ^ 1, kLanesPerRow);",
     ),
     "descales swapped": ("forward/consumer.cuh", "(params_.k_descale,", "(params_.v_descale,"),
     "LSE keeps the offset": ("attention/softmax_fp8.cuh", SHIFT, f"{SHIFT} reference += kOffset;"),

@@ -23,6 +23,7 @@ def every_variant():
             yield ForwardVariant(*choices, dropout=dropout)
             if not dropout and scales != "block":
                 yield ForwardVariant(*choices, paged=True)
+                yield ForwardVariant(*choices, paged=True, gather=True)
             if mask == "none" and dtype != "e4m3":
                 yield ForwardVariant(*choices, cluster=True, dropout=dropout)
 
@@ -50,6 +51,7 @@ def test_names_and_defines_of_one():
         "FLASH8_V_COLMAJOR": "0",
         "FLASH8_DROPOUT": "0",
         "FLASH8_PAGED": "0",
+        "FLASH8_GATHER": "0",
     }
     assert variant.unit().label == variant.name
 
@@ -65,6 +67,7 @@ def test_names_and_defines_of_one():
         ({"head_dim_v": 520}, "head_dim_v is 520"),
         ({"cluster": True, "mask": "causal"}, "cluster is True with mask 'causal'"),
         ({"paged": True, "dropout": True}, "paged is True with cluster, dropout, v_colmajor or"),
+        ({"gather": True}, "gather is True without paged"),
         ({"scales": "head"}, "scales is 'head' with dtype 'bf16'"),
         ({"dtype": "e4m3"}, "scales is 'none' with dtype 'e4m3'"),
     ],

@@ -12,9 +12,13 @@ import torch
 
 import forward_cases
 from flash8 import _native
+from flash8.backends.hopper import attention_params
 from flash8.backends.hopper import forward as hopper
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.call.options import Options
+from flash8.compiler import Unit, compile_unit
+from forward_cases import int32
+from fp8_forward_cases import changed_sources
 from simulated_device import missing_compiler
 from sparse_tensors import sparse
 
@@ -38,13 +42,15 @@ def call_on(tensors: dict[str, torch.Tensor]) -> _native.ForwardParams:
     return hopper._describe(q, k, v, {}, Options(window_right=0), o, lse)
 
 
-def run(tensors: dict[str, torch.Tensor], call: _native.ForwardParams) -> list[torch.Tensor]:
+def run(
+    tensors: dict[str, torch.Tensor], call: _native.ForwardParams, image: bytes | None = None
+) -> list[torch.Tensor]:
     device = forward_cases.device()
     tensors["o"].fill_(math.nan)
     tensors["lse"].fill_(math.nan)
     device.configure(seed=3, strict_global=False)
     try:
-        library = _native.Library(device.driver, device.ptx(VARIANT))
+        library = _native.Library(device.driver, image or device.ptx(VARIANT))
         _native.launch_forward(library.kernel(), 0, 0, call)
         device.driver.synchronize()
     finally:
@@ -98,3 +104,59 @@ def test_a_stride_of_32_bits_is_noticed(dense, far, name):
         assert "race" in str(forward_cases.device().report())
         return
     assert not all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
+
+
+GATHERED = ForwardVariant("bf16", 128, 128, mask="causal", paged=True, gather=True)
+PAGE = 5
+CACHE_STRIDES = {
+    "page": (FAR, HEADS * 128, 128, 1),
+    "head": (PAGE * HEADS * 128, HEADS * 128, FAR, 1),
+    "row": (HEADS * 128, 2**30 + 256, 128, 1),
+}
+
+
+def gathered(far: str, image: bytes) -> list[list[torch.Tensor]]:
+    """O and LSE of two sequences over pages, which lie next to each other, and far apart."""
+    generator = torch.Generator().manual_seed(7)
+    q = torch.randn((2, 40, HEADS, 128), generator=generator).bfloat16()
+    pages = [torch.randn((5, PAGE, HEADS, 128), generator=generator).bfloat16() for _ in "kv"]
+    spread = [sparse((5, PAGE, HEADS, 128), CACHE_STRIDES[far], x.dtype).copy_(x) for x in pages]
+    lengths = {"seqused_k": int32([2 * PAGE - 1, 2])}
+    table = int32([4, 0, 3, 1]).view(2, 2)
+    options = Options(window_right=0, page_table=table, **lengths)
+    found = []
+    for k, v in (pages, spread):
+        outputs = {"o": torch.empty_like(q), "lse": torch.empty(2, HEADS, 40)}
+        call = hopper._describe(q, k, v, lengths, options, *outputs.values())
+        held = attention_params.describe_pages(call, k, options)
+        found.append(run(outputs, call, image))
+        assert held
+    return found
+
+
+@pytest.mark.parametrize("far", CACHE_STRIDES)
+def test_gathered_pages_beyond_2_to_the_31_elements(far):
+    near, distant = gathered(far, forward_cases.device().ptx(GATHERED))
+    for got, want in zip(distant, near, strict=True):
+        assert torch.equal(got, want) and not got.isnan().any()
+
+
+GATHERER = "forward/page_gatherer.cuh"
+MUTATIONS = {
+    "32 bits": (GATHERER, "int64_t const bytes =", "int const bytes ="),
+    "another head": (GATHERER, "keys_.head * ref.head_stride", "0 * ref.head_stride"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_offsets_of_32_bits_are_noticed(name, tmp_path):
+    root = changed_sources(tmp_path, MUTATIONS[name])
+    unit = Unit(root / "forward" / "kernel.cu", GATHERED.defines, "changed")
+    image = compile_unit(unit).ptx.read_bytes() + b"\0"
+    try:
+        _, distant = gathered("head", image)
+    except _native.DriverError:  # it has read where there is nothing
+        return
+    near, _ = gathered("head", forward_cases.device().ptx(GATHERED))
+    assert not all(torch.equal(x, y) for x, y in zip(near, distant, strict=True))

@@ -1,6 +1,7 @@
 """What must be true of the machine code of every kernel that ships."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -45,6 +46,15 @@ def test_lean(variant):
         assert row.masked / width <= row.peer_masked / row.peer_block_n
 
 
+def test_gathering_costs_the_consumers_little():
+    """Two fences a tile: at most 3% more instructions than boxes of TMA."""
+    gathered = next(variant for variant in SHIPPED if variant.gather)
+    loaded = machine_code.row(replace(gathered, gather=False))
+    found = machine_code.row(gathered)
+    assert found.unmasked <= 1.03 * loaded.unmasked
+    assert found.masked <= 1.03 * loaded.masked
+
+
 @shipped
 def test_registers(variant):
     """What the warpgroups acquire is there: setmaxnreg draws on the CTA's own registers."""
@@ -84,11 +94,13 @@ def test_products_in_flight_keep_their_registers(variant):
 
 @shipped
 def test_the_next_tile_is_claimed_before_the_last_load(variant):
-    """Behind a claim there are at most the boxes of one tile of V. Clusters claim nothing."""
+    """Behind a claim there are at most the boxes of one tile of V. Clusters claim nothing, and what
+    other warps gather is no box."""
     element = 1 if variant.dtype == "e4m3" else 2
     loads = machine_order.loads_behind_claims(machine_code_of(variant).lines)
-    if variant.cluster:
-        assert loads == []
+    if variant.cluster or variant.gather:
+        assert not any(loads)
+        assert bool(loads) == variant.gather
         return
     row = machine_code.tile(variant)[1] if variant.v_colmajor else variant.head_dim_v * element
     panel = next(size for size in (128, 64, 32) if row % size == 0)

@@ -12,7 +12,7 @@ INT32_MAX = 2**31 - 1
 TMA_PAGE = 8  # keys of whose multiples pages are that TMA loads
 _TMA_UNIT = 16  # bytes: of addresses and strides
 _TMA_MAX_STRIDE = 1 << 40  # bytes
-_ROW_BYTES = 16  # kernels read and write rows of 16-bit tensors in units of this size
+ROW_BYTES = 16  # kernels read and write rows of 16-bit tensors in units of this size
 _MIN_SCALE = 2.0**-126  # the smallest normal number of fp32
 _INDEX_FIELDS = (
     "cu_seqlens_q",
@@ -58,7 +58,7 @@ def overlaps(x: Tensor) -> bool:
 
 def can_be_stored(out: Tensor) -> bool:
     """Whether kernels can write rows of out where they are."""
-    return out.data_ptr() % _ROW_BYTES == 0 and all(step % _ROW_BYTES == 0 for step in _steps(out))
+    return out.data_ptr() % ROW_BYTES == 0 and all(step % ROW_BYTES == 0 for step in _steps(out))
 
 
 def _steps(x: Tensor) -> list[int]:

@@ -69,19 +69,26 @@ def _refused_pages(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | N
         return "page_table with dropout has no kernel yet"
     if options.v_colmajor_tokens is not None:
         return "page_table with a v_colmajor v has no kernel yet"
-    if page_size % attention_params.TMA_PAGE != 0:
-        return (
-            f"pages have {page_size} keys; the forward kernel takes multiples of "
-            f"{attention_params.TMA_PAGE}"
-        )
-    if k.shape[0] == 0 or table.numel() == 0:
+    if k.numel() == 0 or table.numel() == 0:
         return "there is no page"
+    if _gathers(k, options):
+        for name, x in (("head_dim", k), ("head_dim_v", v)):
+            if x.shape[-1] * x.element_size() % attention_params.ROW_BYTES != 0:
+                return (
+                    f"{name} is {x.shape[-1]} and pages have {page_size} keys; rows of pages of no "
+                    f"multiple of {attention_params.TMA_PAGE} keys are read by 16 bytes"
+                )
     if any(attention_params.overlaps(x) for x in (k, v)):
         return "rows of the cache share memory"
     rows = q.shape[1] if options.cu_seqlens_q is None else q.shape[0]
     if attention_params.room(k, options) + rows > attention_params.INT32_MAX - 1024:
         return "a sequence has room for more than 2^31 keys"
     return None
+
+
+def _gathers(k: Tensor, options: Options) -> bool:
+    """Whether k is of pages that TMA cannot load."""
+    return options.page_table is not None and k.shape[1] % attention_params.TMA_PAGE != 0
 
 
 def _apart(x: Tensor) -> Tensor:
@@ -167,6 +174,7 @@ def choose(
         options.pack_gqa,
     )
     paged = options.page_table is not None
+    gather = _gathers(k, options)
     even = not paged and not heuristics.has_uneven_tiles(options)
     cluster = even and heuristics.loads_in_clusters(
         q.shape[1], ratio if pack_gqa else 1, widest, q.dtype == E4M3
@@ -175,8 +183,11 @@ def choose(
         q.dtype,
         q.shape[-1],
         head_dim_v,
-        # Pages with left padding begin inside of a tile, which takes a mask at the left edge.
-        "local" if paged and options.leftpad_k is not None else attention_params.mask_of(options),
+        # Boxes of pages with left padding begin inside of a tile, which takes a mask at the left
+        # edge.
+        "local"
+        if paged and not gather and options.leftpad_k is not None
+        else attention_params.mask_of(options),
         options.softcap > 0.0,
         options.alibi_slopes is not None,
         pack_gqa,
@@ -185,6 +196,7 @@ def choose(
         options.v_colmajor_tokens is not None,
         options.dropout_p > 0.0,
         paged,
+        gather,
     )
 
 
@@ -258,6 +270,7 @@ def _variant(
     v_colmajor: bool,
     dropout: bool,
     paged: bool,
+    gather: bool,
 ) -> ForwardVariant:
     """The variant for these choices, made once per process."""
     return ForwardVariant(
@@ -273,4 +286,5 @@ def _variant(
         v_colmajor=v_colmajor,
         dropout=dropout,
         paged=paged,
+        gather=gather,
     )

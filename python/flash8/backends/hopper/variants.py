@@ -34,7 +34,10 @@ class ForwardVariant:
         dropout: Whether probabilities are dropped.
         cluster: Whether two CTAs load K and V together; without a mask only.
         v_colmajor: Whether v of e4m3 has keys innermost, as the quantizer writes it.
-        paged: Whether k and v are the pages of a cache; left padding of them needs mask "local".
+        paged: Whether k and v are the pages of a cache; left padding of them needs mask "local",
+            unless they are gathered.
+        gather: Whether pages are gathered, which may have any size; TMA loads those of a multiple
+            of 8 keys.
 
     Raises:
         ValueError: A choice is unknown, or the choices exclude each other.
@@ -52,6 +55,7 @@ class ForwardVariant:
     v_colmajor: bool = False
     dropout: bool = False
     paged: bool = False
+    gather: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -82,6 +86,8 @@ class ForwardVariant:
                 "paged is True with cluster, dropout, v_colmajor or scales 'block'; supported are "
                 "pages without them"
             )
+        if self.gather and not self.paged:
+            raise ValueError("gather is True without paged; what is gathered are pages")
 
     @cached_property
     def name(self) -> str:
@@ -96,6 +102,7 @@ class ForwardVariant:
         parts += ["cluster"] if self.cluster else []
         parts += ["vcolmajor"] if self.v_colmajor else []
         parts += ["paged"] if self.paged else []
+        parts += ["gather"] if self.gather else []
         parts += [f"{self.scales}scales"] if self.scales != "none" else []
         return "_".join(["forward", *parts])
 
@@ -131,6 +138,7 @@ SHIPPED: tuple[ForwardVariant, ...] = (
     ForwardVariant("bf16", 128, 128, mask="causal", pack_gqa=True, paged=True),
     ForwardVariant("fp16", 128, 128, mask="causal", paged=True),
     ForwardVariant("bf16", 128, 128, mask="local", paged=True),
+    ForwardVariant("bf16", 128, 128, mask="causal", paged=True, gather=True),
     ForwardVariant("bf16", 192, 128, mask="causal"),
     ForwardVariant("fp16", 192, 192, mask="local"),
     ForwardVariant("bf16", 256, 256, mask="causal"),
@@ -141,6 +149,7 @@ SHIPPED: tuple[ForwardVariant, ...] = (
     ForwardVariant("e4m3", 128, 128, scales="head"),
     ForwardVariant("e4m3", 128, 128, mask="causal", scales="head"),
     ForwardVariant("e4m3", 128, 128, mask="causal", scales="head", paged=True),
+    ForwardVariant("e4m3", 128, 128, mask="causal", scales="head", paged=True, gather=True),
     ForwardVariant("e4m3", 128, 128, scales="head", v_colmajor=True),
     ForwardVariant("e4m3", 128, 128, mask="causal", scales="head", v_colmajor=True),
     ForwardVariant("e4m3", 128, 128, scales="block"),

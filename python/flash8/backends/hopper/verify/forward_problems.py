@@ -110,7 +110,8 @@ class _Draw:
         v = self._tensor(self._keys, _HEADS_KV, variant.head_dim_v, self._packed_keys)
         real = self._real(q, k, v, options)
         if variant.paged:
-            paged = _Pages.draw(self._keys, 16 if self._packed else 48, self._generator)
+            sizes = (1, 20) if variant.gather else (16, 48)
+            paged = _Pages.draw(self._keys, sizes[not self._packed], self._generator)
             options = options._replace(page_table=paged.table.to(self._device))
             k, v = paged.store(k), paged.store(v)
             real = real[0], paged.store(real[1]), paged.store(real[2])
