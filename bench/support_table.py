@@ -156,6 +156,10 @@ def trained_fp8(recipe: Any) -> Call:
     )
 
 
+def norms() -> dict[str, Tensor]:
+    return {f"{x}_norm_weight": torch.ones(64) for x in "qk"}
+
+
 def ints(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -305,11 +309,12 @@ ROWS = (
         [quantize("channel"), quantize("head", dim=24)],
     ),
     Row(
-        "append to a 16-bit cache: rotary of q and k, pages",
+        "append to a 16-bit cache: norm and rotary of q and k, pages",
         AppendVariant,
         [
             *(appended(BF16), appended(FP16, **rotary())),
             appended(BF16, page_table=ints([[0]]), **rotary()),
+            appended(BF16, **norms(), **rotary()),
         ],
     ),
     Row(
@@ -318,6 +323,7 @@ ROWS = (
         [
             *(appended(E4M3, **per_head()), appended(E4M3, **per_head(), **rotary())),
             appended(E4M3, **per_head(), page_table=ints([[0]]), k_mean=torch.zeros(2, 64)),
+            appended(E4M3, **per_head(), **norms()),
         ],
     ),
 )

@@ -1,7 +1,8 @@
 // New tokens into a KV cache, dense or paged, of 16 or 8 bits: one launch over the heads of Q, K and V.
 //
 // A thread has eight channels of one token and head. Nothing passes between threads: a pair of channels that
-// lie apart is turned by the two threads that have them, each of which loads both.
+// lie apart is turned by the two threads that have them, each of which loads both, and for a norm each loads
+// the whole row.
 
 #include "arithmetic.cuh"
 #include "clamp.cuh"
@@ -99,11 +100,11 @@ struct Group {
     }
 };
 
-// kCount neighbouring entries of a table; kCount is 4 or 8.
+// kCount neighbouring entries of a table in fp32 or in x's type; kCount is 4 or 8.
 template <int kCount>
-__device__ __forceinline__ void load_table(RotaryParams const& rotary, void const* table, int64_t entry,
+__device__ __forceinline__ void load_table(bool is_fp32, void const* table, int64_t entry,
                                            float (&values)[kCount]) {
-    if (AppendConfig::kInput == Input::kFp32 || rotary.is_fp32) {
+    if (AppendConfig::kInput == Input::kFp32 || is_fp32) {
         float const* const source = static_cast<float const*>(table) + entry;
 #pragma unroll
         for (int i = 0; i < kCount; i += 4) {
@@ -123,15 +124,63 @@ __device__ __forceinline__ void load_table(RotaryParams const& rotary, void cons
     }
 }
 
+// RMSNorm of a row, which begins at `element`. The sum is of every eighth channel in turn, then by pairs.
+class RowNorm {
+  public:
+    __device__ RowNorm(AppendedRows const& rows, int64_t element) : rows_(rows) {
+        if (!exists()) {
+            return;
+        }
+        float sums[kGroup] = {};
+#pragma unroll 2
+        for (int channel = 0; channel < rows.head_dim; channel += kGroup) {
+            float x[kGroup];
+            Group::load(rows.x, element + channel).widen_into(x);
+#pragma unroll
+            for (int c = 0; c < kGroup; ++c) {
+                sums[c] = add(sums[c], multiply(x[c], x[c]));
+            }
+        }
+#pragma unroll
+        for (int count = kGroup / 2; count > 0; count /= 2) {
+#pragma unroll
+            for (int c = 0; c < count; ++c) {
+                sums[c] = add(sums[2 * c], sums[2 * c + 1]);
+            }
+        }
+        float const mean = multiply(sums[0], reciprocal(static_cast<float>(rows.head_dim)));
+        inverse_ = reciprocal(square_root(add(mean, rows.norm_eps)));
+    }
+
+    __device__ bool exists() const { return rows_.norm_weight != nullptr; }
+
+    // Of eight channels from `channel` on.
+    __device__ __forceinline__ void apply(int channel, float (&y)[kGroup]) const {
+        if (!exists()) {
+            return;
+        }
+        float weight[kGroup];
+        load_table(rows_.norm_is_fp32, rows_.norm_weight, channel, weight);
+#pragma unroll
+        for (int c = 0; c < kGroup; ++c) {
+            y[c] = multiply(multiply(y[c], inverse_), weight[c]);
+        }
+    }
+
+  private:
+    AppendedRows const& rows_;
+    float inverse_ = 1.0f;
+};
+
 // (first, second) becomes (first cos - second sin, first sin + second cos). `element` is that of channel 0.
-__device__ __forceinline__ void turn(RotaryParams const& rotary, TensorRef const& x, int64_t element,
-                                     int channel, int64_t position, float (&y)[kGroup]) {
+__device__ __forceinline__ void turn(RotaryParams const& rotary, TensorRef const& x, RowNorm const& norm,
+                                     int64_t element, int channel, int64_t position, float (&y)[kGroup]) {
     if (rotary.interleaved) {
         constexpr int kPairs = kGroup / 2;
         float cos[kPairs];
         float sin[kPairs];
-        load_table(rotary, rotary.cos, position * rotary.cos_stride + channel / 2, cos);
-        load_table(rotary, rotary.sin, position * rotary.sin_stride + channel / 2, sin);
+        load_table(rotary.is_fp32, rotary.cos, position * rotary.cos_stride + channel / 2, cos);
+        load_table(rotary.is_fp32, rotary.sin, position * rotary.sin_stride + channel / 2, sin);
 #pragma unroll
         for (int c = 0; c < kPairs; ++c) {
             float const first = y[2 * c];
@@ -144,12 +193,14 @@ __device__ __forceinline__ void turn(RotaryParams const& rotary, TensorRef const
     int const half = rotary.rotary_dim / 2;
     bool const first = channel < half;
     int const entry = first ? channel : channel - half;
+    int const other_channel = first ? channel + half : entry;
     float other[kGroup];
-    Group::load(x, element + (first ? channel + half : entry)).widen_into(other);
+    Group::load(x, element + other_channel).widen_into(other);
+    norm.apply(other_channel, other);
     float cos[kGroup];
     float sin[kGroup];
-    load_table(rotary, rotary.cos, position * rotary.cos_stride + entry, cos);
-    load_table(rotary, rotary.sin, position * rotary.sin_stride + entry, sin);
+    load_table(rotary.is_fp32, rotary.cos, position * rotary.cos_stride + entry, cos);
+    load_table(rotary.is_fp32, rotary.sin, position * rotary.sin_stride + entry, sin);
     // Times -1 is exact: the first half is y cos + (-other) sin.
     float const sign = first ? -1.0f : 1.0f;
 #pragma unroll
@@ -216,9 +267,14 @@ __device__ __forceinline__ void append(AppendParams const& params, AppendedRows 
     } else {
         float y[kGroup];
         group.widen_into(y);
-        if (rows.rotates && channel < params.rotary.rotary_dim) {
+        RowNorm const norm(rows, element);
+        norm.apply(channel, y);
+        bool const turns = rows.rotates && channel < params.rotary.rotary_dim;
+        if (turns) {
             int64_t const position = position_of(params.rotary, rows, token);
-            turn(params.rotary, rows.x, element, channel, position, y);
+            turn(params.rotary, rows.x, norm, element, channel, position, y);
+        }
+        if (turns || norm.exists()) {
             group.narrow_from(y);
         }
         if (AppendConfig::kQuantizes && !is_query) {

@@ -1,10 +1,11 @@
 // The one parameter of the appending kernel, shared by host and device by the rules of hopper/params.h.
 //
-//     q'    = position(q)
-//     cache = cast((position(k) - mean) * (1 / descale))        V likewise, without a position
+//     q'    = position(norm(q))
+//     cache = cast((position(norm(k)) - mean) * (1 / descale))  V likewise, without a position and a norm
+//     norm(x) = x * (1 / sqrt(mean(x^2) + eps)) * weight
 //
 // Each step is optional, and in fp32. A cache of x's own type has no mean and no descale: what has no
-// position is copied bit by bit.
+// position and no norm is copied bit by bit.
 
 #pragma once
 
@@ -19,6 +20,7 @@ struct AppendedRows {
     ChannelRef mean;
     DescaleRef descale;              // a block is kScaleBlock tokens of a slot
     const std::int32_t* cu_seqlens;  // (batch + 1), null: dense
+    const void* norm_weight;         // (head_dim), fp32 or x's type; null: no norm
     std::int32_t tokens;             // of x: batch * seqlen, or the total
     std::int32_t seqlen;             // of a dense x
     std::int32_t heads;              // 0: the call has none of these
@@ -26,7 +28,9 @@ struct AppendedRows {
     std::int32_t descale_by_slot;  // 1: the batch coordinate of a descale is the slot, not the sequence
     std::int32_t rotates;          // 1: by RotaryParams
     std::int32_t advances;         // 1: a token's position is one past that before; 0: all have the first's
-    std::int32_t reserved;         // zero
+    std::int32_t norm_is_fp32;     // the weight
+    float norm_eps;
+    std::int32_t reserved;  // zero
 };
 
 struct RotaryParams {

@@ -38,6 +38,12 @@ __device__ __forceinline__ float reciprocal(float a) {
     return b;
 }
 
+__device__ __forceinline__ float square_root(float a) {
+    float b;
+    asm("sqrt.rn.f32 %0, %1;" : "=f"(b) : "f"(a));
+    return b;
+}
+
 __device__ __forceinline__ float multiply_add(float a, float b, float c) {
     float d;
     asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));

@@ -320,6 +320,9 @@ class AppendedRows:
     descale_by_slot: int
     rotates: int
     advances: int
+    norm_weight: int
+    norm_is_fp32: int
+    norm_eps: float
 
 class RotaryParams:
     cos: int

@@ -1,5 +1,6 @@
 """The keys and values that a KV-cache call appends: checks, rotary, quantization, the write."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from flash8.tensors import memory
 from flash8.tensors.arguments import (
     INDEX_DTYPES,
     call_by,
+    require_float,
     require_rank,
     require_shape,
     require_tensor,
@@ -24,6 +26,7 @@ from flash8.tensors.arguments import (
 )
 from flash8.tensors.descales import is_per_token
 from flash8.tensors.float8 import E4M3
+from flash8.tensors.rms_norm import Norm
 from flash8.tensors.rotary import Rope, token_positions
 
 if TYPE_CHECKING:
@@ -78,6 +81,7 @@ class NewKeys:
             raise TypeError(f"v must have k's dtype {k.dtype}, got {v.dtype}")
         self._k, self._v = k, v
         self._rope: Rope | None = None
+        self._norms: dict[str, Norm] = {}
 
     def _descale(self, name: str, descale: Tensor | None) -> Tensor | None:
         """What quantizes new rows."""
@@ -125,11 +129,11 @@ class NewKeys:
                 "tangents; call it under torch.no_grad(), or pass tensors that do not require grad"
             )
 
-    def refuse_rotated_cache(self, rotary_cos: Any) -> None:
-        if self._quantizes or rotary_cos is not None:
+    def refuse_rotated_cache(self, *changes: Any) -> None:
+        if self._quantizes or any(x is not None for x in changes):
             raise ValueError(
                 "k_cache is rotated (hadamard), so new keys must come rotated and quantized: pass "
-                f"k and v as {E4M3}, without rotary_cos and rotary_sin"
+                f"k and v as {E4M3}, without rotary_cos, rotary_sin and k_norm_weight"
             )
 
     def set_rotary(
@@ -150,6 +154,21 @@ class NewKeys:
         self._rope = Rope(cos, sin, offsets, interleaved)
         if q.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_positions(q, self._rope, options)
+
+    def set_norms(self, q: Tensor, eps: Any, weights: dict[str, Any]) -> None:
+        """The queries and the new keys, by name, are to be normalised."""
+        eps = require_float("norm_eps", eps)
+        if not 0.0 <= eps < math.inf:
+            raise ValueError(f"norm_eps must be finite and not negative, got {eps}")
+        for side, weight in weights.items():
+            x, name = q if side == "q" else self._k, f"{side}_norm_weight"
+            if weight is None:
+                continue
+            if x.dtype == E4M3:
+                raise TypeError(f"{name} needs a {side} that is not {E4M3} yet")
+            require_tensor(name, weight, (x.dtype, torch.float32), q)
+            require_shape(name, weight, (x.shape[-1],), "(head_dim,)")
+            self._norms[side] = Norm(weight, eps)
 
     def _check_positions(self, q: Tensor, rope: Rope, options: Options) -> None:
         """That every position has a row in the tables. Reads data, so of CPU tensors only."""
@@ -212,14 +231,18 @@ class NewKeys:
     def _appended(self, options: Options) -> tuple[Appended, Appended]:
         where = (self._starts, self._cu_seqlens, options.page_table, options.kv_batch_idx)
         return (
-            Appended(self._k_cache, self._k, *where, self._k_descale, options.k_mean, self._rope),
+            Appended(
+                *(self._k_cache, self._k, *where, self._k_descale, options.k_mean, self._rope),
+                norm=self._norms.get("k"),
+            ),
             Appended(self._v_cache, self._v, *where, self._v_descale, options.v_mean),
         )
 
     def _queries(self, q: Tensor, options: Options) -> Queries | None:
-        if self._rope is None:
+        if self._rope is None and "q" not in self._norms:
             return None
-        return Queries(q, self._rope, options.cu_seqlens_q, options.causal or options.is_local)
+        advances = options.causal or options.is_local
+        return Queries(q, self._rope, options.cu_seqlens_q, advances, self._norms.get("q"))
 
     def _go_to_kernels(self, both: tuple[Appended, Appended]) -> bool:
         """Whether compiled kernels rotate, quantize and write the new rows."""

@@ -72,6 +72,9 @@ def flash_attn_with_kvcache(
     v_mean: Tensor | None = None,
     tree_mask: Tensor | None = None,
     split_keys: int = 0,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention of q over a KV cache, which takes up new keys and values first, in place.
 
@@ -116,6 +119,9 @@ def flash_attn_with_kvcache(
             else. Its bits then do not depend on the other sequences of the batch, for one number
             of queries, or one max_seqlen_q. Each split that the cache has room for takes a place
             in a workspace, of rows x (head_dim_v + 2) x 4 bytes for a KV head. 0: any place.
+        q_norm_weight, k_norm_weight: (head_dim,) of q's and k's dtype or fp32, only with k and v:
+            x / sqrt(mean(x^2) + norm_eps) * weight of each head of q or k, before the rotation and
+            rounded once with it. A model whose norm multiplies by 1 + w (Gemma) passes that.
 
     Returns:
         O; with return_softmax_lse (O, LSE, O of the splits, LSE of the splits), the last two fp32
@@ -174,6 +180,9 @@ def flash_attn_with_kvcache(
         v_mean=v_mean,
         tree_mask=tree_mask,
         split_keys=split_keys,
+        q_norm_weight=q_norm_weight,
+        k_norm_weight=k_norm_weight,
+        norm_eps=norm_eps,
         return_softmax_lse=return_softmax_lse,
     )
     if isinstance(given, tuple):
@@ -231,19 +240,21 @@ def flash_attn_with_kvcache(
         options = options._replace(num_splits=planned)
     options = ops.resolve_num_splits(query, geometry, options)
     rotary, appended = (rotary_cos, rotary_sin), None
+    norms = {"q": q_norm_weight, "k": k_norm_weight}
     if not appends:
-        _refuse_without_new_keys(cu_seqlens_k_new, rotary)
+        _refuse_without_new_keys(cu_seqlens_k_new, rotary, norms)
     else:
         new = NewKeys(k, v, cu_seqlens_k_new, keys, values, geometry, options)
-        appended_with = (*rotary, options.k_descale, options.v_descale)
+        appended_with = (*rotary, *norms.values(), options.k_descale, options.v_descale)
         tables = [x for x in appended_with if isinstance(x, Tensor)]
         new.refuse_overlap(query, qv)
         new.refuse_gradients(query, qv, s_aux, *tables)
         if rotated:
-            new.refuse_rotated_cache(rotary_cos)
+            new.refuse_rotated_cache(rotary_cos, k_norm_weight)
         call_by(_CACHE_NAMES, ops.check_indices, query, keys, options)
         if rotary_cos is not None or rotary_sin is not None:
             new.set_rotary(query, options, *rotary, rotary_seqlens, rotary_interleaved)
+        new.set_norms(query, norm_eps, norms)
         query, options, appended = call_by(_CACHE_NAMES, new.append, query, options)
     if not appends or appended is not None:
         done = call_by(
@@ -296,7 +307,9 @@ def _lengths(q: Any, k_cache: Any, cache_seqlens: Any, cu_seqlens_q: Any) -> Ten
     return torch.full((batch,), length, dtype=torch.int32, device=q.device)
 
 
-def _refuse_without_new_keys(cu_seqlens_k_new: Any, rotary: tuple[Any, Any]) -> None:
+def _refuse_without_new_keys(
+    cu_seqlens_k_new: Any, rotary: tuple[Any, Any], norms: dict[str, Any]
+) -> None:
     if cu_seqlens_k_new is not None:
         raise ValueError("cu_seqlens_k_new needs k and v to append, got k=None and v=None")
     if any(x is not None for x in rotary):
@@ -304,6 +317,12 @@ def _refuse_without_new_keys(cu_seqlens_k_new: Any, rotary: tuple[Any, Any]) -> 
             "rotary_cos and rotary_sin need k and v to append, got k=None and v=None; "
             "rotate q beforehand"
         )
+    for name, weight in norms.items():
+        if weight is not None:
+            raise ValueError(
+                f"{name}_norm_weight needs k and v to append, got k=None and v=None; normalise q "
+                "beforehand"
+            )
 
 
 def flash_attn_combine(

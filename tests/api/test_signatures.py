@@ -62,6 +62,7 @@ OWN = {
 }
 KEYWORDS = {"s_aux", "alibi_slopes", "dropout_p", "dropout_seed", "out"}
 MEANS = {"k_mean", "v_mean"}
+NORMS = {"q_norm_weight", "k_norm_weight", "norm_eps"}
 CHANNELS = MEANS | {"v_channel_descale", "smooth_k"}
 KEYWORD_ONLY = {
     "flash_attn_func": KEYWORDS | CHANNELS,
@@ -70,7 +71,7 @@ KEYWORD_ONLY = {
     "flash_attn_varlen_qkvpacked_func": KEYWORDS,
     "flash_attn_kvpacked_func": KEYWORDS,
     "flash_attn_varlen_kvpacked_func": KEYWORDS,
-    "flash_attn_with_kvcache": {"s_aux", "alibi_slopes", "out"} | MEANS,
+    "flash_attn_with_kvcache": {"s_aux", "alibi_slopes", "out"} | MEANS | NORMS,
     "flash_attn_combine": set(),
 }
 
@@ -110,7 +111,7 @@ def keyword_only(name):
     names = set()
     for p in parameters(name):
         if p.kind is inspect.Parameter.KEYWORD_ONLY:
-            assert p.default in (None, 0.0)
+            assert p.default in (None, 0.0) or p.name == "norm_eps"  # of norms that are given
             names.add(p.name)
         elif p.kind is inspect.Parameter.VAR_KEYWORD:
             (typed_dict,) = typing.get_args(p.annotation)

@@ -89,10 +89,10 @@ def test_layout_of_abi_version_9():
         "DecodeParams": (832, 64),
         "GroupRef": (32, 8),
         "QuantizeParams": (312, 8),
-        "AppendedRows": (160, 8),
+        "AppendedRows": (176, 8),
         "RotaryParams": (56, 8),
         "PlaceParams": (48, 8),
-        "AppendParams": (600, 8),
+        "AppendParams": (648, 8),
         "TmaBox": (32, 4),
         "KernelInfo": (408, 4),
     }

@@ -65,6 +65,10 @@ def rotary(seed=0):
     return {"rotary_cos": both[:, : ROTARY // 2], "rotary_sin": both[:, ROTARY // 2 :]}
 
 
+def norms(dtype=torch.float32):
+    return {f"{x}_norm_weight": torch.ones(WIDTH, dtype=dtype) for x in "qk"}
+
+
 def packed(seed=0):
     given = draw(seed, rows=(2, 2))
     q, k, v = (given[name].flatten(0, 1)[:3] for name in "qkv")
@@ -86,6 +90,8 @@ CALLS = {
     },
     "packed": packed,
     "packed, rotary": lambda seed=0: {**packed(seed), **rotary(seed)},
+    "norms": lambda seed=0: {**draw(seed), **norms()},
+    "norms, rotary": lambda seed=0: {**e4m3(seed), **rotary(seed), **norms(torch.bfloat16)},
 }
 FIELDS = {name: struct["fields"] for name, struct in LAYOUT.items()}
 
@@ -99,7 +105,10 @@ def appended(parameters: bytes) -> dict[str, int]:
     for i, name in enumerate("qkv"):
         base = whole["rows"][0] + i * size
         at |= {name: base + rows["x"][0], f"{name}_cache": base + rows["out"][0]}
-        at |= {f"{name}_{x}": base + rows[x][0] for x in ("mean", "descale", "cu_seqlens")}
+        at |= {
+            f"{name}_{x}": base + rows[x][0]
+            for x in ("mean", "descale", "cu_seqlens", "norm_weight")
+        }
     names = ("cache_seqlens", "page_table", "kv_batch_idx")
     at |= {name: whole["place"][0] + place[name][0] for name in names}
     names = ("cos", "sin", "offsets")
@@ -132,17 +141,17 @@ def test_a_hit_launches_what_a_miss_does(name, fake, misses):
     append, decode = appended(fake.parameter(2)), fake.parameter(3)
     known = {"kv_batch_idx": "cache_batch_idx", "q_cu_seqlens": "cu_seqlens_q"}
     known |= {f"{x}_cu_seqlens": "cu_seqlens_k_new" for x in "kv"}
-    rotates = "rotary" in name
+    rotates, changes_q = "rotary" in name, "rotary" in name or "norms" in name
     for field, found in append.items():
         if field in ("lengths", "q_cache"):
             continue
         argument = known.get(field, field)
         if field == "rotary_offsets" and rotates:
             argument = "rotary_seqlens" if "rotary_seqlens" in second else "cache_seqlens"
-        there = argument in second and (rotates or field not in ("q", "q_cu_seqlens"))
+        there = argument in second and (changes_q or field not in ("q", "q_cu_seqlens"))
         assert found == (second[argument].data_ptr() if there else 0), field
     assert append["lengths"] == address(decode, "seqused_k") != 0
-    wanted = append["q_cache"] if rotates else second["q"].data_ptr()
+    wanted = append["q_cache"] if changes_q else second["q"].data_ptr()
     assert address(decode, "q") == wanted != 0
 
 
@@ -252,3 +261,16 @@ def test_a_hit_computes_what_a_miss_does(name, on_simulated_device, misses):
     for x, after, before in zip(CACHES, written, held, strict=True):
         assert torch.equal(second[x].view(torch.uint8), after.view(torch.uint8))
         assert not torch.equal(after.view(torch.uint8), before.view(torch.uint8))
+
+
+@pytest.mark.usefixtures("on_fake_driver", "unread")
+def test_norms_are_of_the_call(misses):
+    """Another eps is another call, and weights with gaps are copied for every launch."""
+    given = {**draw(), **norms()}
+    for _ in range(2):
+        run(given)
+        run(given, norm_eps=0.1)
+    assert misses == ["launch"] * 2
+    for _ in range(2):
+        run(given, k_norm_weight=torch.ones(2 * WIDTH)[::2])
+    assert misses == ["launch"] * 4

@@ -11,6 +11,7 @@ from flash8.backends.cpu import append as portable
 from flash8.backends.hopper import append as hopper
 from flash8.call.request import Appended, Queries
 from flash8.tensors.float8 import E4M3
+from flash8.tensors.rms_norm import Norm
 from flash8.tensors.rotary import Rope
 from quantizer_cases import draw, tables
 from quantizer_device import kernels
@@ -43,7 +44,9 @@ class Append:
 
     def tensors(self) -> list[Tensor]:
         given = [*self.k, *self.v, *(self.queries or ())]
-        flat = [x for field in given for x in (field if isinstance(field, Rope) else (field,))]
+        flat = [
+            x for field in given for x in (field if isinstance(field, Rope | Norm) else (field,))
+        ]
         return list({x.data_ptr(): x for x in flat if isinstance(x, Tensor)}.values())
 
     def on_kernels(self, monkeypatch: Any, *, seed: int = 0) -> list[Tensor]:
@@ -87,9 +90,11 @@ def make(
     advances: bool = True,
     offsets: tuple[int, ...] = LENGTHS,
     table_dtype: torch.dtype = torch.float32,
+    norm_dtype: torch.dtype | None = None,
 ) -> Append:
     """New rows behind LENGTHS tokens; counts are those of all sequences, or of each, packed. An
-    e4m3 cache has a mean, and descales by slot; `rows` are kv_batch_idx."""
+    e4m3 cache has a mean, and descales by slot; `rows` are kv_batch_idx. norm_dtype: that of the
+    weights of norms of Q and K."""
     cache = dtype if cache is None else cache
     lines = len(LENGTHS) + (2 if rows is not None else 0)
     where: dict[str, Any] = {"starts": int32(LENGTHS)}
@@ -107,22 +112,27 @@ def make(
     if rotary_dim:
         both = (x.to(table_dtype) for x in tables(rotary_dim, 140))
         rope = Rope(*both, int32(offsets), interleaved)
+    norms: list[Norm | None] = [None, None]
+    if norm_dtype is not None:
+        norms = [Norm(draw(WIDTH, seed=s).to(norm_dtype), 0.1) for s in (10, 11)]
     parts = []
     for seed, width in ((2, WIDTH), (3, WIDTH_V)):
         x = draw(*_shape(new), HEADS_KV, width, seed=seed, scale=3.0).to(dtype)
         held = draw(*slots, HEADS_KV, width, seed=seed + 2).to(cache)
-        part = Appended(held, x, **where, rope=rope if seed == 2 else None)
+        part = Appended(held, x, **where)
+        if seed == 2:
+            part = part._replace(rope=rope, norm=norms[0])
         if cache == E4M3 and dtype != E4M3:
             descale = draw(slots[0], HEADS_KV, 1, dtype=torch.float32, seed=6)
             mean = draw(len(LENGTHS), HEADS_KV, width, dtype=torch.float32, seed=7)
             part = part._replace(descale=descale.abs() * 0.05 + 0.01, mean=mean)
         parts.append(part)
     queries = None
-    if rope is not None:
+    if rope is not None or norm_dtype is not None:
         new_q = new if new_q is None else new_q
         q = draw(*_shape(new_q), HEADS, WIDTH, seed=1).to(dtype)
         cu_seqlens_q = cumulative(new_q) if isinstance(new_q, tuple) else None
-        queries = Queries(q, rope, cu_seqlens_q, advances)
+        queries = Queries(q, rope, cu_seqlens_q, advances, norms[1])
     return Append(parts[0], parts[1], queries)
 
 

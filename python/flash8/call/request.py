@@ -8,6 +8,7 @@ from torch import Tensor
 from flash8.tensors.descales import num_blocks, num_packed_blocks
 from flash8.tensors.float8 import E4M3
 from flash8.tensors.hadamard import Rotation
+from flash8.tensors.rms_norm import Norm
 from flash8.tensors.rotary import Rope
 from flash8.tensors.tokens import Tokens
 from flash8.tensors.v_colmajor import colmajor_shape
@@ -90,6 +91,7 @@ class Appended(NamedTuple):
     descale: Tensor | None = None
     mean: Tensor | None = None
     rope: Rope | None = None
+    norm: Norm | None = None  # before the rotation
 
     @property
     def quantizes(self) -> bool:
@@ -97,9 +99,10 @@ class Appended(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """The queries of a call that appends, which are rotated with its keys."""
+    """The queries of a call that appends, which are rotated with its keys, or normalised."""
 
     x: Tensor
-    rope: Rope
+    rope: Rope | None
     cu_seqlens: Tensor | None = None
     advances: bool = True  # by a position a token; otherwise all of a sequence have its first
+    norm: Norm | None = None  # before the rotation

@@ -15,6 +15,7 @@ from flash8.backends.hopper import append as hopper
 from flash8.backends.hopper.verify import trust
 from flash8.call import derivatives
 from flash8.call.request import Appended, Queries
+from flash8.tensors.rms_norm import norm_of
 from flash8.tensors.rotary import Rope
 
 _library = torch.library.Library("flash8", "FRAGMENT")
@@ -22,14 +23,16 @@ _library.define(
     "append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? q, Tensor k, Tensor v, Tensor starts, "
     "Tensor? cu_seqlens, Tensor? page_table, Tensor? kv_batch_idx, Tensor? k_descale, "
     "Tensor? v_descale, Tensor? k_mean, Tensor? v_mean, Tensor? cos, Tensor? sin, Tensor? offsets, "
-    "bool interleaved, Tensor? cu_seqlens_q, bool q_advances) -> (Tensor, Tensor)"
+    "bool interleaved, Tensor? cu_seqlens_q, bool q_advances, Tensor? q_norm_weight, "
+    "Tensor? k_norm_weight, float norm_eps) -> (Tensor, Tensor)"
 )
 
 
 def append(k: Appended, v: Appended, queries: Queries | None) -> tuple[Tensor | None, Tensor]:
     """Writes new rows into the two caches of a call. Returns the rotated queries, and the lengths
-    of the sequences from now on. Only keys and queries have a position."""
+    of the sequences from now on. Only keys and queries have a position and a norm."""
     rope = (None, None, None, True) if k.rope is None else k.rope
+    norms = (None if queries is None else queries.norm, k.norm)
     rotated, lengths = torch.ops.flash8.append(
         k.cache,
         v.cache,
@@ -47,6 +50,8 @@ def append(k: Appended, v: Appended, queries: Queries | None) -> tuple[Tensor | 
         *rope,
         None if queries is None else queries.cu_seqlens,
         queries is None or queries.advances,
+        *(None if norm is None else norm.weight for norm in norms),
+        next((norm.eps for norm in norms if norm is not None), 0.0),
     )
     return None if queries is None else rotated, lengths
 
@@ -81,16 +86,20 @@ def _append(
     interleaved: bool,
     cu_seqlens_q: Tensor | None,
     q_advances: bool,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    norm_eps: float,
 ) -> tuple[Tensor, Tensor]:
     rope = None if cos is None or sin is None else Rope(cos, sin, offsets, interleaved)
     where = (starts, cu_seqlens, page_table, kv_batch_idx)
     both = (
-        Appended(k_cache, k, *where, k_descale, k_mean, rope),
+        Appended(k_cache, k, *where, k_descale, k_mean, rope, norm_of(k_norm_weight, norm_eps)),
         Appended(v_cache, v, *where, v_descale, v_mean),
     )
     queries = None
-    if q is not None and rope is not None:
-        queries = Queries(q, rope, cu_seqlens_q, q_advances)
+    if q is not None:
+        norm = norm_of(q_norm_weight, norm_eps)
+        queries = Queries(q, rope, cu_seqlens_q, q_advances, norm)
     # What refuses one of them has to be met before either is written.
     for appended in both:
         index_checks.check_append(appended.cache, appended.x, *where, appended.descale)

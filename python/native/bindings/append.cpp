@@ -15,13 +15,16 @@ void bind_rows(py::module_& module) {
     def_rows(type, "mean", &R::mean);
     def_descale(type, "descale", &R::descale);
     def_address(type, "cu_seqlens", &R::cu_seqlens);
+    def_address(type, "norm_weight", &R::norm_weight);
     type.def_readwrite("tokens", &R::tokens)
         .def_readwrite("seqlen", &R::seqlen)
         .def_readwrite("heads", &R::heads)
         .def_readwrite("head_dim", &R::head_dim)
         .def_readwrite("descale_by_slot", &R::descale_by_slot)
         .def_readwrite("rotates", &R::rotates)
-        .def_readwrite("advances", &R::advances);
+        .def_readwrite("advances", &R::advances)
+        .def_readwrite("norm_is_fp32", &R::norm_is_fp32)
+        .def_readwrite("norm_eps", &R::norm_eps);
 }
 
 void bind_rotary(py::module_& module) {

@@ -62,6 +62,9 @@ void check_rows(const AppendedRows& rows, const char* name, const RotaryParams& 
     if (rows.mean.ptr != nullptr) {
         check_address(name, "mean", rows.mean.ptr);
     }
+    if (rows.norm_weight != nullptr) {
+        check_address(name, "norm_weight", rows.norm_weight);
+    }
     require(rows.rotates == 0 || rotary.rotary_dim <= rows.head_dim, "append: rotary.rotary_dim is ",
             rotary.rotary_dim, ", more than head_dim of ", name, ", ", rows.head_dim);
 }

@@ -195,10 +195,11 @@ StructLayout group_ref() {
 
 StructLayout appended_rows() {
     using T = AppendedRows;
-    return layout<T>("AppendedRows",
-                     {FIELD(x), FIELD(out), FIELD(mean), FIELD(descale), FIELD(cu_seqlens), FIELD(tokens),
-                      FIELD(seqlen), FIELD(heads), FIELD(head_dim), FIELD(descale_by_slot), FIELD(rotates),
-                      FIELD(advances), FIELD(reserved)});
+    return layout<T>(
+        "AppendedRows",
+        {FIELD(x), FIELD(out), FIELD(mean), FIELD(descale), FIELD(cu_seqlens), FIELD(norm_weight),
+         FIELD(tokens), FIELD(seqlen), FIELD(heads), FIELD(head_dim), FIELD(descale_by_slot), FIELD(rotates),
+         FIELD(advances), FIELD(norm_is_fp32), FIELD(norm_eps), FIELD(reserved)});
 }
 
 StructLayout rotary_params() {

@@ -36,6 +36,8 @@ constexpr NamedPlace kPlaces[] = {
     {"cu_seqlens_q", in_rows(kQ, offsetof(AppendedRows, cu_seqlens))},
     {"cu_seqlens_k_new", in_rows(kK, offsetof(AppendedRows, cu_seqlens))},
     {"cu_seqlens_k_new", in_rows(kV, offsetof(AppendedRows, cu_seqlens))},
+    {"q_norm_weight", in_rows(kQ, offsetof(AppendedRows, norm_weight))},
+    {"k_norm_weight", in_rows(kK, offsetof(AppendedRows, norm_weight))},
     {"rotary_cos", offsetof(AppendParams, rotary.cos)},
     {"rotary_sin", offsetof(AppendParams, rotary.sin)},
     {"cache_seqlens", offsetof(AppendParams, place.cache_seqlens)},

@@ -42,6 +42,8 @@ constexpr Argument kTensors[] = {
     {"v", Argument::kElsewhere, Argument::kAligned | Argument::kDifferentiable},
     {"rotary_cos", Argument::kElsewhere, Argument::kAligned | Argument::kDifferentiable},
     {"rotary_sin", Argument::kElsewhere, Argument::kAligned | Argument::kDifferentiable},
+    {"q_norm_weight", Argument::kElsewhere, Argument::kAligned | Argument::kDifferentiable},
+    {"k_norm_weight", Argument::kElsewhere, Argument::kAligned | Argument::kDifferentiable},
     {"rotary_seqlens", Argument::kElsewhere},
     {"cu_seqlens_k_new", Argument::kElsewhere},
 };

@@ -105,6 +105,16 @@ def test_packed_queries(monkeypatch):
     both_ways(monkeypatch, (q, *given[1:]), cache_seqlens=int32((0, 120, 77)), **options)
 
 
+@pytest.mark.parametrize("cache", [torch.bfloat16, E4M3], ids=str)
+@pytest.mark.parametrize("turned", [True, False])
+def test_norms(monkeypatch, cache, turned):
+    weights = [draw(D, seed=s).bfloat16() for s in (6, 7)]
+    options = {"q_norm_weight": weights[0], "k_norm_weight": weights[1], "norm_eps": 0.1}
+    options |= rotary() if turned else {}
+    starts = int32((0, 120, 77))
+    both_ways(monkeypatch, inputs(slots=3, cache=cache), cache_seqlens=starts, **options)
+
+
 def test_rows_that_are_e4m3_already(monkeypatch):
     given = inputs(slots=3, cache=E4M3)
     given = (*given[:3], *(x.to(E4M3) for x in given[3:]))
@@ -125,7 +135,7 @@ def test_the_op_has_a_fake(monkeypatch):
     op = torch.ops.flash8.append.default
     with device().serving_cpu_tensors(monkeypatch):
         for rest in (
-            (q, k, v, starts, *(None,) * 7, cos, sin, starts, True, None, True),
-            (None, k, v, starts, *(None,) * 10, True, None, True),
+            (q, k, v, starts, *(None,) * 7, cos, sin, starts, True, None, True, None, None, 0.0),
+            (None, k, v, starts, *(None,) * 10, True, None, True, None, None, 0.0),
         ):
             torch.library.opcheck(op, (k_cache, v_cache, *rest), test_utils="test_faketensor")

@@ -66,6 +66,23 @@ def test_positions(monkeypatch, kind, style):
     check(monkeypatch, make(dtype, cache=cache, **options))
 
 
+@pytest.mark.parametrize("style", ROTARY)
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "bf16 to e4m3"])
+def test_norms(monkeypatch, kind, style):
+    """Of rows of nine groups of channels, before they are rotated."""
+    dtype, cache = KINDS[kind]
+    options = dict(ROTARY[style])
+    if "table_dtype" in options:
+        options["table_dtype"] = dtype
+    call = make(dtype, cache=cache, norm_dtype=dtype if style == "halves" else FP32, **options)
+    call.k.x[0, 0] = 0.0
+    check(monkeypatch, call)
+
+
+def test_rows_of_fp32_have_norms(monkeypatch):
+    check(monkeypatch, make(FP32, norm_dtype=FP32, rotary_dim=32, new=(5, 0, 17)))
+
+
 NUMBERS = [0, 1, 2, 13, (0, 0, 0), (1, 1, 1), (0, 31, 0), (11, 1, 29)]
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from flash8.call.request import Appended, Queries
 from flash8.tensors.descales import BLOCK, checked
 from flash8.tensors.float8 import saturating_cast
+from flash8.tensors.rms_norm import rms_norm
 from flash8.tensors.rotary import embed_position, token_positions, token_sequences
 
 
@@ -26,14 +27,20 @@ def prepare(appended: Appended) -> Tensor:
     a = appended
     if a.quantizes:
         return quantize(a)
-    return a.x if a.rope is None else embed_position(a.x, a.rope, a.starts.shape[0], a.cu_seqlens)
+    x = a.x if a.norm is None else rms_norm(a.x, a.norm)
+    if a.rope is not None:
+        x = embed_position(x, a.rope, a.starts.shape[0], a.cu_seqlens)
+    return x.to(a.x.dtype)
 
 
 def rotate(queries: Queries) -> Tensor:
-    """The queries in position, rounded once."""
-    x, cu_seqlens = queries.x, queries.cu_seqlens
+    """The queries normalised and in position, rounded once."""
+    x, rope, cu_seqlens, advances, norm = queries
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return embed_position(x, queries.rope, batch, cu_seqlens, advance=queries.advances)
+    y = x if norm is None else rms_norm(x, norm)
+    if rope is not None:
+        y = embed_position(y, rope, batch, cu_seqlens, advance=advances)
+    return y.to(x.dtype)
 
 
 def lengths(appended: Appended) -> Tensor:
@@ -44,9 +51,9 @@ def lengths(appended: Appended) -> Tensor:
 
 
 def quantize(appended: Appended) -> Tensor:
-    """The rows in e4m3, as they go into the cache: position, mean, scale, cast."""
+    """The rows in e4m3, as they go into the cache: norm, position, mean, scale, cast."""
     a = appended
-    x = a.x.float()
+    x = a.x.float() if a.norm is None else rms_norm(a.x, a.norm).float()
     batch = a.starts.shape[0]
     if a.rope is not None:
         x = embed_position(x, a.rope, batch, a.cu_seqlens)

@@ -16,6 +16,7 @@ from flash8.backends.hopper.append_variants import AppendVariant, Cache, Input
 from flash8.call.request import Appended, Queries
 from flash8.tensors.arguments import to_int32
 from flash8.tensors.float8 import E4M3
+from flash8.tensors.rms_norm import Norm
 from flash8.tensors.rotary import Rope
 
 _DTYPES: dict[torch.dtype, Input] = {
@@ -42,7 +43,7 @@ def refusal(appended: Appended) -> str | None:
     steps = [step for n, step in zip(cache.shape, cache.stride(), strict=True) if n != 1]
     if cache.stride(-1) != 1 or any(step % _CHANNELS != 0 for step in steps[:-1]):
         return f"the cache's strides are not multiples of {_CHANNELS} elements"
-    return _refusal_of(x, appended.rope)
+    return _refusal_of(x, appended.rope, appended.norm)
 
 
 def refusal_of_address(cache: Tensor) -> str | None:
@@ -52,10 +53,10 @@ def refusal_of_address(cache: Tensor) -> str | None:
 
 def refusal_of_queries(queries: Queries) -> str | None:
     """Why no kernel rotates these queries, or None."""
-    return _refusal_of(queries.x, queries.rope)
+    return _refusal_of(queries.x, queries.rope, queries.norm)
 
 
-def _refusal_of(x: Tensor, rope: Rope | None) -> str | None:
+def _refusal_of(x: Tensor, rope: Rope | None, norm: Norm | None) -> str | None:
     if x.dtype not in _DTYPES:
         return f"there is no appending kernel for {x.dtype}"
     if x.shape[-2] > _MOST_HEADS:
@@ -64,6 +65,8 @@ def _refusal_of(x: Tensor, rope: Rope | None) -> str | None:
         return f"head_dim is {x.shape[-1]}; the appending kernel takes multiples of {_CHANNELS}"
     if x.shape[:-2].numel() * (x.shape[-1] // _CHANNELS) > _MOST_GROUPS:
         return f"there are {x.shape[:-2].numel()} new rows; the appending kernel takes fewer"
+    if norm is not None and x.dtype == E4M3:
+        return f"the appending kernel normalises no rows of {x.dtype}"
     if rope is not None:
         if x.dtype == E4M3:
             return f"the appending kernel rotates no rows of {x.dtype}"
@@ -133,13 +136,17 @@ class _Call:
         self.lengths = quantizer.allocate((first.starts.shape[0],), torch.int32, first.x)
         self.rotated: Tensor | None = None
         for name, rows in zip("kv", appended, strict=False):
-            params = self._params(_variant_of(rows), rows.rope)
-            self._describe_appended(getattr(params, name), rows)
+            variant = _variant_of(rows)
+            described = getattr(self._params(variant, rows.rope), name)
+            self._describe_appended(described, rows)
+            self._describe_norm(described, rows.norm, variant)
         next(iter(self.launches.values())).lengths = self.lengths.data_ptr()
         if queries is not None:
             self.rotated = quantizer.allocate(queries.x.shape, queries.x.dtype, queries.x)
             variant = _variant_of_queries(queries, list(self.launches))
-            self._describe_queries(self._params(variant, queries.rope).q, queries, self.rotated)
+            described = self._params(variant, queries.rope).q
+            self._describe_queries(described, queries, self.rotated)
+            self._describe_norm(described, queries.norm, variant)
 
     def _params(self, variant: AppendVariant, rope: Rope | None) -> _native.AppendParams:
         """Those of the launch of this kernel."""
@@ -191,6 +198,17 @@ class _Call:
             by_batch, by_head, by_block = (*descale.stride(), 0, 0, 0)[:3]
             rows.descale = (descale.data_ptr(), by_batch, by_head, by_block)
             rows.descale_by_slot = int(descale.dim() == 3)
+
+    def _describe_norm(
+        self, rows: _native.AppendedRows, norm: Norm | None, variant: AppendVariant
+    ) -> None:
+        if norm is None:
+            return
+        weight = norm.weight
+        if not _is_readable_table(weight[None], variant):
+            weight = quantizer.floats(weight)
+        rows.norm_weight, rows.norm_eps = self._keep(weight).data_ptr(), norm.eps
+        rows.norm_is_fp32 = int(weight.dtype == torch.float32)
 
     def _describe_queries(
         self, rows: _native.AppendedRows, queries: Queries, rotated: Tensor

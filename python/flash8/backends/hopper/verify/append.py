@@ -12,6 +12,7 @@ from flash8.backends.hopper.append_variants import AppendVariant
 from flash8.backends.hopper.verify.watchdog import Watchdog
 from flash8.call.request import Appended, Queries
 from flash8.tensors.float8 import E4M3
+from flash8.tensors.rms_norm import Norm
 from flash8.tensors.rotary import Rope
 
 _DTYPES = {
@@ -81,9 +82,10 @@ class _Draw:
         )
         if rope is not None:
             rope = Rope(*self._tables(), self._int32(3, 0, 60), False)
-            queries = Queries(self._x(3, 7, _HEADS, _WIDTH), rope, None, False)
+            queries = Queries(self._x(3, 7, _HEADS, _WIDTH), rope, None, False, self._norm(False))
+        norm = None if rope is None else self._norm(True)
         yield (
-            self._appended((4, 200), starts, _WIDTH, rope=rope, kv_batch_idx=rows),
+            self._appended((4, 200), starts, _WIDTH, rope=rope, norm=norm, kv_batch_idx=rows),
             self._appended((4, 200), starts, _WIDTH_V, kv_batch_idx=rows),
             queries,
         )
@@ -95,6 +97,7 @@ class _Draw:
         width: int,
         *,
         rope: Rope | None = None,
+        norm: Norm | None = None,
         by_slot: tuple[int, int] | None = None,
         **where: Tensor,
     ) -> Appended:
@@ -108,6 +111,7 @@ class _Draw:
             self._x(*shape, _HEADS_KV, width),
             starts,
             rope=rope,
+            norm=norm,
             **where,
         )
         if not quantizes:
@@ -123,6 +127,10 @@ class _Draw:
         x = self._normal(*shape)
         x.view(-1)[::1001] *= 20.0
         return x.to(_DTYPES[self._variant.dtype])
+
+    def _norm(self, wide: bool) -> Norm:
+        weight = self._normal(_WIDTH)
+        return Norm(weight if wide else weight.to(_DTYPES[self._variant.dtype]), 0.1)
 
     def _tables(self) -> tuple[Tensor, Tensor]:
         angles = self._normal(_POSITIONS, _WIDTH // 6) * 3.0
