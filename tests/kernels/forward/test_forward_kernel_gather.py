@@ -181,11 +181,6 @@ MUTATIONS = {
     ),
     "no proxy fence": (GATHERER, "if constexpr (Config::kGather) {", "if constexpr (false) {"),
     "one lane's arrival": (CONFIG, "kLoadersOfK = Config::kGather ? 32 : 1", "kLoadersOfK = 1"),
-    "who claims is not awaited": (
-        CONFIG,
-        "kLoadersOfV = Config::kGather ? 33 : 1",
-        "kLoadersOfV = 32",
-    ),
 }
 
 
