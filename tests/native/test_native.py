@@ -72,7 +72,7 @@ def test_structs_have_no_implicit_padding(name):
 def test_layout_of_abi_version_9():
     """A change here means that old cubins would be misread: raise kAbiVersion with it."""
     sizes = {name: (struct["size"], struct["align"]) for name, struct in LAYOUT.items()}
-    assert _native.ABI_VERSION == 9
+    assert _native.ABI_VERSION == 10
     assert sizes == {
         "TensorMap": (128, 64),
         "TensorRef": (32, 8),
