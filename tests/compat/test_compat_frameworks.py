@@ -275,6 +275,7 @@ def test_olmo_core():
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3"])
 def test_transformers(implementation, monkeypatch):
     """Its own function, on CPU tensors: with a padding mask, a window, packed positions."""
+    pytest.importorskip("transformers")
     from transformers import modeling_flash_attention_utils as utils
 
     for name in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn", "_pad_fn", "_unpad_fn"):

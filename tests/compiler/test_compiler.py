@@ -216,6 +216,7 @@ def no_compiler(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     monkeypatch.setattr(toolchain, "DEFAULT_CUDA", tmp_path / "default")
+    monkeypatch.setattr(toolchain, "has_nvrtc", lambda: False)  # torch may have brought it
     monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(tmp_path / "site"))
     toolchain._version.cache_clear()
     return tmp_path / "site"
