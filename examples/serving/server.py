@@ -194,7 +194,7 @@ class Server:
     def _keep(self, requests: list[Request], tokens: Tensor) -> None:
         for request, token in zip(list(requests), tokens.tolist(), strict=True):
             request.written.append(token)
-            if token == self.eos or len(request.written) == request.max_new_tokens:
+            if token == self.eos or len(request.written) >= request.max_new_tokens:
                 self.cache.remove_sequence(request.row)
                 self.running.remove(request)
 

@@ -237,6 +237,7 @@ def flash_attn_with_kvcache(
     if scheduler_metadata is not None:
         page_size = keys.shape[1] if geometry.paged else 0
         planned = num_splits_of(scheduler_metadata, geometry, options, page_size)
+        checks.refuse_two_splits(options.split_keys, planned)
         options = options._replace(num_splits=planned)
     options = ops.resolve_num_splits(query, geometry, options)
     rotary, appended = (rotary_cos, rotary_sin), None

@@ -177,6 +177,9 @@ def test_scheduler_metadata_is_accepted_and_reusable():
     assert metadata.dtype == torch.int32
     for _ in range(2):
         check(q, k_cache, v_cache, step, causal=True, num_splits=2, scheduler_metadata=metadata)
+    given = {"cache_seqlens": step.cache_seqlens, "scheduler_metadata": metadata, "causal": True}
+    with pytest.raises(ValueError, match="split_keys cannot be combined with num_splits = 2"):
+        flash8.flash_attn_with_kvcache(q, k_cache, v_cache, **given, split_keys=64)
 
 
 def test_decoding_token_by_token_equals_one_causal_call():

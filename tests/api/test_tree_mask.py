@@ -119,6 +119,7 @@ REFUSED = {
     "split_keys": ({"split_keys": 100}, ValueError, "split_keys must be a multiple of 64, got 100"),
     "negative": ({"split_keys": -64}, ValueError, "split_keys .*-64"),
     "type": ({"split_keys": 64.0}, TypeError, "split_keys"),
+    "max_seqlen_q": ({"tree_mask": words(4, 5), "max_seqlen_q": "3"}, TypeError, "max_seqlen_q"),
     "splits": ({"split_keys": 64, "num_splits": 2}, ValueError, "split_keys cannot be combined"),
 }
 

@@ -366,7 +366,7 @@ def test_a_captured_hit_has_tickets_of_its_own(fake, on_fake_driver, misses):
 
 
 def test_launches_of_a_stream_share_what_they_scratch_in(fake, on_fake_driver):
-    """Its address is the stream's; one of another size, or in a graph, has other memory."""
+    """Its address is the stream's; what is too small is replaced, and a graph has its own."""
     given, scratch = draw(), []
     wider = {name: given[name].repeat_interleave(2, -1) for name in ("q", "k_cache", "v_cache")}
     for others, captured in (({}, False), ({}, False), (wider, False), ({}, True), ({}, False)):
@@ -375,8 +375,17 @@ def test_launches_of_a_stream_share_what_they_scratch_in(fake, on_fake_driver):
         run(given, **others)
         scratch.append(parts(fake.parameter(len(fake.launches) - 1))["partials"][1])
         fake.capture(False)
-    assert len({scratch[i] for i in (0, 1, 4)}) == 1
+    assert scratch[0] == scratch[1] and scratch[2] == scratch[4]
     assert len(set(scratch)) == 3
+
+
+def test_scratch_memory_is_bounded(on_fake_driver):
+    """split_keys takes as much as the room of a cache, which must not be kept for every size."""
+    given = draw()
+    room = {"page_table": torch.zeros(2, 1 << 25, dtype=torch.int32)}
+    with pytest.raises(ValueError, match=r"split_keys is 64: for a cache with room for .* MB"):
+        run(given, split_keys=64, **room)
+    assert run(given, split_keys=1 << 26, **room).shape == given["q"].shape
 
 
 def test_there_are_no_more_plans_than_so_many(on_fake_driver, monkeypatch):

@@ -234,9 +234,9 @@ def test_what_is_made_for_a_launch_is_made_for_each(name, misses):
 
 @pytest.mark.usefixtures("on_fake_driver", "unread")
 @pytest.mark.filterwarnings("ignore:flash8 has no compiled kernel")
-@pytest.mark.parametrize("name", ["k", "v", "rotary_cos"])
+@pytest.mark.parametrize("name", ["k", "v", "rotary_cos", "k_mean", "v_mean"])
 def test_an_unaligned_tensor_is_a_miss(name, misses):
-    given = CALLS["rotary"]()
+    given = CALLS["rotary, e4m3"]()
     run(given)
     x = given[name]
     size = x.untyped_storage().nbytes() // x.element_size()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash8 import flash_attn_varlen_func, flash_attn_with_kvcache
+from flash8 import _native, flash_attn_varlen_func, flash_attn_with_kvcache
 from plan_cache_cases import addresses, clear, draw
 from simulated_device import missing_compiler
 
@@ -59,3 +59,37 @@ def test_gradients_over_pages_are_those_of_a_miss(on_simulated_device, misses):
     clear()
     for a, b in zip(found, gradients(1), strict=True):
         assert torch.equal(a, b) and a.any()
+
+
+@pytest.mark.parametrize("lengths", [torch.tensor([40, 9]), 17])
+def test_a_backward_reads_the_lengths_that_the_forward_read(lengths, on_fake_driver):
+    """Which are made of those that are int64, or an int."""
+    q, k, v = (x.requires_grad_() for x in draw(rows=80))
+    out = flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, causal=True)
+    indices = [x for x in out.grad_fn.saved_tensors if x is not None and x.shape == (2,)]
+    assert [x.dtype for x in indices] == [torch.int32]
+    assert indices[0].tolist() == ([17, 17] if isinstance(lengths, int) else [40, 9])
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_an_output_that_was_saved_is_not_overwritten_unseen(rows, on_fake_driver):
+    q, k, v = draw()
+    out, factor = torch.zeros(2, rows, 4, 128).bfloat16(), torch.ones(1, requires_grad=True)
+    lengths = torch.tensor([40, 9], dtype=torch.int32)
+    given = dict(cache_seqlens=lengths, causal=True, out=out)
+    for again in range(3):  # a miss, and hits
+        loss = (factor * out).sum()
+        flash_attn_with_kvcache(q[:, :rows], k, v, **given)
+        assert out._version == again + 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_errors_of_a_hit_have_the_types_of_a_miss(fake, on_fake_driver):
+    q, k, v = draw()
+    given = dict(cache_seqlens=torch.tensor([40, 9], dtype=torch.int32))
+    flash_attn_with_kvcache(q[:, :1], k, v, **given)
+    fake.fail("cuLaunchKernelEx", 700)
+    with pytest.raises(_native.DriverError) as caught:
+        flash_attn_with_kvcache(q[:, :1], k, v, **given)
+    assert caught.value.code == 700

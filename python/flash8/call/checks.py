@@ -69,8 +69,8 @@ def attention(
     if out is not None:
         others = [x for x in options if isinstance(x, Tensor)]
         _check_out(out, (q, k, v, qv, s_aux), others, geometry)
-    options = options._replace(tree_mask=_tree_mask(q, geometry, options))
     options = scalars(options, names)
+    options = options._replace(tree_mask=_tree_mask(q, geometry, options))
     suspicions.warn_about_scale(options.softmax_scale, geometry.head_dim)
     if options.smooth_k and k.dtype == FP8:
         raise ValueError(
@@ -395,12 +395,16 @@ def _split_keys(options: Options) -> int:
     keys = require_int("split_keys", options.split_keys, minimum=0, maximum=_INT32_MAX)
     if keys % _SPLIT_UNIT != 0:
         raise ValueError(f"split_keys must be a multiple of {_SPLIT_UNIT}, got {keys}")
-    if keys > 0 and options.num_splits > 1:
-        raise ValueError(
-            f"split_keys cannot be combined with num_splits = {options.num_splits}: it says where "
-            "a sequence is split"
-        )
+    refuse_two_splits(keys, options.num_splits)
     return keys
+
+
+def refuse_two_splits(split_keys: int, num_splits: int) -> None:
+    if split_keys > 0 and num_splits > 1:
+        raise ValueError(
+            f"split_keys cannot be combined with num_splits = {num_splits}: it says where a "
+            "sequence is split"
+        )
 
 
 def _smooth_k(value: Any, softcap: float) -> bool:

@@ -85,6 +85,8 @@ def launch(
             out = empty_out(q, v, options)
         lse = empty_lse(q)
         plan = hopper.decode.plan_and_launch(q, k, v, s_aux, options, out, lse, qv)
+    if arguments.get("out") is not None:
+        increment_version((out,))
     out_like, lse_like = planned.like(out), planned.like(lse)
     tickets = plan.workspace["tickets"] // 4
     if planned.make_contiguous((out_like, lse_like)) and tickets <= hopper.streams.MANY_TICKETS:

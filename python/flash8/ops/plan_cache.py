@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch.autograd.graph import increment_version
 from torch.autograd.profiler import record_function
 
 from flash8 import backends
@@ -54,6 +55,8 @@ def find(arguments: Arguments, return_lse: bool) -> Any:
     if done is None:
         return None
     out, lse, options = done
+    if arguments.get("out") is not None:
+        increment_version((out,))
     if options is not None:
         out, lse = _with_node(arguments, out, lse, options)
     return (out, lse) if return_lse else out
@@ -78,6 +81,8 @@ def launch(arguments: Arguments, options: Options, return_lse: bool) -> Any:
             out = empty_out(q, v, options)
         lse = empty_lse(q)
         plan = hopper.forward.plan_and_launch(q, k, v, s_aux, options, out, lse)
+    if arguments.get("out") is not None:
+        increment_version((out,))
     kept = without_tensors(options)
     out_like, lse_like = planned.like(out), planned.like(lse)
     if planned.make_contiguous((out_like, lse_like)):
@@ -95,7 +100,9 @@ def launch(arguments: Arguments, options: Options, return_lse: bool) -> Any:
             most_plans=planned.MOST_PLANS,
         )
     if is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, s_aux)):
-        out, lse = _with_node(arguments, out, lse, kept)
+        # Those that the launch reads: the caller's may be int64, or an int.
+        made = {name: getattr(options, name) for name in kept.tensors}
+        out, lse = _with_node({**arguments, **made}, out, lse, kept)
     return (out, lse) if return_lse else out
 
 

@@ -1,3 +1,4 @@
+#include <cxxabi.h>
 #include <pybind11/stl.h>
 
 #include "bindings/bindings.h"
@@ -104,8 +105,10 @@ PyObject* run_decode(PyObject* self, PyObject* const* values, Py_ssize_t count, 
         return arguments.release().ptr();
     } catch (py::error_already_set& error) {
         error.restore();
-    } catch (const std::exception& error) {
-        PyErr_SetString(PyExc_RuntimeError, error.what());
+    } catch (abi::__forced_unwind&) {
+        throw;
+    } catch (...) {
+        py::detail::try_translate_exceptions();
     }
     return nullptr;
 }

@@ -71,7 +71,7 @@ class ArgumentNames {
 // not all of them are good values for an option. Needs the GIL; what it was given has to outlive it.
 class CallKey {
   public:
-    static constexpr std::size_t kMaxTensors = 24;
+    static constexpr std::size_t kMaxTensors = 32;
 
     struct Tensor {
         const TensorArgument* argument;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <iterator>
 #include <utility>
 
 #include "driver/gil.h"
@@ -28,8 +29,8 @@ constexpr Argument kTensors[] = {
     {"q_descale", offsetof(DecodeParams, q_descale.ptr)},
     {"k_descale", offsetof(DecodeParams, k_descale.ptr)},
     {"v_descale", offsetof(DecodeParams, v_descale.ptr)},
-    {"k_mean", offsetof(DecodeParams, k_mean.ptr)},
-    {"v_mean", offsetof(DecodeParams, v_mean.ptr)},
+    {"k_mean", offsetof(DecodeParams, k_mean.ptr), Argument::kAligned},
+    {"v_mean", offsetof(DecodeParams, v_mean.ptr), Argument::kAligned},
     {"cu_seqlens_q", offsetof(DecodeParams, sequences.cu_seqlens_q)},
     {"cache_seqlens", offsetof(DecodeParams, sequences.seqused_k)},
     {"cache_leftpad", offsetof(DecodeParams, sequences.leftpad_k)},
@@ -47,6 +48,8 @@ constexpr Argument kTensors[] = {
     {"rotary_seqlens", Argument::kElsewhere},
     {"cu_seqlens_k_new", Argument::kElsewhere},
 };
+
+static_assert(std::size(kTensors) <= CallKey::kMaxTensors);
 
 constexpr std::size_t kQ = offsetof(DecodeParams, q.ptr);
 constexpr std::size_t kLengths = offsetof(DecodeParams, sequences.seqused_k);
@@ -137,6 +140,9 @@ py::object DecodeCache::run(PyObject* names, PyObject* const* values) {
         const auto cache = [&](std::size_t place) { return py::handle(argument_at(key, place)->object); };
         increment_version_(
             py::make_tuple(cache(offsetof(DecodeParams, k.ptr)), cache(offsetof(DecodeParams, v.ptr))));
+    }
+    if (key.find(Argument::kWritten) != nullptr) {
+        increment_version_(py::make_tuple(out));
     }
     return py::make_tuple(std::move(out), std::move(lse));
 }

@@ -103,10 +103,10 @@ StreamMemory StreamMemories::ask(const CallKey::Tensor& q, const TorchTensors& t
     if (bytes == 0) {
         py::object counters = get_(where, stream, captured);
         const std::uintptr_t address = torch.address_of(counters);
-        return {std::move(counters), address, 0};
+        return {std::move(counters), address};
     }
     const py::tuple both = get_(where, stream, captured, bytes);
-    return {both, torch.address_of(both[0]), torch.address_of(both[1])};
+    return {both, torch.address_of(both[0]), torch.address_of(both[1]), bytes};
 }
 
 StreamMemory StreamMemories::of(const CallKey::Tensor& q, const TorchTensors& torch, const Kernel& kernel,
@@ -115,10 +115,15 @@ StreamMemory StreamMemories::of(const CallKey::Tensor& q, const TorchTensors& to
         return ask(q, torch, stream, true, bytes);
     }
     const unsigned long thread = stream == cu::kStreamPerThread ? PyThread_get_thread_ident() : 0;
-    const Key key{q.view.device.type, q.view.device.id, stream, thread, bytes};
+    const Key key{q.view.device.type, q.view.device.id, stream, thread};
     const auto found = kept_.find(key);
-    return found != kept_.end() ? found->second
-                                : kept_.emplace(key, ask(q, torch, stream, false, bytes)).first->second;
+    if (found != kept_.end() && found->second.scratch_bytes >= bytes) {
+        return found->second;
+    }
+    // Launches before this one go on in what is dropped here: it is freed in the order of their stream.
+    StreamMemory memory = ask(q, torch, stream, false, bytes);
+    kept_[key] = memory;
+    return memory;
 }
 
 }  // namespace flash8

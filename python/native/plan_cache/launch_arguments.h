@@ -119,6 +119,7 @@ struct StreamMemory {
     pybind11::object held;
     std::uintptr_t counters = 0;
     std::uintptr_t scratch = 0;
+    std::size_t scratch_bytes = 0;
 };
 
 // The counters and scratch memory of launches: one that runs uses its stream's, which never change, and one
@@ -129,13 +130,12 @@ class StreamMemories {
     // memory) for launches that have such.
     explicit StreamMemories(pybind11::object get) : get_(std::move(get)) {}
 
-    // Launches that take as many bytes of scratch memory have the same.
+    // A stream's scratch memory is replaced where a launch takes more bytes of it than all before.
     StreamMemory of(const CallKey::Tensor& q, const TorchTensors& torch, const Kernel& kernel, int device,
                     std::uint64_t stream, std::size_t bytes = 0);
 
   private:
-    // device, stream, thread, bytes
-    using Key = std::tuple<int, int, std::uint64_t, unsigned long, std::size_t>;
+    using Key = std::tuple<int, int, std::uint64_t, unsigned long>;  // device, stream, thread
 
     StreamMemory ask(const CallKey::Tensor& q, const TorchTensors& torch, std::uint64_t stream, bool captured,
                      std::size_t bytes) const;

@@ -1,6 +1,7 @@
 #include "plan_cache/plan_cache.h"
 
 #include <cstddef>
+#include <iterator>
 #include <utility>
 
 #include "driver/gil.h"
@@ -38,6 +39,8 @@ constexpr Argument kTensors[] = {
     {"alibi_slopes", offsetof(ForwardParams, scores.alibi_slopes)},
     {"dropout_seed", offsetof(ForwardParams, dropout.seed)},
 };
+
+static_assert(std::size(kTensors) <= CallKey::kMaxTensors);
 
 }  // namespace
 

@@ -196,7 +196,17 @@ REFUSED = {
     "pages' descales of wide heads": (
         lambda q, k, v: (q.repeat(1, 1, 1, 4), *(x.repeat(1, 1, 1, 4).to(E4M3) for x in (k, v))),
         {"k_descale": torch.ones(22, 2, 1)},
-        "k_descale is per token, block or page; with head_dim_v above 256",
+        "k_descale is per token, block or page; with qv, or head_dims above 256",
+    ),
+    "pages' descales of wide keys": (
+        lambda q, k, v: (q.repeat(1, 1, 1, 4), k.repeat(1, 1, 1, 4).to(E4M3), v.to(E4M3)),
+        {"v_descale": torch.ones(22, 2, 1)},
+        "v_descale is per token, block or page; with qv, or head_dims above 256",
+    ),
+    "pages' descales with qv": (
+        lambda q, k, v: (q[..., :64], k[..., :64].to(E4M3), v.to(E4M3)),
+        {"qv": torch.zeros(3, 1, 8, 128).bfloat16(), "k_descale": torch.ones(22, 2, 1)},
+        "k_descale is per token, block or page; with qv, or head_dims above 256",
     ),
     "expanded": (
         lambda q, k, v: (q, k[:1].expand(22, -1, -1, -1), v),

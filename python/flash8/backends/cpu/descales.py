@@ -95,11 +95,11 @@ def key_factor(unit: Unit, descale: Tensor | None, cache: Tensor, paged: bool) -
     if descale is None or descale.dim() != 3:
         return None
     if is_per_token(descale, cache):
-        return unit.keys.tokens(checked(descale))[..., None]
+        return checked(unit.keys.tokens(descale))[..., None]
     if not paged or _largest_block(cache.shape[1]) >= _LEAST_BLOCK:
         return None
-    of_tokens = checked(descale).transpose(1, 2).expand(-1, cache.shape[1], -1)
-    return unit.keys.tokens(of_tokens)[..., None]
+    of_tokens = descale.transpose(1, 2).expand(-1, cache.shape[1], -1)
+    return checked(unit.keys.tokens(of_tokens))[..., None]
 
 
 def load_descales(

@@ -35,6 +35,7 @@ _DTYPES: dict[torch.dtype, Element] = {torch.float16: "fp16", torch.bfloat16: "b
 #: Rows up to which a cache that the forward kernel serves too is for this one.
 _FEW_ROWS = ROWS[-1]
 #: And any other cache, which no other kernel serves.
+_MOST_PARTIALS = 1 << 31  # bytes
 _MOST_ROWS = 256
 _MOST_BYTES = 1 << 36  # of a cache: 32 bits count units of 16 bytes
 
@@ -56,7 +57,7 @@ def refusal(
     if q.dtype not in (*_DTYPES, E4M3) or k.dtype not in (q.dtype, E4M3):
         return f"there is no decode kernel for {q.dtype} q and {k.dtype} k"
     reason = attention_params.refused_scale(options)
-    reason = reason or _refused_options(k, v, qv, options) or _refused_sizes(q, k, v, qv, options)
+    reason = reason or _refused_options(q, v, qv, options) or _refused_sizes(q, k, v, qv, options)
     many = reason is None and _rows(q, k, options) > _FEW_ROWS
     if many and many_rows.refusal(q, k, v, qv, options, out) is None:
         return f"more than {_FEW_ROWS} rows of q for a KV head are for the forward kernel"
@@ -65,7 +66,7 @@ def refusal(
     return reason
 
 
-def _refused_options(k: Tensor, v: Tensor, qv: Tensor | None, options: Options) -> str | None:
+def _refused_options(q: Tensor, v: Tensor, qv: Tensor | None, options: Options) -> str | None:
     for name, given in (
         ("cu_seqlens_k", options.cu_seqlens_k is not None),
         ("dropout_p", options.dropout_p > 0.0),
@@ -78,11 +79,13 @@ def _refused_options(k: Tensor, v: Tensor, qv: Tensor | None, options: Options) 
     ):
         if given:
             return f"{name} has no decode kernel yet"
+    tile = _tile(q, v, qv)
+    by_team = tile is not None and tile[1] > WIDEST_OF_WARP
     for name, descale in (("k_descale", options.k_descale), ("v_descale", options.v_descale)):
-        if descale is not None and descale.dim() > 2 and v.shape[-1] > WIDEST_OF_WARP:
+        if descale is not None and descale.dim() > 2 and by_team:
             return (
-                f"{name} is per token, block or page; with head_dim_v above {WIDEST_OF_WARP} the "
-                "decode kernel takes one per tensor or head"
+                f"{name} is per token, block or page; with qv, or head_dims above "
+                f"{WIDEST_OF_WARP}, the decode kernel takes one per tensor or head"
             )
     return None
 
@@ -287,6 +290,13 @@ def plan(
     held += _describe_tree(call, options)
     call.split_keys = options.split_keys
     workspace = _native.decode_workspace(kernel, device, call, options.sm_margin)
+    if workspace["partials"] > _MOST_PARTIALS:
+        raise ValueError(
+            f"split_keys is {options.split_keys}: for a cache with room for "
+            f"{attention_params.room(k, options)} keys of {_batch(q, options)} sequences that "
+            f"takes {workspace['partials'] >> 20} MB of partial results; supported are up to "
+            f"{_MOST_PARTIALS >> 20} MB, by larger pieces"
+        )
     partials = torch.empty(workspace["partials"] // 4, dtype=torch.float32, device=q.device)
     call.partials = partials.data_ptr()
     return Plan(kernel, device, call, options.sm_margin, workspace, [*held, partials])

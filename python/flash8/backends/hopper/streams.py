@@ -40,11 +40,12 @@ def get_tickets(device: torch.device, stream: int, count: int, captured: bool = 
 def decode_workspace(
     device: torch.device, stream: int, captured: bool, partial_bytes: int
 ) -> tuple[Tensor, Tensor]:
-    """As many tickets as any launch takes, and memory for partial results, of whom it is alike."""
+    """As many tickets as any launch takes, and new memory for partial results, which whoever asks
+    keeps for the launches of this stream."""
     tickets = get_tickets(device, stream, MANY_TICKETS, captured)
     if captured:
         return tickets, _scratch(device, partial_bytes)
-    return tickets, _scratch_of_stream(device, stream, partial_bytes)
+    return tickets, _outside_of_pools(_scratch, device, stream, partial_bytes)
 
 
 def new_tile_count(device: torch.device) -> Tensor:
@@ -53,11 +54,7 @@ def new_tile_count(device: torch.device) -> Tensor:
 
 
 def _of_stream(device: torch.device, stream: int, count: int) -> Tensor:
-    return _kept(_zeros, device, stream, _thread_of(stream), count)
-
-
-def _scratch_of_stream(device: torch.device, stream: int, size: int) -> Tensor:
-    return _kept(_scratch, device, stream, _thread_of(stream), size)
+    return _kept_zeros(device, stream, _thread_of(stream), count)
 
 
 def _thread_of(stream: int) -> int:
@@ -66,16 +63,16 @@ def _thread_of(stream: int) -> int:
 
 
 @functools.cache
-def _kept(
-    make: Callable[[torch.device, int], Tensor],
-    device: torch.device,
-    stream: int,
-    thread: int,
-    count: int,
+def _kept_zeros(device: torch.device, stream: int, thread: int, count: int) -> Tensor:
+    return _outside_of_pools(_zeros, device, stream, count)
+
+
+def _outside_of_pools(
+    make: Callable[[torch.device, int], Tensor], device: torch.device, stream: int, count: int
 ) -> Tensor:
     """Made by another thread: memory pools that torch is told to allocate from, like those of
     torch.compile's CUDA graphs, are those of a thread, and must not keep what outlives them."""
-    if thread:
+    if _thread_of(stream):
         return make(device, count)  # another thread cannot enqueue on this stream
     where = torch.cuda.current_stream(device) if device.type == "cuda" else None
     with ThreadPoolExecutor(max_workers=1) as another:
