@@ -157,3 +157,19 @@ def test_threads_may_call_at_once():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_descale_that_wants_a_gradient_is_refused_as_by_the_op():
+    q, k, v = (torch.randn(1, 4, 2, 16).to(torch.float8_e4m3fn) for _ in range(3))
+    out = flash8.flash_attn_func(q, k, v, k_descale=torch.ones(1, 2, requires_grad=True))
+    assert out.requires_grad
+    with pytest.raises(ValueError, match="float8_e4m3fn inputs has no backward"):
+        out.sum().backward()
+
+
+def test_none_is_not_what_is_left_out():
+    qkv = torch.randn(1, 4, 3, 2, 16)
+    for _ in range(2):
+        flash8.flash_attn_qkvpacked_func(qkv)
+        with pytest.raises(TypeError, match="smooth_k"):
+            flash8.flash_attn_qkvpacked_func(qkv, smooth_k=None)

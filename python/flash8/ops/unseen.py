@@ -36,6 +36,7 @@ def key(arguments: Arguments) -> Key | None:
     for name, value in arguments.items():
         kind = type(value)
         if value is None:
+            parts += (name, None)
             continue
         if kind in observed.PLAIN:
             if name not in _INPUTS or not value.is_cpu or value.is_nested:
@@ -68,6 +69,8 @@ def may_run(inputs: Inputs, options: Options) -> bool:
     """Whether the call is for plain CPU tensors, and no mode, transform, trace or profiler is to
     see its op."""
     tensors = [x for x in options if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False  # the op knows what has no gradient
     return observed.is_unseen(*inputs, *tensors) and not backends.kernels_wanted(inputs[0])
 
 

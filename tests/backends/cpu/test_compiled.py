@@ -288,3 +288,52 @@ def test_memory_is_linear():
         flash8.flash_attn_func(q, q, q, causal=True).sum().backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 0 < largest <= 8 * q.numel() * 4 == heads * seqlen * seqlen * 4 / 8
+
+
+@pytest.mark.parametrize("sink", [None, 0.0])
+@pytest.mark.parametrize("keys", [2, 5, 7, 8, 9, 40])
+def test_a_query_of_nan_gives_nan(keys, sink):
+    """torch's op takes a row of few NaN scores for one that is masked."""
+    q = torch.randn(1, 5, 2, 16)
+    q[:, 3] = torch.nan
+    k, v = (torch.randn(1, keys, 2, 16) for _ in "kv")
+    s_aux = None if sink is None else torch.full((2,), sink)
+    for causal in (False, keys >= 5):
+        o, lse = flash8.flash_attn_func(q, k, v, causal=causal, s_aux=s_aux, return_attn_probs=True)
+        assert o[:, 3].isnan().all() and lse[..., 3].isnan().all()
+        assert not o[:, :3].isnan().any() and not o[:, 4:].isnan().any()
+
+
+def test_a_part_without_a_finite_score_has_no_weight():
+    q, v = torch.full((1, 3, 2, 8), 1e20), torch.randn(1, 6, 2, 8)
+    k = torch.cat([torch.full((1, 3, 2, 8), -1e20), torch.zeros(1, 3, 2, 8)], 1)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    o, lse = flash8.flash_attn_func(*leaves, causal=True, return_attn_probs=True)
+    torch.testing.assert_close(lse[0, 0], torch.tensor([1.0, 2.0, 3.0]).log())
+    for i in range(3):  # a mean of the last keys that it sees
+        torch.testing.assert_close(o[0, i], v[0, 3 : 4 + i].mean(0))
+    o.sum().backward()
+    torch.testing.assert_close(leaves[2].grad[0, 3:, 0, 0], torch.tensor([11.0, 5.0, 2.0]) / 6)
+
+
+@pytest.mark.parametrize("size", [10.0, 1e2, 1e3])
+def test_gradients_of_large_logits(size):
+    """torch's ops round the scores of a backward otherwise than those of its forward."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v, do = (torch.randn(1, 40, 2, 32, generator=generator) for _ in range(4))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in (q * size, k * size, v)]
+        out = flash8.flash_attn_func(*leaves)
+        results.append(torch.autograd.grad(out, leaves, do.to(dtype))[2])
+    assert (results[0] - results[1]).norm() <= 2e-4 * results[1].norm()
+
+
+def test_heads_that_overlap():
+    x = torch.randn(1, 20, 24)
+    q = x.unfold(-1, 16, 1)[:, :, :8]
+    assert q.stride() == (480, 24, 1, 1)
+    k, v = (torch.randn(1, 20, 8, 16) for _ in "kv")
+    for rows in (q, q[:, :1]):
+        out = flash8.flash_attn_func(rows, k, v)
+        torch.testing.assert_close(out, flash8.flash_attn_func(rows.contiguous(), k, v))

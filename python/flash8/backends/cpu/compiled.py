@@ -34,7 +34,8 @@ from flash8.call.options import Options
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: A row of the operands stays a multiple of a vector.
 _MORE_CHANNELS = 8
-#: Beyond it a unit of LSE's last place is more than the error of fp32 results may be.
+#: Beyond it a unit of LSE's last place is more than the error of fp32 results may be: weights of
+#: parts, and P of a backward, whose scores torch's ops round otherwise than the forward's.
 _MOST_LSE = 100.0
 #: With one key P is 1 and dS is 0, which roundings of LSE and rowsum(dO * O) would miss.
 LEAST_KEYS = 2
@@ -108,28 +109,30 @@ def common_keys(seqlen_q: int, seqlen_k: int, options: Options) -> int | None:
 
 def attend(operands: Sequence[Tensor], common: int, scale: float) -> tuple[Tensor, Tensor] | None:
     """O and LSE of operands q, k and v, not finite where the mask hides what is no number: products
-    do not keep it out. None if parts cannot be merged."""
+    do not keep it out. None if parts cannot be merged, or a row may have no finite score."""
     forward = required_ops().forward
     q, k, v = operands
     if common == k.shape[2]:
         o, lse = forward(q, k, v, 0.0, False, scale=scale)
-        return o, lse
+        return (o, lse) if _is_told(lse) else None
     o, lse = forward(q, k[:, :, common:], v[:, :, common:], 0.0, True, scale=scale)
     if common > 0:
         others, row = forward(q, k[:, :, :common], v[:, :, :common], 0.0, False, scale=scale)
-        total = torch.logaddexp(lse, row)
-        if not _tells_weights(total):
+        if not (_has_scores(lse) and _has_scores(row)):
             return None
+        total = torch.logaddexp(lse, row)
         o = o * (lse - total).exp_()[..., None] + others * (row - total).exp_()[..., None]
         lse = total
-    return o, lse
+    return (o, lse) if _is_told(lse) else None
 
 
 def attend_backward(
     operands: Sequence[Tensor], lse: Tensor, common: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """The gradients of q, k and v, from operands dO, q, k, v and O. None if they are not finite
-    where the mask may hide what is no number."""
+    where the mask may hide what is no number, or LSE is of scores that this does not round so."""
+    if not _tells_weights(lse):
+        return None
     backward = required_ops().backward
     dout, q, k, v, out = operands
     if common == k.shape[2]:
@@ -298,18 +301,37 @@ def operand(tokens: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
     next to each other, rows that do not overlap."""
     if tokens.dtype != dtype:
         tokens = tokens.to(dtype)
-    _, row, _, channel = tokens.stride()
+    *steps, channel = tokens.stride()
     missing = channels - tokens.shape[-1]
     if missing > 0:
         tokens = F.pad(tokens, (0, missing))
-    elif channel != 1 or row < channels:
+    elif channel != 1 or steps[1] < channels or _overlap(tokens, channels):
         tokens = tokens.contiguous()
     return tokens.transpose(1, 2)
+
+
+def _overlap(tokens: Tensor, channels: int) -> bool:
+    """Whether channels of two rows are the same memory, but for rows that are one expanded row. The
+    ops make O with the strides of q, as if its channels were innermost."""
+    steps = zip(tokens.shape, tokens.stride()[:-1], strict=False)
+    return any(n > 1 and 0 < step < channels for n, step in steps)
 
 
 def _with_channels(channels: int) -> int:
     """At least one more."""
     return (channels // _MORE_CHANNELS + 1) * _MORE_CHANNELS
+
+
+def _has_scores(lse: Tensor) -> bool:
+    """Whether every row has a finite score. 0 is what the op says of others, and of NaN among less
+    keys than a vector has; of a row whose LSE is 0 that cannot be told."""
+    return lse.abs().amin().item() > 0.0
+
+
+def _is_told(lse: Tensor) -> bool:
+    """Both: `_has_scores`, and a backward may rely on it."""
+    least, most = lse.abs().aminmax()
+    return least.item() > 0.0 and most.item() <= _MOST_LSE
 
 
 def _tells_weights(lse: Tensor) -> bool:
