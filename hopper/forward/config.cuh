@@ -192,8 +192,11 @@ struct SharedStorage : TransposeStorage<Config, Config::kTransposeV>, GatherStor
     // Every arrival count. Q, K and V are filled by one thread's TMA, unless K and V are gathered by the
     // lanes of a warp, or V goes through the warps that transpose it.
     __device__ void init_pipelines() {
-        constexpr int kLoadersOfK = Config::kGather ? 32 : 1;
-        constexpr int kLoadersOfV = Config::kGather ? 33 : 1;  // and the thread that claims tiles
+        static_assert(!Config::kGather || Config::kGatherWarps == 1 || Config::kGatherWarps == 2);
+        static_assert(1 + Config::kGatherWarps + Config::kTransposerWarps <= 4, "a warpgroup produces");
+        constexpr int kGatherLanes = 32;  // one warp fills K, and one V
+        constexpr int kLoadersOfK = Config::kGather ? kGatherLanes : 1;
+        constexpr int kLoadersOfV = Config::kGather ? kGatherLanes + 1 : 1;  // and who claims tiles
         tiles.init(Config::kConsumerWarps + Config::kGatherWarps + Config::kTransposerWarps);
         pipeline_q.init(Config::kConsumerWarps);
         pipeline_k.init(Config::kConsumerWarps * Config::kClusterM, kLoadersOfK);

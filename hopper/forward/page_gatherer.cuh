@@ -137,8 +137,7 @@ class PageGatherer {
 
     static constexpr int64_t kNowhere = INT64_MIN;  // addresses are not negative
 
-    // The place of a key, counted from the first block. What no query of the tile sees, keys of the next
-    // block among it, is in no page.
+    // The place of a key, counted from the first block. What no query of the tile sees is in no page.
     __device__ __forceinline__ KeyPlace look_up(int key) const {
         int const position = keys_.offset + key;
         bool const seen = position >= keys_.first_seen && position < keys_.end_seen;

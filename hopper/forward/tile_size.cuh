@@ -37,7 +37,7 @@ constexpr int block_n_dropout(int head_dim, int head_dim_v) {
 }
 constexpr int block_n_fp8(int head_dim, int head_dim_v, ScaleGranularity scales) {
     bool const wide = scales != ScaleGranularity::kBlock && head_dim > 64 && head_dim_v <= 128;
-    return !wide ? kScaleBlock : head_dim_v == 128 ? 224 : 192;
+    return !wide ? kScaleBlock : head_dim_v == 128 && head_dim <= 192 ? 224 : 192;
 }
 
 }  // namespace flash8

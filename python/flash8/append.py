@@ -1,6 +1,5 @@
 """The keys and values that a KV-cache call appends: checks, rotary, quantization, the write."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -158,15 +157,16 @@ class NewKeys:
     def set_norms(self, q: Tensor, eps: Any, weights: dict[str, Any]) -> None:
         """The queries and the new keys, by name, are to be normalised."""
         eps = require_float("norm_eps", eps)
-        if not 0.0 <= eps < math.inf:
-            raise ValueError(f"norm_eps must be finite and not negative, got {eps}")
+        most = torch.finfo(torch.float32).max
+        if not 0.0 <= eps <= most:
+            raise ValueError(f"norm_eps must be from 0 to {most:.3g}, got {eps}")
         for side, weight in weights.items():
             x, name = q if side == "q" else self._k, f"{side}_norm_weight"
             if weight is None:
                 continue
             if x.dtype == E4M3:
                 raise TypeError(f"{name} needs a {side} that is not {E4M3} yet")
-            require_tensor(name, weight, (x.dtype, torch.float32), q)
+            require_tensor(name, weight, tuple(dict.fromkeys((x.dtype, torch.float32))), q)
             require_shape(name, weight, (x.shape[-1],), "(head_dim,)")
             self._norms[side] = Norm(weight, eps)
 

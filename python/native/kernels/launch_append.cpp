@@ -1,6 +1,7 @@
 #include "kernels/launch_append.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "driver/launch.h"
 #include "driver/require.h"
@@ -64,6 +65,8 @@ void check_rows(const AppendedRows& rows, const char* name, const RotaryParams& 
     }
     if (rows.norm_weight != nullptr) {
         check_address(name, "norm_weight", rows.norm_weight);
+        require(std::isfinite(rows.norm_eps) && rows.norm_eps >= 0, "append: norm_eps of ", name, " is ",
+                rows.norm_eps, "; it must be finite and not negative");
     }
     require(rows.rotates == 0 || rotary.rotary_dim <= rows.head_dim, "append: rotary.rotary_dim is ",
             rotary.rotary_dim, ", more than head_dim of ", name, ", ", rows.head_dim);

@@ -43,8 +43,8 @@ FAULTS = {
     ),
     "tables of 16 bits read as fp32": (
         KERNEL,
-        "|| rotary.is_fp32",
-        "|| true",
+        "Input::kFp32 || is_fp32) {",
+        "Input::kFp32 || true) {",
         {"rotary_dim": 32, "table_dtype": torch.bfloat16},
         SLOW,
     ),
