@@ -90,7 +90,7 @@ REFUSED = {
     "a type": ({"q_norm_weight": torch.ones(D).half()}, TypeError, "q_norm_weight must"),
     "eps": ({"norm_eps": -1.0}, ValueError, r"norm_eps must be from 0 to 3\.4e\+38, got -1\.0"),
     "eps beyond fp32": ({"norm_eps": 1e39}, ValueError, "norm_eps must be from 0"),
-    "infinite eps": ({"norm_eps": float("inf")}, ValueError, "norm_eps must be from 0"),
+    "infinite eps": ({"norm_eps": float("inf")}, ValueError, "norm_eps must be finite"),
     "eps of a type": ({"norm_eps": "no"}, TypeError, "norm_eps"),
 }
 

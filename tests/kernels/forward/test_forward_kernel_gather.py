@@ -180,7 +180,11 @@ MUTATIONS = {
         "ptx::mbarrier_arrive(&pipeline.full[state.stage]);",
     ),
     "no proxy fence": (GATHERER, "if constexpr (Config::kGather) {", "if constexpr (false) {"),
-    "one lane's arrival": (CONFIG, "kLoadersOfK = Config::kGather ? 32 : 1", "kLoadersOfK = 1"),
+    "one lane's arrival": (
+        CONFIG,
+        "kLoadersOfK = Config::kGather ? kGatherLanes : 1",
+        "kLoadersOfK = 1",
+    ),
 }
 
 
