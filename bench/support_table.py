@@ -242,7 +242,7 @@ ROWS = (
         ],
     ),
     Row(
-        "KV splits; descales by page or token with head_dim above 256",
+        "KV splits; descales by page or token with head_dim above 256 or `qv`",
         DecodeVariant,
         [
             cached(E4M3, BF16, dim=512, k_descale=torch.ones(1, 32, 2)),
