@@ -158,7 +158,6 @@ REFUSED = {
     "tiles": (dense_call(batch=2**20, keys=2**20), "more than 2.30 tiles of keys"),
     "address": (changed(dense_call(), k=(24, 16, 16, 16)), "k is at address 24; it must be"),
     "stride": (changed(dense_call(), v=(16, 24, 16, 16)), "a stride of v is 24 elements"),
-    "span": (changed(dense_call(), k=(16, 2**37, 16, 16)), r"k spans more than 2\^36 bytes"),
     "o": (changed(dense_call(), o=(8, 16, 16, 16)), "o is at address 8; it must be a multiple"),
     "blocks": (changed(dense_call(), k_descale=(16, 0, 0, 1)), "per tensor or per head"),
     "descales of keys": (
@@ -188,6 +187,14 @@ def test_what_is_refused(fake, kernel, name):
     call, words = REFUSED[name]
     with pytest.raises(ValueError, match=f"decode: .*{words}"):
         _native.launch_decode(kernel, 0, 0, call)
+    assert not fake.launches
+
+
+def test_a_gathered_cache_spans_what_32_bits_count(fake, driver):
+    """In units of 16 bytes."""
+    call = changed(paged_call(12), k=(16, 2**37, 16, 16))
+    with pytest.raises(ValueError, match=r"decode: k spans more than 2\^36 bytes"):
+        _native.launch_decode(load(driver, GATHER), 0, 0, call)
     assert not fake.launches
 
 

@@ -80,6 +80,7 @@ std::int64_t count_pieces(const DecodeParams& call, const KernelInfo& info) {
 
 void check_cache(const char* name, const TensorRef& cache, const DecodeParams& call, const KernelInfo& info) {
     const std::int64_t unit = kUnitBytes / element_bytes(info.tma[0].element_type);
+    const bool gathers = info.tma[0].rank == 0;  // and counts units in 32 bits
     const auto address = reinterpret_cast<std::uintptr_t>(cache.ptr);
     require(address % kUnitBytes == 0, "decode: ", name, " is at address ", address,
             "; it must be a multiple of ", kUnitBytes);
@@ -91,7 +92,7 @@ void check_cache(const char* name, const TensorRef& cache, const DecodeParams& c
                 stride, " elements; it must be a multiple of ", kUnitBytes, " bytes, and not negative");
         std::int64_t step = 0;
         require(!__builtin_mul_overflow(stride, std::max<std::int64_t>(0, std::int64_t{size} - 1), &step) &&
-                    !__builtin_add_overflow(last, step, &last) && last / unit < 0xffffffffLL,
+                    !__builtin_add_overflow(last, step, &last) && (!gathers || last / unit < 0xffffffffLL),
                 "decode: ", name, " spans more than 2^36 bytes");
     }
 }

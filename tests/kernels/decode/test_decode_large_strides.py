@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missi
 
 PAGES, HEADS, DIM = 5, 2, 128
 FAR = 2**32 + 4096
+FARTHER = 2**33 + 4096  # four pages span more than 2^36 bytes of 16-bit keys
 STEP = 2**30 + 256  # between rows
 
 
@@ -26,13 +27,27 @@ def strides_of(far: str, page_size: int) -> tuple[int, int, int, int]:
     if far == "row":
         return DIM * HEADS, STEP, DIM, 1
     inside = page_size * HEADS * DIM
+    if far == "far page":
+        return FARTHER, HEADS * DIM, DIM, 1
     return {"page": (FAR, HEADS * DIM, DIM, 1), "head": (inside, HEADS * DIM, FAR, 1)}[far]
+
+
+def test_a_cache_beyond_2_to_the_36_bytes(monkeypatch):
+    """As wide as a tensor that holds all layers' keys. One that is gathered is for the forward
+    kernel."""
+    assert compare("far page", 16, torch.bfloat16, monkeypatch) == 2
+    assert compare("far page", 5, torch.bfloat16, monkeypatch) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize("page_size", [16, 5, None], ids=["tma", "gather", "dense"])
 @pytest.mark.parametrize("far", ["page", "row", "head"])
 def test_addresses_beyond_2_to_the_31_elements(far, page_size, dtype, monkeypatch):
+    assert compare(far, page_size, dtype, monkeypatch) == 2
+
+
+def compare(far, page_size, dtype, monkeypatch):
+    """A call on contiguous caches and on those spread out; how many of them the kernel served."""
     generator = torch.Generator().manual_seed(7)
     pages, rows = (2, 16) if page_size is None else (PAGES, page_size)
     shape = (pages, rows, HEADS, DIM)
@@ -58,6 +73,7 @@ def test_addresses_beyond_2_to_the_31_elements(far, page_size, dtype, monkeypatc
         with device().serving_cpu_tensors(monkeypatch):
             found = flash_attn_with_kvcache(q, k, v, return_softmax_lse=True, **given)
         results.append(found[:2])
-    assert len(launches) == 2
     for got, want in zip(*results, strict=True):
-        assert torch.equal(got, want) and not got.isnan().any()
+        assert not got.isnan().any()
+        torch.testing.assert_close(got, want, rtol=0, atol=0.0 if len(launches) == 2 else 1e-2)
+    return len(launches)

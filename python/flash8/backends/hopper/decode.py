@@ -35,9 +35,9 @@ _DTYPES: dict[torch.dtype, Element] = {torch.float16: "fp16", torch.bfloat16: "b
 #: Rows up to which a cache that the forward kernel serves too is for this one.
 _FEW_ROWS = ROWS[-1]
 #: And any other cache, which no other kernel serves.
-_MOST_PARTIALS = 1 << 31  # bytes
 _MOST_ROWS = 256
-_MOST_BYTES = 1 << 36  # of a cache: 32 bits count units of 16 bytes
+_MOST_PARTIALS = 1 << 31  # bytes
+_MOST_BYTES = 1 << 36  # of a cache that is gathered: 32 bits count units of 16 bytes
 
 
 def is_wanted(q: Tensor, k: Tensor, options: Options) -> bool:
@@ -113,8 +113,8 @@ def _refused_sizes(
         )
     if any(attention_params.overlaps(x) for x in (k, v)):
         return "rows of the cache share memory"
-    if any(_span(x) >= _MOST_BYTES for x in (k, v)):
-        return "k or v spans 2^36 bytes"
+    if _gathers(k, options) and any(_span(x) >= _MOST_BYTES for x in (k, v)):
+        return "k or v spans 2^36 bytes, and pages are not of a size for TMA"
     return _too_long(q, k, options)
 
 
@@ -146,6 +146,10 @@ def _batch(q: Tensor, options: Options) -> int:
     return q.shape[0] if options.cu_seqlens_q is None else options.cu_seqlens_q.shape[0] - 1
 
 
+def _gathers(k: Tensor, options: Options) -> bool:
+    return options.page_table is not None and k.shape[1] % attention_params.TMA_PAGE != 0
+
+
 def _span(x: Tensor) -> int:
     steps = zip(x.shape, x.stride(), strict=True)
     return x.element_size() * sum((n - 1) * step for n, step in steps if n > 1)
@@ -163,13 +167,12 @@ def choose(
     tile = _tile(q, v, qv)
     assert tile is not None
     rows, supported = _rows(q, k, options), tile_rows(tile[1])
-    paged = options.page_table is not None
     return _variant(
         _DTYPES[output_dtype(q) if out is None else out.dtype],
         "e4m3" if k.dtype == E4M3 else "same",
         *tile,
         next((n for n in supported if rows <= n), supported[-1]),
-        "gather" if paged and k.shape[1] % attention_params.TMA_PAGE != 0 else "tma",
+        "gather" if _gathers(k, options) else "tma",
         options.softcap > 0.0 or options.alibi_slopes is not None,
         qv is not None,
         "key" if any(_is_by_key(x) for x in (options.k_descale, options.v_descale)) else "head",
