@@ -111,8 +111,8 @@ FAULTS = (
         E8,
         (
             MERGE,
-            "unroll 4\n            for (int cta = first; cta <= last",
-            "unroll 4\n            for (int cta = first; cta < last",
+            "unroll 4\n            for (int part = 0; part < parts; ++part)",
+            "unroll 4\n            for (int part = 0; part < parts - 1; ++part)",
         ),
     ),
     Fault(
@@ -120,8 +120,8 @@ FAULTS = (
         E8,
         (
             WORK,
-            "max((all + ctas - 1) / ctas, Config::kLeastTiles)",
-            "max(all / ctas, Config::kLeastTiles)",
+            "max((all + ctas - 1) / ctas, least)",
+            "max(all / ctas, least)",
         ),
     ),
     Fault(
