@@ -160,7 +160,7 @@ def train_and_tell(
     found = serving()
     kernels = {job: [name for name in found if name.startswith(job)] for job in JOBS}
     for job, names in kernels.items():
-        print(f"{job}: {', '.join(names) or 'tiled PyTorch, no kernel'}")
+        print(f"{job}: {', '.join(names) or 'the CPU backend, no kernel'}")
     for warning in told:
         print(f"{warning.category.__name__}: {warning.message}")
     return histories, kernels

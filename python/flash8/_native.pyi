@@ -413,6 +413,7 @@ class PlanCache:
         parameter: type,
         empty_like: Callable[..., object],
         current_stream: Callable[..., int],
+        increment_version: Callable[..., None],
         tile_count: Callable[..., object],
     ) -> None: ...
     def run(
@@ -454,10 +455,10 @@ class DecodeCache:
         parameter: type,
         empty_like: Callable[..., object],
         current_stream: Callable[..., int],
+        increment_version: Callable[..., None],
         kernels: object,
         is_grad_enabled: Callable[[], bool],
         workspace: Callable[..., object],
-        increment_version: Callable[..., None],
     ) -> None: ...
     def run(self, **arguments: Any) -> tuple[Any, Any] | dict[str, Any]: ...
     def has_key(self, arguments: dict[str, Any], /) -> bool: ...
@@ -488,6 +489,7 @@ class BackwardCache:
         parameter: type,
         empty_like: Callable[..., object],
         current_stream: Callable[..., int],
+        increment_version: Callable[..., None],
         field_names: tuple[str, ...],
     ) -> None: ...
     def run(

@@ -27,21 +27,10 @@ from flash8.integrations.transformers import packing
 from flash8.integrations.transformers.attention import attend
 from flash8.integrations.transformers.layouts import UNBOUNDED, Dense
 from transformers_masks import MASKS, PADDING, SEQLEN, build, check, padding_mask, tensors
+from transformers_sizes import SIZES as MODEL_SIZES
+from transformers_sizes import VOCABULARY
 
-VOCABULARY = 64
-SIZES = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=None,
-)
+SIZES = dict(MODEL_SIZES, num_hidden_layers=1)
 HYBRID = dict(
     num_hidden_layers=2, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
 )

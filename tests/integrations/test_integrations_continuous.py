@@ -31,23 +31,10 @@ from flash8.integrations import transformers as flash8_transformers
 from flash8.integrations.transformers import continuous
 from flash8.integrations.transformers.attention import attend
 from simulated_device import SimulatedDevice, missing_compiler
+from transformers_sizes import SIZES, VOCABULARY
 
-VOCABULARY = 64
 NEW_TOKENS = 8
 LOGPROBS = dict(rtol=1e-4, atol=1e-5)
-SIZES = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=None,
-)
 HYBRID = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"])
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),

@@ -31,27 +31,14 @@ import flash8.fp8
 from flash8.integrations import transformers as flash8_transformers
 from flash8.integrations.transformers.attention import attend
 from flash8.integrations.transformers.layouts import Cached
+from transformers_sizes import SIZES, VOCABULARY
 
-VOCABULARY = 64
 SEQLEN = 12
 WINDOW = 5
 # The goal of the project is 1e-4; what fp32 gives is two orders of magnitude better.
 LOGITS = dict(rtol=1e-5, atol=1e-5)
 GRADIENTS = dict(rtol=1e-4, atol=1e-6)
 
-SIZES = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=None,
-)
 HYBRID = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
 YARN = dict(
     rope_type="yarn",

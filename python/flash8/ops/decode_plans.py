@@ -135,5 +135,4 @@ def new_cache(exchange_api: object | None) -> "_native.DecodeCache":
         kernels=hopper.kernels,
         is_grad_enabled=is_grad_enabled,
         workspace=hopper.streams.decode_workspace,
-        increment_version=increment_version,
     )

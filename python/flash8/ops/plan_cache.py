@@ -55,8 +55,6 @@ def find(arguments: Arguments, return_lse: bool) -> Any:
     if done is None:
         return None
     out, lse, options = done
-    if arguments.get("out") is not None:
-        increment_version((out,))
     if options is not None:
         out, lse = _with_node(arguments, out, lse, options)
     return (out, lse) if return_lse else out

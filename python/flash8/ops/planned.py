@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, empty_like
+from torch.autograd.graph import increment_version
 
 from flash8 import backends
 from flash8.call.observed import is_observed
@@ -45,13 +46,15 @@ class Functions(NamedTuple):
     parameter: type
     empty_like: Callable[..., Tensor]
     current_stream: Callable[..., int]
+    increment_version: Callable[..., None]
 
 
 def functions(exchange_api: object | None) -> Functions:
     """Without `exchange_api` tensors are read by their attributes."""
     from flash8.backends.hopper import streams
 
-    return Functions(exchange_api, Tensor, torch.nn.Parameter, empty_like, streams.current_stream)
+    types = (Tensor, torch.nn.Parameter)
+    return Functions(exchange_api, *types, empty_like, streams.current_stream, increment_version)
 
 
 def own_exchange_api() -> object | None:

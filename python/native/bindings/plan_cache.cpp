@@ -13,12 +13,14 @@ namespace flash8 {
 namespace {
 
 TorchTensors::Functions torch_of(py::object exchange_api, py::object tensor, py::object parameter,
-                                 py::object empty_like, py::object current_stream) {
+                                 py::object empty_like, py::object current_stream,
+                                 py::object increment_version) {
     TorchTensors::Functions torch;
     torch.exchange_api = std::move(exchange_api);
     torch.tensor_types = {std::move(tensor), std::move(parameter)};
     torch.empty_like = std::move(empty_like);
     torch.current_stream = std::move(current_stream);
+    torch.increment_version = std::move(increment_version);
     return torch;
 }
 
@@ -59,15 +61,17 @@ void insert_backward(BackwardCache& self, py::handle scope, py::tuple saved, py:
 void bind_backward_cache(py::module_& module) {
     py::class_<BackwardCache> type(module, "BackwardCache",
                                    "The plans of backward calls, by all but their addresses.");
-    type.def(py::init([](py::object exchange_api, py::object tensor, py::object parameter,
-                         py::object empty_like, py::object current_stream, const py::tuple& field_names) {
-                 return std::make_unique<BackwardCache>(
-                     torch_of(std::move(exchange_api), std::move(tensor), std::move(parameter),
-                              std::move(empty_like), std::move(current_stream)),
-                     field_names);
-             }),
-             py::kw_only(), py::arg("exchange_api").none(true), py::arg("tensor"), py::arg("parameter"),
-             py::arg("empty_like"), py::arg("current_stream"), py::arg("field_names"));
+    type.def(
+        py::init([](py::object exchange_api, py::object tensor, py::object parameter, py::object empty_like,
+                    py::object current_stream, py::object increment_version, const py::tuple& field_names) {
+            return std::make_unique<BackwardCache>(
+                torch_of(std::move(exchange_api), std::move(tensor), std::move(parameter),
+                         std::move(empty_like), std::move(current_stream), std::move(increment_version)),
+                field_names);
+        }),
+        py::kw_only(), py::arg("exchange_api").none(true), py::arg("tensor"), py::arg("parameter"),
+        py::arg("empty_like"), py::arg("current_stream"), py::arg("increment_version"),
+        py::arg("field_names"));
     type.def(
         "run",
         [](const BackwardCache& self, py::handle scope, py::tuple saved, py::tuple incoming,
@@ -153,17 +157,16 @@ void bind_decode_cache(py::module_& module) {
     py::class_<DecodeCache> type(module, "DecodeCache",
                                  "The plans of calls over a KV cache, by all but their addresses.");
     type.def(py::init([](py::object exchange_api, py::object tensor, py::object parameter,
-                         py::object empty_like, py::object current_stream, py::object kernels,
-                         py::object is_grad_enabled, py::object workspace, py::object increment_version) {
+                         py::object empty_like, py::object current_stream, py::object increment_version,
+                         py::object kernels, py::object is_grad_enabled, py::object workspace) {
                  return std::make_unique<DecodeCache>(
                      torch_of(std::move(exchange_api), std::move(tensor), std::move(parameter),
-                              std::move(empty_like), std::move(current_stream)),
-                     std::move(kernels), std::move(is_grad_enabled), std::move(workspace),
-                     std::move(increment_version));
+                              std::move(empty_like), std::move(current_stream), std::move(increment_version)),
+                     std::move(kernels), std::move(is_grad_enabled), std::move(workspace));
              }),
              py::kw_only(), py::arg("exchange_api").none(true), py::arg("tensor"), py::arg("parameter"),
-             py::arg("empty_like"), py::arg("current_stream"), py::arg("kernels"), py::arg("is_grad_enabled"),
-             py::arg("workspace"), py::arg("increment_version"));
+             py::arg("empty_like"), py::arg("current_stream"), py::arg("increment_version"),
+             py::arg("kernels"), py::arg("is_grad_enabled"), py::arg("workspace"));
     type.attr("run") = py::reinterpret_steal<py::object>(
         PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &kRunDecode));
     type.def(
@@ -185,15 +188,17 @@ void bind_plan_cache(py::module_& module) {
     bind_decode_cache(module);
     py::class_<PlanCache> type(module, "PlanCache",
                                "The plans of forward calls, by all but their addresses.");
-    type.def(py::init([](py::object exchange_api, py::object tensor, py::object parameter,
-                         py::object empty_like, py::object current_stream, py::object tile_count) {
-                 return std::make_unique<PlanCache>(
-                     torch_of(std::move(exchange_api), std::move(tensor), std::move(parameter),
-                              std::move(empty_like), std::move(current_stream)),
-                     std::move(tile_count));
-             }),
-             py::kw_only(), py::arg("exchange_api").none(true), py::arg("tensor"), py::arg("parameter"),
-             py::arg("empty_like"), py::arg("current_stream"), py::arg("tile_count"));
+    type.def(
+        py::init([](py::object exchange_api, py::object tensor, py::object parameter, py::object empty_like,
+                    py::object current_stream, py::object increment_version, py::object tile_count) {
+            return std::make_unique<PlanCache>(
+                torch_of(std::move(exchange_api), std::move(tensor), std::move(parameter),
+                         std::move(empty_like), std::move(current_stream), std::move(increment_version)),
+                std::move(tile_count));
+        }),
+        py::kw_only(), py::arg("exchange_api").none(true), py::arg("tensor"), py::arg("parameter"),
+        py::arg("empty_like"), py::arg("current_stream"), py::arg("increment_version"),
+        py::arg("tile_count"));
     type.def(
         "run",
         [](PlanCache& self, py::handle scope, py::dict arguments, bool want_lse, bool grad_enabled) {

@@ -8,6 +8,7 @@
 #include "driver/gil.h"
 #include "kernels/launch_append.h"
 #include "kernels/launch_decode.h"
+#include "plan_cache/objects.h"
 
 namespace py = pybind11;
 
@@ -68,24 +69,16 @@ void lead_to(DecodeParams& params, bool rotates, std::uintptr_t q, std::uintptr_
     }
 }
 
-py::object steal(PyObject* result) {
-    if (result == nullptr) {
-        throw py::error_already_set();
-    }
-    return py::reinterpret_steal<py::object>(result);
-}
-
 }  // namespace
 
 DecodeCache::DecodeCache(TorchTensors::Functions torch, py::object kernels, py::object is_grad_enabled,
-                         py::object workspace, py::object increment_version)
+                         py::object workspace)
     : torch_(std::move(torch)),
       kernels_(std::move(kernels)),
       registry_("registry"),
       is_grad_enabled_(std::move(is_grad_enabled)),
       names_(kTensors),
-      workspaces_(std::move(workspace)),
-      increment_version_(std::move(increment_version)) {}
+      workspaces_(std::move(workspace)) {}
 
 py::object DecodeCache::scope() const {
     return steal(PyObject_CallMethodNoArgs(kernels_.ptr(), registry_.ptr()));
@@ -138,12 +131,10 @@ py::object DecodeCache::run(PyObject* names, PyObject* const* values) {
     }
     if (plan.append) {
         const auto cache = [&](std::size_t place) { return py::handle(argument_at(key, place)->object); };
-        increment_version_(
+        torch_.mark_written(
             py::make_tuple(cache(offsetof(DecodeParams, k.ptr)), cache(offsetof(DecodeParams, v.ptr))));
     }
-    if (key.find(Argument::kWritten) != nullptr) {
-        increment_version_(py::make_tuple(out));
-    }
+    torch_.mark_written(key);
     return py::make_tuple(std::move(out), std::move(lse));
 }
 

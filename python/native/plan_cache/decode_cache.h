@@ -36,9 +36,8 @@ class DecodeCache {
     // workspace: (device, stream, captured, bytes) -> (tickets, partial results): int32 zeros, as many as any
     // launch takes, and at least so many bytes of anything.
     // kernels.registry() has the kernels that serve calls now: it is told apart by identity.
-    // increment_version: (tensors) -> None, says that they have been written.
     DecodeCache(TorchTensors::Functions torch, pybind11::object kernels, pybind11::object is_grad_enabled,
-                pybind11::object workspace, pybind11::object increment_version);
+                pybind11::object workspace);
 
     // A call by keywords. A hit launches: (O, LSE or None). None on a miss, which is every call too that
     // autograd has to know of, or whose tensors cannot be launched by the plan that is there.
@@ -68,7 +67,6 @@ class DecodeCache {
     pybind11::object is_grad_enabled_;
     ArgumentNames names_;
     StreamMemories workspaces_;
-    pybind11::object increment_version_;
     std::unordered_map<std::string, std::shared_ptr<const CachedPlan>> plans_;
 };
 

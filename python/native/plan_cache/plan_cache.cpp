@@ -76,6 +76,7 @@ py::object PlanCache::run(const CallArguments& call, bool want_lse, bool grad_en
         const GilRelease release;
         launch_forward(*plan.kernel, plan.device, stream, params, plan.sm_margin);
     }
+    torch_.mark_written(key);
     return py::make_tuple(std::move(out), std::move(lse), graph ? plan.options : py::none());
 }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "plan_cache/objects.h"
+
 namespace py = pybind11;
 
 namespace flash8 {
@@ -28,13 +30,6 @@ struct Names {
 const Names& names() {
     static const Names instance;
     return instance;
-}
-
-py::object steal(PyObject* object) {
-    if (object == nullptr) {
-        throw py::error_already_set();
-    }
-    return py::reinterpret_steal<py::object>(object);
 }
 
 py::object attribute(PyObject* tensor, PyObject* name) {

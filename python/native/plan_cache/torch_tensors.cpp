@@ -3,6 +3,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "plan_cache/objects.h"
+
 namespace py = pybind11;
 
 namespace flash8 {
@@ -15,11 +17,14 @@ CallKey TorchTensors::new_key() const {
 }
 
 py::object TorchTensors::new_like(const py::object& like) const {
-    PyObject* const made = PyObject_CallOneArg(functions_.empty_like.ptr(), like.ptr());
-    if (made == nullptr) {
-        throw py::error_already_set();
+    return steal(PyObject_CallOneArg(functions_.empty_like.ptr(), like.ptr()));
+}
+
+void TorchTensors::mark_written(const CallKey& key) const {
+    const CallKey::Tensor* const out = key.find(TensorArgument::kWritten);
+    if (out != nullptr) {
+        mark_written(py::make_tuple(py::handle(out->object)));
     }
-    return py::reinterpret_steal<py::object>(made);
 }
 
 std::uintptr_t TorchTensors::address_of(const py::object& tensor) const {
