@@ -1,6 +1,6 @@
 """Markdown tables and plots of bench/results/attention_*.json, measured by bench_attention.py.
 
-usage: python bench/attention_report.py    (rewrites the .md and .png beside each JSON)
+usage: python bench/attention_report.py    (rewrites the .md and the pictures beside each JSON)
 """
 
 import json
@@ -15,7 +15,6 @@ _HEADER = (
     *("shape", "peer", "forward ms", "20 to 80 %", "TFLOP/s", "of the matrix rate", "GB/s"),
     *("fwd+bwd ms", "TFLOP/s", "peak MiB", "scores MiB", "relL2", "relL2 of gradients"),
 )
-_OURS, _OTHERS = "#2166ac", ("#b2182b", "#f4a582", "#7f7f7f", "#1b7837", "#9970ab", "#c2a5cf")
 
 
 def main() -> None:
@@ -28,7 +27,16 @@ def main() -> None:
         text = tables(results)
         path.with_suffix(".md").write_text(text)
         print(text)
-        plot(results, path.with_suffix(".png"))
+        _draw(results, path.with_suffix(".png"))
+
+
+def _draw(results: dict[str, Any], path: Path) -> None:
+    try:
+        import attention_plots
+    except ImportError:
+        print(f"{path.name} is not drawn: there is no matplotlib")
+        return
+    attention_plots.draw(results, label, path)
 
 
 def label(row: dict[str, Any]) -> str:
@@ -94,80 +102,6 @@ def _forward_cells(row: dict[str, Any], forward: dict[str, Any], rate: float | N
         _if(rate, lambda r: f"{forward['tflops'] / r:.0%}"),
         f"{row['least_bytes'] / forward['median_ms'] * 1e-6:.3g}",
     ]
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """TFLOP/s (decoding: GB/s) of every case: for each suite a panel of the forward, and one of
-    forward and backward where there are any."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"{path.name} is not drawn: there is no matplotlib")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    timed = [row for row in results["rows"] if "forward" in row or "both" in row]
-    suites = list(
-        _in_order(
-            (row["suite"], row["kind"] == "decode", what)
-            for what in ("forward", "both")
-            for row in timed
-            if what in row
-        )
-    )
-    cases = [len({label(row) for row in _panel(timed, suite)}) for suite in suites]
-    figure, panels = plt.subplots(
-        len(suites),
-        1,
-        figsize=(9, 1.5 * len(suites) + 0.55 * sum(cases)),
-        dpi=110,
-        height_ratios=cases,
-        squeeze=False,
-    )
-    colours = _colours(timed)
-    for axes, suite in zip(panels[:, 0], suites, strict=True):
-        _bars(axes, _panel(timed, suite), colours, suite[2])
-        unit = "GB/s" if suite[1] else "TFLOP/s"
-        what = "forward" if suite[2] == "forward" else "forward and backward"
-        axes.set_title(f"{suite[0]}: {what}, {unit}", loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def _bars(axes: Any, rows: list[dict[str, Any]], colours: dict[str, str], what: str) -> None:
-    cases = list(_in_order(map(label, rows)))
-    names = list(_in_order(row["peer"] for row in rows))
-    height = 0.8 / len(names)
-    for number, name in enumerate(names):
-        own = [row for row in rows if row["peer"] == name]
-        places = [cases.index(label(row)) + (number + 0.5) * height - 0.4 for row in own]
-        axes.barh(
-            places, [_value(row, what) for row in own], height, color=colours[name], label=name
-        )
-    axes.set_yticks(range(len(cases)), cases, fontsize=8)
-    axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _value(row: dict[str, Any], what: str) -> float:
-    if row["kind"] == "decode":
-        return row["least_bytes"] / row[what]["median_ms"] * 1e-6
-    return row[what]["tflops"]
-
-
-def _panel(rows: list[dict[str, Any]], suite: tuple[str, bool, str]) -> list[dict[str, Any]]:
-    name, decoding, what = suite
-    found = [row for row in rows if (row["suite"], row["kind"] == "decode") == (name, decoding)]
-    return [row for row in found if what in row]
-
-
-def _colours(rows: list[dict[str, Any]]) -> dict[str, str]:
-    others = [name for name in _in_order(row["peer"] for row in rows) if name != "flash8"]
-    chosen = {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}
-    return {"flash8": _OURS, **chosen}
 
 
 def _matrix_tflops(results: dict[str, Any]) -> float | None:

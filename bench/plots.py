@@ -3,7 +3,7 @@
 Lengths of bars begin at zero, so where values differ by powers of ten they are dots on a line.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,26 @@ STYLE = {
 @contextmanager
 def picture(path: Path, title: str, size: tuple[float, float] = (7.5, 4.0)) -> Iterator[Any]:
     """The axes of a figure under a title; it is written at the end."""
+    with panels(path, title, [1.0], 1, size) as axes:
+        yield axes[0]
+
+
+@contextmanager
+def panels(
+    path: Path, title: str, heights: Sequence[float], columns: int, size: tuple[float, float]
+) -> Iterator[Sequence[Any]]:
+    """As `picture`, of rows of so many panels with these heights to each other; row by row."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        figure, axes = plt.subplots(
+            len(heights),
+            columns,
+            figsize=size,
+            height_ratios=heights,
+            squeeze=False,
+            layout="constrained",
+        )
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-        yield axes
+        yield list(axes.flat)
         figure.savefig(path, dpi=130)
         plt.close(figure)
 
@@ -44,7 +60,7 @@ def picture(path: Path, title: str, size: tuple[float, float] = (7.5, 4.0)) -> I
 def lines(
     axes: Any,
     x: Sequence[float],
-    curves: dict[str, Sequence[float | None]],
+    curves: Mapping[str, Sequence[float | None]],
     colors: Sequence[str] = SERIES,
 ) -> None:
     """Curves over x, each named at its end. None: it was not measured there."""
@@ -82,8 +98,10 @@ def _apart(axes: Any, values: list[float], points: float = 13.0) -> list[float]:
 def dots(
     axes: Any,
     groups: Sequence[str],
-    series: dict[str, Sequence[float]],
+    series: Mapping[str, Sequence[float]],
     colors: Sequence[str] = SERIES,
+    *,
+    legend: bool = True,
 ) -> None:
     """A row for each group and a dot for each series, which a legend below names. Dots of one row
     lie one below the other, so that equal ones are seen."""
@@ -94,8 +112,10 @@ def dots(
         places = [row + below for row in range(len(groups))]
         axes.scatter(values, places, s=40, color=color, label=name, zorder=2)
     axes.set_yticks(range(len(groups)), groups)
-    axes.invert_yaxis()
+    axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.tick_params(axis="y", left=False)
     axes.grid(axis="x", linewidth=0.6)
     axes.spines["left"].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(series), fontsize=9)
+    if legend:
+        below = -40 / axes.get_window_extent().height
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=len(series), fontsize=9)
