@@ -255,9 +255,9 @@ def attend(
     if done is not None:
         return done  # type: ignore[no-any-return]
     key = unseen.key(arguments) if dropout_seed is None else None
-    options = unseen.find(key)
-    if options is not None:
-        o, lse = ops.run_unseen(arguments, options)
+    known = unseen.find(key)
+    if known is not None:
+        o, lse = ops.run_unseen(arguments, known)
         return (o, lse) if return_lse else o
     for plain in (unwrap, checks.narrowed):  # a plan points to plain tensors and int32 indices
         others = plain(arguments)
@@ -279,7 +279,7 @@ def attend(
             options = options._replace(dropout_seed=draw_seed(q.device) if seed is None else seed)
             may_be_cached = False  # a plan points to arguments only
     options = ops.resolve_num_splits(q, geometry, options)
-    unseen.keep(key, options)
+    unseen.keep(key, (q, k, v, s_aux), options)
     if may_be_cached:
         done = plan_cache.launch(arguments, options, return_lse)
         if done is None and options.page_table is not None:

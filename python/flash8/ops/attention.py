@@ -4,6 +4,7 @@ Every public function ends in one of these ops, so `torch.compile`, `torch.expor
 see an opaque node with exact shapes. The tail of each attention op's schema is `options.SCHEMA`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,14 @@ def _forward_past_op(
     out, lse, *partials = empty_forward(q, v, options)
     backend.forward(q, k, v, qv, s_aux, options, out, lse, *partials)
     return (out, lse) if options.num_splits == 1 else (out, lse, *partials)
+
+
+def _forward_batch(
+    common: int, q: Tensor, k: Tensor, v: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    """`_forward_past_op` of a call of which `cpu.common_keys` is known."""
+    made = cpu.forward_common(q, k, v, common, others[-1])
+    return _forward_past_op(q, k, v, *others) if made is None else made
 
 
 def _forward_out(
@@ -337,6 +346,7 @@ def _register() -> None:
 
 _register()
 _unseen_forward = unaffected(_forward_past_op)
+_unseen_batch = unaffected(_forward_batch)
 #: What the op does, called by a node of autograd that nobody watches.
 backward_past_op = unaffected(_backward)
 
@@ -379,8 +389,11 @@ def run_forward(
     return ForwardResult(out, *torch.ops.flash8.forward_out(q, k, v, qv, s_aux, out, *options))
 
 
-def run_unseen(arguments: Arguments, options: Options) -> tuple[Tensor, Tensor]:
+def run_unseen(arguments: Arguments, known: unseen.Known) -> tuple[Tensor, Tensor]:
     """O and LSE of a call that `unseen` has found to be checked."""
     q, k, v = arguments["q"], arguments["k"], arguments["v"]
-    out, lse, *_ = unseen.run(_unseen_forward, (q, k, v, arguments.get("s_aux")), options)
+    forward = _unseen_forward
+    if known.common is not None:
+        forward = functools.partial(_unseen_batch, known.common)
+    out, lse, *_ = unseen.run(forward, (q, k, v, arguments.get("s_aux")), known.options)
     return out, lse

@@ -6,7 +6,7 @@ what the checks look at, and checked once.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,16 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 _INPUTS = ("q", "k", "v", "s_aux")
 Key = tuple[Any, ...]
 _MOST_KEYS = 1024
-_known: dict[Key, Options] = {}
+
+
+class Known(NamedTuple):
+    """A call that was checked."""
+
+    options: Options
+    common: int | None  # `cpu.common_keys` of it
+
+
+_known: dict[Key, Known] = {}
 
 
 def key(arguments: Arguments) -> Key | None:
@@ -51,18 +60,19 @@ def key(arguments: Arguments) -> Key | None:
     return tuple(parts)
 
 
-def find(key: Key | None) -> Options | None:
-    """The options of an equal call, checked."""
+def find(key: Key | None) -> Known | None:
+    """An equal call, checked."""
     return None if key is None else _known.get(key)
 
 
-def keep(key: Key | None, options: Options) -> None:
+def keep(key: Key | None, inputs: Inputs, options: Options) -> None:
     """For calls that are equal, unless they are to be warned of."""
     if key is None or options.dropout_p > 0.0 or suspicions.may_be_dropout(options.softmax_scale):
         return
     if len(_known) >= _MOST_KEYS:
         _known.clear()
-    _known[key] = options
+    q, k, v, s_aux = inputs
+    _known[key] = Known(options, backends.cpu.common_keys(q, k, v, None, s_aux, options))
 
 
 def may_run(inputs: Inputs, options: Options) -> bool:
@@ -77,9 +87,9 @@ def may_run(inputs: Inputs, options: Options) -> bool:
 def run(forward: Callable[..., Any], inputs: Inputs, options: Options) -> Any:
     """What the kernel of the op returns, with a node of autograd where one is wanted."""
     q, k, v, s_aux = inputs
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
+        return forward(q, k, v, None, s_aux, options)
     with torch.no_grad():
         out, lse, *partials = forward(q, k, v, None, s_aux, options)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        kept = without_tensors(options)
-        out, lse = Launched.apply(*inputs, (out, lse), options._asdict(), kept)
+    out, lse = Launched.apply(*inputs, (out, lse), options._asdict(), without_tensors(options))
     return out, lse, *partials

@@ -20,6 +20,7 @@ from cases import (
 )
 from flash8.backends.cpu import compiled
 from flash8.call.options import Options
+from flash8.ops import unseen
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 #: One of each side of what the ops split at: vectors of 8, blocks of 32, 64 and 256 queries and of
@@ -200,6 +201,7 @@ def test_a_mask_from_the_top_left_is_found(monkeypatch):
     check_forward(problem)
     check_backward(problem)
     whole = compiled.common_keys
+    monkeypatch.setattr(unseen, "_known", {})  # which keeps what it was
     monkeypatch.setattr(
         compiled, "common_keys", lambda *given: 0 if whole(*given) is not None else None
     )
@@ -267,6 +269,7 @@ def probe(monkeypatch, names):
     monkeypatch.setattr(compiled, "torch", SimpleNamespace(**vars(torch)))
     monkeypatch.setattr(compiled.torch, "ops", SimpleNamespace(aten=names, mkldnn=torch.ops.mkldnn))
     monkeypatch.setattr(compiled, "ops", functools.cache(compiled.ops.__wrapped__))
+    monkeypatch.setattr(unseen, "_known", {})  # of calls that these ops would serve
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -278,6 +281,44 @@ def test_products_of_16_bits(dtype, lengths, monkeypatch):
     causal = lengths[0] == lengths[1]
     check_forward(build(case.with_(dtype=dtype, causal=causal)))
     check_backward(build(case.with_(dtype=dtype, causal=causal)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["dense", "packed", "paged"])
+@pytest.mark.parametrize("lengths", [(1, 1024), (1, 1537), (16, 1100)], ids=str)
+def test_a_few_queries_convert_keys_in_parts(lengths, layout, dtype, watched):
+    """Every part is as right as the whole; more queries, or keys of fp32, are one part."""
+    compiled.has_products.cache_clear()
+    if compiled.has_products(dtype):
+        pytest.skip("this CPU has products of 16 bits")
+    case = Case(*((n,) * 2 for n in lengths), heads=4, heads_kv=2, dtype=dtype, layout=layout)
+    parts = -(-lengths[1] // 512)
+    check_forward(build(case))
+    assert len(watched) == parts
+    watched.clear()
+    check_forward(build(case.with_(dtype=torch.float32)))
+    check_forward(build(case.with_(seqlens_q=(17,) * 2)))
+    assert len(watched) == 2
+
+
+@pytest.mark.parametrize("at", [3, 700, 1023])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
+def test_parts_with_a_key_that_is_none(at, value):
+    """NaN reaches O; a score of -inf, in one part or in all of a part, has no weight."""
+    q = torch.ones(1, 1, 1, 16, dtype=torch.bfloat16)
+    k, v = (torch.randn(1, 1024, 1, 16).bfloat16() for _ in "kv")
+    k[:, at] = value
+    clean = flash8.flash_attn_func(q.double(), k.double(), v.double(), return_attn_probs=True)
+    o, lse = flash8.flash_attn_func(q, k, v, return_attn_probs=True)
+    torch.testing.assert_close(o.double(), clean[0], atol=4e-3, rtol=4e-3, equal_nan=True)
+    torch.testing.assert_close(
+        lse.double(), clean[1].double(), atol=1e-4, rtol=1e-4, equal_nan=True
+    )
+    k[:, 512:] = torch.finfo(torch.bfloat16).min  # q . k is -inf in fp32
+    if value == -1e30:
+        o, _ = flash8.flash_attn_func(q, k, v, return_attn_probs=True)
+        first, _ = flash8.flash_attn_func(q, k[:, :512], v[:, :512], return_attn_probs=True)
+        torch.testing.assert_close(o, first, atol=4e-3, rtol=4e-3)
 
 
 def test_memory_is_linear():

@@ -9,7 +9,7 @@ over the tiles of the others.
 """
 
 from flash8.backends.cpu.backward import backward
-from flash8.backends.cpu.batch import backward_batch, forward_batch
+from flash8.backends.cpu.batch import backward_batch, common_keys, forward_batch, forward_common
 from flash8.backends.cpu.cache import append_kv, check_slots
 from flash8.backends.cpu.combine import combine, combine_backward, combine_jvp
 from flash8.backends.cpu.forward import forward
@@ -28,8 +28,10 @@ __all__ = [
     "combine",
     "combine_backward",
     "combine_jvp",
+    "common_keys",
     "forward",
     "forward_batch",
+    "forward_common",
     "fp8_backward",
     "jvp",
 ]

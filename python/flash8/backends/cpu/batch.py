@@ -16,15 +16,29 @@ def forward_batch(
     q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, s_aux: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor] | None:
     """O and LSE; None if it is not such a batch."""
-    if qv is not None or s_aux is not None:
-        return None
-    common = _common_keys(q, k, v, options)
-    if common is None:
-        return None
-    whole = common in (0, k.shape[1])
-    dtype = q.dtype if whole and compiled.has_products(q.dtype) else torch.float32
-    operands = [compiled.operand(x, dtype, q.shape[3]) for x in (q, k, v)]
-    made = compiled.attend(operands, common, options.scale(q))
+    common = common_keys(q, k, v, qv, s_aux, options)
+    return None if common is None else forward_common(q, k, v, common, options)
+
+
+def common_keys(
+    q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, s_aux: Tensor | None, options: Options
+) -> int | None:
+    """`compiled.common_keys` of such a batch's forward; None if it is none."""
+    return None if qv is not None or s_aux is not None else _common_keys(q, k, v, options)
+
+
+def forward_common(
+    q: Tensor, k: Tensor, v: Tensor, common: int, options: Options
+) -> tuple[Tensor, Tensor] | None:
+    """`forward_batch` where `common_keys` is known. None: that is for tiles."""
+    scale = options.scale(q)
+    if compiled.is_for_parts(q, k, common):
+        made = compiled.attend_in_parts(q, k, v, scale)
+    else:
+        whole = common in (0, k.shape[1])
+        dtype = q.dtype if whole and compiled.has_products(q.dtype) else torch.float32
+        operands = [compiled.operand(x, dtype, q.shape[3]) for x in (q, k, v)]
+        made = compiled.attend(operands, common, scale)
     if made is None or (common < k.shape[1] and not compiled.is_finite(made[0])):
         return None
     o, lse = made

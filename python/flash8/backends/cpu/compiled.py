@@ -37,6 +37,10 @@ _MORE_CHANNELS = 8
 #: Beyond it a unit of LSE's last place is more than the error of fp32 results may be: weights of
 #: parts, and P of a backward, whose scores torch's ops round otherwise than the forward's.
 _MOST_LSE = 100.0
+#: A few queries read 16-bit keys once: so many at a time are converted, into memory that stays
+#: in the caches of the CPU, and the results merged.
+_FEW_QUERIES = 16
+_KEYS_OF_PART = 512
 #: With one key P is 1 and dS is 0, which roundings of LSE and rowsum(dO * O) would miss.
 LEAST_KEYS = 2
 
@@ -126,6 +130,36 @@ def attend(operands: Sequence[Tensor], common: int, scale: float) -> tuple[Tenso
     return (o, lse) if _is_told(lse) else None
 
 
+def is_for_parts(queries: Tensor, keys: Tensor, common: int) -> bool:
+    """Whether `attend_in_parts` serves them better: tokens, (B, seqlen, heads, d)."""
+    return (
+        common == keys.shape[1]
+        and queries.shape[1] <= _FEW_QUERIES
+        and keys.shape[1] >= 2 * _KEYS_OF_PART
+        and not has_products(keys.dtype)
+    )
+
+
+def attend_in_parts(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """`attend` of tokens that see all keys, whose channels are as many as those of the values."""
+    forward = required_ops().forward
+    q = operand(queries, torch.float32, queries.shape[-1])
+    parts = []
+    buffers = [x.new_empty((*x[:, :_KEYS_OF_PART].shape,), dtype=q.dtype) for x in (keys, values)]
+    for begin in range(0, keys.shape[1], _KEYS_OF_PART):
+        k, v = (x[:, begin : begin + _KEYS_OF_PART] for x in (keys, values))
+        part = [buffer[:, : k.shape[1]].copy_(x) for buffer, x in zip(buffers, (k, v), strict=True)]
+        parts.append(forward(q, *(x.transpose(1, 2) for x in part), 0.0, False, scale=scale))
+    o, lse = (torch.stack(x) for x in zip(*parts, strict=True))
+    if not _has_scores(lse):
+        return None
+    total = lse.logsumexp(dim=0)
+    o = (o * (lse - total).exp_()[..., None]).sum(dim=0)
+    return (o, total) if _is_told(total) else None
+
+
 def attend_backward(
     operands: Sequence[Tensor], lse: Tensor, common: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -211,8 +245,14 @@ def _forward(
     whole = s_aux is None and group.common in (0, keys.shape[1])
     dtype = queries.dtype if whole and has_products(queries.dtype) else torch.float32
     channels = max(keys.shape[-1], values.shape[-1])
-    operands = [operand(x, dtype, channels) for x in (queries, keys, values)]
-    made = attend(operands, group.common, options.scale(queries))
+    scale = options.scale(queries)
+    if channels == min(keys.shape[-1], values.shape[-1]) and is_for_parts(
+        queries, keys, group.common
+    ):
+        made = attend_in_parts(queries, keys, values, scale)
+    else:
+        operands = [operand(x, dtype, channels) for x in (queries, keys, values)]
+        made = attend(operands, group.common, scale)
     if made is None:
         return None
     o, lse = made
@@ -301,8 +341,10 @@ def operand(tokens: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
     next to each other, rows that do not overlap."""
     if tokens.dtype != dtype:
         tokens = tokens.to(dtype)
-    *steps, channel = tokens.stride()
     missing = channels - tokens.shape[-1]
+    if missing == 0 and tokens.is_contiguous():
+        return tokens.transpose(1, 2)
+    *steps, channel = tokens.stride()
     if missing > 0:
         tokens = F.pad(tokens, (0, missing))
     elif channel != 1 or steps[1] < channels or _overlap(tokens, channels):
