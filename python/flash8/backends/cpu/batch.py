@@ -81,9 +81,8 @@ def _common_keys(q: Tensor, k: Tensor, v: Tensor, options: Options) -> int | Non
 
 
 def _tokens_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, heads, seqlen, d) as a contiguous (B, seqlen, heads, d) that is no view: autograd makes
-    a difference."""
-    tokens = x.transpose(1, 2)
-    if tokens.dtype != dtype or not tokens.is_contiguous():
-        return tokens.to(dtype, memory_format=torch.contiguous_format, copy=True)
-    return x.new_empty(0).set_(x.untyped_storage(), 0, tokens.shape, tokens.stride())
+    """(B, heads, seqlen, d) of the ops, which is nobody else's, as a contiguous (B, seqlen, heads,
+    d) that is no view: autograd makes a difference."""
+    if x._is_view():
+        return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format, copy=True)
+    return x.transpose_(1, 2).to(dtype, memory_format=torch.contiguous_format)

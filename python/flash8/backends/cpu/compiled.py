@@ -372,8 +372,10 @@ def _has_scores(lse: Tensor) -> bool:
 
 def _is_told(lse: Tensor) -> bool:
     """Both: `_has_scores`, and a backward may rely on it."""
-    least, most = lse.abs().aminmax()
-    return least.item() > 0.0 and most.item() <= _MOST_LSE
+    least, most = (x.item() for x in lse.aminmax())
+    if least < 0.0:
+        least, most = (x.item() for x in lse.abs().aminmax())
+    return least > 0.0 and most <= _MOST_LSE
 
 
 def _tells_weights(lse: Tensor) -> bool:
