@@ -52,6 +52,15 @@ MASKED_TILES = {
     (128, 128, "local"): (128, 128),
     (256, 256, "local"): (128, 64),
 }
+#: The same for an e4m3 cache under a 16-bit q.
+TILES_WIDENED = {
+    (64, 64): (192, 96),
+    (96, 96): (128, 128),
+    (128, 128): (128, 128),
+    (192, 128): (128, 96),
+    (192, 192): (128, 64),
+    (256, 256): (128, 64),
+}
 #: The same for e4m3, with one descale per head; with one per block, kBlockN is that block, 128.
 TILES_FP8 = {
     (64, 64): (192, 128),
@@ -191,6 +200,8 @@ class Row:
 def tile(variant: ForwardVariant) -> tuple[int, int]:
     """(kBlockM, kBlockN) of a variant."""
     heads = (variant.head_dim, variant.head_dim_v)
+    if variant.cache == "e4m3":
+        return TILES_WIDENED[heads]
     if variant.dtype != "e4m3":
         return MASKED_TILES.get((*heads, variant.mask), TILES[heads])
     block_m, block_n = TILES_FP8[heads]
@@ -204,7 +215,8 @@ def row(variant: ForwardVariant) -> Row:
     key = (variant.head_dim, variant.head_dim_v, variant.mask)
     peers = FLASH_ATTENTION_3_FP8 if variant.scales == "head" else FLASH_ATTENTION_3
     other = variant.softcap or variant.alibi or variant.scales == "block"
-    comparable = not (other or variant.gather)  # the peer's pages come by TMA
+    # The peer's pages come by TMA, and it has no e4m3 cache under a 16-bit q.
+    comparable = not (other or variant.gather or variant.cache == "e4m3")
     peer = peers.get(key, (None,) * 3) if comparable else (None, None, None)
     registers, spills = _cost(compiled)
     block_m, block_n = tile(variant)
@@ -242,14 +254,16 @@ def _overlap(code: MachineCode, variant: ForwardVariant) -> tuple[float | None, 
 def _shared_bytes(variant: ForwardVariant) -> int:
     """Shared memory that one KV tile moves: TMA writes it, and every warpgroup reads it all, and
     its 64 rows of Q once more. FP8's V is read and written in between where the kernel transposes
-    it; where it comes so, TMA brings it in panels of 128 keys."""
+    it; where it comes so, TMA brings it in panels of 128 keys. An e4m3 cache under a 16-bit q is
+    written as it comes, read, and written twice as large."""
     block_m, block_n = tile(variant)
     fp8 = variant.dtype == "e4m3"
     k, v = block_n * variant.head_dim, block_n * variant.head_dim_v
     brought = k + (-(-block_n // 128) * 128 * variant.head_dim_v if variant.v_colmajor else v)
     turned = 2 * v if fp8 and not variant.v_colmajor else 0
     elements = brought + turned + block_m // 64 * (64 * variant.head_dim + k + v)
-    return elements * (1 if fp8 else 2)
+    widened = 2 * (k + v) if variant.cache == "e4m3" else 0
+    return elements * (1 if fp8 else 2) + widened
 
 
 def _cost(compiled: Compiled) -> tuple[int, int]:

@@ -95,11 +95,14 @@ def latent(dtype: torch.dtype, **options: Any) -> Call:
     return call
 
 
-def prefilled(dtype: torch.dtype, page_size: int = 32, **options: Any) -> Call:
+def prefilled(
+    dtype: torch.dtype, page_size: int = 32, q_dtype: torch.dtype | None = None, **options: Any
+) -> Call:
     """32 queries of two heads for each KV head, over a cache of `dtype`."""
 
     def call() -> Any:
         q, k, v = tensors(dtype)
+        q = q.to(q_dtype or dtype)
         k, v = (x.reshape(-1, page_size, *x.shape[2:]) for x in (k, v))
         with torch.no_grad():
             return flash8.flash_attn_with_kvcache(
@@ -204,13 +207,15 @@ ROWS = (
         ],
     ),
     Row(
-        "the same, more rows than decoding has: pages of any size, e4m3 q over them",
+        "the same, more rows than decoding has: pages of any size, 16-bit or e4m3 q over e4m3",
         ForwardVariant,
         [
             *(prefilled(BF16), prefilled(FP16, cache_leftpad=ints([2]))),
             *(prefilled(BF16, page_table=ints([[0]])), prefilled(E4M3, page_table=ints([[0]]))),
             prefilled(BF16, page_table=ints([[0]]), cache_leftpad=ints([2])),
             *(prefilled(x, page_table=ints([range(32)]), page_size=1) for x in (BF16, E4M3)),
+            *(prefilled(E4M3, q_dtype=x, **per_head()) for x in (BF16, FP16)),
+            prefilled(E4M3, page_size=1, q_dtype=BF16, page_table=ints([range(32)])),
         ],
     ),
     Row(

@@ -26,6 +26,7 @@ enum class PageChoice : std::int32_t {
     kPages = 1,          // without leftpad_k
     kPaddedPages = 2,    // with or without
     kGatheredPages = 3,  // with or without, and of any size
+    kWidenedKeys = 4,    // e4m3 under a Q of 16 bits: dense, packed, or in pages of any size
 };
 
 // The driver's CUtensorMapSwizzle.

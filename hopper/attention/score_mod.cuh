@@ -16,10 +16,10 @@ class Scores {
     using TileMask = typename Config::TileMask;
 
   public:
-    // Whether the scores come out in log2 units. FP8 scores are otherwise multiplied by the descales of Q and
-    // of K's block only in the softmax. An ALiBi slope needs units that are the same for every block, and
+    // Whether the scores come out in log2 units. Scores of e4m3 are otherwise multiplied by the descales of Q
+    // and of K's block only in the softmax. An ALiBi slope needs units that are the same for every block, and
     // that do not vanish with a descale.
-    static constexpr bool kScoresInLog2 = Config::kFp8 && Config::kAlibi && !Config::kSoftcap;
+    static constexpr bool kScoresInLog2 = Config::kHasDescales && Config::kAlibi && !Config::kSoftcap;
 
     // first_row: the first of this thread's two rows.
     template <class Params>

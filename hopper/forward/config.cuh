@@ -11,6 +11,7 @@
 #include "../attention/mask.cuh"
 #include "../attention/tile_scheduler.cuh"
 #include "../kernel_info.h"
+#include "gathered_keys.cuh"
 #include "params.h"
 #include "tile_size.cuh"
 
@@ -28,6 +29,8 @@ namespace flash8 {
 
 // The types of q, k and v.
 enum class ElementChoice { kFp16, kBf16, kE4m3 };
+// The type of k and v: q's, or e4m3 under a q of 16 bits, which the producer widens to q's.
+enum class CacheChoice { kSame, kE4m3 };
 
 struct ForwardConfig {
     static constexpr auto kElement = ElementChoice::FLASH8_DTYPE;
@@ -35,6 +38,8 @@ struct ForwardConfig {
     using Element = std::conditional_t<
         kFp8, cutlass::float_e4m3_t,
         std::conditional_t<kElement == ElementChoice::kFp16, cutlass::half_t, cutlass::bfloat16_t>>;
+    static constexpr bool kWidens = CacheChoice::FLASH8_CACHE == CacheChoice::kE4m3;
+    static constexpr bool kHasDescales = kFp8 || kWidens;
     static constexpr int kHeadDim = FLASH8_HEAD_DIM;
     static constexpr int kHeadDimV = FLASH8_HEAD_DIM_V;
     static constexpr auto kMask = MaskMode::FLASH8_MASK;
@@ -51,14 +56,18 @@ struct ForwardConfig {
     static constexpr bool kVColMajor = FLASH8_V_COLMAJOR;
     static constexpr bool kTransposeV = kFp8 && !kVColMajor;
     // K and V lie in pages, which TMA loads, or which are gathered. For TMA left padding that ends inside of
-    // a tile needs a mask at the left edge.
-    static constexpr auto kPages = !FLASH8_PAGED               ? PageChoice::kNone
+    // a tile needs a mask at the left edge. What is widened is gathered from wherever it lies.
+    static constexpr auto kPages = kWidens                     ? PageChoice::kWidenedKeys
+                                   : !FLASH8_PAGED             ? PageChoice::kNone
                                    : FLASH8_GATHER             ? PageChoice::kGatheredPages
                                    : kMask == MaskMode::kLocal ? PageChoice::kPaddedPages
                                                                : PageChoice::kPages;
     static constexpr bool kPaged = kPages != PageChoice::kNone;
     static constexpr bool kGather = kPages == PageChoice::kGatheredPages;
-    static_assert(kPaged || !FLASH8_GATHER, "what is gathered are pages");
+    // Keys that no query of the tile sees arrive as zeros.
+    static constexpr bool kHiddenKeysAreZero = kGather || kWidens;
+    static_assert(FLASH8_PAGED || !FLASH8_GATHER, "what is gathered are pages");
+    static_assert(!kWidens || (!kFp8 && !FLASH8_PAGED), "widened are keys of e4m3, wherever they lie");
     static_assert(!kPaged || (kClusterM == 1 && !kVColMajor && !kBlockScales && !kDropout),
                   "pages are loaded by one CTA, by token, and number no keys of a whole sequence");
     static_assert(kFp8 == (kScales != ScaleGranularity::kNone), "e4m3 has descales, 16-bit types have none");
@@ -68,7 +77,8 @@ struct ForwardConfig {
 
     static constexpr int kWidestHead = kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV;
     static constexpr int kBlockM = block_m(kWidestHead);
-    static constexpr int kBlockN = kFp8       ? block_n_fp8(kHeadDim, kHeadDimV, kScales)
+    static constexpr int kBlockN = kWidens    ? block_n_widened(kHeadDim, kHeadDimV)
+                                   : kFp8     ? block_n_fp8(kHeadDim, kHeadDimV, kScales)
                                    : kDropout ? block_n_dropout(kHeadDim, kHeadDimV)
                                    : kPaged   ? block_n_paged(kHeadDim, kHeadDimV, kMask)
                                               : block_n(kHeadDim, kHeadDimV, kMask);
@@ -86,8 +96,10 @@ struct ForwardConfig {
     // those that transpose V.
     static constexpr int kGatherWarps = !kGather ? 0 : kTransposeV ? 1 : 2;
     static constexpr int kTransposerWarps = kTransposeV ? 3 - kGatherWarps : 0;
-    // Transposing takes more registers than loading.
-    using Registers = RegisterBudget<kConsumerWarpgroups, kTransposeV ? 40 : 32>;
+    // Or all warps of it widen K and V, an equal share of the keys each.
+    static constexpr int kWidenerWarps = kWidens ? 4 : 0;
+    // Transposing takes more registers than loading, and widening more than that.
+    using Registers = RegisterBudget<kConsumerWarpgroups, kWidens ? 56 : kTransposeV ? 40 : 32>;
     static_assert(Registers::kThreads == kThreads);
     // Turns help while a block's products do not take much longer than its softmax. The FP8 mainloop overlaps
     // nothing within a warpgroup and needs them.
@@ -142,16 +154,6 @@ struct TransposeStorage<Config, true> {
     Pipeline<Config::kStages> pipeline_v_rows;
 };
 
-// Of a warp that gathers pages: what the queries of its tile see of a row of the cache. It lies in shared
-// memory because these warps have few registers.
-struct GatheredKeys {
-    int first_block;  // the last one to be gathered
-    int table_row;
-    int offset;      // where the first block begins
-    int first_seen;  // keys [first_seen, end_seen) are those that some query sees
-    int end_seen;
-    int head;
-};
 template <int kWarps>
 struct GatherStorage {
     GatheredKeys gathered_keys[kWarps];
@@ -159,8 +161,19 @@ struct GatherStorage {
 template <>
 struct GatherStorage<0> {};
 
+// A tile of K and one of V as they are read, before they are widened.
+template <class Config, bool kUsed>
+struct WidenStorage {};
 template <class Config>
-struct SharedStorage : TransposeStorage<Config, Config::kTransposeV>, GatherStorage<Config::kGatherWarps> {
+struct WidenStorage<Config, true> {
+    alignas(16) uint8_t narrow_k[Config::kBlockN * Config::kHeadDim];
+    alignas(16) uint8_t narrow_v[Config::kBlockN * Config::kHeadDimV];
+};
+
+template <class Config>
+struct SharedStorage : TransposeStorage<Config, Config::kTransposeV>,
+                       WidenStorage<Config, Config::kWidens>,
+                       GatherStorage<Config::kGatherWarps + Config::kWidenerWarps> {
     using Element = typename Config::Element;
 
     alignas(1024) Element q[Config::kBlockM * Config::kHeadDim];
@@ -190,14 +203,22 @@ struct SharedStorage : TransposeStorage<Config, Config::kTransposeV>, GatherStor
     }
 
     // Every arrival count. Q, K and V are filled by one thread's TMA, unless K and V are gathered by the
-    // lanes of a warp, or V goes through the warps that transpose it.
+    // lanes of a warp, or V goes through the warps that transpose it, or both are widened by all warps of the
+    // producer warpgroup. The first of them, which finds the next tile, takes none from the queue.
     __device__ void init_pipelines() {
         static_assert(!Config::kGather || Config::kGatherWarps == 1 || Config::kGatherWarps == 2);
         static_assert(1 + Config::kGatherWarps + Config::kTransposerWarps <= 4, "a warpgroup produces");
+        static_assert(Config::kWidenerWarps == 0 || Config::kWidenerWarps == 4, "all warps or none");
         constexpr int kGatherLanes = 32;  // one warp fills K, and one V
-        constexpr int kLoadersOfK = Config::kGather ? kGatherLanes : 1;
-        constexpr int kLoadersOfV = Config::kGather ? kGatherLanes + 1 : 1;  // and who claims tiles
-        tiles.init(Config::kConsumerWarps + Config::kGatherWarps + Config::kTransposerWarps);
+        constexpr int kLoadersOfK = Config::kWidens   ? Config::kWidenerWarps
+                                    : Config::kGather ? kGatherLanes
+                                                      : 1;
+        constexpr int kLoadersOfV = Config::kWidens   ? Config::kWidenerWarps
+                                    : Config::kGather ? kGatherLanes + 1  // and who claims tiles
+                                                      : 1;
+        constexpr int kFollowers =
+            Config::kWidens ? Config::kWidenerWarps - 1 : Config::kGatherWarps + Config::kTransposerWarps;
+        tiles.init(Config::kConsumerWarps + kFollowers);
         pipeline_q.init(Config::kConsumerWarps);
         pipeline_k.init(Config::kConsumerWarps * Config::kClusterM, kLoadersOfK);
         if constexpr (Config::kTransposeV) {

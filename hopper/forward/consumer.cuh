@@ -54,20 +54,51 @@ class Consumer {
         if constexpr (Config::kFp8) {
             work_fp8(o, info, mask, blocks, tile, row);
         } else {
-            // With softcap the scores are values of tanh, and the cap is their scale.
-            OnlineSoftmax softmax(Config::kSoftcap ? params_.scores.softcap * kLog2E
-                                                   : params_.scores.softmax_scale_log2);
-            if (!blocks.empty()) {
-                Scores<Config> const scores(params_, info, mask, tile, row);
-                Dropout<Config> const dropout(params_, tile, row);
-                Mainloop<Config> mainloop(params_, shared_, state_, scores, dropout, warpgroup_);
-                mainloop.run(o, softmax, blocks);
-            }
             EpilogueScales scales;
             if constexpr (Config::kDropout) {
                 scales.v_scale = params_.dropout.keep_scale;
             }
+            ScoreScales const score = score_scales(info, blocks, tile, scales);
+            OnlineSoftmax softmax(score.softmax);
+            if (!blocks.empty()) {
+                Scores<Config> const scores(params_, info, mask, tile, row);
+                Dropout<Config> const dropout(params_, tile, row);
+                Mainloop<Config> mainloop(params_, shared_, state_, scores, dropout, warpgroup_);
+                mainloop.run(o, softmax, blocks, score.inner);
+            }
             Epilogue<Config>::store(params_, info, tile, row, o, softmax, scales);
+        }
+    }
+
+    struct ScoreScales {
+        float inner;    // by which the scores are multiplied before softcap and ALiBi
+        float softmax;  // and in the exponential, times log2(e)
+    };
+
+    // With softcap the scores are values of tanh, and the cap is their scale. K's descale joins the scale of
+    // q . k, V's the last factor of O. An invalid one is NaN, and so are the rows of the tile then.
+    __device__ __forceinline__ ScoreScales score_scales(SeqlenInfo const& info, KeyBlocks const& blocks,
+                                                        WorkTile const& tile, EpilogueScales& of_o) const {
+        ScoreParams const& given = params_.scores;
+        float scale = Config::kSoftcap ? given.softmax_scale / given.softcap : given.softmax_scale_log2;
+        if constexpr (Config::kWidens) {
+            if (!blocks.empty()) {
+                int const head_kv = kv_head<Config::kPackGqa>(params_, tile);
+                KeyDescale<false> const k_descale(params_.k_descale, info, false, tile.batch, head_kv);
+                KeyDescale<false> const v_descale(params_.v_descale, info, false, tile.batch, head_kv);
+                // 0 times the -inf of a hidden key would be NaN.
+                constexpr float kSmallest = 1.17549435e-38f;
+                float const product = scale * checked_descale(k_descale.of(0));
+                scale = product < kSmallest ? kSmallest : product;
+                of_o.v_scale = checked_descale(v_descale.of(0));
+            }
+        }
+        if constexpr (Config::kSoftcap) {
+            return {scale, given.softcap * kLog2E};
+        } else if constexpr (Scores<Config>::kScoresInLog2) {
+            return {scale, 1.0f};
+        } else {
+            return {1.0f, scale};
         }
     }
 

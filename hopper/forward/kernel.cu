@@ -5,6 +5,7 @@
 #include "page_gatherer.cuh"
 #include "producer.cuh"
 #include "transpose_v.cuh"
+#include "widener.cuh"
 
 namespace flash8 {
 
@@ -51,13 +52,37 @@ constexpr KernelInfo describe() {
     info.tma[2] = box(Config::kPanelV, Config::kBlockN / Config::kClusterM, Config::AtomsV::kSwizzle);
     info.v_colmajor = Config::kVColMajor;
     info.paged = Config::kPages;
-    if (Config::kGather) {
+    if (Config::kGather || Config::kWidens) {
         info.tma[1] = info.tma[2] = TmaBox{};
     }
     if (Config::kVColMajor) {
         info.tma[2] = box(Config::kPanelVt, Config::kHeadDimV / Config::kClusterM, Config::AtomsVt::kSwizzle);
     }
     return info;
+}
+
+// By the producer warpgroup. A template, so that roles which a variant lacks are not compiled.
+template <class Config>
+__device__ __forceinline__ void produce(ForwardParams const& params, SharedStorage<Config>& shared) {
+    int const warp = threadIdx.x / 32;
+    if constexpr (Config::kWidens) {
+        Widener<Config>(params, shared, __shfl_sync(0xffffffff, warp, 0)).run();
+    } else {
+        if (warp == 0) {
+            Producer<Config>(params, shared).run();
+        }
+        constexpr int kFirstTransposer = 1 + Config::kGatherWarps;
+        if constexpr (Config::kGather) {
+            if (warp > 0 && warp < kFirstTransposer) {
+                gather_pages(params, shared, warp - 1);
+            }
+        }
+        if constexpr (Config::kTransposeV) {
+            if (warp >= kFirstTransposer) {
+                Transposer<Config>(params, shared, warp - kFirstTransposer).run();
+            }
+        }
+    }
 }
 
 }  // namespace flash8
@@ -73,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
     int const warpgroup = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x / 128), 0);
     if (threadIdx.x == 0) {
         ptx::prefetch_tensor_map(&params.tma_q);
-        if constexpr (!Config::kGather) {
+        if constexpr (!Config::kGather && !Config::kWidens) {
             ptx::prefetch_tensor_map(&params.tma_k);
             ptx::prefetch_tensor_map(&params.tma_v);
         }
@@ -88,21 +113,7 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
 
     if (warpgroup == 0) {
         ptx::release_registers<Config::Registers::kProducer>();
-        if (threadIdx.x < 32) {
-            Producer<Config>(params, shared).run();
-        }
-        int const warp = threadIdx.x / 32;
-        constexpr int kFirstTransposer = 1 + Config::kGatherWarps;
-        if constexpr (Config::kGather) {
-            if (warp > 0 && warp < kFirstTransposer) {
-                gather_pages(params, shared, warp - 1);
-            }
-        }
-        if constexpr (Config::kTransposeV) {
-            if (warp >= kFirstTransposer) {
-                Transposer<Config>(params, shared, warp - kFirstTransposer).run();
-            }
-        }
+        produce(params, shared);
     } else {
         ptx::acquire_registers<Config::Registers::kConsumer>();
         Consumer<Config>(params, shared, warpgroup - 1).run();

@@ -45,8 +45,10 @@ class Mainloop {
           dropout_(dropout),
           warpgroup_(warpgroup) {}
 
+    // score_scale: what `Scores` multiplies the scores by, if it does.
     template <class Accumulator>
-    __device__ __forceinline__ void run(Accumulator& o, OnlineSoftmax& softmax, KeyBlocks const& blocks) {
+    __device__ __forceinline__ void run(Accumulator& o, OnlineSoftmax& softmax, KeyBlocks const& blocks,
+                                        float score_scale) {
         using namespace cute;
         typename Config::MmaQK mma_qk;
         typename Config::MmaPV mma_pv;
@@ -63,8 +65,7 @@ class Mainloop {
         // P as the A operand: eight scores of an accumulator are one k-step's fragment, in the same order.
         Tensor p = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockN / 16>>>{});
         float alpha[kRowsPerThread];
-        float const cap = params_.scores.softmax_scale / params_.scores.softcap;
-        float const inner[kRowsPerThread] = {cap, cap};
+        float const inner[kRowsPerThread] = {score_scale, score_scale};
 
         shared_.pipeline_q.wait(state_.q);
         wait_for_keys<Config>(shared_.pipeline_k, state_.k);
@@ -153,9 +154,8 @@ class Mainloop {
     }
 
     // By all consumer warpgroups. None of them has the turn at that time, so they can meet at a barrier.
-    // Gathered keys are zero where they are hidden.
     __device__ void clear_hidden_keys(KeyBlocks const& blocks, int n_block) {
-        if constexpr (Config::kGather) {
+        if constexpr (Config::kHiddenKeysAreZero) {
             return;
         }
         SeenKeys const seen = SeenKeys::of<kBlockN>(blocks, n_block);

@@ -15,8 +15,6 @@
 
 #include "../arch/copy_async.cuh"
 #include "../arch/swizzled_tile.cuh"
-#include "../attention/pack_gqa.cuh"
-#include "../attention/pages.cuh"
 #include "../attention/tile_scheduler.cuh"
 #include "config.cuh"
 
@@ -65,19 +63,7 @@ class PageGatherer {
     // The end of a tile's blocks.
     __device__ int enter(WorkTile const& tile) {
         auto const info = SeqlenInfo::read(params_.sequences, tile.batch, tile.offset_q);
-        typename Config::TileMask const mask(params_, info);
-        KeyBlocks const blocks = mask.key_blocks(tile.m_block);
-        __syncwarp();  // the lanes have read those of the tile before
-        if (threadIdx.x % 32 == 0) {
-            keys_ = {blocks.begin,
-                     info.batch_k,
-                     info.offset_k,
-                     info.offset_k + blocks.first_key,
-                     info.offset_k + blocks.end_key,
-                     kv_head<Config::kPackGqa>(params_, tile)};
-        }
-        __syncwarp();
-        return blocks.end;
+        return keys_.template enter<Config>(params_, info, tile);
     }
 
     __device__ __forceinline__ void load_v(KvState const& state, int n_block) const {
@@ -98,7 +84,7 @@ class PageGatherer {
         constexpr int kPanels = kColumns / kPanel;
         constexpr int kUnrolled = kTakesK && kTakesV ? 4 : kLanesPerRow;  // for want of registers
         using Tile = SwizzledTile<kBlockN, kPanelBytes>;
-        int const lane = lane_index();
+        int const lane = GatheredKeys::lane_index();
         int const key = lane % kLanesPerRow * kRows + lane / kLanesPerRow;
         int const first_byte = lane % kLanesPerRow * 16;
         uint32_t target[kSwizzles];
@@ -112,7 +98,7 @@ class PageGatherer {
         pipeline.wait_empty(state);
 #pragma unroll 1
         for (int chunk = 0; chunk < kBlockN; chunk += kKeys) {
-            int64_t const address = address_of(ref, place);
+            int64_t const address = keys_.template address_of<sizeof(Element)>(params_.pages, ref, place);
             place = look_up(n_block * kBlockN + chunk + kKeys + key);  // while this chunk is copied
 #pragma unroll kUnrolled
             for (int step = 0; step < kLanesPerRow; ++step) {
@@ -135,28 +121,8 @@ class PageGatherer {
         ptx::copy_async_arrive(&pipeline.full[state.stage]);
     }
 
-    static constexpr int64_t kNowhere = INT64_MIN;  // addresses are not negative
-
-    // The place of a key, counted from the first block. What no query of the tile sees is in no page.
     __device__ __forceinline__ KeyPlace look_up(int key) const {
-        int const position = keys_.offset + key;
-        bool const seen = position >= keys_.first_seen && position < keys_.end_seen;
-        return look_up_page(params_.pages, keys_.table_row, position, seen);
-    }
-
-    __device__ __forceinline__ int64_t address_of(TensorRef const& ref, KeyPlace const& place) const {
-        bool const exists = place.page >= 0 && place.page < params_.pages.num_pages;
-        int64_t const elements =
-            place.page * ref.batch_stride + place.row * ref.row_stride + keys_.head * ref.head_stride;
-        int64_t const bytes = elements * static_cast<int64_t>(sizeof(Element));
-        return exists ? reinterpret_cast<int64_t>(ref.ptr) + bytes : kNowhere;
-    }
-
-    // Read anew every time, so that it takes no register over a loop.
-    __device__ __forceinline__ static int lane_index() {
-        int lane;
-        asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-        return lane;
+        return keys_.template look_up<true>(params_.pages, key);
     }
 
     ForwardParams const& params_;

@@ -10,6 +10,28 @@
 
 namespace flash8 {
 
+// Q of a work tile, by one thread.
+template <class Config>
+__device__ __forceinline__ void load_query_tile(ForwardParams const& params, SharedStorage<Config>& shared,
+                                                PipelineState<1>& state, SeqlenInfo const& info,
+                                                WorkTile const& tile) {
+    uint64_t* const full = shared.pipeline_q.acquire(state, Config::kBytesQ);
+    int const ratio = Config::kPackGqa ? params.heads_q / params.heads_kv : 1;
+    int const row = info.offset_q + tile.m_block * (Config::kBlockM / ratio);
+#pragma unroll
+    for (int column = 0; column < Config::kHeadDim; column += Config::kPanel) {
+        typename Config::Element* const target = shared.q + column * Config::kBlockM;
+        if constexpr (Config::kPackGqa) {
+            // The map is (head_dim, ratio, row, KV head, batch), its box all heads of kBlockM / ratio
+            // queries.
+            ptx::tma_load_5d(target, &params.tma_q, full, column, 0, row, tile.head, info.batch_q);
+        } else {
+            ptx::tma_load_4d(target, &params.tma_q, full, column, row, tile.head, info.batch_q);
+        }
+    }
+    state.advance();
+}
+
 template <class Config>
 class Producer {
     using Element = typename Config::Element;
@@ -136,21 +158,7 @@ class Producer {
     }
 
     __device__ void load_q(SeqlenInfo const& info, WorkTile const& tile) {
-        uint64_t* const full = shared_.pipeline_q.acquire(q_state_, Config::kBytesQ);
-        int const ratio = Config::kPackGqa ? params_.heads_q / params_.heads_kv : 1;
-        int const row = info.offset_q + tile.m_block * (Config::kBlockM / ratio);
-#pragma unroll
-        for (int column = 0; column < Config::kHeadDim; column += Config::kPanel) {
-            Element* const target = shared_.q + column * Config::kBlockM;
-            if constexpr (Config::kPackGqa) {
-                // The map is (head_dim, ratio, row, KV head, batch), its box all heads of kBlockM / ratio
-                // queries.
-                ptx::tma_load_5d(target, &params_.tma_q, full, column, 0, row, tile.head, info.batch_q);
-            } else {
-                ptx::tma_load_4d(target, &params_.tma_q, full, column, row, tile.head, info.batch_q);
-            }
-        }
-        q_state_.advance();
+        load_query_tile(params_, shared_, q_state_, info, tile);
     }
 
     using KvState = PipelineState<Config::kStages>;

@@ -12,13 +12,14 @@ pytest_plugins = ["driver_fixtures"]
 
 BF16, SWIZZLE_128B = 9, 3
 ADDRESS = {"q": 0x10000, "k": 0x20000, "v": 0x30000, "o": 0x40000}
-#: KernelInfo.paged: no pages, pages, pages with left padding, pages that are gathered.
-DENSE, PAGES, PADDED, GATHERED = 0, 1, 2, 3
+#: KernelInfo.paged: no pages, pages, pages with left padding, pages that are gathered, and keys of
+#: e4m3 that are widened.
+DENSE, PAGES, PADDED, GATHERED, WIDENED = range(5)
 
 
 def load(driver, paged=PAGES, block_n=128) -> _native.Kernel:
     q, keys = ((4, (64, rows, 1, 1), BF16, SWIZZLE_128B) for rows in (128, block_n))
-    boxes = (q,) if paged == GATHERED else (q, keys, keys)
+    boxes = (q,) if paged in (GATHERED, WIDENED) else (q, keys, keys)
     cubin = fake_cubin(kBlockN=block_n, paged=paged, tma=tma_boxes(*boxes))
     return _native.Library(driver, cubin).kernel()
 
@@ -78,7 +79,7 @@ def test_division_by_the_page_size_is_exact(fake, driver):
 def changed(**values) -> _native.ForwardParams:
     call = paged_call()
     for name, value in values.items():
-        if name in ("k", "v", "head_dim", "head_dim_v"):
+        if hasattr(call, name):
             setattr(call, name, value)
             continue
         setattr(call.pages if hasattr(call.pages, name) else call.sequences, name, value)
@@ -104,6 +105,20 @@ REFUSED = {
     "gathered, row": (GATHERED, changed(k=(0x20000, 4096, 260, 128)), "row of k has 260 elements"),
     "gathered, head": (GATHERED, changed(v=(0x30000, 4096, 256, 124)), "row of v has 124 elements"),
     "gathered, width": (GATHERED, changed(head_dim=124), "row of k has 124 elements; this kernel"),
+    "widened, rows of 24 bytes": (
+        WIDENED,
+        changed(k=(0x20000, 4096, 264, 128)),
+        "row of k has 264 elements; this kernel reads pages by 16 bytes",
+    ),
+    "widened, address": (WIDENED, changed(v=(0x30008, 4096, 256, 128)), "v is at address 196616"),
+    "widened, no rows": (WIDENED, changed(page_size=0), "page_size is 0; it must be a positive"),
+    "widened, q's descale": (WIDENED, changed(q_descale=(16, 0, 0, 0)), "q_descale is given"),
+    "widened, blocks": (
+        WIDENED,
+        changed(k_descale=(16, 2, 1, 1)),
+        "one descale of k and v per head",
+    ),
+    "widened, a mean": (WIDENED, changed(v_mean=(16, 0, 0)), "k_mean, v_mean or v_channel_descale"),
     "room": (PAGES, changed(max_seqlen_k=641), "max_seqlen_k is 641; the pages of a sequence hold"),
 }
 
@@ -130,3 +145,21 @@ def test_gathered_pages_have_any_size_and_no_maps(fake, driver, page_size):
     assert fake.parameter(0)[128:384] == bytes(256)
     factor, shift = field(fake, "page_multiplier", "I"), field(fake, "page_shift", "i")
     assert all(n * factor >> shift == n // page_size for n in (0, 7, 2**31 - 1))
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 17])
+def test_widened_keys_lie_in_pages_of_any_size(fake, driver, page_size):
+    call = paged_call(page_size)
+    call.sequences.leftpad_k = 16
+    _native.launch_forward(load(driver, WIDENED), 0, 0, call)
+    assert fake.parameter(0)[128:384] == bytes(256)
+    assert field(fake, "num_pages", "i") == 100
+
+
+@pytest.mark.parametrize(("cu_seqlens_k", "pages"), [(0, 5), (16, 1)])
+def test_a_sequence_is_a_page_where_there_are_none(fake, driver, cu_seqlens_k, pages):
+    call = changed(page_table=0, page_size=0, num_pages=0, max_pages=0)
+    call.sequences.cu_seqlens_k, call.sequences.total_k = cu_seqlens_k, 1000
+    _native.launch_forward(load(driver, WIDENED), 0, 0, call)
+    assert field(fake, "page_table", "Q") == 0
+    assert field(fake, "num_pages", "i") == pages

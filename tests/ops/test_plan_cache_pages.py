@@ -19,17 +19,20 @@ def test_lengths_that_are_an_int_are_made_for_each_launch(fake, on_fake_driver, 
     assert len(misses) == 3 and 0 not in held
 
 
+@pytest.mark.parametrize("cache", [torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("rows", [3, 40])
-def test_a_call_over_pages_is_a_hit_of_its_kernel(rows, fake, on_fake_driver, misses):
+def test_a_call_over_pages_is_a_hit_of_its_kernel(rows, cache, fake, on_fake_driver, misses):
     """flash_attn_varlen_func, as vLLM calls it: decode or forward, as many rows as there are."""
     for seed in range(3):
         q, k, v = draw(seed)
         q = q[:, :rows].flatten(0, 1)
-        pages = (x.reshape(10, 8, 2, 128) for x in (k, v))
+        pages = (x.reshape(10, 8, 2, 128).to(cache) for x in (k, v))
         table = torch.randperm(10).view(2, 5).int()
         ends = torch.tensor([0, rows, 2 * rows], dtype=torch.int32)
         lengths = torch.tensor([40, 3 + seed], dtype=torch.int32)
         given = dict(seqused_k=lengths, page_table=table, causal=True)
+        if cache != q.dtype:
+            given |= {f"{x}_descale": torch.rand(2, 2) for x in "kv"}
         flash_attn_varlen_func(q, *pages, ends, None, rows, 40, **given)
     assert misses == ["launch"]
     assert {launch.split()[0] for launch in fake.launches} == {"decode" if rows == 3 else "forward"}
@@ -83,6 +86,18 @@ def test_an_output_that_was_saved_is_not_overwritten_unseen(rows, on_fake_driver
         assert out._version == again + 1
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+def test_a_dense_e4m3_cache_under_a_16_bit_q_is_a_hit(fake, on_fake_driver, misses):
+    for seed in range(3):
+        q, k, v = draw(seed)
+        cache = (x.to(torch.float8_e4m3fn) for x in (k, v))
+        given = {f"{x}_descale": torch.rand(2, 2) for x in "kv"}
+        lengths = torch.tensor([40, seed], dtype=torch.int32)
+        flash_attn_with_kvcache(q, *cache, cache_seqlens=lengths, causal=True, **given)
+        found = addresses(fake.parameter(seed), "k_descale", "v_descale")
+        assert found == [given["k_descale"].data_ptr(), given["v_descale"].data_ptr()]
+    assert misses == ["launch"]
 
 
 def test_errors_of_a_hit_have_the_types_of_a_miss(fake, on_fake_driver):

@@ -46,18 +46,18 @@ def draw(
     variant: ForwardVariant, rows_q, rows_k, heads, heads_kv, *, batch=None, seed=0, scale=1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normal q, k, v; packed without `batch`. q is multiplied by `scale`."""
-    unit = 32.0 if variant.dtype == "e4m3" else 1.0  # uses e4m3's range; `descales` takes it back
     generator = torch.Generator().manual_seed(seed)
     lead = () if batch is None else (batch,)
+    cache = "e4m3" if variant.cache == "e4m3" else variant.dtype
 
-    def tensor(rows: int, heads: int, head_dim: int) -> Tensor:
-        x = torch.randn((*lead, rows, heads, head_dim), generator=generator)
-        return x * unit
+    def tensor(rows: int, heads: int, head_dim: int, dtype: str, scale: float = 1.0) -> Tensor:
+        x = torch.randn((*lead, rows, heads, head_dim), generator=generator) * scale
+        # uses e4m3's range; `descales` takes it back
+        return (x * (32.0 if dtype == "e4m3" else 1.0)).to(DTYPES[dtype])
 
-    q, k = tensor(rows_q, heads, variant.head_dim), tensor(rows_k, heads_kv, variant.head_dim)
-    v = tensor(rows_k, heads_kv, variant.head_dim_v)
-    q, k, v = (x.to(DTYPES[variant.dtype]) for x in (q * scale, k, v))
-    return q, k, v
+    q = tensor(rows_q, heads, variant.head_dim, variant.dtype, scale)
+    k = tensor(rows_k, heads_kv, variant.head_dim, cache)
+    return q, k, tensor(rows_k, heads_kv, variant.head_dim_v, cache)
 
 
 def masks(variant: ForwardVariant) -> dict:
@@ -134,13 +134,13 @@ def real(call: Call, name: str, used: Used, dtype: torch.dtype) -> Tensor:
 def _descaled(call: Call, name: str, used: Used, x: Tensor) -> Tensor:
     descale = call.descales.get(f"{name}_descale")
     if descale is None or descale.dim() == 0:
-        return x if descale is None else x * descale
+        return x if descale is None else (x * descale).to(x.dtype)
     if descale.dim() == 2:
         factor = descale[used.index, :, None].expand(-1, x.shape[0])
     else:
         factor = _block_descales(call, name, used, descale, x.shape[0])
     heads = factor.repeat_interleave(x.shape[1] // factor.shape[0], dim=0)
-    return x * heads.T[..., None]
+    return (x * heads.T[..., None]).to(x.dtype)
 
 
 def _block_descales(call: Call, name: str, used: Used, descale: Tensor, rows: int) -> Tensor:

@@ -61,7 +61,8 @@ def forward_backend(
     if not decodes:  # a decode kernel that is not trusted has been told about
         # What the forward kernel would not take in any case, it need not give a reason for.
         wide = max(q.shape[-1], v.shape[-1]) > hopper.HEAD_DIMS[-1]
-        no_other = options.page_table is not None or k.dtype != q.dtype or wide or qv is not None
+        over_e4m3 = k.dtype != q.dtype and options.cu_seqlens_k is None
+        no_other = options.page_table is not None or over_e4m3 or wide or qv is not None
         tell_about_refusal(why_not if why_not is not None and no_other else reason)
     return cpu
 

@@ -28,7 +28,20 @@ void check_folding(const ForwardParams& call, const KernelInfo& info) {
             " rows, which that does not divide");
 }
 
+// Of K and V that are widened to the type of Q.
+void check_widened_descales(const ForwardParams& call) {
+    require(call.q_descale.ptr == nullptr, "forward: q_descale is given; q of 16 bits has none");
+    require(call.k_descale.block_stride == 0 && call.v_descale.block_stride == 0,
+            "forward: this kernel has one descale of k and v per head, not per block");
+    require(call.k_mean.ptr == nullptr && call.v_mean.ptr == nullptr && call.v_channel_descale.ptr == nullptr,
+            "forward: k_mean, v_mean or v_channel_descale is given; with q of 16 bits there is no kernel "
+            "for them");
+}
+
 void check_descales(const ForwardParams& call, const KernelInfo& info) {
+    if (info.paged == PageChoice::kWidenedKeys) {
+        check_widened_descales(call);
+    }
     if (element_bytes(info.tma[0].element_type) != 1) {
         return;
     }
@@ -58,10 +71,20 @@ void check_gathered(const char* name, const TensorRef& cache, std::int64_t chann
     }
 }
 
+// K and V that lanes of the producer copy by address.
+void check_gathered(const ForwardParams& call, int element) {
+    check_gathered("k", call.k, call.head_dim, element);
+    check_gathered("v", call.v, call.head_dim_v, element);
+}
+
 void check_pages(const ForwardParams& call, const KernelInfo& info) {
     const PageParams& pages = call.pages;
     const SequenceParams& sequences = call.sequences;
-    const bool paged = info.paged != PageChoice::kNone;
+    const bool widens = info.paged == PageChoice::kWidenedKeys;
+    if (widens) {
+        check_gathered(call, 1);
+    }
+    const bool paged = widens ? pages.page_table != nullptr : info.paged != PageChoice::kNone;
     require(paged == (pages.page_table != nullptr), "forward: this kernel reads ",
             paged ? "pages, and page_table is null" : "no pages, and page_table is given");
     if (!paged) {
@@ -71,7 +94,7 @@ void check_pages(const ForwardParams& call, const KernelInfo& info) {
     require(info.paged != PageChoice::kPages || sequences.leftpad_k == nullptr,
             "forward: leftpad_k is given; this kernel reads pages without left padding");
     const bool gathers = info.paged == PageChoice::kGatheredPages;
-    const int unit = gathers ? 1 : kBoxRows;
+    const int unit = gathers || widens ? 1 : kBoxRows;
     require(pages.page_size >= 1 && pages.page_size % unit == 0, "forward: page_size is ", pages.page_size,
             "; it must be a positive multiple of ", unit);
     require(pages.num_pages >= 1 && pages.max_pages >= 0, "forward: num_pages is ", pages.num_pages,
@@ -80,9 +103,7 @@ void check_pages(const ForwardParams& call, const KernelInfo& info) {
     require(sequences.max_seqlen_k <= room, "forward: max_seqlen_k is ", sequences.max_seqlen_k,
             "; the pages of a sequence hold ", room, " keys");
     if (gathers) {
-        const int bytes = element_bytes(info.tma[0].element_type);
-        check_gathered("k", call.k, call.head_dim, bytes);
-        check_gathered("v", call.v, call.head_dim_v, bytes);
+        check_gathered(call, element_bytes(info.tma[0].element_type));
     }
 }
 
@@ -126,12 +147,16 @@ void encode_maps(const Driver& driver, const KernelInfo& info, ForwardParams& pa
     } else {
         params.tma_q = encode(params.q, params.head_dim, rows_q, params.heads_q, batch_q, info.tma[0]);
     }
+    if (info.paged == PageChoice::kWidenedKeys && params.pages.page_table == nullptr) {
+        params.pages.num_pages = static_cast<std::int32_t>(batch_k);  // a page is a sequence
+        return;
+    }
     if (info.paged != PageChoice::kNone) {
         PageParams& pages = params.pages;
         // A tile is of boxes that no page boundary cuts.
         pages.box_rows = std::gcd(pages.page_size, info.kBlockN);
         divide_by_page_size(pages);
-        if (info.paged == PageChoice::kGatheredPages) {
+        if (info.paged == PageChoice::kGatheredPages || info.paged == PageChoice::kWidenedKeys) {
             return;
         }
         const auto encode_cache = [&](const TensorRef& ref, std::int64_t head_dim, const TmaBox& box) {

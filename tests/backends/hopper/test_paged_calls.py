@@ -38,6 +38,12 @@ def dense(**options):
     return [q, *(x[:3] for x in cache)], given
 
 
+def over_e4m3(page_size=16, **options):
+    """The same caches in e4m3; dense without a page_size."""
+    (q, *cache), given = dense(**options) if page_size is None else draw(page_size, **options)
+    return [q, *(x.to(E4M3) for x in cache)], given
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels that calls inside took."""
@@ -93,6 +99,32 @@ CALLS = {
         {},
         "forward_e4m3_d128_causal_paged_gather_headscales",
     ),
+    "16 bits over e4m3": (over_e4m3(), {}, "forward_bf16_e4m3_d128_causal"),
+    "16 bits over e4m3, descales": (
+        over_e4m3(1, heads=8),
+        {"k_descale": torch.ones(3, 2), "v_descale": torch.ones(3, 2)},
+        "forward_bf16_e4m3_d128_causal_packgqa",
+    ),
+    "16 bits over e4m3, window and padding": (
+        over_e4m3(20),
+        {"window_size": (9, 0), "cache_leftpad": int32([1, 1, 9])},
+        "forward_bf16_e4m3_d128_local",
+    ),
+    "16 bits over e4m3, dense": (
+        over_e4m3(None),
+        {"cache_batch_idx": int32([2, -1, 0])},
+        "forward_bf16_e4m3_d128_causal",
+    ),
+    "16 bits over e4m3, a row for decoding": (
+        over_e4m3(seqlen_q=32),
+        {},
+        "decode_bf16_e4m3_d128_rows32",
+    ),
+    "16 bits over e4m3, smoothed": (
+        over_e4m3(),
+        {"k_mean": torch.zeros(2, 128)},
+        "decode_bf16_e4m3_d128_rows32",
+    ),
     "dense": (dense(), {}, "forward_bf16_d128_causal"),
     "dense, padding": (
         dense(),
@@ -122,6 +154,11 @@ REFUSED = {
         "head_dim is 120",
     ),
     "splits": (draw(), {"num_splits": 2}, "num_splits has no"),
+    "16 bits over e4m3, many rows and pages' descales": (
+        over_e4m3(heads=16),
+        {"k_descale": torch.ones(31, 2, 1)},
+        "there are 320 rows of q for a KV head; the decode kernel takes up to 256",
+    ),
 }
 
 
@@ -157,9 +194,16 @@ def test_a_chunk_of_a_prompt_appends_and_attends(launched, monkeypatch):
     assert launched == ["forward_bf16_d128_causal_paged"]
 
 
+VARLEN = {
+    "16 bits": (draw(seqlen_q=50), "forward_bf16_d128_causal_paged"),
+    "e4m3": (over_e4m3(seqlen_q=50), "forward_bf16_e4m3_d128_causal"),
+}
+
+
 @needs_compiler
-def test_the_varlen_function(launched, monkeypatch):
-    (q, *cache), given = draw(seqlen_q=50)
+@pytest.mark.parametrize("name", VARLEN)
+def test_the_varlen_function(name, launched, monkeypatch):
+    ((q, *cache), given), kernel = VARLEN[name]
     lengths = {"cu_seqlens_q": int32([0, 90, 90, 150]), "seqused_k": given["cache_seqlens"]}
     lengths |= {"cu_seqlens_k": None, "max_seqlen_q": 90, "max_seqlen_k": 150}
 
@@ -177,4 +221,4 @@ def test_the_varlen_function(launched, monkeypatch):
     with device().serving_cpu_tensors(monkeypatch):
         found = call()
     agree(found, want)
-    assert launched == ["forward_bf16_d128_causal_paged"]
+    assert launched == [kernel]

@@ -115,6 +115,17 @@ def paged_bf16(size=8):
     return out, lse
 
 
+def over_e4m3():
+    q, k, v = draw(torch.bfloat16)
+    k, v = (x.to(torch.float8_e4m3fn) for x in (k, v))
+    descales = torch.linspace(0.5, 1.5, 4).view(2, 2)
+    given = {"k_descale": descales, "v_descale": descales.flip(1), "pack_gqa": False}
+    out, lse, *_ = flash8.flash_attn_with_kvcache(
+        q, k, v, cache_seqlens=int32([150, 33]), causal=True, return_softmax_lse=True, **given
+    )
+    return out, lse
+
+
 def packed_bf16():
     q, k, v = (x.flatten(0, 1) for x in draw(torch.bfloat16, rows=(70, 70)))
     ends = packed([40, 100])
@@ -129,6 +140,7 @@ CAUSAL, LOCAL = replace(BF16, mask="causal"), replace(BF16, mask="local")
 SLOPED = replace(BF16, alibi=True)
 PAGED = replace(CAUSAL, paged=True)
 GATHERED = replace(PAGED, gather=True)
+WIDENED = replace(CAUSAL, cache="e4m3")
 MASK, EPILOGUE, SCORES = "attention/mask.cuh", "forward/epilogue.cuh", "attention/score_mod.cuh"
 SINK = "params.scores.sinks != nullptr"
 SHIFT = "float shift = reference;"
@@ -147,6 +159,7 @@ CALLS = {
     "pages in their own order": (PAGED, paged_bf16, "not written, or NaN"),
     "keys of the next place": (GATHERED, lambda: paged_bf16(7), "off"),
     "descales swapped": (HEAD, e4m3("head"), "LSE is off"),
+    "descales of the cache swapped": (WIDENED, over_e4m3, "LSE is off"),
     "LSE keeps the offset": (BLOCK, e4m3("block"), "LSE is off"),
     "counter left": (CAUSAL, bf16(causal=True), "counter of tiles is left at"),
     "a trap": (BF16, bf16(), "DriverError: cuLaunchKernelEx"),
@@ -168,7 +181,16 @@ EDITS = {
         "step, kLanesPerRow);",
         "step ^ 1, kLanesPerRow);",
     ),
-    "descales swapped": ("forward/consumer.cuh", "(params_.k_descale,", "(params_.v_descale,"),
+    "descales swapped": (
+        "forward/consumer.cuh",
+        "Descale const k_descale(params_.k_descale,",
+        "Descale const k_descale(params_.v_descale,",
+    ),
+    "descales of the cache swapped": (
+        "forward/consumer.cuh",
+        "Descale<false> const k_descale(params_.k_descale,",
+        "Descale<false> const k_descale(params_.v_descale,",
+    ),
     "LSE keeps the offset": ("attention/softmax_fp8.cuh", SHIFT, f"{SHIFT} reference += kOffset;"),
 }
 #: Edits of the PTX: what is matched, and what stands there instead.

@@ -24,6 +24,8 @@ def every_variant():
             if not dropout and scales != "block":
                 yield ForwardVariant(*choices, paged=True)
                 yield ForwardVariant(*choices, paged=True, gather=True)
+            if not dropout and dtype != "e4m3":
+                yield ForwardVariant(*choices, cache="e4m3")
             if mask == "none" and dtype != "e4m3":
                 yield ForwardVariant(*choices, cluster=True, dropout=dropout)
 
@@ -52,6 +54,7 @@ def test_names_and_defines_of_one():
         "FLASH8_DROPOUT": "0",
         "FLASH8_PAGED": "0",
         "FLASH8_GATHER": "0",
+        "FLASH8_CACHE": "kSame",
     }
     assert variant.unit().label == variant.name
 
@@ -68,6 +71,9 @@ def test_names_and_defines_of_one():
         ({"cluster": True, "mask": "causal"}, "cluster is True with mask 'causal'"),
         ({"paged": True, "dropout": True}, "paged is True with cluster, dropout, v_colmajor or"),
         ({"gather": True}, "gather is True without paged"),
+        ({"cache": "bf16"}, "cache is 'bf16'; supported are"),
+        ({"cache": "e4m3", "paged": True}, "cache is 'e4m3' with dtype 'bf16'"),
+        ({"cache": "e4m3", "dtype": "e4m3", "scales": "head"}, "cache is 'e4m3' with dtype 'e4m3'"),
         ({"scales": "head"}, "scales is 'head' with dtype 'bf16'"),
         ({"dtype": "e4m3"}, "scales is 'none' with dtype 'e4m3'"),
     ],

@@ -165,13 +165,14 @@ def test_many_seeds_give_the_same_bits(variant):
 
 
 GATHERER, CONFIG = "forward/page_gatherer.cuh", "forward/config.cuh"
+KEYS = "forward/gathered_keys.cuh"
 ARRIVAL = "ptx::copy_async_arrive(&pipeline.full[state.stage]);"
 MUTATIONS = {
-    "another page's row": (GATHERER, "place.row * ref.row_stride", "0 * ref.row_stride"),
-    "a negative page": (GATHERER, "place.page >= 0 && ", ""),
-    "a page too large": (GATHERER, " && place.page < params_.pages.num_pages", ""),
-    "keys behind the last one": (GATHERER, " && position < keys_.end_seen", ""),
-    "freed pages": (GATHERER, "position >= keys_.first_seen && ", ""),
+    "another page's row": (KEYS, "place.row * ref.row_stride", "0 * ref.row_stride"),
+    "a negative page": (KEYS, "place.page >= 0 && ", ""),
+    "a page too large": (KEYS, " && place.page < pages.num_pages", ""),
+    "keys behind the last one": (KEYS, " && position < end_seen", ""),
+    "freed pages": (KEYS, "position >= first_seen && ", ""),
     "the next chunk's place": (GATHERER, "chunk + kKeys + key", "chunk + key"),
     "a stage is not awaited": (GATHERER, "pipeline.wait_empty(state);", ""),
     "a stage is full early": (
@@ -182,8 +183,8 @@ MUTATIONS = {
     "no proxy fence": (GATHERER, "if constexpr (Config::kGather) {", "if constexpr (false) {"),
     "one lane's arrival": (
         CONFIG,
-        "kLoadersOfK = Config::kGather ? kGatherLanes : 1",
-        "kLoadersOfK = 1",
+        "Config::kGather ? kGatherLanes\n",
+        "Config::kGather ? 1\n",
     ),
 }
 

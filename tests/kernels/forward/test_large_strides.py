@@ -141,10 +141,10 @@ def test_gathered_pages_beyond_2_to_the_31_elements(far):
         assert torch.equal(got, want) and not got.isnan().any()
 
 
-GATHERER = "forward/page_gatherer.cuh"
+KEYS = "forward/gathered_keys.cuh"
 MUTATIONS = {
-    "32 bits": (GATHERER, "int64_t const bytes =", "int const bytes ="),
-    "another head": (GATHERER, "keys_.head * ref.head_stride", "0 * ref.head_stride"),
+    "32 bits": (KEYS, "int64_t const bytes =", "int const bytes ="),
+    "another head": (KEYS, " head * ref.head_stride", " 0 * ref.head_stride"),
 }
 
 

@@ -55,6 +55,19 @@ def test_gathering_costs_the_consumers_little():
     assert found.masked <= 1.03 * loaded.masked
 
 
+WIDENED = [v for v in SHIPPED if v.cache == "e4m3" and v.head_dim > 64]  # of equal tiles
+WIDENED_BY_DEFAULT = [v for v in WIDENED if v in SHIPPED_BY_DEFAULT]
+
+
+@pytest.mark.parametrize("variant", by_default(WIDENED, WIDENED_BY_DEFAULT))
+def test_widening_costs_the_consumers_nothing(variant):
+    """Beside the kernel of a 16-bit cache."""
+    same = machine_code.row(replace(variant, cache="same"))
+    found = machine_code.row(variant)
+    assert found.unmasked <= 1.03 * same.unmasked
+    assert found.masked <= 1.03 * same.masked
+
+
 @shipped
 def test_registers(variant):
     """What the warpgroups acquire is there: setmaxnreg draws on the CTA's own registers."""
@@ -95,12 +108,13 @@ def test_products_in_flight_keep_their_registers(variant):
 @shipped
 def test_the_next_tile_is_claimed_before_the_last_load(variant):
     """Behind a claim there are at most the boxes of one tile of V. Clusters claim nothing, and what
-    other warps gather is no box."""
+    is gathered is no box."""
     element = 1 if variant.dtype == "e4m3" else 2
     loads = machine_order.loads_behind_claims(machine_code_of(variant).lines)
-    if variant.cluster or variant.gather:
+    gathers = variant.gather or variant.cache == "e4m3"
+    if variant.cluster or gathers:
         assert not any(loads)
-        assert bool(loads) == variant.gather
+        assert bool(loads) == gathers
         return
     row = machine_code.tile(variant)[1] if variant.v_colmajor else variant.head_dim_v * element
     panel = next(size for size in (128, 64, 32) if row % size == 0)

@@ -100,10 +100,11 @@ def forward_cubin(variant: str, kind: str = "cubin") -> bytes:
     dtype = next(dtype for dtype in _TILES if dtype in variant)
     width, element_type = _TILES[dtype]
     box = (4, (width, 128, 1, 1), element_type, _native.Swizzle.B128)
+    widens = "16_e4m3_" in variant
     return fake_cubin(
-        tma=tma_boxes(box, box, box),
+        tma=tma_boxes(box) if widens else tma_boxes(box, box, box),
         scale_block=128 if dtype == "e4m3" else 0,
-        paged=2 if "_paged" in variant else 0,  # with or without left padding
+        paged=4 if widens else 2 if "_paged" in variant else 0,  # with or without left padding
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flash8 import _native
 from flash8.backends.hopper import attention_params, forward_fp8, heuristics, kernels, streams
-from flash8.backends.hopper.variants import Element, ForwardVariant, Mask, Scales
+from flash8.backends.hopper.variants import Cache, Element, ForwardVariant, Mask, Scales
 from flash8.call.options import Options
 from flash8.tensors.float8 import E4M3
 
@@ -34,7 +34,7 @@ def refusal(
     out: Tensor | None = None,
 ) -> str | None:
     """Why no forward kernel serves this call, or None. `out` is the caller's."""
-    if q.dtype not in _DTYPES or k.dtype != q.dtype:
+    if q.dtype not in _DTYPES or k.dtype not in (q.dtype, E4M3):
         return f"there is no kernel for {q.dtype} q and {k.dtype} k"
     for name, size in (("head_dim", q.shape[-1]), ("head_dim_v", options.head_dim_v(v))):
         if size > HEAD_DIMS[-1] or size % 8 != 0:
@@ -59,7 +59,14 @@ def refusal(
         return "out is not aligned to 16 bytes in address and strides"
     if (reason := attention_params.refused_scale(options)) is not None:
         return reason
+    if _widens(q, k):
+        return forward_fp8.refusal_widened(q, k, v, options)
     return forward_fp8.refusal(v, options) if q.dtype == E4M3 else None
+
+
+def _widens(q: Tensor, k: Tensor) -> bool:
+    """Whether k and v are of e4m3 under a q of 16 bits, which are read wherever they lie."""
+    return k.dtype != q.dtype
 
 
 def _refused_pages(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:
@@ -173,9 +180,10 @@ def choose(
         widest,
         options.pack_gqa,
     )
-    paged = options.page_table is not None
-    gather = _gathers(k, options)
-    even = not paged and not heuristics.has_uneven_tiles(options)
+    widens = _widens(q, k)
+    paged = options.page_table is not None and not widens
+    gather = paged and _gathers(k, options)
+    even = not paged and not widens and not heuristics.has_uneven_tiles(options)
     cluster = even and heuristics.loads_in_clusters(
         q.shape[1], ratio if pack_gqa else 1, widest, q.dtype == E4M3
     )
@@ -197,6 +205,7 @@ def choose(
         options.dropout_p > 0.0,
         paged,
         gather,
+        "e4m3" if widens else "same",
     )
 
 
@@ -228,6 +237,8 @@ def plan(
         )
     if q.dtype == E4M3:
         held += forward_fp8.describe(call, q, k, out, options)
+    elif variant.cache == "e4m3":
+        held += forward_fp8.describe_widened(call, options)
     held += attention_params.describe_scores(call, s_aux, options)
     return Plan(kernels.kernel(variant), device, call, uneven, held)
 
@@ -271,6 +282,7 @@ def _variant(
     dropout: bool,
     paged: bool,
     gather: bool,
+    cache: Cache,
 ) -> ForwardVariant:
     """The variant for these choices, made once per process."""
     return ForwardVariant(
@@ -287,4 +299,5 @@ def _variant(
         dropout=dropout,
         paged=paged,
         gather=gather,
+        cache=cache,
     )

@@ -32,6 +32,33 @@ def refusal(v: Tensor, options: Options) -> str | None:
     return None
 
 
+def refusal_widened(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:
+    """Why no kernel serves e4m3 k and v under a q of 16 bits, which are widened, or None."""
+    for name, x in (("head_dim", k), ("head_dim_v", v)):
+        if x.shape[-1] % attention_params.ROW_BYTES != 0:
+            return f"{name} is {x.shape[-1]}; e4m3 k and v are read by 16 bytes"
+    for name in ("k_descale", "v_descale"):
+        descale = getattr(options, name)
+        if descale is not None and descale.dim() == 3:
+            return (
+                f"{name} is per token, block or page; the forward kernel takes one per tensor or "
+                f"head of an e4m3 cache under {q.dtype} q"
+            )
+    for name in ("k_mean", "v_mean", "v_channel_descale"):
+        if getattr(options, name) is not None:
+            return f"{name} has no forward kernel with {q.dtype} q"
+    if options.v_colmajor_tokens is not None:
+        return f"a v_colmajor v has no kernel with {q.dtype} q"
+    if options.dropout_p > 0.0:
+        return f"dropout_p has no kernel with {q.dtype} q and {k.dtype} k"
+    return None
+
+
+def describe_widened(call: _native.ForwardParams, options: Options) -> list[Tensor]:
+    """Fills in the descales of k and v under a q of 16 bits. Returns what `call` points to then."""
+    return attention_params.describe_scaling(call, options, ("k_descale", "v_descale"), ())
+
+
 def scales(options: Options) -> Scales:
     """The granularity that the kernel has to be made for."""
     given = (getattr(options, name) for name in _DESCALES)

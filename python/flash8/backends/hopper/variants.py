@@ -13,8 +13,9 @@ from flash8.compiler import Unit, enumerator, kernel_root
 Element = Literal["fp16", "bf16", "e4m3"]
 Mask = Literal["none", "causal", "local"]
 Scales = Literal["none", "head", "block"]
+Cache = Literal["same", "e4m3"]
 
-_CHOICES = {"dtype": Element, "mask": Mask, "scales": Scales}
+_CHOICES = {"dtype": Element, "cache": Cache, "mask": Mask, "scales": Scales}
 MAX_HEAD_DIM = 512
 
 
@@ -23,7 +24,7 @@ class ForwardVariant:
     """One compilation of hopper/forward/kernel.cu.
 
     Attributes:
-        dtype: Element type of q, k and v.
+        dtype: Element type of q, and of k and v but for `cache`.
         head_dim: Head dimension of q and k that the tiles are made for.
         head_dim_v: Head dimension of v and of the output.
         mask: "local" serves windows and chunks, with or without causal.
@@ -38,6 +39,8 @@ class ForwardVariant:
             unless they are gathered.
         gather: Whether pages are gathered, which may have any size; TMA loads those of a multiple
             of 8 keys.
+        cache: Element type of k and v: q's, or e4m3 under a q of 16 bits, with one descale per
+            head. Such k and v are dense, packed, or pages of any size.
 
     Raises:
         ValueError: A choice is unknown, or the choices exclude each other.
@@ -56,6 +59,7 @@ class ForwardVariant:
     dropout: bool = False
     paged: bool = False
     gather: bool = False
+    cache: Cache = "same"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -86,6 +90,14 @@ class ForwardVariant:
                 "paged is True with cluster, dropout, v_colmajor or scales 'block'; supported are "
                 "pages without them"
             )
+        if self.cache == "e4m3" and (
+            self.dtype == "e4m3" or self.cluster or self.dropout or self.paged
+        ):
+            raise ValueError(
+                f"cache is 'e4m3' with dtype {self.dtype!r}, cluster {self.cluster}, dropout "
+                f"{self.dropout} and paged {self.paged}; supported are the 16-bit types without "
+                "them: any k and v are read, pages too"
+            )
         if self.gather and not self.paged:
             raise ValueError("gather is True without paged; what is gathered are pages")
 
@@ -93,7 +105,8 @@ class ForwardVariant:
     def name(self) -> str:
         """A name that no other variant has, fit for a file: forward_bf16_d128_causal."""
         same = self.head_dim == self.head_dim_v
-        parts = [self.dtype, f"d{self.head_dim}" + ("" if same else f"v{self.head_dim_v}")]
+        parts: list[str] = [self.dtype, *(["e4m3"] if self.cache == "e4m3" else [])]
+        parts.append(f"d{self.head_dim}" + ("" if same else f"v{self.head_dim_v}"))
         parts += [self.mask] if self.mask != "none" else []
         parts += ["softcap"] if self.softcap else []
         parts += ["alibi"] if self.alibi else []
@@ -139,6 +152,11 @@ SHIPPED: tuple[ForwardVariant, ...] = (
     ForwardVariant("fp16", 128, 128, mask="causal", paged=True),
     ForwardVariant("bf16", 128, 128, mask="local", paged=True),
     ForwardVariant("bf16", 128, 128, mask="causal", paged=True, gather=True),
+    ForwardVariant("bf16", 128, 128, mask="causal", pack_gqa=True, paged=True, gather=True),
+    ForwardVariant("bf16", 64, 64, mask="causal", cache="e4m3"),
+    ForwardVariant("bf16", 128, 128, mask="causal", cache="e4m3"),
+    ForwardVariant("bf16", 128, 128, mask="causal", pack_gqa=True, cache="e4m3"),
+    ForwardVariant("bf16", 128, 128, mask="local", cache="e4m3"),
     ForwardVariant("bf16", 192, 128, mask="causal"),
     ForwardVariant("fp16", 192, 192, mask="local"),
     ForwardVariant("bf16", 256, 256, mask="causal"),

@@ -94,6 +94,7 @@ class _Draw:
     def problem(self, sm_margin: int) -> Problem:
         variant = self._variant
         local, float8 = variant.mask == "local", variant.dtype == "e4m3"
+        of_fp8 = self._fp8() if float8 else self._of_cache() if variant.cache == "e4m3" else {}
         options = Options(
             causal=variant.mask == "causal",
             window_left=37 if local else -1,
@@ -103,15 +104,17 @@ class _Draw:
             dropout_p=_DROPOUT_P if variant.dropout else 0.0,
             dropout_seed=self._seed() if variant.dropout else None,
             **self._lengths(),
-            **(self._fp8() if float8 else {}),
+            **of_fp8,
         )
-        q = self._tensor(self._queries, _HEADS, variant.head_dim, self._packed)
-        k = self._tensor(self._keys, _HEADS_KV, variant.head_dim, self._packed_keys)
-        v = self._tensor(self._keys, _HEADS_KV, variant.head_dim_v, self._packed_keys)
+        cached = _DTYPES["e4m3" if variant.cache == "e4m3" else variant.dtype]
+        queries = self._queries, _HEADS, variant.head_dim, self._packed
+        q = self._tensor(*queries, _DTYPES[variant.dtype])
+        keys = self._keys, _HEADS_KV
+        k = self._tensor(*keys, variant.head_dim, self._packed_keys, cached)
+        v = self._tensor(*keys, variant.head_dim_v, self._packed_keys, cached)
         real = self._real(q, k, v, options)
-        if variant.paged:
-            sizes = (1, 20) if variant.gather else (16, 48)
-            paged = _Pages.draw(self._keys, sizes[not self._packed], self._generator)
+        if self._page_size > 0:
+            paged = _Pages.draw(self._keys, self._page_size, self._generator)
             options = options._replace(page_table=paged.table.to(self._device))
             k, v = paged.store(k), paged.store(v)
             real = real[0], paged.store(real[1]), paged.store(real[2])
@@ -124,8 +127,16 @@ class _Draw:
         return Problem(q, k, v, sinks, options, real, out_dtype, sm_margin)
 
     @property
+    def _page_size(self) -> int:
+        """0: k and v do not lie in pages. An e4m3 cache under a 16-bit q does in one problem."""
+        if self._variant.cache == "e4m3":
+            return 20 if self._packed else 0
+        sizes = (1, 20) if self._variant.gather else (16, 48)
+        return sizes[not self._packed] if self._variant.paged else 0
+
+    @property
     def _packed_keys(self) -> bool:
-        return self._packed and not self._variant.paged
+        return self._packed and self._page_size == 0
 
     def _lengths(self) -> dict[str, Any]:
         if all(rows in (*_EVEN, *_ODD) for rows in (self._queries, self._keys)):
@@ -158,6 +169,11 @@ class _Draw:
             found["k_mean"] = self._normal(batch, _HEADS_KV, variant.head_dim) * 0.5
         return found
 
+    def _of_cache(self) -> dict[str, Any]:
+        """Descales of k and v that differ everywhere."""
+        names = ("k_descale", "v_descale")
+        return {name: self._descale(_HEADS_KV, self._keys) for name in names}
+
     def _descale(self, heads: int, rows: _Lengths) -> Tensor:
         shape: tuple[int, ...] = (len(rows), heads)
         if self._variant.scales == "block" and self._packed:
@@ -166,7 +182,9 @@ class _Draw:
             shape = (*shape, num_blocks(_longest(rows)))
         return (self._uniform(*shape) * 0.6 + 0.5) / _UNIT
 
-    def _tensor(self, rows: _Lengths, heads: int, width: int, packed: bool) -> Tensor:
+    def _tensor(
+        self, rows: _Lengths, heads: int, width: int, packed: bool, dtype: torch.dtype
+    ) -> Tensor:
         """Normal values in used rows, NaN in the others."""
         longest = _longest(rows)
         x = torch.full(
@@ -176,18 +194,21 @@ class _Draw:
             sequence[:used].normal_(generator=self._generator)
         if packed:
             x = torch.cat([sequence[: length[0]] for sequence, length in zip(x, rows, strict=True)])
-        unit = _UNIT if self._variant.dtype == "e4m3" else 1.0
-        return (x * unit).to(_DTYPES[self._variant.dtype]).to(self._device)
+        unit = _UNIT if dtype == E4M3 else 1.0
+        return (x * unit).to(dtype).to(self._device)
 
     def _real(
         self, q: Tensor, k: Tensor, v: Tensor, options: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if q.dtype != E4M3:
+        if k.dtype != E4M3:
             return q.double(), k.double(), v.double()
         of_q = Tokens(options.cu_seqlens_q)
         of_k = Tokens(options.cu_seqlens_k)
-        scale = of_q.spread_descale(options.q_descale, q)  # type: ignore[arg-type]
-        q = q.double() * scale.repeat_interleave(q.shape[-2] // scale.shape[-2], dim=-2)
+        if options.q_descale is None:
+            q = q.double()
+        else:
+            scale = of_q.spread_descale(options.q_descale, q)
+            q = q.double() * scale.repeat_interleave(q.shape[-2] // scale.shape[-2], dim=-2)
         k = k.double() * of_k.spread_descale(options.k_descale, k)  # type: ignore[arg-type]
         v = v.double() * of_k.spread_descale(options.v_descale, v)  # type: ignore[arg-type]
         if options.v_channel_descale is not None:
