@@ -17,6 +17,7 @@ enum class KernelKind : std::uint32_t {
     kQuantizeMean = 8,
     kQuantizeMeanFinish = 9,
     kQuantizeAppend = 10,
+    kDecodeSchedule = 11,
     kOther = 255,
 };
 

@@ -26,6 +26,7 @@ from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.kernels import Variant, kernels_of, shipped
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
+from flash8.backends.hopper.schedule_variants import ScheduleVariant
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.call.options import Options
 from flash8.compiler import Unit
@@ -106,7 +107,8 @@ def _call(
 def _of_tests() -> Iterator[Variant]:
     """Those of the GPU tests, which run on the CPU for it (tests/support/gpu_recorder.py)."""
     attention = (ForwardVariant, BackwardVariant, DecodeVariant)
-    kinds = {kind.__name__: kind for kind in (*attention, QuantizeVariant, AppendVariant)}
+    others = (QuantizeVariant, AppendVariant, ScheduleVariant)
+    kinds = {kind.__name__: kind for kind in (*attention, *others)}
     with tempfile.TemporaryDirectory() as folder:
         recorded = Path(folder) / "recorded.json"
         command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "gpu_recorder", "-m", "gpu"]

@@ -8,6 +8,7 @@
 #include "../attention/mask.cuh"
 #include "../kernel_info.h"
 #include "params.h"
+#include "tile_sizes.cuh"
 
 #include <cstdint>
 
@@ -76,11 +77,10 @@ struct DecodeConfig {
     static constexpr int kThreads = kWarps * 32;
     // Where O is too large for the registers of a warp, four have the same tiles, and each has channels of
     // its own (team_mainloop.cuh). Otherwise every warp is a team.
-    static constexpr int kTeamWarps = kHeadDimV > 256 ? 4 : 1;
+    static constexpr int kTeamWarps = team_warps(kHeadDimV);
     static constexpr int kTeams = kWarps / kTeamWarps;
     static constexpr int kWarpChannelsV = kHeadDimV / kTeamWarps;
-    // With qv a team's first warps have K's few channels beside those of V, which is a key itself.
-    static constexpr int kWarpChannelsK = kQv ? 32 : kHeadDim / kTeamWarps;
+    static constexpr int kWarpChannelsK = warp_channels_k(kHeadDim, kHeadDimV, kQv);
     static constexpr int kWarpsOfK = kQv ? kHeadDim / kWarpChannelsK : kTeamWarps;
     static_assert(!kQv || kTeamWarps > 1);
     static_assert(!kKeyScales || kTeamWarps == 1);
@@ -92,8 +92,7 @@ struct DecodeConfig {
     static constexpr int kRowBytesV = kWarpChannelsV * kElementBytes;
     static constexpr int kWidestRow = kRowBytesK > kRowBytesV ? kRowBytesK : kRowBytesV;
 
-    // Keys of a tile: what the accumulators of its scores leave room for, in slots of at most 8 KB.
-    static constexpr int kBlockN = kWidestRow > 256 ? 16 : kWidestRow > 128 || kBlockM == 32 ? 32 : 64;
+    static constexpr int kBlockN = block_n(kWidestRow, kBlockM);
     static constexpr int kKeySteps = kBlockN / 16;  // m16 of a product
     static constexpr int kRowTiles = kBlockM / 8;   // n8 of a product
 

@@ -4,6 +4,7 @@
 #include "empty_rows.cuh"
 #include "mainloop.cuh"
 #include "merge.cuh"
+#include "scheduler_metadata.cuh"
 #include "team_mainloop.cuh"
 
 #include <type_traits>
@@ -76,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
         }
         __syncwarp();
     }
-    Share const share = Shares<Config>::of_cta(params);
+    Share const share = find_share<Config>(params, shared.share);
     Loop mainloop(params, shared, share, warp);
     Merge<Config> merge(params, shared, warp);
     store_walk(shared.walk[warp], Walk<Config>::over(share));

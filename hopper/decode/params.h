@@ -41,6 +41,10 @@ struct DecodeParams {
     const std::uint32_t* tree_mask;
     std::int64_t tree_mask_stride;  // of a sequence
 
+    // (batch + 1), or null: which pieces of work each sequence has (scheduler_metadata.cuh). Any contents
+    // will do: wrong ones are noticed.
+    const std::int32_t* scheduler_metadata;
+
     std::int32_t heads_q;
     std::int32_t heads_kv;
     std::int32_t head_dim;
@@ -50,7 +54,7 @@ struct DecodeParams {
     std::int32_t q_is_e4m3;            // 1: the kernel is one for e4m3 caches
     std::int32_t heads_per_q_descale;  // query heads that share one, where there is one
     std::int32_t split_keys;           // keys of a split, whose boundaries are fixed; 0: equal shares
-    std::int32_t reserved[3];          // zero: fills the struct up to its 64-byte alignment
+    std::int32_t reserved[1];          // zero: fills the struct up to its 64-byte alignment
 };
 
 static_assert(kIsPlain<DecodeParams> && alignof(DecodeParams) == 64);

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "config.cuh"
 #include "work.cuh"
 
 namespace flash8 {
@@ -62,6 +63,7 @@ struct SharedStorage {
     // Of each warp. They are looked at once a segment, and registers are for what is used more.
     Walk<Config> loader_walk[Config::kWarps];
     Walk<Config> walk[Config::kWarps];
+    Share share;  // by scheduler metadata
     int is_last;
     KeyScaleRing<Config> scales;
 

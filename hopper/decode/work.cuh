@@ -13,8 +13,9 @@
 
 #pragma once
 
+#include "../attention/mask.cuh"
 #include "../attention/seqlen_info.cuh"
-#include "config.cuh"
+#include "params.h"
 
 namespace flash8 {
 
@@ -56,11 +57,14 @@ struct SequenceWork {
 
     // offset_q: `first_row` of the sequence.
     __device__ static SequenceWork read(DecodeParams const& params, int batch, int offset_q) {
-        SequenceParams const& sequences = params.sequences;
+        return of(params, SeqlenInfo::read(params.sequences, batch, offset_q));
+    }
+
+    __device__ static SequenceWork of(DecodeParams const& params, SeqlenInfo const& info) {
         SequenceWork work{};
-        work.info = SeqlenInfo::read(sequences, batch, offset_q);
+        work.info = info;
         // The host has counted units by this bound.
-        work.queries = min(work.info.seqlen_q, sequences.max_seqlen_q);
+        work.queries = min(info.seqlen_q, params.sequences.max_seqlen_q);
         if (work.queries == 0) {
             return work;
         }
@@ -106,16 +110,37 @@ struct Share {
     int batch_row;    // that sequence's first row
 };
 
-// By all lanes of a warp. The host keeps the number of pieces below 2^30.
+// Of the lanes up to this one, by all lanes of a warp.
+__device__ __forceinline__ int inclusive_sum(int value) {
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        int const below = __shfl_up_sync(0xffffffff, value, distance);
+        value += threadIdx.x % 32 >= distance ? below : 0;
+    }
+    return value;
+}
+
+// The host keeps the number of pieces below 2^30.
 template <class Config>
 class Shares {
   public:
-    __device__ static Share of_cta(DecodeParams const& params) {
+    // Of `all` pieces, but for where the first one is.
+    __device__ static Share of_pieces(DecodeParams const& params, int all) {
         int const ctas = static_cast<int>(gridDim.x);
+        int const least = params.split_keys == 0 ? Config::kLeastTiles : 1;
+        Share share{};
+        share.batch = -1;
+        share.pieces_per_cta = max((all + ctas - 1) / ctas, least);
+        share.begin = min(static_cast<int>(blockIdx.x) * share.pieces_per_cta, all);
+        share.end = min(share.begin + share.pieces_per_cta, all);
+        return share;
+    }
+
+    // By all lanes of a warp.
+    __device__ static Share of_cta(DecodeParams const& params) {
         int const lane = threadIdx.x % 32;
         Share share{};
         share.batch = -1;
-        int all = 0;
         // The first pass counts, the second finds the sequence of the first piece.
 #pragma unroll 1
         for (int pass = 0; pass < 2; ++pass) {
@@ -138,24 +163,10 @@ class Shares {
                 before = __shfl_sync(0xffffffff, end, 31);
             }
             if (pass == 0) {
-                all = before;
-                int const least = params.split_keys == 0 ? Config::kLeastTiles : 1;
-                share.pieces_per_cta = max((all + ctas - 1) / ctas, least);
-                share.begin = min(static_cast<int>(blockIdx.x) * share.pieces_per_cta, all);
-                share.end = min(share.begin + share.pieces_per_cta, all);
+                share = of_pieces(params, before);
             }
         }
         return share;
-    }
-
-  private:
-    __device__ static int inclusive_sum(int value) {
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            int const below = __shfl_up_sync(0xffffffff, value, distance);
-            value += threadIdx.x % 32 >= distance ? below : 0;
-        }
-        return value;
     }
 };
 

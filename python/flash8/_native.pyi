@@ -291,6 +291,7 @@ class DecodeParams:
     tickets: int
     tree_mask: int
     tree_mask_stride: int
+    scheduler_metadata: int
     split_keys: int
     heads_q: int
     heads_kv: int
@@ -306,6 +307,20 @@ class DecodeParams:
 def decode_workspace(
     kernel: Kernel, device: int, call: DecodeParams, sm_margin: int = 0
 ) -> dict[str, int]: ...
+
+class ScheduleParams:
+    @property
+    def call(self) -> DecodeParams: ...
+    scheduler_metadata: int
+    cu_seqlens_k_new: int
+    seqlen_k_new: int
+    block_m: int
+    tile_head_dim: int
+    tile_head_dim_v: int
+    qv: int
+    element_bytes: int
+
+def launch_schedule(kernel: Kernel, device: int, stream: int, call: ScheduleParams) -> None: ...
 
 class AppendedRows:
     x: tuple[int, int, int, int]

@@ -27,6 +27,7 @@ from flash8.call.options import Arguments, Options
 from flash8.call.unwrap import unwrap
 from flash8.ops import attention as ops
 from flash8.ops import decode_plans, plan_cache, unseen
+from flash8.scheduler import check_metadata
 from flash8.tensors.arguments import OWN_NAMES, Names, call_by, require_bool
 from flash8.tensors.philox import draw_seed
 from flash8.tensors.scaled_tensor import Input
@@ -180,6 +181,7 @@ def flash_attn_varlen_func(
     v_mean: Tensor | None = None,
     v_channel_descale: Tensor | None = None,
     smooth_k: bool = False,
+    scheduler_metadata: Tensor | None = None,
 ) -> Output:
     """Attention over sequences of different lengths, packed one after the other.
 
@@ -196,6 +198,8 @@ def flash_attn_varlen_func(
             past them are not read, get O = 0 and LSE = -inf, and zero gradients.
         page_table: int32 (batch, max_pages): the pages of each sequence, in order; needs seqused_k.
             Of pages that the mask hides from every query neither number nor contents are looked at.
+        scheduler_metadata: as in `flash_attn_with_kvcache`, with page_table on a GPU. It makes no
+            difference elsewhere.
 
     Returns:
         O in q's layout with head_dim_v last; with return_attn_probs (O, LSE), LSE (heads, total_q)
@@ -234,6 +238,8 @@ def flash_attn_varlen_func(
         "sm_margin": sm_margin,
         "smooth_k": smooth_k,
     }
+    if scheduler_metadata is not None:
+        arguments["scheduler_metadata"] = scheduler_metadata
     return attend(arguments, dropout_seed=dropout_seed, return_lse=return_attn_probs)
 
 
@@ -271,6 +277,8 @@ def attend(
     window_left, window_right = checks.window(arguments["window_size"])
     options = Options.of(arguments)._replace(window_left=window_left, window_right=window_right)
     geometry, options = checks.attention(q, k, v, qv, s_aux, out, options, names)
+    if (metadata := arguments.get("scheduler_metadata")) is not None:
+        check_metadata(metadata, q, geometry)
     if options.dropout_seed is None:
         seed = None
         if dropout_seed is not None:

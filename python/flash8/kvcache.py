@@ -102,7 +102,8 @@ def flash_attn_with_kvcache(
         rotary_seqlens: int32 (batch,): the rotary position of the first new token, default
             cache_seqlens.
         rotary_interleaved: pairs (0, 1), (2, 3), ... rather than (0, rotary_dim / 2), ...
-        scheduler_metadata: from `get_scheduler_metadata` for the same sizes.
+        scheduler_metadata: from `get_scheduler_metadata` for the same sizes. On a GPU for the same
+            lengths, too: then the kernel need not go through them; it notices others.
         num_splits: 0 chooses.
         k_descale, v_descale: with page_table also (pages, heads_kv, 1), one per page, and without
             (batch_cache, heads_kv, ceil(seqlen_cache / 128)); of either cache also one per token,
@@ -236,7 +237,7 @@ def flash_attn_with_kvcache(
     require_contiguous_last("v_cache", values)
     if scheduler_metadata is not None:
         page_size = keys.shape[1] if geometry.paged else 0
-        planned = num_splits_of(scheduler_metadata, geometry, options, page_size)
+        planned = num_splits_of(scheduler_metadata, query, geometry, options, page_size)
         checks.refuse_two_splits(options.split_keys, planned)
         options = options._replace(num_splits=planned)
     options = ops.resolve_num_splits(query, geometry, options)

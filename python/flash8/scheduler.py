@@ -1,18 +1,25 @@
 """Scheduler metadata: the plan of a KV-cache call, made once and used by many calls.
 
-The tensor carries the sizes it was made for, so a call with other sizes refuses it instead of
-running with a plan that does not fit (on CPU tensors; on a GPU that would cost a synchronisation).
+On a GPU it is one launch, which counts the work of each sequence for the decode kernels of all
+layers, into a tensor whose shape follows from the batch alone (`backends/hopper/schedule.py`).
+Those kernels check what they read, so metadata of other lengths or sizes makes no call wrong.
+
+On CPU tensors it holds the sizes it was made for, and a call with other sizes refuses it.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from flash8 import backends
 from flash8.backends import choose_num_splits
 from flash8.call import checks
 from flash8.call.geometry import Geometry
 from flash8.call.options import Options
+from flash8.ops import planned
+from flash8.tensors import memory
 from flash8.tensors.arguments import (
     INDEX_DTYPES,
     require_bool,
@@ -61,11 +68,35 @@ def get_scheduler_metadata(
     num_splits: int = 0,
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
+    *,
+    cache_batch_idx: Tensor | None = None,
+    split_keys: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The plan of a `flash_attn_with_kvcache` call with these sizes, as FA3 names them.
+    """The plan of `flash_attn_with_kvcache` calls with these sizes, as FA3 names them.
 
-    Returns an int32 tensor on cache_seqlens' device, for the call's `scheduler_metadata`. Raises
-    TypeError or ValueError naming the argument that is wrong.
+    Args:
+        batch_size, max_seqlen_q, num_heads_q, num_heads_kv, headdim, headdim_v: The calls' sizes.
+            headdim up to 64 with headdim_v above 256 are those of q and qv, as MLA has them.
+        max_seqlen_k: At least the longest sequence.
+        cache_seqlens, cu_seqlens_q, cache_leftpad, cache_batch_idx: The calls' int32 indices.
+            cache_seqlens are those before an append.
+        cu_seqlens_k_new, max_seqlen_k_new: What the calls append: int32 (batch_size + 1,) where k
+            and v are packed, or k's and v's seqlen_new.
+        qkv_dtype: That of the cache.
+        page_size, causal, window_size, attention_chunk, num_splits, split_keys: As in the calls.
+        has_softcap, pack_gqa, sm_margin: Make no difference.
+        out: What a call before returned for these sizes, to be written anew: so a CUDA graph has
+            the metadata of each step at one address.
+
+    Returns:
+        int32 on cache_seqlens' device, for the calls' `scheduler_metadata`. On a GPU it has shape
+        (batch_size + 1,) and is made by one launch, from what the indices hold when it runs. It
+        may be copied to wherever the calls find it. A call for whose lengths, masks or sizes it
+        does not hold computes the same, and takes as long as one without.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
     """
     sizes = {"batch_size": batch_size, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
     sizes["max_seqlen_k_new"] = max_seqlen_k_new
@@ -77,9 +108,11 @@ def get_scheduler_metadata(
         if lengths is not None:
             require_tensor(name, lengths, INDEX_DTYPES, cache_seqlens)
             require_shape(name, lengths, (batch_size + 1,), "(batch_size + 1,)")
-    if cache_leftpad is not None:
-        require_tensor("cache_leftpad", cache_leftpad, INDEX_DTYPES, cache_seqlens)
-        require_shape("cache_leftpad", cache_leftpad, (batch_size,), "(batch_size,)")
+    by_sequence = (("cache_leftpad", cache_leftpad), ("cache_batch_idx", cache_batch_idx))
+    for name, index in by_sequence:
+        if index is not None:
+            require_tensor(name, index, INDEX_DTYPES, cache_seqlens)
+            require_shape(name, index, (batch_size,), "(batch_size,)")
     if qkv_dtype not in checks.INPUT_DTYPES:
         names = ", ".join(str(dtype) for dtype in checks.INPUT_DTYPES)
         raise TypeError(f"qkv_dtype must be one of {names}, got {qkv_dtype}")
@@ -96,6 +129,7 @@ def get_scheduler_metadata(
             num_splits=num_splits,
             pack_gqa=pack_gqa,
             sm_margin=sm_margin,
+            split_keys=split_keys,
         )
     )
     max_head_dim = checks.MAX_HEAD_DIM
@@ -117,17 +151,88 @@ def get_scheduler_metadata(
     pages = 0
     if page_size is not None:
         pages = require_int("page_size", page_size, minimum=1, maximum=_INT32_MAX)
+    indices: dict[str, Any] = {"seqused_k": cache_seqlens, "leftpad_k": cache_leftpad}
+    indices |= {"kv_batch_idx": cache_batch_idx, "cu_seqlens_q": cu_seqlens_q}
+    counts = _is_on_device(cache_seqlens)
+    shape = _shape_on_device(geometry) if counts else (len(_FIELDS) + 1,)
+    if out is not None:
+        _check_out(out, shape, [cu_seqlens_k_new, *indices.values()])
+    if counts:
+        if out is None:
+            out = torch.empty(shape, dtype=torch.int32, device=cache_seqlens.device)
+        else:
+            increment_version((out,))
+        new = (cu_seqlens_k_new, max_seqlen_k_new if cu_seqlens_k_new is None else 0)
+        _fill(out, geometry, options._replace(**indices), qkv_dtype, *new)
+        return out
     splits = options.num_splits or choose_num_splits(cache_seqlens.device, geometry, options)
     values = [_VERSION, splits, *_described(geometry, options, pages)]
-    return torch.tensor(values, dtype=torch.int32, device=cache_seqlens.device)
+    made = torch.tensor(values, dtype=torch.int32, device=cache_seqlens.device)
+    return made if out is None else out.copy_(made)
 
 
-def num_splits_of(metadata: Any, geometry: Geometry, options: Options, page_size: int) -> int:
+def _is_on_device(x: Tensor) -> bool:
+    """Whether metadata is for kernels, as far as its device tells."""
+    return x.is_cuda or backends.kernels_wanted(x)
+
+
+def _shape_on_device(geometry: Geometry) -> tuple[int]:
+    """FA3's, too, for whose metadata frameworks keep memory."""
+    return (geometry.batch + 1,)
+
+
+def _check_out(out: Any, shape: tuple[int], indices: list[Tensor | None]) -> None:
+    given = [x for x in indices if x is not None]
+    require_tensor("out", out, torch.int32, given[0])
+    require_shape("out", out, shape, "that of the metadata")
+    _require_contiguous("out", out)
+    memory.require_writable("out", out)
+    if memory.is_shared(out, given):
+        raise ValueError("out must not share memory with the indices it is made of")
+
+
+def _require_contiguous(name: str, metadata: Tensor) -> None:
+    if not metadata.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {metadata.stride()}")
+
+
+def _fill(
+    metadata: Tensor,
+    geometry: Geometry,
+    options: Options,
+    cache_dtype: torch.dtype,
+    cu_seqlens_k_new: Tensor | None,
+    seqlen_k_new: int,
+) -> None:
+    """On its stream; zeros, which no call takes for metadata, where there is no kernel for it."""
+    if planned.may_launch(metadata):
+        from flash8.backends.hopper import schedule
+        from flash8.backends.hopper.schedule_variants import SCHEDULE
+        from flash8.backends.hopper.verify import trust
+
+        step = schedule.Step(geometry, options, cache_dtype, cu_seqlens_k_new, seqlen_k_new)
+        if schedule.has_kernel(step) and trust.is_trusted(SCHEDULE, metadata.device):
+            with torch.no_grad():
+                schedule.fill(metadata, step)
+            return
+    metadata.zero_()
+
+
+def check_metadata(metadata: Any, q: Tensor, geometry: Geometry) -> None:
+    """Raises TypeError or ValueError if a call with this q cannot have it. On a GPU nobody reads
+    what it holds but the kernels."""
+    require_tensor("scheduler_metadata", metadata, torch.int32, q)
+    shape = _shape_on_device(geometry) if _is_on_device(q) else (len(_FIELDS) + 1,)
+    require_shape("scheduler_metadata", metadata, shape, "that of get_scheduler_metadata")
+    _require_contiguous("scheduler_metadata", metadata)
+
+
+def num_splits_of(
+    metadata: Any, q: Tensor, geometry: Geometry, options: Options, page_size: int
+) -> int:
     """The planned number of splits. Raises ValueError if the plan was made for another call."""
-    require_tensor("scheduler_metadata", metadata, torch.int32)
-    expected = len(_FIELDS) + 1
-    require_shape("scheduler_metadata", metadata, (expected,), "that of get_scheduler_metadata")
-    if metadata.device.type != "cpu" or torch.compiler.is_compiling():
+    check_metadata(metadata, q, geometry)
+    if _is_on_device(q) or metadata.device.type != "cpu" or torch.compiler.is_compiling():
         return options.num_splits
     version, splits, *planned = metadata.tolist()
     if version != _VERSION:

@@ -92,19 +92,29 @@ def test_a_cache_matches_the_cpu(
     assert torch.equal(lse.cpu().isfinite(), seen)
 
 
+@pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("cache", [torch.bfloat16, E4M3])
-def test_a_replayed_graph_takes_the_lengths_of_its_day(cache: torch.dtype) -> None:
+def test_a_replayed_graph_takes_the_lengths_of_its_day(cache: torch.dtype, planned: bool) -> None:
+    """With the scheduler metadata of each, too."""
     step = Step(torch.bfloat16, cache, 16, 1, 16)
     q, caches, given = step.on_gpu()
+    lengths = given["cache_seqlens"]
+    sizes = (len(LENGTHS), 1, LONGEST, 16, 2, 128, lengths, cache)
+    if planned:
+        given["scheduler_metadata"] = flash8.get_scheduler_metadata(
+            *sizes, page_size=16, causal=True
+        )
     if q.device.type != "cuda":  # recorded on the CPU
         flash8.flash_attn_with_kvcache(q, *caches, **given)
         return
-    lengths = given["cache_seqlens"]
     lengths.fill_(1)
     for _ in range(2):  # compiled, checked, planned
         flash8.flash_attn_with_kvcache(q, *caches, **given)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        if planned:
+            metadata = given["scheduler_metadata"]
+            flash8.get_scheduler_metadata(*sizes, page_size=16, causal=True, out=metadata)
         out = flash8.flash_attn_with_kvcache(q, *caches, **given)
     lengths.copy_(torch.tensor(LENGTHS))
     for _ in range(2):  # counters are zero again

@@ -18,6 +18,7 @@ HEADERS = (
     HOPPER / "forward" / "params.h",
     HOPPER / "backward" / "params.h",
     HOPPER / "decode" / "params.h",
+    HOPPER / "decode" / "schedule_params.h",
     HOPPER / "kernel_info.h",
     ROOT / "cutlass_kernels" / "quantize" / "quantize_params.h",
     ROOT / "cutlass_kernels" / "quantize" / "append_params.h",
@@ -69,10 +70,10 @@ def test_structs_have_no_implicit_padding(name):
     assert end % LAYOUT[name]["align"] == 0
 
 
-def test_layout_of_abi_version_10():
+def test_layout_of_abi_version_11():
     """A change here means that old cubins would be misread: raise kAbiVersion with it."""
     sizes = {name: (struct["size"], struct["align"]) for name, struct in LAYOUT.items()}
-    assert _native.ABI_VERSION == 10
+    assert _native.ABI_VERSION == 11
     assert sizes == {
         "TensorMap": (128, 64),
         "TensorRef": (32, 8),
@@ -95,6 +96,7 @@ def test_layout_of_abi_version_10():
         "AppendParams": (648, 8),
         "TmaBox": (32, 4),
         "KernelInfo": (408, 4),
+        "ScheduleParams": (896, 64),
     }
 
 

@@ -44,6 +44,7 @@ class Call:
     out_dtype: torch.dtype | None = None  # q's, unless it is e4m3
     tree_mask: Tensor | None = None  # int32, as q without heads and channels
     split_keys: int = 0
+    scheduler_metadata: Tensor | None = None  # int32
 
     @property
     def batch(self) -> int:
@@ -146,6 +147,8 @@ class DecodeKernel:
             params.tree_mask = given.upload(call.tree_mask).address
             params.tree_mask_stride = 0 if packed else rows
         params.split_keys = call.split_keys
+        if call.scheduler_metadata is not None:
+            params.scheduler_metadata = given.upload(call.scheduler_metadata).address
         for name in ("k_mean", "v_mean"):
             mean = getattr(call, name)
             if mean is not None:

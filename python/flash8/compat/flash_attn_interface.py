@@ -2,9 +2,9 @@
 
 Names, order and defaults are those of flash8's own functions, which are FlashAttention-3's.
 Beside them, by keyword: `block_table` for page_table, `sinks` for s_aux, `return_softmax_lse` for
-return_attn_probs; `fa_version`, `ver` and the `scheduler_metadata` of a varlen call, which choose
-among kernels there, have no effect. A descale may be a number or have shape (1,) or (heads,), and
-is ignored for a tensor that is not float8.
+return_attn_probs; `fa_version` and `ver`, which choose among kernels there, have no effect. A
+descale may be a number or have shape (1,) or (heads,), and is ignored for a tensor that is not
+float8.
 
 Importing this module defines `torch.ops.flash_attn_3`, unless FlashAttention-3 has.
 """
@@ -164,6 +164,7 @@ def flash_attn_varlen_func(
         page_table=pages,
         s_aux=one_of("s_aux", s_aux, "sinks", sinks),
         out=out,
+        scheduler_metadata=None if pages is None else scheduler_metadata,
         **descales((q_descale, k_descale, v_descale), (q, k, v), batch_of(q, cu_seqlens_q)),
     )
 

@@ -63,8 +63,8 @@ def flash_attn_varlen_func(
 ) -> Any:
     """O, or (O, LSE) with return_softmax_lse.
 
-    fa_version, scheduler_metadata and return_attn_probs have no effect, and none of the options is
-    of one version alone. Context parallelism (cp_world_size above 1) is refused.
+    fa_version and return_attn_probs have no effect; no option is of one version alone.
+    Context parallelism (cp_world_size above 1) is refused.
     """
     if not is_fa_version_supported(fa_version):
         raise ValueError(fa_version_unsupported_reason(fa_version))
@@ -92,6 +92,7 @@ def flash_attn_varlen_func(
         alibi_slopes=alibi_slopes,
         dropout_p=dropout_p,
         out=out,
+        scheduler_metadata=None if block_table is None else scheduler_metadata,
         **descales((q_descale, k_descale, v_descale), (q, k, v), batch_of(q, cu_seqlens_q)),
     )
 

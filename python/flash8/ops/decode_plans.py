@@ -84,7 +84,8 @@ def launch(
         if out is None:
             out = empty_out(q, v, options)
         lse = empty_lse(q)
-        plan = hopper.decode.plan_and_launch(q, k, v, s_aux, options, out, lse, qv)
+        metadata = arguments.get("scheduler_metadata")
+        plan = hopper.decode.plan_and_launch(q, k, v, s_aux, options, out, lse, qv, metadata)
     if arguments.get("out") is not None:
         increment_version((out,))
     out_like, lse_like = planned.like(out), planned.like(lse)

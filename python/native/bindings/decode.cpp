@@ -4,10 +4,34 @@
 #include "bindings/fields.h"
 #include "driver/gil.h"
 #include "kernels/launch_decode.h"
+#include "kernels/launch_schedule.h"
 
 namespace py = pybind11;
 
 namespace flash8 {
+
+namespace {
+
+void bind_schedule(py::module_& module) {
+    using P = ScheduleParams;
+    py::class_<P> type(module, "ScheduleParams", "Scheduler metadata to be made. What is not set is zero.");
+    type.def(py::init([] { return P{}; }));
+    type.def_property_readonly("call", [](P& self) { return &self.call; })
+        .def_readwrite("seqlen_k_new", &P::seqlen_k_new)
+        .def_readwrite("block_m", &P::block_m)
+        .def_readwrite("tile_head_dim", &P::tile_head_dim)
+        .def_readwrite("tile_head_dim_v", &P::tile_head_dim_v)
+        .def_readwrite("qv", &P::qv)
+        .def_readwrite("element_bytes", &P::element_bytes);
+    def_address(type, "scheduler_metadata", &P::scheduler_metadata);
+    def_address(type, "cu_seqlens_k_new", &P::cu_seqlens_k_new);
+    module.def("launch_schedule", &launch_schedule, py::arg("kernel"), py::arg("device"), py::arg("stream"),
+               py::arg("call"), ReleaseGil(),
+               "Enqueue the kernel that makes scheduler metadata on a stream. Raises ValueError for sizes or "
+               "addresses that it cannot take.");
+}
+
+}  // namespace
 
 void bind_decode(py::module_& module) {
     using P = DecodeParams;
@@ -27,6 +51,7 @@ void bind_decode(py::module_& module) {
     def_address(type, "partials", &P::partials);
     def_address(type, "tickets", &P::tickets);
     def_address(type, "tree_mask", &P::tree_mask);
+    def_address(type, "scheduler_metadata", &P::scheduler_metadata);
     type.def_property_readonly("sequences", [](P& self) { return &self.sequences; })
         .def_property_readonly("scores", [](P& self) { return &self.scores; })
         .def_property_readonly("pages", [](P& self) { return &self.pages; })
@@ -55,6 +80,7 @@ void bind_decode(py::module_& module) {
                py::arg("call"), py::arg("sm_margin") = 0, ReleaseGil(),
                "Enqueue the decode kernel on a stream. Fills in tensor maps and grid. Raises ValueError for "
                "sizes, strides or addresses that the kernel cannot take.");
+    bind_schedule(module);
 }
 
 }  // namespace flash8

@@ -140,6 +140,9 @@ void check_workspace(const DecodeParams& call) {
     require(address != 0 && address % kUnitBytes == 0, "decode: partials is at address ", address,
             "; it must be a multiple of ", kUnitBytes, " and not null");
     require(call.tickets != nullptr, "decode: tickets is null");
+    const auto metadata = reinterpret_cast<std::uintptr_t>(call.scheduler_metadata);
+    require(metadata % sizeof(std::int32_t) == 0, "decode: scheduler_metadata is at address ", metadata,
+            "; it must be a multiple of 4");
 }
 
 // At least `value`: workspaces are kept, so that there should be few sizes.

@@ -2,7 +2,7 @@
 
 #include "append_params.h"
 #include "backward/params.h"
-#include "decode/params.h"
+#include "decode/schedule_params.h"
 #include "forward/params.h"
 #include "kernel_info.h"
 #include "quantize_params.h"
@@ -176,6 +176,7 @@ StructLayout decode_params() {
                                       FIELD(tickets),
                                       FIELD(tree_mask),
                                       FIELD(tree_mask_stride),
+                                      FIELD(scheduler_metadata),
                                       FIELD(heads_q),
                                       FIELD(heads_kv),
                                       FIELD(head_dim),
@@ -186,6 +187,14 @@ StructLayout decode_params() {
                                       FIELD(heads_per_q_descale),
                                       FIELD(split_keys),
                                       FIELD(reserved)});
+}
+
+StructLayout schedule_params() {
+    using T = ScheduleParams;
+    return layout<T>(
+        "ScheduleParams",
+        {FIELD(call), FIELD(scheduler_metadata), FIELD(cu_seqlens_k_new), FIELD(seqlen_k_new), FIELD(block_m),
+         FIELD(tile_head_dim), FIELD(tile_head_dim_v), FIELD(qv), FIELD(element_bytes), FIELD(reserved)});
 }
 
 StructLayout group_ref() {
@@ -292,7 +301,7 @@ std::vector<StructLayout> struct_layouts() {
             sequence_params(), page_params(),     score_params(),  dropout_params(), scheduler_params(),
             forward_params(),  backward_params(), decode_params(), group_ref(),      quantize_params(),
             appended_rows(),   rotary_params(),   place_params(),  append_params(),  tma_box(),
-            kernel_info()};
+            kernel_info(),     schedule_params()};
 }
 
 }  // namespace flash8

@@ -38,6 +38,7 @@ constexpr Argument kTensors[] = {
     {"cache_batch_idx", offsetof(DecodeParams, sequences.kv_batch_idx)},
     {"page_table", offsetof(DecodeParams, pages.page_table)},
     {"tree_mask", offsetof(DecodeParams, tree_mask)},
+    {"scheduler_metadata", offsetof(DecodeParams, scheduler_metadata)},
     {"alibi_slopes", offsetof(DecodeParams, scores.alibi_slopes)},
     // Of a call that appends:
     {"k", Argument::kElsewhere, Argument::kAligned | Argument::kDifferentiable},

@@ -38,6 +38,7 @@ constexpr Argument kTensors[] = {
     {"page_table", offsetof(ForwardParams, pages.page_table)},
     {"alibi_slopes", offsetof(ForwardParams, scores.alibi_slopes)},
     {"dropout_seed", offsetof(ForwardParams, dropout.seed)},
+    {"scheduler_metadata", Argument::kElsewhere},  // the decode kernel's
 };
 
 static_assert(std::size(kTensors) <= CallKey::kMaxTensors);

@@ -12,6 +12,7 @@ from defaults import SHIPPED_BY_DEFAULT, by_default
 from flash8 import flash_attn_func, flash_attn_varlen_func, fp8
 from flash8.backends.hopper.append_variants import SHIPPED_APPENDS
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
+from flash8.backends.hopper.schedule_variants import SCHEDULE
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from flash8.backends.hopper.verify import trust
 from forward_cases import int32, packed
@@ -60,7 +61,9 @@ def test_a_sound_forward_passes(variant, checked):
     assert time.process_time() - start < 5.0, "several times what it takes"
 
 
-@pytest.mark.parametrize("variant", [*SHIPPED_QUANTIZERS, *SHIPPED_APPENDS], ids=lambda v: v.name)
+@pytest.mark.parametrize(
+    "variant", [*SHIPPED_QUANTIZERS, *SHIPPED_APPENDS, SCHEDULE], ids=lambda v: v.name
+)
 def test_a_sound_quantizer_passes(variant, checked):
     assert faults(variant, checked) is None
 

@@ -167,7 +167,7 @@ def decode_cubin(
 
 
 _JOBS = {"cast": 6, "amax": 7, "mean": 8, "mean_finish": 9}
-_APPEND = 10
+_APPEND, _SCHEDULE = 10, 11
 
 
 def quantize_cubin(variant: str) -> bytes:
@@ -187,12 +187,22 @@ def append_cubin() -> bytes:
     )
 
 
+def schedule_cubin() -> bytes:
+    """A kernel that makes scheduler metadata."""
+    size = LAYOUT["ScheduleParams"]["size"]
+    return fake_cubin(
+        kind=_SCHEDULE, entry="schedule", params_bytes=size, threads=512, shared_bytes=0, kBlockM=1
+    )
+
+
 def any_cubin(variant: str, kind: str = "cubin") -> bytes:
     """A kernel for the calls of any variant; a Registry asks for it so."""
     if variant.startswith("quantize_"):
         return quantize_cubin(variant)
     if variant.startswith("append_"):
         return append_cubin()
+    if variant == "decode_schedule":
+        return schedule_cubin()
     if variant.startswith("decode_"):
         return decode_cubin(variant)
     if variant.startswith("backward_"):

@@ -35,7 +35,7 @@ _DTYPES: dict[torch.dtype, Element] = {torch.float16: "fp16", torch.bfloat16: "b
 #: Rows up to which a cache that the forward kernel serves too is for this one.
 _FEW_ROWS = ROWS[-1]
 #: And any other cache, which no other kernel serves.
-_MOST_ROWS = 256
+MOST_ROWS = 256
 _MOST_PARTIALS = 1 << 31  # bytes
 _MOST_BYTES = 1 << 36  # of a cache that is gathered: 32 bits count units of 16 bytes
 
@@ -102,10 +102,10 @@ def _refused_sizes(
     for name, size in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
         if size % max(unit, 8) != 0:
             return f"{name} is {size}; the decode kernel takes multiples of {max(unit, 8)}"
-    if _rows(q, k, options) > _MOST_ROWS:
+    if _rows(q, k, options) > MOST_ROWS:
         return (
             f"there are {_rows(q, k, options)} rows of q for a KV head; the decode kernel takes up "
-            f"to {_MOST_ROWS}"
+            f"to {MOST_ROWS}"
         )
     if not all(attention_params.tma_can_read(x) for x in (q, k, v, qv) if x is not None):
         return (
@@ -129,8 +129,18 @@ def _too_long(q: Tensor, k: Tensor, options: Options) -> str | None:
 
 
 def _tile(q: Tensor, v: Tensor, qv: Tensor | None) -> tuple[int, int] | None:
-    sizes, tiles = (q.shape[-1], v.shape[-1]), TILES if qv is None else QV_TILES
-    return next((t for t in tiles if sizes[0] <= t[0] and sizes[1] <= t[1]), None)
+    return tile_of(q.shape[-1], v.shape[-1], qv is not None)
+
+
+def tile_of(head_dim: int, head_dim_v: int, has_qv: bool) -> tuple[int, int] | None:
+    """The sizes of the tile that serves these, or None."""
+    tiles = QV_TILES if has_qv else TILES
+    return next((t for t in tiles if head_dim <= t[0] and head_dim_v <= t[1]), None)
+
+
+def rows_of_tile(rows: int, supported: tuple[int, ...]) -> int:
+    """Those of the tile that serves so many rows of q for a KV head."""
+    return next((n for n in supported if rows <= n), supported[-1])
 
 
 def _max_seqlen_q(q: Tensor, options: Options) -> int:
@@ -166,12 +176,11 @@ def choose(
     """The variant that serves a call which is not refused. `out` is the caller's."""
     tile = _tile(q, v, qv)
     assert tile is not None
-    rows, supported = _rows(q, k, options), tile_rows(tile[1])
     return _variant(
         _DTYPES[output_dtype(q) if out is None else out.dtype],
         "e4m3" if k.dtype == E4M3 else "same",
         *tile,
-        next((n for n in supported if rows <= n), supported[-1]),
+        rows_of_tile(_rows(q, k, options), tile_rows(tile[1])),
         "gather" if _gathers(k, options) else "tma",
         options.softcap > 0.0 or options.alibi_slopes is not None,
         qv is not None,
@@ -225,9 +234,13 @@ def plan_and_launch(
     out: Tensor,
     lse: Tensor,
     qv: Tensor | None = None,
+    scheduler_metadata: Tensor | None = None,
 ) -> "Plan":
-    """Does it, and returns the plan by which it was done."""
+    """Does it, and returns the plan by which it was done. `scheduler_metadata` has
+    `schedule.shape` and lies without gaps."""
     planned = plan(q, k, v, s_aux, options, out, lse, qv)
+    if scheduler_metadata is not None:
+        planned.call.scheduler_metadata = scheduler_metadata.data_ptr()
     stream = streams.current_stream(q)
     captured = planned.kernel.is_captured(planned.device, stream)
     count = planned.workspace["tickets"] // 4

@@ -11,11 +11,13 @@ from flash8.backends.hopper.backward_variants import (
 )
 from flash8.backends.hopper.decode_variants import SHIPPED_DECODERS, DecodeVariant
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS, QuantizeVariant
+from flash8.backends.hopper.schedule_variants import SCHEDULE, ScheduleVariant
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from flash8.compiler import kernel_image
 
 #: What serves a call. A backward takes three kernels.
-Variant = ForwardVariant | DecodeVariant | BackwardVariant | QuantizeVariant | AppendVariant
+Attention = ForwardVariant | DecodeVariant | BackwardVariant
+Variant = Attention | QuantizeVariant | AppendVariant | ScheduleVariant
 #: What is compiled and loaded.
 KernelVariant = Variant | BackwardStep
 
@@ -29,7 +31,7 @@ def kernel(variant: KernelVariant) -> _native.Kernel:
 def shipped() -> tuple[Variant, ...]:
     """What a release compiles, and `flash8 check` checks."""
     attention: tuple[Variant, ...] = (*SHIPPED, *SHIPPED_DECODERS, *SHIPPED_BACKWARDS)
-    return (*attention, *SHIPPED_QUANTIZERS, *SHIPPED_APPENDS)
+    return (*attention, *SHIPPED_QUANTIZERS, *SHIPPED_APPENDS, SCHEDULE)
 
 
 def kernels_of(variant: Variant) -> tuple[KernelVariant, ...]:
