@@ -34,6 +34,12 @@ def descales(variant, batch, heads, heads_kv, blocks_q, blocks_k, *, packed=Fals
     }
 
 
+def cache_descales(batch, heads_kv=1):
+    """Those of an e4m3 cache under a 16-bit q."""
+    values = torch.linspace(0.5, 1.1, 2 * batch * heads_kv).view(2, batch, heads_kv) / 32
+    return dict(zip(("k_descale", "v_descale"), values, strict=True))
+
+
 def dense_call(variant, batch, seqlen_q, seqlen_k, heads, heads_kv, **given) -> Call:
     q, k, v = draw(variant, seqlen_q, seqlen_k, heads, heads_kv, batch=batch)
     blocks = (-(-seqlen_q // 128), max(1, -(-seqlen_k // 128)))

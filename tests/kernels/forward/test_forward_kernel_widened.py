@@ -5,6 +5,7 @@ descales those of a 16-bit kernel whose K and V have the same values. What no qu
 """
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -25,7 +26,7 @@ from forward_cases import (
     poisoned,
 )
 from forward_launch import Call, ForwardKernel, Schedule
-from fp8_forward_cases import changed_kernel, changed_ptx
+from fp8_forward_cases import cache_descales, changed_kernel
 from paged_cases import MOST, check_bits, dense_call, paged
 from simulated_device import missing_compiler
 
@@ -48,14 +49,8 @@ OTHERS = (
 )
 
 
-def descales(batch, heads=1):
-    """Around 1/32, different for every head."""
-    values = torch.linspace(0.5, 1.1, 2 * batch * heads).view(2, batch, heads) / 32
-    return dict(zip(("k_descale", "v_descale"), values, strict=True))
-
-
 def call_of(variant, lengths=(0, 1, 127, 128, 129, 300), **given):
-    return dense_call(variant, lengths, descales=descales(len(lengths)), **given)
+    return dense_call(variant, lengths, descales=cache_descales(len(lengths)), **given)
 
 
 def test_float64():
@@ -102,7 +97,7 @@ def test_every_code_is_exact():
 def test_an_invalid_descale_is_loud(name, value):
     """In the sequences that have it."""
     call = dense_call(CAUSAL, (40, 30), seqlen_q=20)
-    given = descales(2)
+    given = cache_descales(2)
     given[name] = given[name].clone()
     given[name][1] = value
     o, lse = launch(CAUSAL, replace(call, descales=given))
@@ -155,7 +150,12 @@ def test_packed_keys():
         "cu_seqlens_k": packed(keys),
         "seqused_k": int32([0, 137, 299, 5, 0]),
     }
-    given = {"max_seqlen_q": 150, "max_seqlen_k": 300, "descales": descales(5), **masks(CAUSAL)}
+    given = {
+        "max_seqlen_q": 150,
+        "max_seqlen_k": 300,
+        "descales": cache_descales(5),
+        **masks(CAUSAL),
+    }
     check(CAUSAL, Call(q, k, v, 128**-0.5, indices=indices, **given), seeds=(0, 1))
 
 
@@ -235,20 +235,23 @@ def check_cases(kernel: ForwardKernel, seeds=range(4)) -> None:
         compare(call, *kernel(paged(call, 5), Schedule(num_ctas=1)))
 
 
-#: Edits of the text of the kernel that is compiled already, and what the simulator says.
-PTX_EDITS = {
-    "no proxy fence": (rb"fence\.proxy\.async\.shared::cta;", "proxy-fence"),
-    "copies are not awaited": (rb"cp\.async\.wait_group \d;", ""),
+#: What orders the producer's copies and writes; without any one of them some case fails.
+PTX_PIECES = {
+    "proxy fences": rb"fence\.proxy\.async\.shared::cta;",
+    "waits for copies": rb"cp\.async\.wait_group \d;",
 }
 
 
-@pytest.mark.parametrize("name", PTX_EDITS)
-def test_the_cases_catch_what_is_missing(name):
-    pattern, words = PTX_EDITS[name]
-    mutant = ForwardKernel(device().driver, changed_ptx(CAUSAL, pattern, b""))
-    with pytest.raises((AssertionError, RuntimeError)):
-        check_cases(mutant)
-    assert words in device().last_error()
+@pytest.mark.parametrize("name", PTX_PIECES)
+def test_the_cases_catch_each_that_is_missing(name):
+    """By the text of the kernel that is compiled already."""
+    text = device().ptx(CAUSAL)
+    places = [found.span() for found in re.finditer(PTX_PIECES[name], text)]
+    assert len(places) == 4
+    for begin, end in places:
+        mutant = ForwardKernel(device().driver, text[:begin] + text[end:])
+        with pytest.raises((AssertionError, RuntimeError)):
+            check_cases(mutant)
 
 
 CONSUMER, WIDENER = "forward/consumer.cuh", "forward/widener.cuh"
