@@ -78,7 +78,8 @@ def test_the_call_is_the_variants(variant):
     q, k, v, options = sim.describe(variant, call)
     assert forward.refusal(q, k, v, None, options) is None
     chosen = forward.choose(q, k, v, options)
-    for name in ("dtype", "head_dim", "head_dim_v", "mask", "softcap", "scales", "v_colmajor"):
+    names = ("dtype", "cache", "head_dim", "head_dim_v", "mask", "softcap", "scales", "v_colmajor")
+    for name in names:
         assert getattr(chosen, name) == getattr(variant, name), name
     assert q.shape[2] == (8 if variant.pack_gqa else 2)
 

@@ -127,23 +127,24 @@ def draw(variant: _Variant, seqlen_q: int, seqlen_k: int, heads: int, seed: int)
     """Arguments of flash_attn_func that this variant serves, with values that repeat."""
     generator = torch.Generator().manual_seed(seed)
 
-    def tensor(rows: int, heads: int, head_dim: int) -> Tensor:
-        x = torch.randn(1, rows, heads, head_dim, generator=generator)
-        return x.to(_DTYPES[variant.dtype])
+    def tensor(rows: int, heads: int, head_dim: int, dtype: str = variant.dtype) -> Tensor:
+        return torch.randn(1, rows, heads, head_dim, generator=generator).to(_DTYPES[dtype])
 
     packs = isinstance(variant, ForwardVariant) and variant.pack_gqa
+    widens = isinstance(variant, ForwardVariant) and variant.cache == "e4m3"
+    cached = "e4m3" if widens else variant.dtype
     heads_q = heads * (_PACKED_RATIO if packs else 1)
     call: dict[str, Any] = {
         "q": tensor(seqlen_q, heads_q, variant.head_dim),
-        "k": tensor(seqlen_k, heads, variant.head_dim),
-        "v": tensor(seqlen_k, heads, variant.head_dim_v),
+        "k": tensor(seqlen_k, heads, variant.head_dim, cached),
+        "v": tensor(seqlen_k, heads, variant.head_dim_v, cached),
         "causal": variant.mask == "causal",
         "softcap": _SOFTCAP if variant.softcap else 0.0,
     }
     if variant.mask == "local":
         call["window_size"] = (seqlen_k // 4, 0)
-    if isinstance(variant, ForwardVariant) and variant.scales != "none":
-        for name in ("q", "k", "v"):
+    if isinstance(variant, ForwardVariant) and (widens or variant.scales != "none"):
+        for name in "kv" if widens else "qkv":
             shape = [1, heads]
             if variant.scales == "block":
                 shape.append(-(-call[name].shape[1] // BLOCK))
