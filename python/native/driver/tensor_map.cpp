@@ -127,7 +127,9 @@ TensorMap encode_tensor_map(const Driver& driver, const TiledTensor& tensor, con
                 reinterpret_cast<void*>(tensor.address), dims.data(), strides.data(), box.box,
                 kElementStrides.data(), kInterleaveNone, static_cast<int>(box.swizzle), kL2Promotion128B,
                 kFillZero);
-    return map;
+    // A copy: the driver must have written to a variable of this frame. GCC 12 gives the temporary that a
+    // result goes to an alignment of 32 bytes only.
+    return TensorMap(map);
 }
 
 }  // namespace flash8
