@@ -18,6 +18,7 @@ enum class KernelKind : std::uint32_t {
     kQuantizeMeanFinish = 9,
     kQuantizeAppend = 10,
     kDecodeSchedule = 11,
+    kGemm = 12,
     kOther = 255,
 };
 

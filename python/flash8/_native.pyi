@@ -402,6 +402,24 @@ class QuantizeParams:
     reverse: int
     def copy(self) -> QuantizeParams: ...
 
+class GemmParams:
+    a: int
+    b: int
+    out: int
+    bias: int
+    scale_a: tuple[int, int, int]
+    scale_b: tuple[int, int, int]
+    a_stride: int
+    b_stride: int
+    out_stride: int
+    m: int
+    n: int
+    k: int
+    out_type: ElementType
+    bias_type: ElementType
+    scale_a_row_shift: int
+
+def launch_gemm(kernel: Kernel, device: int, stream: int, call: GemmParams) -> None: ...
 def launch_quantize(kernel: Kernel, device: int, stream: int, call: QuantizeParams) -> None: ...
 def launch_append(kernel: Kernel, device: int, stream: int, call: AppendParams) -> None: ...
 def launch_forward(

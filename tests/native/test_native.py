@@ -22,6 +22,7 @@ HEADERS = (
     HOPPER / "kernel_info.h",
     ROOT / "cutlass_kernels" / "quantize" / "quantize_params.h",
     ROOT / "cutlass_kernels" / "quantize" / "append_params.h",
+    ROOT / "cutlass_kernels" / "gemm" / "gemm_params.h",
 )
 LAYOUT = _native.layout()
 
@@ -70,10 +71,10 @@ def test_structs_have_no_implicit_padding(name):
     assert end % LAYOUT[name]["align"] == 0
 
 
-def test_layout_of_abi_version_11():
+def test_layout_of_abi_version_12():
     """A change here means that old cubins would be misread: raise kAbiVersion with it."""
     sizes = {name: (struct["size"], struct["align"]) for name, struct in LAYOUT.items()}
-    assert _native.ABI_VERSION == 11
+    assert _native.ABI_VERSION == 12
     assert sizes == {
         "TensorMap": (128, 64),
         "TensorRef": (32, 8),
@@ -94,13 +95,15 @@ def test_layout_of_abi_version_11():
         "RotaryParams": (56, 8),
         "PlaceParams": (48, 8),
         "AppendParams": (648, 8),
+        "ScaleRef": (24, 8),
+        "GemmParams": (448, 64),
         "TmaBox": (32, 4),
         "KernelInfo": (408, 4),
         "ScheduleParams": (896, 64),
     }
 
 
-@pytest.mark.parametrize("name", ["ForwardParams", "BackwardParams", "DecodeParams"])
+@pytest.mark.parametrize("name", ["ForwardParams", "BackwardParams", "DecodeParams", "GemmParams"])
 def test_tensor_maps_are_aligned_for_tma(name):
     fields = LAYOUT[name]["fields"]
     maps = [at for field, (at, _) in fields.items() if field.startswith("tma_")]

@@ -13,6 +13,7 @@ void bind_backward(pybind11::module_& module);    // backward calls
 void bind_decode(pybind11::module_& module);      // decode calls, and their scheduler metadata
 void bind_quantize(pybind11::module_& module);    // quantizer calls
 void bind_append(pybind11::module_& module);      // appends to a cache
+void bind_gemm(pybind11::module_& module);        // matrix products
 void bind_plan_cache(pybind11::module_& module);  // the plans of attention calls
 
 }  // namespace flash8

@@ -45,6 +45,7 @@ PYBIND11_MODULE(_native, module) {
     bind_decode(module);
     bind_quantize(module);
     bind_append(module);
+    bind_gemm(module);
     bind_plan_cache(module);
 }
 

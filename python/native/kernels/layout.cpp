@@ -4,6 +4,7 @@
 #include "backward/params.h"
 #include "decode/schedule_params.h"
 #include "forward/params.h"
+#include "gemm_params.h"
 #include "kernel_info.h"
 #include "quantize_params.h"
 
@@ -261,6 +262,37 @@ StructLayout quantize_params() {
                                         FIELD(reserved)});
 }
 
+StructLayout scale_ref() {
+    using T = ScaleRef;
+    return layout<T>("ScaleRef", {FIELD(ptr), FIELD(row_stride), FIELD(block_stride)});
+}
+
+StructLayout gemm_params() {
+    using T = GemmParams;
+    return layout<T>("GemmParams", {FIELD(tma_a),
+                                    FIELD(tma_b),
+                                    FIELD(a),
+                                    FIELD(b),
+                                    FIELD(out),
+                                    FIELD(bias),
+                                    FIELD(a_stride),
+                                    FIELD(b_stride),
+                                    FIELD(out_stride),
+                                    FIELD(scale_a),
+                                    FIELD(scale_b),
+                                    FIELD(m),
+                                    FIELD(n),
+                                    FIELD(k),
+                                    FIELD(out_type),
+                                    FIELD(bias_type),
+                                    FIELD(scale_a_row_shift),
+                                    FIELD(m_blocks),
+                                    FIELD(n_blocks),
+                                    FIELD(band),
+                                    FIELD(vector_stores),
+                                    FIELD(reserved)});
+}
+
 StructLayout tma_box() {
     using T = TmaBox;
     return layout<T>("TmaBox", {FIELD(rank), FIELD(box), FIELD(element_type), FIELD(swizzle)});
@@ -300,8 +332,8 @@ std::vector<StructLayout> struct_layouts() {
     return {tensor_map(),      tensor_ref(),      descale_ref(),   row_ref(),        channel_ref(),
             sequence_params(), page_params(),     score_params(),  dropout_params(), scheduler_params(),
             forward_params(),  backward_params(), decode_params(), group_ref(),      quantize_params(),
-            appended_rows(),   rotary_params(),   place_params(),  append_params(),  tma_box(),
-            kernel_info(),     schedule_params()};
+            appended_rows(),   rotary_params(),   place_params(),  append_params(),  scale_ref(),
+            gemm_params(),     tma_box(),         kernel_info(),   schedule_params()};
 }
 
 }  // namespace flash8

@@ -167,7 +167,7 @@ def decode_cubin(
 
 
 _JOBS = {"cast": 6, "amax": 7, "mean": 8, "mean_finish": 9}
-_APPEND, _SCHEDULE = 10, 11
+_APPEND, _SCHEDULE, _GEMM = 10, 11, 12
 
 
 def quantize_cubin(variant: str) -> bytes:
@@ -195,6 +195,25 @@ def schedule_cubin() -> bytes:
     )
 
 
+def gemm_cubin(variant: str = "gemm_block_128x128", **values: int | str | tuple[int, ...]) -> bytes:
+    """A kernel for the calls of the GEMM variant of this name."""
+    block_m, block_n = (int(size) for size in variant.rpartition("_")[2].split("x"))
+    boxes = [
+        (4, (128, rows, 1, 1), _native.ElementType.UINT8, _native.Swizzle.B128)
+        for rows in (block_m, block_n)
+    ]
+    given: dict[str, int | str | tuple[int, ...]] = {
+        "kind": _GEMM,
+        "entry": "gemm",
+        "params_bytes": LAYOUT["GemmParams"]["size"],
+        "kBlockM": block_m,
+        "kBlockN": block_n,
+        "scale_block": 128 if "_block_" in variant else 0,
+        "tma": tma_boxes(*boxes),
+    }
+    return fake_cubin(**{**given, **values})
+
+
 def any_cubin(variant: str, kind: str = "cubin") -> bytes:
     """A kernel for the calls of any variant; a Registry asks for it so."""
     if variant.startswith("quantize_"):
@@ -203,6 +222,8 @@ def any_cubin(variant: str, kind: str = "cubin") -> bytes:
         return append_cubin()
     if variant == "decode_schedule":
         return schedule_cubin()
+    if variant.startswith("gemm_"):
+        return gemm_cubin(variant)
     if variant.startswith("decode_"):
         return decode_cubin(variant)
     if variant.startswith("backward_"):

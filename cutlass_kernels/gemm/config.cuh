@@ -1,0 +1,83 @@
+// Everything that a variant of the GEMM kernel fixes at compile time, in one struct. The -D options come from
+// flash8.backends.hopper.gemm_variants, with enumerators by name. The rest is derived from them here.
+
+#pragma once
+
+#include "arch/pipeline.cuh"
+#include "arch/registers.cuh"
+#include "gemm_params.h"
+#include "kernel_info.h"
+
+#include <cutlass/numeric_types.h>
+#include <cute/arch/mma_sm90.hpp>
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/tensor.hpp>
+
+namespace flash8::gemm {
+
+// What has a scale of its own: a tensor or a row of it (the epilogue applies them), or 128 of a row's k.
+enum class Scales { kOuter, kBlock };
+
+struct Config {
+    using Element = cutlass::float_e4m3_t;
+    static constexpr bool kBlockScales = Scales::FLASH8_SCALES == Scales::kBlock;
+    // Products of all of K stay in the tensor core's accumulator, which has 14 bits. Otherwise each kBlockK
+    // of them is promoted: added to a sum in fp32.
+    static constexpr bool kFastAccum = FLASH8_FAST_ACCUM;
+    static_assert(!kBlockScales || !kFastAccum, "scales of blocks are applied when a block is promoted");
+
+    static constexpr int kBlockM = FLASH8_BLOCK_M;
+    static constexpr int kBlockN = FLASH8_BLOCK_N;
+    static constexpr int kBlockK = 128;  // e4m3: a row of the 128-byte swizzle
+    static_assert(!kBlockScales || kBlockN == kScaleBlock, "a tile's columns share a scale of B");
+
+    static constexpr int kConsumerWarpgroups = 2;
+    static constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
+    static constexpr int kThreads = 128 * (1 + kConsumerWarpgroups);
+    static constexpr int kWaveRows = 64;                                        // of one wgmma
+    static constexpr int kWaves = kBlockM / (kConsumerWarpgroups * kWaveRows);  // of a warpgroup
+    static_assert(kWaves * kWaveRows * kConsumerWarpgroups == kBlockM);
+    using Registers = RegisterBudget<kConsumerWarpgroups, 40>;
+    static_assert(Registers::kThreads == kThreads);
+    static_assert(kWaves * kBlockN / 2 + (kFastAccum ? 0 : kBlockN / 2) <= 192,
+                  "sums and products do not fit the registers");
+
+    // As many stages as fit shared memory.
+    static constexpr int kBytesA = kBlockM * kBlockK;
+    static constexpr int kBytesB = kBlockN * kBlockK;
+    static constexpr int kScaleFloats = kBlockScales ? kBlockM + 1 : 0;
+    static constexpr int kStageBytes = kBytesA + kBytesB + 4 * kScaleFloats;
+    static constexpr int kStages = (227 * 1024 - 1024) / kStageBytes;
+
+    using Mma = decltype(cute::make_tiled_mma(
+        cute::GMMA::ss_op_selector<Element, Element, float,
+                                   cute::Shape<cute::_64, cute::Int<kBlockN>, cute::Int<kBlockK>>>()));
+    // A thread's part of 64 x kBlockN accumulators: ((2 columns, 2 rows, kBlockN / 8), 1, 1).
+    using Accumulator =
+        decltype(cute::partition_fragment_C(Mma{}, cute::Shape<cute::_64, cute::Int<kBlockN>>{}));
+};
+
+// Scales of a stage: of kBlockM rows of A, and of the tile's columns of B.
+struct BlockScales {
+    float a[Config::kBlockM];
+    float b;
+};
+
+struct SharedStorage {
+    alignas(1024) Config::Element a[Config::kStages][Config::kBytesA];  // (row, k), swizzled
+    alignas(1024) Config::Element b[Config::kStages][Config::kBytesB];
+    BlockScales scales[Config::kBlockScales ? Config::kStages : 1];
+    Pipeline<Config::kStages> pipeline;
+
+    // A stage is full when the TMA of one thread has landed and, with blocks, the scales that the 32 lanes of
+    // a warp copy. It is empty when all consumer warps have released it.
+    __device__ void init_pipeline() {
+        constexpr int kScaleLanes = Config::kBlockScales ? 32 : 0;
+        pipeline.init(Config::kConsumerWarps, 1 + kScaleLanes);
+    }
+};
+
+constexpr int kSharedBytes = sizeof(SharedStorage);
+static_assert(kSharedBytes <= 227 * 1024, "the stages do not fit shared memory");
+
+}  // namespace flash8::gemm

@@ -1,0 +1,144 @@
+// From sums to out in global memory, without shared memory.
+//
+// A quad holds a row: lane q has columns 8 i + 2 q and 8 i + 2 q + 1 of its column groups i. Four
+// neighbouring groups, 32 columns, are finished at a time, so that few scales and biases are in registers. Of
+// 16 bits: they are transposed within the quad, so that lane q stores all eight columns of group q, 16 bytes.
+// Of fp32: a quad stores eight columns at a time, 32 bytes.
+
+#pragma once
+
+#include "arch/convert.cuh"
+#include "arch/quad.cuh"
+#include "arch/wgmma.cuh"
+#include "config.cuh"
+
+namespace flash8::gemm {
+
+class Epilogue {
+    static constexpr int kRows = 2;     // of a thread, 8 apart
+    static constexpr int kGroups = 4;   // finished at a time
+    static constexpr int kColumns = 8;  // of a thread in these groups
+    static_assert(Config::kBlockN % (8 * kGroups) == 0);
+
+  public:
+    // 64 rows of the tile that begins at column n0; first_row is this thread's first row of out.
+    __device__ static void store(GemmParams const& params, int first_row, int n0, Config::Accumulator& sum) {
+        auto const sums = rows_of(sum);
+        Row rows[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            rows[r] = row_of(params, first_row + 8 * r, n0);
+        }
+#pragma unroll
+        for (int first = 0; first < Config::kBlockN; first += 8 * kGroups) {
+            float values[kRows][kColumns];
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+                int const column = min(n0 + first + column_of(i), params.n - 1);
+                float const scale = Config::kBlockScales ? 1.0f : scale_of(params.scale_b, column);
+                float const bias = params.bias != nullptr ? bias_of(params, column) : 0.0f;
+#pragma unroll
+                for (int r = 0; r < kRows; ++r) {
+                    // Three roundings, as the portable code has them.
+                    float const x = sums(r, first / 4 + i);
+                    float const scaled =
+                        Config::kBlockScales ? x : __fmul_rn(x, __fmul_rn(rows[r].scale, scale));
+                    values[r][i] = params.bias != nullptr ? __fadd_rn(scaled, bias) : scaled;
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                if (params.out_type == ElementType::kFloat32) {
+                    write(params, static_cast<float*>(params.out), rows[r], first, values[r]);
+                } else {
+                    write(params, static_cast<uint16_t*>(params.out), rows[r], first, values[r]);
+                }
+            }
+        }
+    }
+
+  private:
+    struct Row {
+        int64_t offset;  // of the tile's first column in out
+        int columns;     // that there are from there on; none of rows beyond out
+        float scale;
+    };
+
+    __device__ __forceinline__ static Row row_of(GemmParams const& params, int row, int n0) {
+        float const scale = Config::kBlockScales ? 1.0f : scale_of(params.scale_a, min(row, params.m - 1));
+        return {row * params.out_stride + n0, row < params.m ? params.n - n0 : 0, scale};
+    }
+
+    __device__ __forceinline__ static float scale_of(ScaleRef const& scale, int row) {
+        return scale.ptr[row * scale.row_stride];
+    }
+
+    // Where value i of this thread lies in its groups.
+    __device__ __forceinline__ static int column_of(int i) {
+        return 8 * (i / 2) + 2 * static_cast<int>(threadIdx.x % 4) + i % 2;
+    }
+
+    // Without branches: a tile has many.
+    __device__ __forceinline__ static float bias_of(GemmParams const& params, int column) {
+        bool const wide = params.bias_type == ElementType::kFloat32;
+        char const* const at = static_cast<char const*>(params.bias) + int64_t{column} * (wide ? 4 : 2);
+        uint32_t const word =
+            wide ? *reinterpret_cast<uint32_t const*>(at) : *reinterpret_cast<uint16_t const*>(at);
+        cutlass::half_t const half = cutlass::half_t::bitcast(static_cast<uint16_t>(word));
+        float const as_half = static_cast<float>(half);
+        float const as_other = __uint_as_float(wide ? word : word << 16);
+        return params.bias_type == ElementType::kFloat16 ? as_half : as_other;
+    }
+
+    // The groups that begin `first` columns into the tile.
+    __device__ __forceinline__ static void write(GemmParams const& params, uint16_t* out, Row const& row,
+                                                 int first, float const (&values)[kColumns]) {
+        bool const half = params.out_type == ElementType::kFloat16;
+        uint32_t words[kGroups];
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+            float const low = values[2 * i], high = values[2 * i + 1];
+            words[i] = half ? pack<cutlass::half_t>(low, high) : pack<cutlass::bfloat16_t>(low, high);
+        }
+        if (params.vector_stores) {
+            int const lane = threadIdx.x % 4;
+            transpose_quad(words, lane);
+            int const column = first + 8 * lane;
+            if (column < row.columns) {
+                *reinterpret_cast<uint4*>(out + row.offset + column) =
+                    make_uint4(words[0], words[1], words[2], words[3]);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+                int const column = first + column_of(i);
+                if (column < row.columns) {
+                    out[row.offset + column] = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ static void write(GemmParams const& params, float* out, Row const& row,
+                                                 int first, float const (&values)[kColumns]) {
+#pragma unroll
+        for (int i = 0; i < kColumns; i += 2) {
+            int const column = first + column_of(i);
+            float* const at = out + row.offset + column;
+            if (params.vector_stores) {
+                if (column < row.columns) {
+                    *reinterpret_cast<float2*>(at) = make_float2(values[i], values[i + 1]);
+                }
+            } else {
+                if (column < row.columns) {
+                    at[0] = values[i];
+                }
+                if (column + 1 < row.columns) {
+                    at[1] = values[i + 1];
+                }
+            }
+        }
+    }
+};
+
+}  // namespace flash8::gemm

@@ -1,0 +1,53 @@
+// The one parameter of the GEMM kernel, shared by host and device by the rules of hopper/params.h.
+//
+//     out = round(scale_a * scale_b * (A B^T) + bias)
+//
+// A (m, k) and B (n, k) are e4m3, both contiguous along k. B is the transpose of what users call mat2.
+
+#pragma once
+
+#include "params.h"
+
+namespace flash8 {
+
+// fp32 scales of the rows of an operand. A row stride of zero is one scale for the tensor.
+struct ScaleRef {
+    const float* ptr;
+    std::int64_t row_stride;    // between rows, or between blocks of rows
+    std::int64_t block_stride;  // between blocks of 128 of k; unused without blocks
+};
+
+struct GemmParams {
+    TensorMap tma_a;
+    TensorMap tma_b;
+
+    const void* a;     // (m, k)
+    const void* b;     // (n, k)
+    void* out;         // (m, n), contiguous along n
+    const void* bias;  // (n), contiguous; null: none
+    std::int64_t a_stride;
+    std::int64_t b_stride;
+    std::int64_t out_stride;
+    ScaleRef scale_a;
+    ScaleRef scale_b;  // of blocks: 128 rows of B share one
+
+    std::int32_t m;
+    std::int32_t n;
+    std::int32_t k;
+    ElementType out_type;   // kBfloat16, kFloat16, kFloat32
+    ElementType bias_type;  // likewise
+    // With blocks: 0, every row of A has its scales; 7, 128 rows share them.
+    std::int32_t scale_a_row_shift;
+    // Blocks of kBlockM rows and of kBlockN columns of out. The persistent CTAs walk bands of `band` blocks
+    // of rows, each column by column, so that A and B are read while they are in L2.
+    std::int32_t m_blocks;
+    std::int32_t n_blocks;
+    std::int32_t band;
+    std::int32_t vector_stores;  // 1: rows of out are written by 16 bytes
+    std::int32_t reserved[12];   // zero
+};
+
+static_assert(kIsPlain<GemmParams> && alignof(GemmParams) == 64);
+static_assert(sizeof(GemmParams) <= 4096);
+
+}  // namespace flash8

@@ -1,0 +1,131 @@
+#include "kernels/launch_gemm.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "driver/launch.h"
+#include "driver/require.h"
+#include "driver/tensor_map.h"
+
+namespace flash8 {
+
+namespace {
+
+// Rows and columns are counted in 32 bits up to the end of the last tile, and tiles past the last one by as
+// many as there are CTAs.
+constexpr std::int64_t kMostRows = (std::int64_t{1} << 31) - (1 << 20);
+constexpr std::int64_t kUnitK = 16;  // TMA reads 16 bytes
+constexpr std::int64_t kAccessBytes = 16;
+constexpr std::int32_t kBlockShift = 7;  // kScaleBlock rows
+static_assert(1 << kBlockShift == kScaleBlock);
+
+void check_kernel(const Kernel& kernel) {
+    require(kernel.info().has_value(), "gemm: ", kernel.name(), " exports no kernel_info");
+    require(kernel.info()->kind == KernelKind::kGemm, "gemm: ", kernel.name(), " is not a GEMM kernel");
+}
+
+void check_sizes(const GemmParams& call) {
+    const auto check = [](const char* name, std::int64_t value) {
+        require(value >= 0 && value <= kMostRows, "gemm: ", name, " is ", value,
+                "; supported are 0 to 2^31 - 2^20");
+    };
+    check("m", call.m);
+    check("n", call.n);
+    check("k", call.k);
+    require(call.k >= kUnitK && call.k % kUnitK == 0, "gemm: k is ", call.k,
+            "; it must be a positive multiple of ", kUnitK);
+}
+
+void check_type(const char* name, ElementType type) {
+    require(type == ElementType::kFloat16 || type == ElementType::kBfloat16 || type == ElementType::kFloat32,
+            "gemm: ", name, " is ", static_cast<std::uint32_t>(type),
+            "; supported are FLOAT16, BFLOAT16 and FLOAT32");
+}
+
+void check_aligned(const char* name, const void* pointer, std::int64_t unit) {
+    const auto address = reinterpret_cast<std::uintptr_t>(pointer);
+    require(address != 0 && address % static_cast<std::uintptr_t>(unit) == 0, "gemm: ", name,
+            " is at address ", address, "; it must be a multiple of ", unit, " and not null");
+}
+
+void check_out(const GemmParams& call) {
+    check_type("out_type", call.out_type);
+    check_aligned("out", call.out, element_bytes(call.out_type));
+    require(call.m <= 1 || call.out_stride >= call.n, "gemm: out_stride is ", call.out_stride,
+            " elements, less than a row of ", call.n);
+    if (call.bias != nullptr) {
+        check_type("bias_type", call.bias_type);
+        check_aligned("bias", call.bias, element_bytes(call.bias_type));
+    }
+}
+
+void check_scales(const GemmParams& call, const KernelInfo& info) {
+    const auto check = [](const char* name, const ScaleRef& scale) {
+        check_aligned(name, scale.ptr, sizeof(float));
+        require(scale.row_stride >= 0 && scale.block_stride >= 0, "gemm: the strides of ", name, " are ",
+                scale.row_stride, " and ", scale.block_stride, "; they must not be negative");
+    };
+    check("scale_a", call.scale_a);
+    check("scale_b", call.scale_b);
+    const std::int32_t shift = call.scale_a_row_shift;
+    require(shift == 0 || (shift == kBlockShift && info.scale_block > 0), "gemm: scale_a_row_shift is ",
+            shift, info.scale_block > 0 ? "; it must be 0 or 7" : "; this kernel has a scale per row");
+}
+
+// (rows, k), contiguous along k.
+TensorMap encode(const Driver& driver, const void* matrix, std::int64_t rows, std::int64_t k,
+                 std::int64_t stride, const TmaBox& box) {
+    const std::int64_t row = rows == 1 ? 0 : stride_in_bytes(stride, box.element_type);
+    TiledTensor tensor{
+        box.element_type, reinterpret_cast<std::uintptr_t>(matrix), {k, rows, 1, 1}, {row, row, row}};
+    settle_strides(tensor);
+    return encode_tensor_map(driver, tensor, box);
+}
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+    return (a + b - 1) / b;
+}
+
+// The rows of a band: the tiles that run at a time are then about a square of out, whose operands are the
+// least for its area.
+std::int32_t band_of(const KernelInfo& info, std::int64_t ctas) {
+    const double rows = std::sqrt(static_cast<double>(ctas * info.kBlockN) / info.kBlockM);
+    return static_cast<std::int32_t>(std::max(1.0, std::round(rows)));
+}
+
+bool has_vector_stores(const GemmParams& call) {
+    const std::int64_t bytes = element_bytes(call.out_type);
+    return reinterpret_cast<std::uintptr_t>(call.out) % kAccessBytes == 0 &&
+           call.n * bytes % kAccessBytes == 0 &&
+           (call.m == 1 || call.out_stride % (kAccessBytes / bytes) == 0);
+}
+
+}  // namespace
+
+void launch_gemm(Kernel& kernel, int device, std::uint64_t stream, const GemmParams& call) {
+    check_kernel(kernel);
+    const KernelInfo& info = *kernel.info();
+    check_sizes(call);
+    if (call.m == 0 || call.n == 0) {
+        return;
+    }
+    check_out(call);
+    check_scales(call, info);
+    const std::int64_t m_blocks = ceil_div(call.m, info.kBlockM);
+    const std::int64_t n_blocks = ceil_div(call.n, info.kBlockN);
+    require(m_blocks <= kMostRows / n_blocks, "gemm: out has ", m_blocks, " by ", n_blocks,
+            " tiles; supported are less than 2^31 - 2^20");
+
+    GemmParams params = call;
+    params.tma_a = encode(kernel.driver(), call.a, call.m, call.k, call.a_stride, info.tma[0]);
+    params.tma_b = encode(kernel.driver(), call.b, call.n, call.k, call.b_stride, info.tma[1]);
+    const std::int64_t ctas =
+        std::min<std::int64_t>(m_blocks * n_blocks, kernel.driver().primary(device).multiprocessors);
+    params.m_blocks = static_cast<std::int32_t>(m_blocks);
+    params.n_blocks = static_cast<std::int32_t>(n_blocks);
+    params.band = static_cast<std::int32_t>(std::min<std::int64_t>(band_of(info, ctas), m_blocks));
+    params.vector_stores = has_vector_stores(call) ? 1 : 0;
+    launch(kernel, device, stream, shape_of(info, {ctas, 1, 1}), {{&params, sizeof(params)}});
+}
+
+}  // namespace flash8

@@ -1,0 +1,19 @@
+// One matrix product, from matrices described by pointers and strides to a launch.
+
+#pragma once
+
+#include <cstdint>
+
+#include "driver/library.h"
+#include "gemm_params.h"
+
+namespace flash8 {
+
+// Enqueues a kernel of cutlass_kernels/gemm. The caller fills in the matrices, scales, bias and sizes of
+// `call`; tensor maps, the blocks of out and how they are walked and stored follow from these and from the
+// kernel. Nothing is enqueued when out has no element.
+//
+// Throws std::invalid_argument for sizes, strides or addresses that the kernel cannot take.
+void launch_gemm(Kernel& kernel, int device, std::uint64_t stream, const GemmParams& call);
+
+}  // namespace flash8
