@@ -23,6 +23,7 @@ from flash8 import backends, fp8
 from flash8.backends.hopper.append_variants import AppendVariant
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.decode_variants import DecodeVariant
+from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.backends.hopper.verify import trust
@@ -123,6 +124,20 @@ def quantized(granularity: str, of_v: str | None = None, **steps: Any) -> Call:
         colmajor = steps.get("v_colmajor", False)
         v8 = fp8.quantize(v, of_v or granularity, smooth_v=smooth, v_colmajor=colmajor)
         return flash8.flash_attn_func(q8, k8, v8)
+
+    return call
+
+
+def multiplied(
+    shape_a: tuple[int, ...], shape_b: tuple[int, ...], bias: bool = False, **options: Any
+) -> Call:
+    """A product of 32 by 48 elements with scales of these shapes."""
+
+    def call() -> Any:
+        a, b = (torch.ones(n, 144).to(E4M3) for n in (32, 48))
+        scales = (torch.ones(shape) for shape in (shape_a, shape_b))
+        given = torch.ones(48) if bias else None
+        return flash8.gemm.scaled_mm(a, b.t(), *scales, bias=given, **options)
 
     return call
 
@@ -329,6 +344,15 @@ ROWS = (
             *(appended(E4M3, **per_head()), appended(E4M3, **per_head(), **rotary())),
             appended(E4M3, **per_head(), page_table=ints([[0]]), k_mean=torch.zeros(2, 64)),
             appended(E4M3, **per_head(), **norms()),
+        ],
+    ),
+    Row(
+        "`gemm.scaled_mm`: scales by tensor, row, 1x128 and 128x128 by 128x128; bias",
+        GemmVariant,
+        [
+            *(multiplied((1, 1), (1, 1)), multiplied((32, 1), (1, 48), bias=True)),
+            *(multiplied((32, 2), (2, 1)), multiplied((1, 2), (2, 1), out_dtype=FP32)),
+            multiplied((1, 1), (1, 1), use_fast_accum=True),
         ],
     ),
 )

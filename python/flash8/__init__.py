@@ -16,7 +16,7 @@ from flash8.packed import (
 from flash8.scheduler import get_scheduler_metadata
 
 if TYPE_CHECKING:
-    from flash8 import backends, distributed, fp8, nn, varlen
+    from flash8 import backends, distributed, fp8, gemm, nn, varlen
     from flash8.fp8 import fp8_attention
 
 __all__ = [
@@ -34,12 +34,13 @@ __all__ = [
     "flash_attn_with_kvcache",
     "fp8",
     "fp8_attention",
+    "gemm",
     "get_scheduler_metadata",
     "nn",
     "varlen",
 ]
 
-_LAZY_SUBMODULES = frozenset({"backends", "distributed", "fp8", "nn", "varlen"})
+_LAZY_SUBMODULES = frozenset({"backends", "distributed", "fp8", "gemm", "nn", "varlen"})
 
 
 def __getattr__(name: str) -> Any:

@@ -9,8 +9,9 @@ import torch
 from flash8 import backends
 from flash8.backends import cpu, protocol
 from flash8.backends.cpu import append as cpu_append
+from flash8.backends.cpu import gemm as cpu_gemm
 from flash8.backends.cpu import quantize as cpu_quantize
-from flash8.backends.hopper import append, backward, decode, forward, quantize
+from flash8.backends.hopper import append, backward, decode, forward, gemm, quantize
 
 IMPLEMENTATIONS = (
     (protocol.Forward, cpu),
@@ -28,6 +29,9 @@ IMPLEMENTATIONS = (
     (protocol.KernelQuantizer, quantize),
     (protocol.Append, append),
     (protocol.KernelAppend, append),
+    (protocol.Gemm, cpu_gemm),
+    (protocol.Gemm, gemm),
+    (protocol.KernelGemm, gemm),
 )
 
 

@@ -11,7 +11,7 @@ import pytest
 from flash8.compiler import cutlass_root, kernel_root
 from repository import TESTS
 
-ROOTS = (kernel_root(), cutlass_root() / "quantize")
+ROOTS = (kernel_root(), cutlass_root() / "quantize", cutlass_root() / "gemm")
 DEVICE = (".cu", ".cuh", ".h")
 
 

@@ -12,6 +12,7 @@ from flash8.backends.hopper import append as appender
 from flash8.backends.hopper import backward as hopper_backward
 from flash8.backends.hopper import decode as hopper_decode
 from flash8.backends.hopper import forward as hopper
+from flash8.backends.hopper import gemm as hopper_gemm
 from flash8.backends.hopper import quantize as quantizer
 from flash8.call.request import Appended, Queries, Request
 
@@ -129,6 +130,8 @@ def _guard_calls(patch: Any, device: Any, guards: Guards) -> None:
     patch.setattr(hopper, "plan_and_launch", launch)
     decode = functools.partial(_decode, hopper_decode.forward, device)
     patch.setattr(hopper_decode, "forward", decode)
+    multiply = functools.partial(_multiply, hopper_gemm.launch, device)
+    patch.setattr(hopper_gemm, "launch", multiply)
     backward = functools.partial(_backward, hopper_backward.backward, patch, device)
     patch.setattr(hopper_backward, "backward", backward)
 
@@ -213,6 +216,16 @@ def _backward(backward: Callable[..., None], patch: Any, device: Any, *given: An
         guards.check()
         for x, values in zip(outputs, (dq, dk, dv, ds_aux), strict=True):
             _assign(x, values)
+
+
+def _multiply(
+    launch: Callable[..., None], device: Any, variant: Any, product: Any, out: Tensor
+) -> None:
+    with Guards(device) as guards:
+        guarded = guards.add(Guarded.like(out))
+        launch(variant, product, guarded)
+        guards.check()
+    _assign(out, guarded)
 
 
 def _is_sparse(x: Tensor) -> bool:

@@ -17,14 +17,17 @@ from torch import Tensor
 
 import backward_cases
 import flash8
+import gemm_cases
 from backward_launch import BackwardKernels, Gradients
 from cases import int32
 from flash8 import _native, fp8
 from flash8.backends.hopper.append_variants import AppendVariant
 from flash8.backends.hopper.backward_variants import BackwardVariant
+from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.kernels import variant_of
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
+from flash8.call.scaled_mm import Product
 from flash8_sim.mutate import InvalidMutantError
 from forward_cases import compare, device, draw, masks, packed, poisoned
 from forward_launch import Call, ForwardKernel, Schedule
@@ -350,7 +353,56 @@ class Quantizer:
         return _native.Registry(quantizer_device().driver, image)
 
 
-FAMILIES: tuple[Forward | Backward | Quantizer, ...] = (
+# --------------------------------------------------------------------------------- products
+
+
+@functools.cache
+def products() -> tuple[Product, ...]:
+    """Ends of tiles, and tiles in turn; more blocks of K than a few rounds of the stages; scales
+    that rows share."""
+    return (
+        gemm_cases.make(20, 30, 16),
+        gemm_cases.make(140, 270, 272, bias=torch.bfloat16),
+        gemm_cases.make(40, 50, 3088, "128x128", out_dtype=torch.bfloat16),
+    )
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A variant of the GEMM kernel with scales of blocks."""
+
+    name: str
+    variant: GemmVariant
+
+    def ptx(self) -> str:
+        return text_of(gemm_cases.device().ptx(self.variant))
+
+    def cases(self) -> Run:
+        wanted = [self._multiply(product, 0) for product in products()]
+        for product, (out, _) in zip(products(), wanted, strict=True):
+            gemm_cases.assert_same(out, gemm_cases.emulated(product))
+
+        def run(ptx: str) -> None:
+            registry = _native.Registry(
+                gemm_cases.device().driver, lambda key, kind: ptx.encode() + b"\0"
+            )
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(gemm_cases.device(), "_registry", registry)
+                for seed in range(6):
+                    for product, (want, bytes_) in zip(products(), wanted, strict=True):
+                        found, loaded = self._multiply(product, seed)
+                        gemm_cases.assert_same(found, want)
+                        assert loaded == bytes_, f"seed {seed}: {loaded} bytes loaded"
+
+        return run
+
+    def _multiply(self, product: Product, seed: int) -> tuple[Tensor, int]:
+        with pytest.MonkeyPatch.context() as patch:
+            out = gemm_cases.on_kernel(patch, product, self.variant, seed=seed)
+        return out, gemm_cases.device().report()["statistics"]["bytes"]["tensor load"]
+
+
+FAMILIES: tuple[Forward | Backward | Quantizer | Gemm, ...] = (
     Forward("forward_16bit", ForwardVariant("bf16", 64, 64, mask="causal")),
     Forward("forward_fp8", ForwardVariant("e4m3", 64, 64, mask="causal", scales="head")),
     Forward(
@@ -367,4 +419,5 @@ FAMILIES: tuple[Forward | Backward | Quantizer, ...] = (
     Quantizer("quantize_mean_finish", QuantizeVariant("mean_finish", "fp32", 64)),
     Quantizer("append", AppendVariant("bf16")),
     Quantizer("append_to_e4m3", AppendVariant("bf16", "e4m3")),
+    Gemm("gemm_block", GemmVariant("block", 128, 128)),
 )

@@ -13,19 +13,23 @@ from torch import Tensor
 if TYPE_CHECKING:
     from flash8.backends import cpu as _cpu
     from flash8.backends.cpu import append as _cpu_append
+    from flash8.backends.cpu import gemm as _cpu_gemm
     from flash8.backends.cpu import quantize as _cpu_quantize
     from flash8.backends.hopper import append as _hopper_append
     from flash8.backends.hopper import backward as _hopper_backward
     from flash8.backends.hopper import decode as _hopper_decode
     from flash8.backends.hopper import forward as _hopper_forward
+    from flash8.backends.hopper import gemm as _hopper_gemm
     from flash8.backends.hopper import quantize as _hopper_quantize
     from flash8.backends.hopper.append_variants import AppendVariant
     from flash8.backends.hopper.backward_variants import BackwardVariant
     from flash8.backends.hopper.decode_variants import DecodeVariant
+    from flash8.backends.hopper.gemm_variants import GemmVariant
     from flash8.backends.hopper.quantize_variants import QuantizeVariant
     from flash8.backends.hopper.variants import ForwardVariant
     from flash8.call.options import Options
     from flash8.call.request import Appended, Queries, Request
+    from flash8.call.scaled_mm import Product
 
 
 class Forward(Protocol):
@@ -238,6 +242,23 @@ class KernelAppend(Append, Protocol):
         """The kernels of rows which are not refused, in the order of their launches."""
 
 
+class Gemm(Protocol):
+    """Serves `gemm.scaled_mm`."""
+
+    def scaled_mm(self, product: "Product", out: Tensor) -> None:
+        """Writes out (M, N), of product.out_dtype."""
+
+
+class KernelGemm(Gemm, Protocol):
+    """The same on a compiled kernel."""
+
+    def refusal(self, product: "Product") -> str | None:
+        """Why no kernel serves the product, or None."""
+
+    def choose(self, product: "Product") -> "GemmVariant":
+        """The kernel of a product that is not refused."""
+
+
 # mypy's cache does not notice when an implementation changes; a run with a fresh cache does.
 if TYPE_CHECKING:
     _backends: tuple[Backend, ...] = (_cpu,)
@@ -247,3 +268,5 @@ if TYPE_CHECKING:
     _kernel_quantizers: tuple[KernelQuantizer, ...] = (_hopper_quantize,)
     _appends: tuple[Append, ...] = (_cpu_append,)
     _kernel_appends: tuple[KernelAppend, ...] = (_hopper_append,)
+    _gemms: tuple[Gemm, ...] = (_cpu_gemm,)
+    _kernel_gemms: tuple[KernelGemm, ...] = (_hopper_gemm,)

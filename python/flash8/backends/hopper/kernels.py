@@ -10,6 +10,7 @@ from flash8.backends.hopper.backward_variants import (
     BackwardVariant,
 )
 from flash8.backends.hopper.decode_variants import SHIPPED_DECODERS, DecodeVariant
+from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS, GemmVariant
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS, QuantizeVariant
 from flash8.backends.hopper.schedule_variants import SCHEDULE, ScheduleVariant
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
@@ -17,7 +18,7 @@ from flash8.compiler import kernel_image
 
 #: What serves a call. A backward takes three kernels.
 Attention = ForwardVariant | DecodeVariant | BackwardVariant
-Variant = Attention | QuantizeVariant | AppendVariant | ScheduleVariant
+Variant = Attention | QuantizeVariant | AppendVariant | ScheduleVariant | GemmVariant
 #: What is compiled and loaded.
 KernelVariant = Variant | BackwardStep
 
@@ -31,7 +32,8 @@ def kernel(variant: KernelVariant) -> _native.Kernel:
 def shipped() -> tuple[Variant, ...]:
     """What a release compiles, and `flash8 check` checks."""
     attention: tuple[Variant, ...] = (*SHIPPED, *SHIPPED_DECODERS, *SHIPPED_BACKWARDS)
-    return (*attention, *SHIPPED_QUANTIZERS, *SHIPPED_APPENDS, SCHEDULE)
+    others: tuple[Variant, ...] = (*SHIPPED_QUANTIZERS, *SHIPPED_APPENDS, SCHEDULE)
+    return (*attention, *others, *SHIPPED_GEMMS)
 
 
 def kernels_of(variant: Variant) -> tuple[KernelVariant, ...]:

@@ -2,7 +2,7 @@
 
 A kernel is checked once per process and device, when a call first wants it: small problems are run
 by it and by the portable code, and the results compared (`forward`, `decode`, `backward`,
-`quantize`, `append`, `schedule`).
+`quantize`, `append`, `schedule`, `gemm`).
 A kernel that fails, or that no compiler makes, is left alone from then on, and a warning says why.
 What may pass (no memory, no room for the cache, a compiler that took too long) says nothing of the
 kernel: the portable code serves for a while, and then the check is tried again. With
@@ -26,6 +26,7 @@ from flash8.backends.hopper import mode
 from flash8.backends.hopper.append_variants import AppendVariant
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.decode_variants import DecodeVariant
+from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.kernels import Variant
 from flash8.backends.hopper.schedule_variants import ScheduleVariant
 from flash8.backends.hopper.variants import ForwardVariant
@@ -105,6 +106,7 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
     from flash8.backends.hopper.verify import backward as check_backward
     from flash8.backends.hopper.verify import decode as check_decode
     from flash8.backends.hopper.verify import forward as check_forward
+    from flash8.backends.hopper.verify import gemm as check_gemm
     from flash8.backends.hopper.verify import quantize as check_quantizer
     from flash8.backends.hopper.verify import schedule as check_schedule
 
@@ -120,6 +122,8 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
                 return check_append.find_fault(variant, device)
             if isinstance(variant, ScheduleVariant):
                 return check_schedule.find_fault(variant, device)
+            if isinstance(variant, GemmVariant):
+                return check_gemm.find_fault(variant, device)
             return check_quantizer.find_fault(variant, device)
         except Exception as error:
             if not _lasts(error):

@@ -1,0 +1,91 @@
+"""The scaled product of e4m3 matrices on a compiled kernel."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from flash8 import _native
+from flash8.backends.hopper import kernels, streams
+from flash8.backends.hopper.gemm_variants import GemmVariant, choose_variant
+from flash8.call.scaled_mm import BLOCK, Product
+
+_TYPES = {
+    torch.bfloat16: _native.ElementType.BFLOAT16,
+    torch.float16: _native.ElementType.FLOAT16,
+    torch.float32: _native.ElementType.FLOAT32,
+}
+_UNIT = 16  # bytes, of what TMA reads
+_SHIFT = BLOCK.bit_length() - 1
+_MULTIPROCESSORS = 132  # of an H200
+
+
+def refusal(product: Product) -> str | None:
+    """Why no kernel serves the product, or None."""
+    m, n, k = product.sizes
+    if 0 in (m, n, k):
+        return f"the product has no element or no sum: M, N and K are {m}, {n} and {k}"
+    return None
+
+
+def choose(product: Product) -> GemmVariant:
+    """The kernel of a product that is not refused."""
+    m, n, _ = product.sizes
+    scales = "block" if product.has_blocks else "outer"
+    return choose_variant(scales, product.fast_accum, m, n, _multiprocessors(product.a.device))
+
+
+def scaled_mm(product: Product, out: Tensor) -> None:
+    """Enqueues the kernel that writes out (M, N). What TMA cannot read is copied before."""
+    launch(choose(product), product, out)
+
+
+def launch(variant: GemmVariant, product: Product, out: Tensor) -> None:
+    """The same, on this kernel."""
+    m, n, k = product.sizes
+    a, b = _readable(product.a), _readable(product.b.t())
+    call = _native.GemmParams()
+    call.m, call.n, call.k = m, n, k
+    call.a, call.a_stride = a.data_ptr(), a.stride(0)
+    call.b, call.b_stride = b.data_ptr(), b.stride(0)
+    call.out, call.out_stride = out.data_ptr(), out.stride(0)
+    call.out_type = call.bias_type = _TYPES[out.dtype]
+    bias = product.bias
+    if bias is not None:
+        bias = bias.contiguous()
+        call.bias, call.bias_type = bias.data_ptr(), _TYPES[bias.dtype]
+    if product.has_blocks:
+        by_row, by_block_a = product.scale_a.stride()
+        call.scale_a = (product.scale_a.data_ptr(), by_row, by_block_a)
+        by_block, by_column = product.scale_b.stride()
+        call.scale_b = (product.scale_b.data_ptr(), by_column, by_block)
+        call.scale_a_row_shift = _SHIFT if product.rows_per_scale == BLOCK else 0
+    else:
+        call.scale_a = (product.scale_a.data_ptr(), _stride(product.scale_a, 0), 0)
+        call.scale_b = (product.scale_b.data_ptr(), _stride(product.scale_b, 1), 0)
+    kernel = kernels.kernel(variant)
+    device = product.a.device.index or 0
+    _native.launch_gemm(kernel, device, streams.current_stream(product.a), call)
+
+
+def _stride(scale: Tensor, dim: int) -> int:
+    """Between the scales of rows, or columns; 0 where there is one for all."""
+    return 0 if scale.numel() == 1 else scale.stride(dim)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """(rows, K), contiguous along K: as it lies, or a copy."""
+    if x.data_ptr() % _UNIT == 0 and (x.shape[0] == 1 or _has_rows_for_tma(x)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _has_rows_for_tma(x: Tensor) -> bool:
+    return x.stride(0) % _UNIT == 0 and x.stride(0) >= x.shape[1]
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,110 @@
+"""A GEMM kernel against the product in fp64: ragged sizes, strided scales, every output type."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flash8.backends.hopper import gemm as hopper
+from flash8.backends.hopper.gemm_variants import GemmVariant
+from flash8.backends.hopper.verify.watchdog import Watchdog
+from flash8.call.scaled_mm import BLOCK, Product, blocks_of
+from flash8.tensors.float8 import saturating_cast
+
+#: Of an element, relative to the sum of the magnitudes of its products: what the tensor core's 14
+#: bits lose of it, promoted or not. A product too many or too few, or another scale, is far more.
+_TOLERANCE = 2.0**-11
+#: And of its type.
+_ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-22}
+
+
+def find_fault(variant: GemmVariant, device: torch.device) -> str | None:
+    """What is wrong with the kernel, or None. Raises what loading and launching it raise."""
+    for product in _Draw(variant, device).products():
+        fault = _fault(variant, product)
+        if fault is not None:
+            return fault
+    return None
+
+
+def _fault(variant: GemmVariant, product: Product) -> str | None:
+    m, n, _ = product.sizes
+    out = torch.full((m, n), torch.nan, dtype=product.out_dtype, device=product.a.device)
+    watchdog = Watchdog(out.device)
+    hopper.launch(variant, product, out)
+    watchdog.wait()
+    want, magnitude = _reference(product)
+    bound = _TOLERANCE * magnitude + _ROUNDING[out.dtype] * want.abs()
+    wrong = ~((out.double() - want).abs() <= bound)  # NaN is wrong
+    count = int(wrong.sum())
+    return None if count == 0 else f"{count} of {m} x {n} elements of the product differ"
+
+
+def _reference(product: Product) -> tuple[Tensor, Tensor]:
+    """The product in fp64, and the sums of the magnitudes of what it adds up."""
+    m, n, k = product.sizes
+    a, b = product.a.float().double(), product.b.float().double()
+    scale_a, scale_b = product.scale_a.double(), product.scale_b.double()
+    if product.has_blocks:
+        scale_a = scale_a.repeat_interleave(product.rows_per_scale, 0)[:m]
+        scale_a = scale_a.repeat_interleave(BLOCK, 1)[:, :k]
+        scale_b = scale_b.repeat_interleave(BLOCK, 0)[:k].repeat_interleave(BLOCK, 1)[:, :n]
+    a, b = a * scale_a, b * scale_b
+    want, magnitude = a @ b, a.abs() @ b.abs()
+    if product.bias is not None:
+        bias = product.bias.double()
+        want, magnitude = want + bias, magnitude + bias.abs()
+    return want, magnitude
+
+
+class _Draw:
+    """Random products for a variant. They are drawn on the CPU: the same on every device."""
+
+    def __init__(self, variant: GemmVariant, device: torch.device) -> None:
+        self._variant, self._device = variant, device
+        self._generator = torch.Generator("cpu").manual_seed(1)
+
+    def products(self) -> Iterator[Product]:
+        """More K than stages hold, at the end of a tile and beyond; rows that are stored by single
+        elements; one row. Tiles of more than one CTA, with and without the last one's rows."""
+        half, bfloat, full = torch.float16, torch.bfloat16, torch.float32
+        m, n = self._variant.block_m, self._variant.block_n
+        yield self._product(m + 72, n + 72, 1168, full, None)
+        yield self._product(m + 1, n + 13, 400, bfloat, full)
+        yield self._product(1, 136, 16, half, half)
+        if self._variant.scales == "block":
+            yield self._product(m + 130, 48, 272, bfloat, bfloat, shared=True)
+        else:
+            yield self._product(130, 48, 272, bfloat, bfloat, shared=True)
+
+    def _product(
+        self,
+        m: int,
+        n: int,
+        k: int,
+        out_dtype: torch.dtype,
+        bias_dtype: torch.dtype | None,
+        shared: bool = False,
+    ) -> Product:
+        """`shared`: rows of A share scales, by 128 or all of them."""
+        a = saturating_cast(self._normal(m, k) * 4.0)
+        b = saturating_cast(self._normal(n, k) * 4.0).t()
+        scale_a, scale_b = self._scales(m, n, k, shared)
+        bias = None if bias_dtype is None else (self._normal(n) * 50.0).to(bias_dtype)
+        return Product(a, b, scale_a, scale_b, bias, out_dtype, self._variant.fast_accum)
+
+    def _scales(self, m: int, n: int, k: int, shared: bool) -> tuple[Tensor, Tensor]:
+        """A's by column of scales, as some quantizers write them; B's by row."""
+        if self._variant.scales == "block":
+            rows = blocks_of(m) if shared else m
+            return self._scale(blocks_of(k), rows).t(), self._scale(blocks_of(k), blocks_of(n))
+        if shared:
+            return self._scale(1, 1), self._scale(1, 1)
+        return self._scale(m, 2)[:, :1], self._scale(1, n)
+
+    def _scale(self, *shape: int) -> Tensor:
+        return torch.exp2(self._normal(*shape))
+
+    def _normal(self, *shape: int) -> Tensor:
+        x = torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu")
+        return x.to(self._device)

@@ -1,0 +1,172 @@
+"""One scaled matrix product of e4m3 matrices: its arguments, checked, and what its scales mean."""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash8.tensors.arguments import (
+    describe,
+    differ,
+    require_bool,
+    require_rank,
+    require_shape,
+    require_tensor,
+)
+from flash8.tensors.float8 import E4M3
+from flash8.tensors.memory import is_shared, require_writable
+
+#: What has a scale of its own: a tensor, a row of A or column of B, 128 of K of a row of A, or
+#: 128 of K of 128 rows of A or columns of B.
+Granularity = Literal["tensor", "row", "1x128", "128x128"]
+BLOCK = 128
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_UNIT_K = 16
+_MOST = 2**31 - 2**20
+
+
+class Product(NamedTuple):
+    """A checked call: out = scale_a * scale_b * (a @ b) + bias.
+
+    a: (M, K), row-major; b: (K, N), column-major. The scales are fp32, and of any strides.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale_a: Tensor
+    scale_b: Tensor
+    bias: Tensor | None
+    out_dtype: torch.dtype
+    fast_accum: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """M, N, K."""
+        return self.a.shape[0], self.b.shape[1], self.a.shape[1]
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether scales change along K, so that they are applied block by block."""
+        return granularity(*self.sizes, self.scale_a.shape, self.scale_b.shape)[0] in (
+            "1x128",
+            "128x128",
+        )
+
+    @property
+    def rows_per_scale(self) -> int:
+        """Rows of A that share a scale, or the scales of all blocks of K."""
+        m, n, k = self.sizes
+        found, _ = granularity(m, n, k, self.scale_a.shape, self.scale_b.shape)
+        return {"tensor": max(1, m), "row": 1, "1x128": 1, "128x128": BLOCK}[found]
+
+
+def blocks_of(size: int) -> int:
+    return -(-size // BLOCK)
+
+
+def granularity(
+    m: int, n: int, k: int, shape_a: torch.Size, shape_b: torch.Size
+) -> tuple[Granularity, Granularity]:
+    """Of scale_a and of scale_b. Where shapes fit two meanings, both give the same product.
+
+    Raises:
+        ValueError: they fit none.
+    """
+    of_a: Granularity | None = None
+    of_b: Granularity | None = None
+    if shape_a.numel() == 1:
+        of_a = "tensor"
+    elif not differ(shape_a, (m, 1)):
+        of_a = "row"
+    if shape_b.numel() == 1:
+        of_b = "tensor"
+    elif not differ(shape_b, (1, n)):
+        of_b = "row"
+    if of_a is not None and of_b is not None:
+        return of_a, of_b
+    if not differ(shape_b, (blocks_of(k), blocks_of(n))):
+        if not differ(shape_a, (m, blocks_of(k))):
+            return "1x128", "128x128"
+        if not differ(shape_a, (blocks_of(m), blocks_of(k))):
+            return "128x128", "128x128"
+    raise ValueError(
+        f"scale_a and scale_b must have one element or shapes (M, 1) and (1, N) = {(m, 1)} and "
+        f"{(1, n)}, or, by blocks, (M, ceil(K / 128)) = {(m, blocks_of(k))} or (ceil(M / 128), "
+        f"ceil(K / 128)) = {(blocks_of(m), blocks_of(k))} and (ceil(K / 128), ceil(N / 128)) = "
+        f"{(blocks_of(k), blocks_of(n))}, got {tuple(shape_a)} and {tuple(shape_b)}"
+    )
+
+
+def check(
+    a: Any,
+    b: Any,
+    scale_a: Any,
+    scale_b: Any,
+    bias: Any,
+    out_dtype: Any,
+    out: Any,
+    use_fast_accum: Any,
+) -> Product:
+    """Raises TypeError and ValueError, naming the argument, its value and what is supported."""
+    _check_matrices(a, b)
+    m, n = a.shape[0], b.shape[1]
+    for name, scale in (("scale_a", scale_a), ("scale_b", scale_b)):
+        require_tensor(name, scale, torch.float32, a)
+    found = granularity(m, n, a.shape[1], scale_a.shape, scale_b.shape)
+    fast = require_bool("use_fast_accum", use_fast_accum)
+    if fast and "128x128" in found:
+        raise ValueError(
+            "use_fast_accum must be False with scales of blocks, which are applied when a block "
+            "is added to the sum"
+        )
+    if bias is not None:
+        require_tensor("bias", bias, OUT_DTYPES, a)
+        require_shape("bias", bias, (n,), "(N,)")
+    return Product(a, b, scale_a, scale_b, bias, _out_dtype(out_dtype, out), fast)
+
+
+def check_out(out: Any, product: Product) -> None:
+    m, n, _ = product.sizes
+    require_tensor("out", out, product.out_dtype, product.a)
+    require_shape("out", out, (m, n), "(M, N)")
+    require_writable("out", out)
+    given = (product.a, product.b, product.scale_a, product.scale_b, product.bias)
+    inputs = [x for x in given if x is not None]
+    if not torch.compiler.is_compiling() and is_shared(out, inputs):
+        raise ValueError("out must not share memory with an input")
+
+
+def _check_matrices(a: Any, b: Any) -> None:
+    require_tensor("a", a, E4M3)
+    require_tensor("b", b, E4M3, a)
+    require_rank("a", a, 2, "(M, K)")
+    require_rank("b", b, 2, "(K, N)")
+    k = a.shape[1]
+    if differ(b.shape[:1], (k,)):
+        raise ValueError(
+            f"b must have as many rows as a has columns, K = {k}, got shape {tuple(b.shape)}"
+        )
+    if k % _UNIT_K != 0:
+        raise ValueError(f"K, the columns of a, must be a multiple of {_UNIT_K}, got {k}")
+    if any(size > _MOST for size in (*a.shape, *b.shape)):
+        raise ValueError(
+            f"M, N and K must be at most {_MOST}, got {a.shape[0]}, {b.shape[1]} and {k}"
+        )
+    if k > 1 and a.stride(1) != 1:
+        raise ValueError(
+            f"a must be row-major, its K contiguous, got strides {a.stride()}: call .contiguous()"
+        )
+    if k > 1 and b.stride(0) != 1:
+        raise ValueError(
+            f"b must be column-major, its K contiguous, got strides {b.stride()}: pass "
+            "weight.t() of a contiguous weight (N, K), or b.t().contiguous().t()"
+        )
+
+
+def _out_dtype(out_dtype: Any, out: Any) -> torch.dtype:
+    if out_dtype is None:
+        out_dtype = out.dtype if isinstance(out, Tensor) else torch.bfloat16
+    if out_dtype not in OUT_DTYPES:
+        names = " or ".join(str(dtype) for dtype in OUT_DTYPES)
+        raise TypeError(f"out_dtype must be {names}, got {describe(out_dtype)}")
+    return out_dtype  # type: ignore[no-any-return]

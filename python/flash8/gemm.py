@@ -1,0 +1,92 @@
+"""FP8 matrix products with scales: `scaled_mm`. See docs/gemm.md."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash8.call import scaled_mm as call
+from flash8.ops import gemm as ops
+
+__all__ = ["scaled_mm"]
+
+#: What torch._scaled_mm and torch.nn.functional.scaled_mm call the same.
+_ALIASES = {
+    "input": "a",
+    "mat_a": "a",
+    "mat2": "b",
+    "mat_b": "b",
+    "output_dtype": "out_dtype",
+}
+_MISSING: Any = object()
+
+
+def scaled_mm(
+    a: Tensor = _MISSING,
+    b: Tensor = _MISSING,
+    scale_a: Tensor = _MISSING,
+    scale_b: Tensor = _MISSING,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    use_fast_accum: bool = False,
+    **torch_names: Any,
+) -> Tensor:
+    """out = scale_a * scale_b * (a @ b) + bias, of e4m3 matrices with fp32 scales.
+
+    The scales say by their shapes what has one of its own:
+
+    | | scale_a | scale_b |
+    |---|---|---|
+    | tensor | one element | one element |
+    | row of a, column of b | (M, 1) | (1, N) |
+    | 1x128 by 128x128 | (M, ceil(K / 128)) | (ceil(K / 128), ceil(N / 128)) |
+    | 128x128 by 128x128 | (ceil(M / 128), ceil(K / 128)) | likewise |
+
+    A tensor's scale goes with a row's too. Scales may have any strides, and any values: NaN and
+    infinities show in the output. They are what `flash8.fp8` calls descales: x ~ scale * x_fp8.
+
+    Products of 128 of K are added up by the tensor core, whose accumulator has 14 bits, and then
+    added to a sum in fp32, with scales of blocks times these. The method is that of DeepSeek-V3
+    (arXiv 2412.19437, 3.3.2). `use_fast_accum` leaves all of K to the tensor core: faster, and less
+    exact the longer K is.
+
+    Args:
+        a: e4m3 (M, K), row-major: K contiguous. K is a multiple of 16.
+        b: e4m3 (K, N), column-major: K contiguous, as `weight.t()` of a weight (N, K).
+        scale_a: fp32, as in the table.
+        scale_b: fp32, as in the table.
+        bias: (N,), bf16, fp16 or fp32.
+        out_dtype: torch.bfloat16 (the default), float16 or float32; that of `out` if it is given.
+        out: (M, N), written and returned. Its rows are contiguous.
+        use_fast_accum: As above; not with scales of blocks.
+        torch_names: `input`, `mat_a`, `mat2`, `mat_b`, `output_dtype`: torch's names for a, b and
+            out_dtype.
+
+    Returns:
+        (M, N), of out_dtype. Without a derivative.
+
+    Raises:
+        TypeError: A dtype is not supported, or an argument is missing, unknown or given twice.
+        ValueError: A shape, stride or device is not supported.
+        RuntimeError: An input requires grad, or a CUDA graph is captured before the kernel's check.
+    """
+    given: dict[str, Any] = {"a": a, "b": b, "scale_a": scale_a, "scale_b": scale_b}
+    given["out_dtype"] = _MISSING if out_dtype is None else out_dtype
+    for name, value in torch_names.items():
+        meant = _ALIASES.get(name)
+        if meant is None:
+            raise TypeError(f"scaled_mm() got an unexpected keyword argument {name!r}")
+        if given[meant] is not _MISSING:
+            raise TypeError(f"{meant} and {name} are one argument: give one of them, not both")
+        given[meant] = value
+    for name in ("a", "b", "scale_a", "scale_b"):
+        if given[name] is _MISSING:
+            raise TypeError(f"scaled_mm() is missing the argument {name!r}")
+    wanted = None if given["out_dtype"] is _MISSING else given["out_dtype"]
+    matrices = given["a"], given["b"], given["scale_a"], given["scale_b"]
+    product = call.check(*matrices, bias, wanted, out, use_fast_accum)
+    if out is not None:
+        call.check_out(out, product)
+    return ops.scaled_mm(product, out)

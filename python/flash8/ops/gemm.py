@@ -1,0 +1,109 @@
+"""The torch ops of scaled matrix products.
+
+They are traced as they are; which kernel is trusted is asked when they run."""
+
+import torch
+from torch import Tensor
+
+from flash8 import backends
+from flash8.backends.cpu import gemm as portable
+from flash8.backends.hopper import gemm as hopper
+from flash8.backends.hopper.verify import trust
+from flash8.call import derivatives
+from flash8.call.scaled_mm import Product
+
+_library = torch.library.Library("flash8", "FRAGMENT")
+_ARGUMENTS = "Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias"
+_library.define(f"scaled_mm({_ARGUMENTS}, ScalarType out_dtype, bool fast_accum) -> Tensor")
+_library.define(f"scaled_mm_into(Tensor(a!) out, {_ARGUMENTS}, bool fast_accum) -> ()")
+
+
+def scaled_mm(product: Product, out: Tensor | None) -> Tensor:
+    """The product, in `out` where that is given."""
+    a, b, scale_a, scale_b, bias, out_dtype, fast_accum = product
+    if out is None:
+        found: Tensor = torch.ops.flash8.scaled_mm(
+            a, b, scale_a, scale_b, bias, out_dtype, fast_accum
+        )
+        return found
+    torch.ops.flash8.scaled_mm_into(out, a, b, scale_a, scale_b, bias, fast_accum)
+    return out
+
+
+def _scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+    _fill(out, Product(a, b, scale_a, scale_b, bias, out_dtype, fast_accum))
+    return out
+
+
+def _scaled_mm_fake(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+
+
+def _scaled_mm_into(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    fast_accum: bool,
+) -> None:
+    _fill(out, Product(a, b, scale_a, scale_b, bias, out.dtype, fast_accum))
+
+
+def _scaled_mm_into_fake(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None,
+    fast_accum: bool,
+) -> None:
+    return None
+
+
+def _fill(out: Tensor, product: Product) -> None:
+    backend = hopper if _is_for_kernels(product) else portable
+    backend.scaled_mm(product, out)
+
+
+def _is_for_kernels(product: Product) -> bool:
+    if not backends.kernels_wanted(product.a):
+        backends.backend_for(product.a)  # which tells about CUDA tensors that have no kernel
+        return False
+    reason = hopper.refusal(product)
+    if reason is not None:
+        return False  # nothing is multiplied
+    return trust.is_trusted(hopper.choose(product), product.a.device)
+
+
+_REFUSAL = (
+    "flash8.gemm.scaled_mm has no derivative: float8 tensors carry no gradient; call it under "
+    "torch.no_grad(), and detach what is differentiated"
+)
+for _name, _function, _fake in (
+    ("scaled_mm", _scaled_mm, _scaled_mm_fake),
+    ("scaled_mm_into", _scaled_mm_into, _scaled_mm_into_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _function, _key)
+    torch.library.register_fake(f"flash8::{_name}", _fake, lib=_library)
+    derivatives.refuse(_library, _name, _REFUSAL)

@@ -1,0 +1,41 @@
+"""What ptxas makes of the GEMM kernel: no spills, and how many instructions 128 of K cost."""
+
+import pytest
+
+from defaults import by_default
+from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS, GemmVariant
+from flash8.compiler import compile_unit
+from machine_code import missing_disassembler
+from simulated_device import missing_compiler
+
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+_NO_DISASSEMBLER = missing_disassembler()
+
+#: FFMA or FADD, and other instructions.
+LIMITS = {
+    "gemm_outer_128x128": (64, 53),
+    "gemm_outer_256x128": (128, 72),
+    "gemm_block_128x128": (64, 53),
+    "gemm_block_256x128": (128, 72),
+    "gemm_outer_fast_128x128": (0, 46),
+    "gemm_outer_fast_128x256": (0, 46),
+}
+KEPT = [GemmVariant("outer", 128, 128), GemmVariant("block", 128, 128)]
+
+
+@pytest.mark.parametrize("variant", by_default(SHIPPED_GEMMS, KEPT))
+def test_nothing_spills(variant):
+    report = compile_unit(variant.unit()).report
+    assert report.problems() == []
+    assert all(cost.spill_stores == cost.spill_loads == 0 for cost in report.kernels)
+
+
+@pytest.mark.skipif(_NO_DISASSEMBLER is not None, reason=str(_NO_DISASSEMBLER))
+@pytest.mark.parametrize("variant", by_default(SHIPPED_GEMMS, KEPT))
+def test_instructions_of_a_block(variant):
+    import gemm_code
+
+    found = gemm_code.loop(variant)
+    promotions, others = LIMITS[variant.name]
+    assert found.promotions == promotions, found
+    assert 15 <= found.others <= others, found

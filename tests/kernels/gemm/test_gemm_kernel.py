@@ -1,0 +1,121 @@
+"""The GEMM kernel on the simulated device against the emulated tensor core, bit by bit."""
+
+import pytest
+import torch
+
+from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS
+from gemm_cases import GRANULARITIES, assert_same, device, emulated, make, on_kernel
+from simulated_device import missing_compiler
+
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SLOW = pytest.mark.slow
+#: Ends of tiles and of blocks of K, one row, one column, primes; more blocks than stages.
+SIZES = [
+    pytest.param((1, 1, 16), id="one element"),
+    pytest.param((127, 129, 144), id="ends of tiles"),
+    pytest.param((53, 131, 272), id="primes"),
+    pytest.param((129, 64, 1168), marks=SLOW, id="more blocks than stages"),
+    pytest.param((257, 263, 400), marks=SLOW, id="several tiles"),
+    pytest.param((1, 300, 128), marks=SLOW, id="one row"),
+    pytest.param((300, 1, 128), marks=SLOW, id="one column"),
+]
+OUTPUTS = [(FP32, None), (BF16, BF16), (FP16, FP32), (BF16, FP16)]
+
+
+def check(monkeypatch, product, kernel=None, *, seed=0):
+    assert_same(on_kernel(monkeypatch, product, kernel, seed=seed), emulated(product))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_sizes(monkeypatch, granularity, sizes):
+    check(monkeypatch, make(*sizes, granularity))
+    assert device().report()["kernel"] == "flash8_gemm"
+
+
+@pytest.mark.parametrize("n", [40, 41])
+@pytest.mark.parametrize("out_dtype, bias", OUTPUTS)
+@pytest.mark.parametrize("granularity", ["row", "1x128"])
+def test_outputs(monkeypatch, granularity, out_dtype, bias, n):
+    """Stored by 16 bytes, and by elements."""
+    check(monkeypatch, make(70, n, 160, granularity, out_dtype=out_dtype, bias=bias))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "1x128"])
+def test_rows_of_a_wider_output(monkeypatch, granularity):
+    """What lies between the rows is left alone; its strides do not fit 16 bytes."""
+    product = make(5, 40, 32, granularity, out_dtype=BF16)
+    wide = torch.zeros(5, 45, dtype=BF16)
+    with device().serving_cpu_tensors(monkeypatch):
+        from flash8.backends.hopper import gemm as hopper
+
+        hopper.scaled_mm(product, wide[:, 3:43])
+    assert_same(wide[:, 3:43], emulated(product))
+    assert not wide[:, :3].any() and not wide[:, 43:].any()
+
+
+def test_views_that_tma_cannot_read(monkeypatch):
+    product = make(9, 24, 64)
+    a = torch.zeros(9, 71).to(product.a.dtype)
+    a[:, 3:67] = product.a
+    check(monkeypatch, product._replace(a=a[:, 3:67]))
+
+
+@pytest.mark.parametrize("granularity", ["row", "1x128"])
+def test_nan_and_infinity(monkeypatch, granularity):
+    """In operands, scales and bias: where the emulated tensor core has them, and nowhere else."""
+    product = make(40, 50, 272, granularity, bias=FP32)
+    product.a.view(torch.uint8)[3, 200] = 0x7F  # NaN
+    product.b.view(torch.uint8)[100, 7] = 0xFF
+    product.scale_a[11, -1] = torch.nan
+    product.scale_a[12, 0] = torch.inf
+    product.bias[20] = -torch.inf
+    product.bias[21] = torch.nan
+    found = on_kernel(monkeypatch, product)
+    assert_same(found, emulated(product))
+    assert found[3].isnan().all() and found[:, 7].isnan().all() and found[11].isnan().all()
+    assert not found[:3, :7].isnan().any()
+
+
+def test_values_at_the_ends_of_the_range(monkeypatch):
+    """448 and subnormal numbers: sums whose terms the 14 bits of an accumulator drop."""
+    product = make(20, 30, 256, "1x128")
+    a = product.a.view(torch.uint8)
+    a[:, ::7], a[:, 1::5], a[:, 2::11] = 0x7E, 0x01, 0xFE
+    check(monkeypatch, product)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_other_schedules(monkeypatch, granularity):
+    product = make(130, 70, 400, granularity, out_dtype=BF16, seed=7)
+    want = emulated(product)
+    for seed in range(1, 6):
+        assert_same(on_kernel(monkeypatch, product, seed=seed), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", SHIPPED_GEMMS, ids=lambda v: v.name)
+def test_every_shipped_tile(monkeypatch, kernel):
+    granularity = "1x128" if kernel.scales == "block" else "row"
+    for m, n, k in ((1, 1, 16), (300, 263, 656), (513, 40, 272)):
+        product = make(m, n, k, granularity, out_dtype=BF16, bias=FP32, fast=kernel.fast_accum)
+        check(monkeypatch, product, kernel, seed=m)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", SHIPPED_GEMMS, ids=lambda v: v.name)
+def test_no_false_alarm_in_100_seeds(monkeypatch, kernel):
+    granularity = "128x128" if kernel.scales == "block" else "tensor"
+    product = make(140, 150, 784, granularity, fast=kernel.fast_accum)
+    want = emulated(product)
+    for seed in range(100):
+        assert_same(on_kernel(monkeypatch, product, kernel, seed=seed), want)
+
+
+@pytest.mark.parametrize("granularity", ["row", "1x128"])
+def test_a_cta_walks_many_tiles(monkeypatch, granularity):
+    """3 x 5 tiles of five CTAs: a band of two rows of tiles, and one of one."""
+    product = make(300, 520, 144, granularity, out_dtype=BF16)
+    check(monkeypatch, product, seed=2)

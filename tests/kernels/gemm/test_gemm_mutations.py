@@ -1,0 +1,172 @@
+"""The comparison of test_gemm_kernel.py must catch a GEMM kernel that is wrong."""
+
+import pytest
+import torch
+
+from flash8 import _native
+from flash8.backends.hopper.gemm_variants import GemmVariant
+from gemm_cases import (
+    assert_same,
+    changed_kernel,
+    changed_text,
+    device,
+    emulated,
+    make,
+    on_kernel,
+    variant,
+)
+from simulated_device import missing_compiler
+
+pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+
+BF16 = torch.bfloat16
+SEEDS = 6
+
+# file, what is replaced, by what, and the product that must notice.
+FAULTS = {
+    "scales of the first block": (
+        "producer.cuh",
+        "of_rows += params.scale_a.block_stride;",
+        "",
+        {},
+    ),
+    "scales of B of the first column": (
+        "producer.cuh",
+        "tile.n0 / kScaleBlock * params.scale_b.row_stride",
+        "0 * params.scale_b.row_stride",
+        {"n": 140},
+    ),
+    "rows that share no scale": (
+        "producer.cuh",
+        ">> params.scale_a_row_shift",
+        ">> 0",
+        {"granularity": "128x128", "m": 2},
+    ),
+    "scales of all K in one": (
+        "mainloop.cuh",
+        "RowScales const scales = scales_of(state_.stage);",
+        "RowScales const scales = scales_of(0);",
+        {},
+    ),
+    "a wave with the other's scales": (
+        "mainloop.cuh",
+        "first_row_ + wave * Config::kWaveRows + 8 * r",
+        "first_row_ + wave * Config::kWaveRows",
+        {},
+    ),
+    "never promoted": (
+        "mainloop.cuh",
+        "issue<true>(state_.stage, wave, t);",
+        "issue<false>(state_.stage, wave, t);",
+        {"granularity": "row"},
+    ),
+    "released before it is read": (
+        "mainloop.cuh",
+        """                cute::warpgroup_wait<0>();
+                cute::warpgroup_fence_operand(t);
+                if (wave == kWaves - 1) {
+                    release_and_advance(shared_.pipeline, state_);
+                }
+""",
+        """                if (wave == kWaves - 1) {
+                    release_and_advance(shared_.pipeline, state_);
+                }
+                cute::warpgroup_wait<0>();
+                cute::warpgroup_fence_operand(t);
+""",
+        {"k": 1424},
+    ),
+    "a fast block released too early": (
+        "mainloop.cuh",
+        "cute::warpgroup_wait<kWaves>();",
+        "cute::warpgroup_wait<2 * kWaves>();",
+        {"granularity": "row", "fast": True, "k": 1424},
+    ),
+    "no bias": (
+        "epilogue.cuh",
+        "params.bias != nullptr ? __fadd_rn(scaled, bias) : scaled",
+        "scaled",
+        {"bias": BF16},
+    ),
+    "bias of a neighbour": (
+        "epilogue.cuh",
+        "min(n0 + first + column_of(i), params.n - 1)",
+        "min(n0 + first + column_of(i & 6), params.n - 1)",
+        {"bias": BF16},
+    ),
+    "a row beyond the last": (
+        "epilogue.cuh",
+        "row < params.m ? params.n - n0 : 0",
+        "params.n - n0",
+        {"n": 48, "out_dtype": BF16},
+    ),
+    "columns not transposed": (
+        "epilogue.cuh",
+        "transpose_quad(words, lane);",
+        "",
+        {"n": 48, "out_dtype": BF16},
+    ),
+    "a column beyond the last": (
+        "epilogue.cuh",
+        "if (column + 1 < row.columns) {",
+        "if (column < row.columns) {",
+        {"n": 41},
+    ),
+    "bands of another height": (
+        "tile_walk.cuh",
+        "min(params_.band, params_.m_blocks - first)",
+        "params_.band",
+        {"m": 400, "n": 270},
+    ),
+}
+
+
+def product_of(options):
+    sizes = {"m": 70, "n": 40, "k": 400} | options
+    return make(sizes.pop("m"), sizes.pop("n"), sizes.pop("k"), **sizes)
+
+
+def is_caught(monkeypatch, product, want):
+    """By some schedule: bits, or what the simulated device finds."""
+    for seed in range(SEEDS):
+        try:
+            assert_same(on_kernel(monkeypatch, product, seed=seed), want)
+        except (AssertionError, _native.DriverError):
+            return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_is_caught(monkeypatch, tmp_path, name):
+    file, old, new, options = FAULTS[name]
+    product = product_of(options)
+    want = emulated(product)
+    assert_same(on_kernel(monkeypatch, product), want)
+    monkeypatch.setenv("FLASH8_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(device(), "_registry", changed_kernel(tmp_path, file, old, new))
+    assert is_caught(monkeypatch, product, want)
+
+
+BLOCK = GemmVariant("block", 128, 128)
+#: Of the PTX: nothing is compiled.
+EDITS = {
+    "scales that may still be on their way": (
+        r"cp\.async\.mbarrier\.arrive\.noinc\.shared::cta\.b64 ([^;]*);",
+        r"mbarrier.arrive.shared::cta.b64 _, \1;",
+    ),
+    "a sum that is not scaled": (
+        r"fma\.rn\.ftz\.f32\s+(%f\d+), %f\d+, (%f\d+), (%f\d+);",
+        r"add.f32 \1, \2, \3;",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_is_caught(monkeypatch, name):
+    product = product_of({})
+    assert variant(product) == BLOCK
+    text = changed_text(BLOCK, *EDITS[name])
+    registry = _native.Registry(device().driver, lambda key, kind: text)
+    monkeypatch.setattr(device(), "_registry", registry)
+    assert is_caught(monkeypatch, product, emulated(product))
