@@ -51,7 +51,9 @@ class SchedulerMetadata {
                 own.batch_row = row;
             }
         }
-        if (__syncthreads_and(agrees) == 0) {
+        // Lane 0's, which is every lane's. Of a barrier's result ptxas does not know that: it would keep the
+        // addresses of the loop over tiles in each lane.
+        if (__shfl_sync(0xffffffff, __syncthreads_and(agrees), 0) == 0) {
             return false;
         }
         // One thread has found the first piece, unless the CTA has none.

@@ -235,7 +235,11 @@ FAULTS = (
         (METADATA, "pieces == static_cast<unsigned>(sequence.all_pieces(params_))", "true"),
     ),
     Fault("rows_may_go_down", E8, (METADATA, "agrees = b == 0 || row >= row_of(b - 1);", "")),
-    Fault("each_thread_decides", E8, (METADATA, "__syncthreads_and(agrees) == 0", "!agrees")),
+    Fault(
+        "each_thread_decides",
+        E8,
+        (METADATA, "__shfl_sync(0xffffffff, __syncthreads_and(agrees), 0) == 0", "!agrees"),
+    ),
     Fault(
         "nobody_has_no_piece", E8, (METADATA, "without_pieces ? threadIdx.x == 0 :", "false ? 0 :")
     ),
