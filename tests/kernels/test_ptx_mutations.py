@@ -59,6 +59,17 @@ def test_samples_of_the_16_bit_kernel():
 
 
 @needs_compiler
+def test_samples_of_the_decode_kernel():
+    """A slot that nobody waits for, and a ticket that two CTAs take."""
+    family = next(family for family in FAMILIES if family.name == "decode_fp8")
+    every = mutations(family.ptx())
+    samples = ("deleted mbarrier.try_wait", "not atomic")
+    chosen = [next(m for m in every if m.id.startswith(sample)) for sample in samples]
+    results = list(judge(family.ptx(), family.cases(), only=chosen))
+    assert [r.verdict for r in results] == ["killed"] * 2, "\n".join(map(str, results))
+
+
+@needs_compiler
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_lists_name_mutants_that_exist(family):
     if isinstance(family, Forward) and family is not FAMILIES[0]:

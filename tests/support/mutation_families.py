@@ -16,16 +16,21 @@ import torch
 from torch import Tensor
 
 import backward_cases
+import decode_cases
 import flash8
 import gemm_cases
 from backward_launch import BackwardKernels, Gradients
 from cases import int32
+from decode_launch import Call as DecodeCall
+from decode_launch import DecodeKernel
 from flash8 import _native, fp8
 from flash8.backends.hopper.append_variants import AppendVariant
 from flash8.backends.hopper.backward_variants import BackwardVariant
+from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.kernels import variant_of
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
+from flash8.backends.hopper.schedule_variants import SCHEDULE
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.call.scaled_mm import Product
 from flash8_sim.mutate import InvalidMutantError
@@ -34,6 +39,7 @@ from forward_launch import Call, ForwardKernel, Schedule
 from fp8_forward_cases import descales
 from quantizer_device import device as quantizer_device
 from quantizer_device import kernels
+from schedule_launch import ScheduleKernel
 from tolerances import rel_l2
 
 Run = Callable[[str], None]
@@ -234,6 +240,105 @@ class Backward:
         return run
 
 
+# ------------------------------------------------------------------------------------- decode
+
+
+@dataclass(frozen=True)
+class DecodeProblem:
+    """Calls that are launched one after the other, by how many CTAs, and the seeds."""
+
+    calls: tuple[DecodeCall, ...]
+    ctas: int
+    seeds: Iterable[int]
+
+
+@functools.cache
+def schedule_kernel() -> ScheduleKernel:
+    return ScheduleKernel(device().driver, device().ptx(SCHEDULE))
+
+
+@functools.cache
+def decode_problems(variant: DecodeVariant) -> tuple[DecodeProblem, ...]:
+    """Sequences that are short, empty and of several CTAs; one of so many tiles that the rings go
+    round; CTAs without work; scheduler metadata that holds, and that does not; two launches, of
+    which the second takes the tickets of the first."""
+
+    def call(*lengths: int, **options: object) -> DecodeCall:
+        heads = {8: 2, 16: 7, 32: 14}[variant.rows]
+        cache = decode_cases.Cache(3 if variant.load == "gather" else 24)
+        return decode_cases.draw(
+            variant, lengths, seqlen_q=2, heads=heads, cache=cache, causal=True, **options
+        )
+
+    ragged = call(300, 0, 1, 63, 65, 257)
+    again = call(64, 500, seed=1)
+    right = replace(ragged, scheduler_metadata=schedule_kernel()(variant, ragged))
+    stale = replace(again, scheduler_metadata=schedule_kernel()(variant, call(70, 400)))
+    most = 5000 if variant.head_dim_v <= 256 else 1500
+    return (
+        DecodeProblem((ragged,), 5, range(4)),
+        DecodeProblem((right, again), 3, range(4)),
+        DecodeProblem((stale, ragged), 9, range(4)),
+        DecodeProblem((call(most, window=(most - 40, 0)),), 1, range(2)),
+    )
+
+
+def load_decode(ptx: str) -> DecodeKernel:
+    try:
+        return DecodeKernel(device().driver, ptx.encode() + b"\0")
+    except RuntimeError as error:
+        raise InvalidMutantError(f"{error} {device().last_error()}") from error
+
+
+def launch_decode(
+    kernel: DecodeKernel, problem: DecodeProblem, seed: int
+) -> tuple[list[tuple[Tensor, Tensor]], int]:
+    """O and LSE of each call, and how many bytes the last one has loaded into shared memory."""
+    device().configure(seed=seed)
+    try:
+        found = kernel(*map(decode_cases.poisoned, problem.calls), ctas=problem.ctas)
+    except RuntimeError as error:
+        raise AssertionError(f"seed {seed}: {device().last_error()}") from error
+    loaded = device().report()["statistics"]["bytes"]
+    return found, sum(n for name, n in loaded.items() if name in ("tensor load", "cp.async"))
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A variant of the decode kernel."""
+
+    name: str
+    variant: DecodeVariant
+
+    def ptx(self) -> str:
+        return text_of(device().ptx(self.variant))
+
+    def cases(self) -> Run:
+        kernel = load_decode(self.ptx())
+        given = decode_problems(self.variant)
+        wanted = [launch_decode(kernel, problem, 0) for problem in given]
+        for problem, (found, _) in zip(given, wanted, strict=True):
+            for call, (o, lse) in zip(problem.calls, found, strict=True):
+                decode_cases.compare(call, o, lse)
+        turns = [
+            (seed, problem, want)
+            for problem, want in zip(given, wanted, strict=True)
+            for seed in problem.seeds
+        ]
+        turns.sort(key=lambda turn: turn[0])
+
+        def run(ptx: str) -> None:
+            mutant = load_decode(ptx)
+            for seed, problem, (right, bytes_) in turns:
+                found, loaded = launch_decode(mutant, problem, seed)
+                for (o, lse), (want, want_lse) in zip(found, right, strict=True):
+                    assert torch.equal(o, want), f"seed {seed}: O differs"
+                    assert torch.equal(lse, want_lse), f"seed {seed}: LSE differs"
+                assert loaded == bytes_, f"seed {seed}: {loaded} bytes loaded, not {bytes_}"
+
+        return run
+
+
 # ---------------------------------------------------------------------------------- quantizers
 
 
@@ -402,7 +507,7 @@ class Gemm:
         return out, gemm_cases.device().report()["statistics"]["bytes"]["tensor load"]
 
 
-FAMILIES: tuple[Forward | Backward | Quantizer | Gemm, ...] = (
+FAMILIES: tuple[Forward | Backward | Decode | Quantizer | Gemm, ...] = (
     Forward("forward_16bit", ForwardVariant("bf16", 64, 64, mask="causal")),
     Forward("forward_fp8", ForwardVariant("e4m3", 64, 64, mask="causal", scales="head")),
     Forward(
@@ -412,6 +517,7 @@ FAMILIES: tuple[Forward | Backward | Quantizer | Gemm, ...] = (
     Forward("forward_16bit_cluster", ForwardVariant("bf16", 64, 64, cluster=True)),
     Forward("forward_fp8_cluster", ForwardVariant("e4m3", 64, 64, scales="head", cluster=True)),
     Backward("backward_16bit", BackwardVariant("bf16", 128, 128, mask="causal")),
+    Decode("decode_fp8", DecodeVariant("bf16", "e4m3", 128, 128, 8)),
     Quantizer("quantize_cast", QuantizeVariant("cast", "bf16", 64)),
     Quantizer("quantize_cast_v_colmajor", QuantizeVariant("cast", "bf16", 64, v_colmajor=True)),
     Quantizer("quantize_amax", QuantizeVariant("amax", "bf16", 64)),
