@@ -37,6 +37,7 @@ def describe() -> list[Service]:
         Service("CPU tensors, training, fp64, FP8 (fp8_attention)", "cpu", portable),
         Service("CPU tensors, prefill and decode over 16-bit caches", "cpu", compiled),
         Service("CPU tensors, prefill and decode over e4m3 caches", "cpu", portable),
+        Service("CPU tensors, gemm.scaled_mm of e4m3", "cpu", "products of torch in fp32"),
     ]
     if torch.cuda.is_available():
         rows += _describe_cuda(torch.cuda.get_device_name())
@@ -73,5 +74,6 @@ def _describe_cuda(name: str) -> list[Service]:
         Service("CUDA tensors, prefill, fp16 / bf16 / e4m3, pages", "hopper", kernel),
         Service("CUDA tensors, decode over 16-bit and e4m3 caches", "hopper", kernel),
         Service("CUDA tensors, fp8.quantize, append to a KV cache", "hopper", kernel),
+        Service("CUDA tensors, gemm.scaled_mm of e4m3", "hopper", kernel),
         Service("CUDA tensors, every other call", "cpu", portable),
     ]

@@ -48,7 +48,7 @@ FAULTS = {
         "RowScales const scales = scales_of(0);",
         {},
     ),
-    "a wave with the other's scales": (
+    "rows with the scale of the one 8 above": (
         "mainloop.cuh",
         "first_row_ + wave * Config::kWaveRows + 8 * r",
         "first_row_ + wave * Config::kWaveRows",

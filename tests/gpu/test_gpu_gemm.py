@@ -1,0 +1,59 @@
+"""Scaled products on CUDA tensors against fp64 on the CPU. Needs a GPU: `pytest -m gpu`.
+
+With FLASH8_KERNELS=off the portable code serves them, with on the kernels; with auto the kernels do
+where they pass their check.
+"""
+
+import pytest
+import torch
+
+import flash8
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+M, N, K = 300, 264, 1168
+BLOCKS = -(-K // 128)
+SHAPES = {
+    "tensor": ((1, 1), (1, 1)),
+    "row": ((M, 1), (1, N)),
+    "1x128": ((M, BLOCKS), (BLOCKS, 3)),
+    "128x128": ((3, BLOCKS), (BLOCKS, 3)),
+}
+
+
+def draw(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def widened(scale, rows, columns):
+    """A scale for every element of its matrix."""
+    for dim, size in enumerate((rows, columns)):
+        repeats = 128 if 1 < scale.shape[dim] < size else size // scale.shape[dim]
+        scale = scale.repeat_interleave(repeats, dim).narrow(dim, 0, size)
+    return scale.double()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("granularity", SHAPES)
+def test_against_fp64(granularity, fast):
+    if fast and "128" in granularity:
+        pytest.skip("scales of blocks need sums in fp32")
+    a, b = (draw(n, K, seed=n).mul(4.0).to(torch.float8_e4m3fn) for n in (M, N))
+    scales = [torch.exp2(draw(*shape, seed=sum(shape))) for shape in SHAPES[granularity]]
+    bias = draw(N, seed=5).bfloat16()
+    want = (a.double() * widened(scales[0], M, K)) @ (b.t().double() * widened(scales[1], K, N))
+    want = want + bias.double()
+    for dtype, limit in ((torch.float32, 2e-3), (torch.bfloat16, 4e-3)):
+        found = flash8.gemm.scaled_mm(
+            a.cuda(),
+            b.cuda().t(),
+            *(scale.cuda() for scale in scales),
+            bias=bias.cuda(),
+            out_dtype=dtype,
+            use_fast_accum=fast,
+        )
+        error = (found.cpu().double() - want).norm() / want.norm()
+        assert error < limit
