@@ -69,6 +69,7 @@ struct KernelInfo {
     std::int32_t v_colmajor;   // 1: V is read column-major, as the quantizer writes it
     PageChoice paged;          // whether K and V lie in pages
     std::int32_t qv;           // 1: scores are q . k + qv . v
+    std::int32_t appends;      // 1: the kernel writes new keys into the cache that it reads
     TmaBox tma[kMaxTmaBoxes];  // in the order in which the params struct names its maps
 };
 

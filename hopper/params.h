@@ -13,7 +13,7 @@
 
 namespace flash8 {
 
-inline constexpr std::uint32_t kAbiVersion = 12;
+inline constexpr std::uint32_t kAbiVersion = 13;
 
 // Tokens that share a descale of granularity block. Sequences of column-major V start with such a block, too.
 inline constexpr int kScaleBlock = 128;

@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "elements.cuh"
 #include "kernel_info.h"
+#include "quantize/elements.cuh"
 #include "quantize_params.h"
 
 namespace flash8::quantize {

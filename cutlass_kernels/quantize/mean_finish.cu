@@ -1,6 +1,6 @@
 // The second half of the mean: adds the partial sums of a sequence and head, tile by tile, and divides.
 
-#include "arithmetic.cuh"
+#include "quantize/arithmetic.cuh"
 #include "tokens.cuh"
 
 namespace flash8::quantize {

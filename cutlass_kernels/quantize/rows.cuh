@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "arithmetic.cuh"
-#include "elements.cuh"
+#include "quantize/arithmetic.cuh"
+#include "quantize/elements.cuh"
 #include "tokens.cuh"
 
 namespace flash8::quantize {

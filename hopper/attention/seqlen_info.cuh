@@ -16,8 +16,10 @@ struct SeqlenInfo {
     int seqlen_k;  // used keys
     int rows_q;    // rows that belong to the sequence: unused ones are written as zero
 
-    // offset_q: where the tile scheduler has found the first row of the sequence (WorkTile).
-    __device__ static SeqlenInfo read(SequenceParams const& sequences, int batch, int offset_q) {
+    // offset_q: where the tile scheduler has found the first row of the sequence (WorkTile). new_keys: how
+    // many there are behind seqused_k, which 32 bits count.
+    __device__ static SeqlenInfo read(SequenceParams const& sequences, int batch, int offset_q,
+                                      unsigned new_keys = 0) {
         SeqlenInfo info;
         bool const packed_q = sequences.cu_seqlens_q != nullptr;
         bool const packed_k = sequences.cu_seqlens_k != nullptr;
@@ -32,7 +34,7 @@ struct SeqlenInfo {
         info.seqlen_q = exists ? used(sequences.seqused_q, batch, info.rows_q, info.rows_q) : 0;
         RowRange const keys = packed_k ? packed_rows(sequences.cu_seqlens_k, batch, sequences.total_k)
                                        : RowRange{0, exists ? sequences.max_seqlen_k : 0};
-        int const end = used(sequences.seqused_k, batch, keys.size(), keys.size());
+        int const end = used(sequences.seqused_k, batch, keys.size(), keys.size(), new_keys);
         int const leftpad = used(sequences.leftpad_k, batch, end, 0);
         info.batch_k = packed_k || !exists ? 0 : row;
         info.offset_k = keys.begin + leftpad;
@@ -41,8 +43,9 @@ struct SeqlenInfo {
     }
 
   private:
-    __device__ static int used(int32_t const* lengths, int batch, int capacity, int otherwise) {
-        return lengths ? clamped(lengths[batch], 0, capacity) : otherwise;
+    __device__ static int used(int32_t const* lengths, int batch, int capacity, int otherwise,
+                               unsigned more = 0) {
+        return lengths ? clamped(static_cast<int>(lengths[batch] + more), 0, capacity) : otherwise;
     }
 };
 

@@ -57,7 +57,8 @@ struct DecodeConfig {
     static constexpr bool kGather = LoadChoice::FLASH8_LOAD == LoadChoice::kGather;
     static constexpr bool kScoreMod = FLASH8_SCORE_MOD;  // softcap, ALiBi
     static constexpr bool kKeyScales = ScaleChoice::FLASH8_SCALES == ScaleChoice::kKey;
-    static constexpr bool kQv = FLASH8_QV;  // scores are q . k + qv . v
+    static constexpr bool kQv = FLASH8_QV;          // scores are q . k + qv . v
+    static constexpr bool kAppend = FLASH8_APPEND;  // new keys go into the cache first (new_keys.cuh)
     static constexpr int kHeadDim = FLASH8_HEAD_DIM;
     static constexpr int kHeadDimV = FLASH8_HEAD_DIM_V;
     static constexpr int kBlockM = FLASH8_ROWS;  // rows of Q: query heads of a KV head, times queries
@@ -84,6 +85,7 @@ struct DecodeConfig {
     static constexpr int kWarpsOfK = kQv ? kHeadDim / kWarpChannelsK : kTeamWarps;
     static_assert(!kQv || kTeamWarps > 1);
     static_assert(!kKeyScales || kTeamWarps == 1);
+    static_assert(!kAppend || (kTeamWarps == 1 && !kKeyScales));
     static_assert(kWarpsOfK <= kTeamWarps && kWarpChannelsK % 32 == 0 && kWarpChannelsV % 32 == 0);
 
     // Of what a warp has of a row.

@@ -1,8 +1,9 @@
 // The rows of O and LSE that belong to no unit: of a sequence without a key that a query sees, unused ones,
-// and rows of packed Q before the first and after the last sequence.
+// and rows of packed Q before the first and after the last sequence. And new keys that belong to none.
 
 #pragma once
 
+#include "new_keys.cuh"
 #include "work.cuh"
 
 #include <cmath>
@@ -25,7 +26,11 @@ class EmptyRows {
 #pragma unroll 1
             for (; batch < min(first + 32, sequences.batch); batch += gridDim.x) {
                 int const offset_q = __shfl_sync(0xffffffff, row, batch - first);
-                of_sequence(SequenceWork<Config>::read(params_, batch, offset_q));
+                auto const sequence = SequenceWork<Config>::read(params_, batch, offset_q);
+                of_sequence(sequence);
+                if constexpr (Config::kAppend) {
+                    NewKeys<Config>::store_others(params_, batch, sequence);
+                }
             }
         }
         if (sequences.cu_seqlens_q != nullptr) {

@@ -35,6 +35,7 @@ constexpr KernelInfo describe() {
     info.shared_bytes = kSharedBytes;
     info.pack_gqa = 1;
     info.qv = Config::kQv;
+    info.appends = Config::kAppend;
     info.scale_block = Config::kKeyScales ? 1 : 0;
     constexpr auto kType = Config::kFp8                               ? ElementType::kUint8
                            : Config::kElement == ElementChoice::kFp16 ? ElementType::kFloat16
@@ -83,7 +84,11 @@ extern "C" __global__ void __launch_bounds__(flash8::Config::kThreads, 1)
     store_walk(shared.walk[warp], Walk<Config>::over(share));
     while (next_segment(params, shared.walk[warp])) {
         Walk<Config> const& walk = shared.walk[warp];
-        // Since the last reads of Q all threads have met.
+        // Since the last reads of Q, and of what has been merged, all threads have met.
+        if constexpr (Config::kAppend) {
+            NewKeys<Config>::make_queries(params, shared, walk.segment, walk.sequence);
+            __syncthreads();
+        }
         if (warp < Config::kRowTiles) {
             QueryStage<Config>::fill(params, shared, walk.segment, walk.sequence, warp);
         }

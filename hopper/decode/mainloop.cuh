@@ -49,6 +49,11 @@ class Mainloop {
             bool const edge = position < common_begin || position + Config::kBlockN > common_end;
             typename Product::Scores s;
             ring_.template wait<Config::kKeyScales>();
+            if constexpr (Config::kAppend) {
+                if (edge) {
+                    ring_.template patch<false>(params_, walk, position);
+                }
+            }
             Product::template scores<false, false>(s, ring_.address(),
                                                    [&](int step, int n) { return query(step, n); });
             ring_.template release<false>();
@@ -74,6 +79,9 @@ class Mainloop {
             weigh(s, p, scales, change_of_unit, sums);
             ring_.wait();
             if (edge) {
+                if constexpr (Config::kAppend) {
+                    ring_.template patch<true>(params_, walk, position);
+                }
                 ring_.clear_hidden(sequence, position);
             }
             Product::out(sums.o, ring_.address(), p);

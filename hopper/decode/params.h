@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../attention/params.h"
+#include "../quantize/append_params.h"
 
 namespace flash8 {
 
@@ -54,7 +55,11 @@ struct DecodeParams {
     std::int32_t q_is_e4m3;            // 1: the kernel is one for e4m3 caches
     std::int32_t heads_per_q_descale;  // query heads that share one, where there is one
     std::int32_t split_keys;           // keys of a split, whose boundaries are fixed; 0: equal shares
-    std::int32_t reserved[1];          // zero: fills the struct up to its 64-byte alignment
+    std::int32_t reserved[1];          // zero: the next one is where 64 bytes begin
+
+    // Where the kernel is made for it: Q, and the new rows of K and V. Lengths are those before them.
+    AppendParams append;
+    std::int32_t zero[14];  // fills the struct up to its 64-byte alignment
 };
 
 static_assert(kIsPlain<DecodeParams> && alignof(DecodeParams) == 64);

@@ -4,6 +4,7 @@
 
 #include "../arch/pipeline.cuh"
 #include "loader.cuh"
+#include "new_keys.cuh"
 
 namespace flash8 {
 
@@ -50,6 +51,14 @@ class Ring {
         constexpr bool kSame = Config::kSlots % 2 == 0 || Config::kQv;
         loader_.template fill<kV == kSame>(state_.stage);
         state_.advance();
+    }
+
+    // Writes the new keys of a tile, or their values, over what has been loaded of them.
+    template <bool kV>
+    __device__ __forceinline__ void patch(DecodeParams const& params, Walk<Config> const& walk,
+                                          int position) {
+        NewKeys<Config>::template patch<kV>(params, shared_.slots[warp_][state_.stage], walk.segment,
+                                            walk.sequence, position);
     }
 
     // Zeroes the rows of V that no query sees: P is zero there, but 0 * NaN is NaN. By gather they are not

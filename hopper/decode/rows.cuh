@@ -89,7 +89,7 @@ class QueryStage {
                    (exists ? at.head : 0) * ref.head_stride;
         };
         bool const is_e4m3 = kMayBeE4m3 && params.q_is_e4m3 != 0;
-        uint16_t const* const q = row_of(params.q);
+        uint16_t const* const q = q_row(shared, row, row_of(params.q));
         uint2 fragments[Config::kChannelSteps];
         uint32_t largest = 0;  // magnitude, of bf16 as its bits
 #pragma unroll
@@ -157,8 +157,18 @@ class QueryStage {
   private:
     static constexpr bool kNarrows =
         Config::kArithmetic == ArithmeticType::kFp16 && Config::kElement == ElementChoice::kBf16;
-    static constexpr bool kMayBeE4m3 = Config::kFp8 && !Config::kQv;
+    static constexpr bool kMayBeE4m3 = Config::kFp8 && !Config::kQv && !Config::kAppend;
     static constexpr int kStepsOfQv = Config::kQv ? Config::kHeadDimV / 16 : 0;
+
+    // Where a row lies, which is `given` in global memory.
+    __device__ __forceinline__ static uint16_t const* q_row(SharedStorage<Config> const& shared, int row,
+                                                            uint16_t const* given) {
+        if constexpr (Config::kAppend) {
+            return shared.queries.of[row];
+        } else {
+            return given;
+        }
+    }
 
     // Two channels of a row of an e4m3 Q, in fp16.
     __device__ __forceinline__ static uint32_t e4m3_pair(TensorRef const& ref, SeqlenInfo const& info,

@@ -37,6 +37,15 @@ struct KeyScaleRing<Config, true> {
     TileScales<Config> of[Config::kWarps][Config::kScaleStages];
 };
 
+// Rows of Q that the kernel has normalised and rotated.
+template <class Config, bool kIsNeeded = Config::kAppend>
+struct NewQueries {};
+
+template <class Config>
+struct NewQueries<Config, true> {
+    alignas(16) uint16_t of[Config::kBlockM][Config::kHeadDim];
+};
+
 template <class Config>
 struct SharedStorage {
     alignas(1024) char slots[Config::kWarps][Config::kSlots][Config::kSlotBytes];
@@ -46,6 +55,7 @@ struct SharedStorage {
     union {  // all threads meet between the tiles of a segment and its merge
         float merge[Config::kWarps][Config::kBlockM][Config::kMergePitch];
         Exchange<Config> exchange;
+        NewQueries<Config> queries;  // until they are staged
     };
     float reference[Config::kTeams][Config::kBlockM];
     float sum[Config::kTeams][Config::kBlockM];

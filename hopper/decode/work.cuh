@@ -15,6 +15,7 @@
 
 #include "../attention/mask.cuh"
 #include "../attention/seqlen_info.cuh"
+#include "../quantize/new_token.cuh"
 #include "params.h"
 
 namespace flash8 {
@@ -57,6 +58,13 @@ struct SequenceWork {
 
     // offset_q: `first_row` of the sequence.
     __device__ static SequenceWork read(DecodeParams const& params, int batch, int offset_q) {
+        if constexpr (Config::kAppend) {
+            unsigned const new_keys = quantize::count_of(params.append.rows[1], batch);
+            SequenceWork work = of(params, SeqlenInfo::read(params.sequences, batch, offset_q, new_keys));
+            // Tiles with new keys are not as they are loaded.
+            work.common_end = min(work.common_end, max(0, params.sequences.seqused_k[batch]));
+            return work;
+        }
         return of(params, SeqlenInfo::read(params.sequences, batch, offset_q));
     }
 

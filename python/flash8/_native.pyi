@@ -122,6 +122,8 @@ class KernelInfo:
     @property
     def qv(self) -> bool: ...
     @property
+    def appends(self) -> bool: ...
+    @property
     def threads(self) -> int: ...
     @property
     def cluster(self) -> tuple[int, int, int]: ...
@@ -303,6 +305,8 @@ class DecodeParams:
     def sequences(self) -> SequenceParams: ...
     @property
     def scores(self) -> ScoreParams: ...
+    @property
+    def append(self) -> AppendParams: ...
 
 def decode_workspace(
     kernel: Kernel, device: int, call: DecodeParams, sm_margin: int = 0
@@ -474,8 +478,8 @@ class PlanCache:
 class AppendPlan:
     def __init__(
         self,
-        launches: Sequence[tuple[Kernel, AppendParams]],
-        lengths_like: object,
+        launches: Sequence[tuple[Kernel | None, AppendParams]],
+        lengths_like: object | None,
         rotated_like: object | None,
     ) -> None: ...
 

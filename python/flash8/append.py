@@ -30,6 +30,7 @@ from flash8.tensors.rotary import Rope, token_positions
 
 if TYPE_CHECKING:
     from flash8.backends.hopper import append as hopper
+    from flash8.backends.hopper.decode_append import NewRows
 
 #: What `checks` and `flash_attn_with_kvcache` call the same arguments, where lengths are those
 #: after the append.
@@ -189,6 +190,19 @@ class NewKeys:
                     f"rotary_cos must have a row for every position from {first} to {last}, "
                     f"got {rope.cos.shape[0]} rows"
                 )
+
+    def for_one_launch(self, q: Tensor, options: Options) -> "NewRows | None":
+        """What a decode kernel is given that appends itself; None where the rows are for none."""
+        if not plan_cache.may_launch(q):
+            return None
+        from flash8.backends.hopper import append as hopper
+        from flash8.backends.hopper.decode_append import NewRows
+
+        both = self._appended(options)
+        queries = self._queries(q, options) or Queries(q, None, options.cu_seqlens_q)
+        reasons = [hopper.refusal(x) or hopper.refusal_of_address(x.cache) for x in both]
+        refused = any(x is not None for x in (*reasons, hopper.refusal_of_queries(queries)))
+        return None if refused else NewRows(*both, queries)
 
     def append(
         self, q: Tensor, options: Options

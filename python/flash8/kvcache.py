@@ -88,7 +88,8 @@ def flash_attn_with_kvcache(
             (total_new, heads_kv, head_dim[_v]) with cu_seqlens_k_new. For an e4m3 cache either
             e4m3, written as they are, or wider: then k is rotated, k_mean and v_mean are
             subtracted, and both are quantized once with the cache's k_descale and v_descale. On a
-            Hopper GPU one kernel rotates, quantizes and writes, and reads no index on the host.
+            Hopper GPU kernels do it, in attention's own launch where the rows are few, and no index
+            is read on the host. Only the sequence of a new row may be one that sees it.
         rotary_cos, rotary_sin: (seqlen_rotary, rotary_dim / 2), rotary_dim a multiple of 16; only
             with k and v. k is rotated at rotary_seqlens + 0, 1, ...; so is q if the call is causal
             or local, and otherwise all of q at rotary_seqlens.
@@ -257,6 +258,12 @@ def flash_attn_with_kvcache(
         if rotary_cos is not None or rotary_sin is not None:
             new.set_rotary(query, options, *rotary, rotary_seqlens, rotary_interleaved)
         new.set_norms(query, norm_eps, norms)
+        done = call_by(
+            *(_CACHE_NAMES, decode_plans.launch_with_new_keys, given),
+            *(query, keys, values, qv, s_aux, out, options, new.for_one_launch(query, options)),
+        )
+        if done is not None:
+            return _with_no_splits(*done) if return_softmax_lse else done[0]
         query, options, appended = call_by(_CACHE_NAMES, new.append, query, options)
     if not appends or appended is not None:
         done = call_by(

@@ -244,3 +244,73 @@ def test_other_kernels_are_refused(fake, driver):
         _native.launch_decode(forward, 0, 0, dense_call())
     with pytest.raises(ValueError, match="sm_margin is -1; it must not be negative"):
         _native.launch_decode(load(driver), 0, 0, dense_call(), -1)
+
+
+APPENDING = "decode_bf16_d128_rows8_append"
+NEW = {"k": 0x800000, "v": 0x900000}
+
+
+def appending_call(new=1):
+    call = dense_call()
+    call.sequences.seqused_k = 0xA00000
+    for name, address in NEW.items():
+        rows = getattr(call.append, name)
+        rows.x = (address, new * 2 * 128, 2 * 128, 128)
+        rows.tokens, rows.seqlen = 3 * new, new
+    return call
+
+
+def launch_appending(driver, call):
+    _native.launch_decode(load(driver, APPENDING), 0, 0, call, MARGIN)
+
+
+def test_the_append_is_as_attention_has_it(driver, fake):
+    """Where new rows go, and what Q is, is filled in."""
+    launch_appending(driver, appending_call())
+    at = LAYOUT["DecodeParams"]["fields"]["append"][0]
+    append = fake.parameter(0)[at : at + LAYOUT["AppendParams"]["size"]]
+    whole, rows = LAYOUT["AppendParams"]["fields"], LAYOUT["AppendedRows"]
+
+    def word(offset, code="Q"):
+        return struct.unpack_from(f"<{code}", append, offset)[0]
+
+    for i, name in enumerate("qkv"):
+        base = whole["rows"][0] + i * rows["size"]
+        out = word(base + rows["fields"]["out"][0])
+        assert out == ADDRESS[name]
+        assert word(base + rows["fields"]["x"][0]) == NEW.get(name, ADDRESS["q"])
+        assert word(base + rows["fields"]["heads"][0], "i") == (8 if name == "q" else 2)
+        assert word(base + rows["fields"]["head_dim"][0], "i") == 128
+    place = LAYOUT["PlaceParams"]["fields"]
+    assert word(whole["place"][0] + place["cache_seqlens"][0]) == 0xA00000
+    assert word(whole["place"][0] + place["num_slots"][0], "i") == 3
+    assert word(whole["place"][0] + place["slot_tokens"][0], "i") == 500
+
+
+WRONG_APPENDS = {
+    "appends new keys, which are null": lambda call: setattr(call.append.k, "x", (0, 0, 0, 0)),
+    "x of v is at address": lambda call: setattr(call.append.v, "x", (0, 0, 0, 0)),
+    "3 new rows of k and 2 of v": lambda call: setattr(call.append.v, "tokens", 2),
+    "in 3 dense sequences of 2": lambda call: (
+        setattr(call.append.k, "seqlen", 2),
+        setattr(call.append.v, "seqlen", 2),
+    ),
+    "cache_seqlens is null": lambda call: setattr(call.sequences, "seqused_k", 0),
+    "rows that rotate need a table": lambda call: setattr(call.append.k, "rotates", 1),
+    "there is no row of q": lambda call: setattr(call.sequences, "max_seqlen_q", 0),
+}
+
+
+@pytest.mark.parametrize("reason", WRONG_APPENDS)
+def test_appends_that_are_refused(reason, driver, fake):
+    call = appending_call()
+    WRONG_APPENDS[reason](call)
+    with pytest.raises(ValueError, match=reason):
+        launch_appending(driver, call)
+    assert not fake.launches
+
+
+def test_a_kernel_that_does_not_append_takes_no_new_keys(driver, fake):
+    with pytest.raises(ValueError, match="appends no new keys, which are given"):
+        _native.launch_decode(load(driver), 0, 0, appending_call(), MARGIN)
+    assert not fake.launches

@@ -20,8 +20,8 @@ HEADERS = (
     HOPPER / "decode" / "params.h",
     HOPPER / "decode" / "schedule_params.h",
     HOPPER / "kernel_info.h",
+    HOPPER / "quantize" / "append_params.h",
     ROOT / "cutlass_kernels" / "quantize" / "quantize_params.h",
-    ROOT / "cutlass_kernels" / "quantize" / "append_params.h",
     ROOT / "cutlass_kernels" / "gemm" / "gemm_params.h",
 )
 LAYOUT = _native.layout()
@@ -71,10 +71,10 @@ def test_structs_have_no_implicit_padding(name):
     assert end % LAYOUT[name]["align"] == 0
 
 
-def test_layout_of_abi_version_12():
+def test_layout_of_abi_version_13():
     """A change here means that old cubins would be misread: raise kAbiVersion with it."""
     sizes = {name: (struct["size"], struct["align"]) for name, struct in LAYOUT.items()}
-    assert _native.ABI_VERSION == 12
+    assert _native.ABI_VERSION == 13
     assert sizes == {
         "TensorMap": (128, 64),
         "TensorRef": (32, 8),
@@ -88,7 +88,7 @@ def test_layout_of_abi_version_12():
         "SchedulerParams": (24, 8),
         "ForwardParams": (960, 64),
         "BackwardParams": (1280, 64),
-        "DecodeParams": (832, 64),
+        "DecodeParams": (1536, 64),
         "GroupRef": (32, 8),
         "QuantizeParams": (312, 8),
         "AppendedRows": (176, 8),
@@ -98,8 +98,8 @@ def test_layout_of_abi_version_12():
         "ScaleRef": (24, 8),
         "GemmParams": (448, 64),
         "TmaBox": (32, 4),
-        "KernelInfo": (408, 4),
-        "ScheduleParams": (896, 64),
+        "KernelInfo": (412, 4),
+        "ScheduleParams": (1600, 64),
     }
 
 

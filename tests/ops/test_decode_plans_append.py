@@ -7,6 +7,8 @@ import torch
 from fake_driver.cubin import LAYOUT
 from flash8 import flash_attn_with_kvcache
 from flash8.append import NewKeys
+from flash8.backends.hopper import decode_append, kernels
+from flash8.compiler import MissingVariantError
 from flash8.ops import attention as ops
 from flash8.ops import decode_plans
 from simulated_device import missing_compiler
@@ -26,6 +28,12 @@ def unread(monkeypatch):
     """Of CPU tensors the checks read values, which here no kernel writes."""
     monkeypatch.setattr(NewKeys, "_check_positions", lambda *_: None)
     monkeypatch.setattr(ops, "check_indices", lambda *_: None)
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """The append is a launch of its own, ahead of attention."""
+    monkeypatch.setattr(decode_append, "choose", lambda *_: None)
 
 
 def draw(seed=0, dtype=torch.bfloat16, rows=(2, 1)):
@@ -130,6 +138,67 @@ def run(given, **others):
 
 @pytest.mark.usefixtures("on_fake_driver", "unread")
 @pytest.mark.parametrize("name", CALLS)
+def test_a_step_is_one_launch(name, fake, misses):
+    """A miss and a hit, and all that the kernel appends by is the call's own."""
+    first, second = CALLS[name](0), CALLS[name](1)
+    before = [second[x]._version for x in CACHES]
+    run(first)
+    run(second)
+    assert misses == ["launch"]
+    assert [launch.split()[0] for launch in fake.launches] == ["decode"] * 2
+    shapes = [launch.partition(" first=")[0] for launch in fake.launches]
+    assert shapes[0] == shapes[1]
+    decode = fake.parameter(1)
+    append = appended(decode[FIELDS["DecodeParams"]["append"][0] :])
+    assert append.pop("lengths") == 0 and append.pop("q_cache") == second["q"].data_ptr()
+    for field, found in append.items():
+        argument = argument_of(field, name, second)
+        assert found == (second[argument].data_ptr() if argument in second else 0), field
+    assert address(decode, "seqused_k") == second["cache_seqlens"].data_ptr()
+    assert address(decode, "q") == second["q"].data_ptr()
+    assert [second[x]._version for x in CACHES] == [x + 1 for x in before]
+
+
+def argument_of(field, name, given):
+    """Whose address a field of AppendParams has."""
+    known = {"kv_batch_idx": "cache_batch_idx", "q_cu_seqlens": "cu_seqlens_q"}
+    known |= {f"{x}_cu_seqlens": "cu_seqlens_k_new" for x in "kv"}
+    if field == "rotary_offsets" and "rotary" in name:
+        return "rotary_seqlens" if "rotary_seqlens" in given else "cache_seqlens"
+    return known.get(field, field)
+
+
+#: What the decode kernel does not append itself.
+AHEAD = {
+    "many new rows": lambda: {**dense(), **{x: draw(rows=(2, 9))[x] for x in "kv"}},
+    "e4m3 rows": lambda: {**e4m3(), **{x: draw()[x].to(E4M3) for x in "kv"}},
+    "descales of pages": lambda: {**e4m3(), **{f"{x}_descale": torch.ones(9, 2, 1) for x in "kv"}},
+    "fp16 rows": lambda: {**e4m3(), **{x: draw()[x].half() for x in "kv"}},
+}
+
+
+@pytest.mark.usefixtures("on_fake_driver", "unread")
+@pytest.mark.parametrize("name", AHEAD)
+def test_others_are_two_launches(name, fake):
+    run(AHEAD[name]())
+    assert [launch.split()[0] for launch in fake.launches] == ["append", "decode"]
+
+
+@pytest.mark.usefixtures("on_fake_driver", "unread")
+def test_a_kernel_that_cannot_be_had_is_done_without(monkeypatch, fake):
+    def kernel(variant):
+        if getattr(variant, "append", False):
+            raise MissingVariantError(variant.name)
+        return kernels.registry().get(variant.name)
+
+    monkeypatch.setattr(kernels, "_available", {})
+    monkeypatch.setattr(kernels, "kernel", kernel)
+    run(draw())
+    assert [launch.split()[0] for launch in fake.launches] == ["append", "decode"]
+
+
+@pytest.mark.usefixtures("on_fake_driver", "unread", "ahead")
+@pytest.mark.parametrize("name", CALLS)
 def test_a_hit_launches_what_a_miss_does(name, fake, misses):
     first, second = CALLS[name](0), CALLS[name](1)
     run(first)
@@ -139,15 +208,11 @@ def test_a_hit_launches_what_a_miss_does(name, fake, misses):
     shapes = [launch.partition(" first=")[0] for launch in fake.launches]
     assert shapes[:2] == shapes[2:]
     append, decode = appended(fake.parameter(2)), fake.parameter(3)
-    known = {"kv_batch_idx": "cache_batch_idx", "q_cu_seqlens": "cu_seqlens_q"}
-    known |= {f"{x}_cu_seqlens": "cu_seqlens_k_new" for x in "kv"}
-    rotates, changes_q = "rotary" in name, "rotary" in name or "norms" in name
+    changes_q = "rotary" in name or "norms" in name
     for field, found in append.items():
         if field in ("lengths", "q_cache"):
             continue
-        argument = known.get(field, field)
-        if field == "rotary_offsets" and rotates:
-            argument = "rotary_seqlens" if "rotary_seqlens" in second else "cache_seqlens"
+        argument = argument_of(field, name, second)
         there = argument in second and (changes_q or field not in ("q", "q_cu_seqlens"))
         assert found == (second[argument].data_ptr() if there else 0), field
     assert append["lengths"] == address(decode, "seqused_k") != 0
@@ -156,7 +221,10 @@ def test_a_hit_launches_what_a_miss_does(name, fake, misses):
 
 
 @pytest.mark.usefixtures("on_fake_driver", "unread")
-def test_a_hit_asks_torch_for_nothing_on_the_device(fake, misses):
+@pytest.mark.parametrize("within", [True, False], ids=["one launch", "two launches"])
+def test_a_hit_asks_torch_for_nothing_on_the_device(within, fake, misses, request):
+    if not within:
+        request.getfixturevalue("ahead")
     given = CALLS["rotary, e4m3"]()
     run(given)
     counts = {name: fake.count(name) for name in ("cuMemcpyDtoH_v2", "cuStreamSynchronize")}
@@ -199,7 +267,7 @@ def test_caches_within_each_other_are_refused_again(fake, misses):
     both = torch.zeros(10, 2, 16, 2, WIDTH).bfloat16()
     with pytest.raises(ValueError, match="v_cache must not share memory with k_cache"):
         run(given, k_cache=both[:9, 0], v_cache=both[1:, 0])
-    assert len(fake.launches) == 4
+    assert len(fake.launches) == 2
 
 
 @pytest.mark.usefixtures("on_fake_driver", "unread")

@@ -28,8 +28,9 @@ def changed_image(folder: Path, *edits: tuple[str, str, str]) -> Image:
 
 def changed_quantizers(folder: Path, name: str, old: str, new: str) -> Image:
     """Quantizer kernels compiled from sources with an edit of one file."""
-    root = folder / "quantize"
-    shutil.copytree(cutlass_root() / "quantize", root)
+    root = folder / "sources"
+    shutil.copytree(kernel_root(), root)  # what they include
+    shutil.copytree(cutlass_root() / "quantize", root, dirs_exist_ok=True)
     text = (root / name).read_text()
     assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
     (root / name).write_text(text.replace(old, new))

@@ -5,7 +5,8 @@ tensor type, sizes, strides and device, of anything else type and value. `run` l
 of a key (`python/native/plan_cache/decode_cache.cpp`). On a miss the call is checked, and `launch`
 plans it, launches it and keeps the plan.
 
-A call that appends launches that first, and its plan has both. Calls that autograd has to know of,
+A call that appends few keys is one launch, of a decode kernel that takes them (`decode_append.py`);
+another launches the append first, and its plan has both. Calls that autograd has to know of,
 or whose kernels read copies, have no plan: those with lengths that are an int or not int32, say.
 """
 
@@ -28,6 +29,9 @@ from flash8.ops.outputs import empty_lse, empty_out
 if TYPE_CHECKING:
     from flash8 import _native
     from flash8.backends.hopper import append
+    from flash8.backends.hopper.decode import Plan
+    from flash8.backends.hopper.decode_append import NewRows
+    from flash8.backends.hopper.decode_variants import DecodeVariant
 
 #: What `Options` and `flash_attn_with_kvcache` call the same arguments.
 CACHE_NAMES = {
@@ -65,10 +69,12 @@ def launch(
     out: Tensor | None,
     options: Options,
     appended: "append.Launched | None" = None,
+    new: "NewRows | None" = None,
 ) -> tuple[Tensor, Tensor] | None:
     """After a miss: plans the call, launches it, keeps the plan, and gives O and LSE. What follows
-    `arguments` is made of them, and checked; `appended` has been launched before. None where no
-    decode kernel serves the call, or autograd has to know of it, and nothing was done."""
+    `arguments` is made of them, and checked; `appended` has been launched before, `new` is to be
+    appended by the same launch. None where no decode kernel serves the call, or autograd has to
+    know of it, and nothing was done."""
     if not plan_cache.may_launch(q):
         return None
     tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
@@ -79,15 +85,22 @@ def launch(
         return None
     profiled = record_function(_OP) if is_profiled() else contextlib.nullcontext()
     with torch.no_grad(), profiled:
-        if backends.forward_backend(q, k, v, qv, options, out) is not hopper.decode:
+        variant = None
+        if new is None:
+            if backends.forward_backend(q, k, v, qv, options, out) is not hopper.decode:
+                return None
+        elif (variant := _appending(q, k, v, qv, options, out, new)) is None:
             return None
         if out is None:
             out = empty_out(q, v, options)
         lse = empty_lse(q)
         metadata = arguments.get("scheduler_metadata")
-        plan = hopper.decode.plan_and_launch(q, k, v, s_aux, options, out, lse, qv, metadata)
+        inputs = (q, k, v, s_aux, options, out, lse, qv, metadata)
+        plan = hopper.decode.plan_and_launch(*inputs, variant, new)
     if arguments.get("out") is not None:
         increment_version((out,))
+    if new is not None:
+        increment_version((k, v))
     out_like, lse_like = planned.like(out), planned.like(lse)
     tickets = plan.workspace["tickets"] // 4
     if planned.make_contiguous((out_like, lse_like)) and tickets <= hopper.streams.MANY_TICKETS:
@@ -101,15 +114,56 @@ def launch(
             lse_like=lse_like,
             partial_bytes=plan.workspace["partials"],
             returns_lse=arguments["return_softmax_lse"],
-            append=None if appended is None else _plan_of(appended),
+            append=_append_plan(plan, appended, new),
             most_plans=planned.MOST_PLANS,
         )
     return out, lse
 
 
-def _plan_of(appended: "append.Launched") -> "_native.AppendPlan":
+def launch_with_new_keys(
+    arguments: Arguments,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    out: Tensor | None,
+    options: Options,
+    new: "NewRows | None",
+) -> tuple[Tensor, Tensor] | None:
+    """`launch` of a call by a kernel that appends, too; None without new rows for one."""
+    if new is None:
+        return None
+    return launch(arguments, q, k, v, qv, s_aux, out, options, None, new)
+
+
+def _appending(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    options: Options,
+    out: Tensor | None,
+    new: "NewRows",
+) -> "DecodeVariant | None":
+    """The kernel that appends and attends, if there is one that is trusted."""
+    from flash8.backends.hopper import decode_append
+    from flash8.backends.hopper.verify import trust
+
+    variant = decode_append.choose(q, k, v, qv, options, out, new)
+    return variant if variant is not None and trust.is_trusted(variant, q.device) else None
+
+
+def _append_plan(
+    plan: "Plan", appended: "append.Launched | None", new: "NewRows | None"
+) -> "_native.AppendPlan | None":
+    """What a call appends, by a launch ahead or within that of `plan`."""
     from flash8 import _native
 
+    if new is not None:
+        return _native.AppendPlan([(None, plan.call.append)], None, None)
+    if appended is None:
+        return None
     rotated = None if appended.rotated is None else planned.like(appended.rotated)
     return _native.AppendPlan(appended.launches, planned.like(appended.lengths), rotated)
 

@@ -55,6 +55,7 @@ void bind_decode(py::module_& module) {
     type.def_property_readonly("sequences", [](P& self) { return &self.sequences; })
         .def_property_readonly("scores", [](P& self) { return &self.scores; })
         .def_property_readonly("pages", [](P& self) { return &self.pages; })
+        .def_property_readonly("append", [](P& self) { return &self.append; })
         .def_readwrite("heads_q", &P::heads_q)
         .def_readwrite("heads_kv", &P::heads_kv)
         .def_readwrite("head_dim", &P::head_dim)

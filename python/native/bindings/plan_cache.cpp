@@ -1,6 +1,8 @@
 #include <cxxabi.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "bindings/bindings.h"
 #include "plan_cache/backward_cache.h"
 #include "plan_cache/decode_cache.h"
@@ -141,15 +143,25 @@ void insert_decode(DecodeCache& self, const py::dict& arguments, std::shared_ptr
 
 void bind_append_plan(py::module_& module) {
     using Launches = std::vector<std::pair<std::shared_ptr<Kernel>, AppendParams>>;
-    py::class_<AppendPlan>(module, "AppendPlan", "What a call over a KV cache launches before attention.")
+    py::class_<AppendPlan>(module, "AppendPlan",
+                           "What a call over a KV cache launches before attention. A kernel "
+                           "of None, without lengths_like: all is within the decode kernel.")
         .def(py::init([](Launches launches, py::object lengths_like, py::object rotated_like) {
                  std::vector<AppendPlan::Launch> plan;
                  for (auto& [kernel, params] : launches) {
                      plan.push_back({std::move(kernel), params});
                  }
+                 const bool within = plan.size() == 1 && !plan.front().kernel;
+                 const bool ahead = std::all_of(plan.begin(), plan.end(), [](const AppendPlan::Launch& x) {
+                     return x.kernel != nullptr;
+                 });
+                 if (!(lengths_like.is_none() ? within : ahead)) {
+                     throw py::value_error(
+                         "launches must have kernels with lengths_like, and be one of None without");
+                 }
                  return AppendPlan(std::move(plan), std::move(lengths_like), std::move(rotated_like));
              }),
-             py::arg("launches"), py::arg("lengths_like"), py::arg("rotated_like").none(true));
+             py::arg("launches"), py::arg("lengths_like").none(true), py::arg("rotated_like").none(true));
 }
 
 void bind_decode_cache(py::module_& module) {

@@ -83,17 +83,8 @@ void check_place(const AppendParams& call) {
 
 }  // namespace
 
-void launch_append(Kernel& kernel, int device, std::uint64_t stream, const AppendParams& call) {
-    require(kernel.info().has_value(), "append: ", kernel.name(), " exports no kernel_info");
-    const KernelInfo& info = *kernel.info();
-    require(info.kind == KernelKind::kQuantizeAppend, "append: ", kernel.name(),
-            " is not an appending kernel");
-    require(call.batch >= 0, "append: batch is ", call.batch, "; it must not be negative");
-    if (call.batch == 0) {
-        return;
-    }
-    std::int64_t items = 1;
-    std::int64_t heads = 0;
+AppendItems check_append(const AppendParams& call) {
+    AppendItems found{1, 0};
     for (std::size_t i = 0; i < std::size(call.rows); ++i) {
         const AppendedRows& rows = call.rows[i];
         require(rows.heads >= 0, "append: ", kNames[i], " has ", rows.heads, " heads");
@@ -104,12 +95,25 @@ void launch_append(Kernel& kernel, int device, std::uint64_t stream, const Appen
             check_rotary(call.rotary);
         }
         check_rows(rows, kNames[i], call.rotary);
-        heads += rows.heads;
-        items = std::max(items, std::int64_t{rows.tokens} * (rows.head_dim / kChannels));
+        found.heads += rows.heads;
+        found.of_head = std::max(found.of_head, std::int64_t{rows.tokens} * (rows.head_dim / kChannels));
     }
+    check_place(call);
+    return found;
+}
+
+void launch_append(Kernel& kernel, int device, std::uint64_t stream, const AppendParams& call) {
+    require(kernel.info().has_value(), "append: ", kernel.name(), " exports no kernel_info");
+    const KernelInfo& info = *kernel.info();
+    require(info.kind == KernelKind::kQuantizeAppend, "append: ", kernel.name(),
+            " is not an appending kernel");
+    require(call.batch >= 0, "append: batch is ", call.batch, "; it must not be negative");
+    if (call.batch == 0) {
+        return;
+    }
+    const auto [items, heads] = check_append(call);
     require(heads >= 1 && heads <= kMostHeads, "append: q, k and v have ", heads,
             " heads; supported are 1 to ", kMostHeads);
-    check_place(call);
     const std::int64_t threads = info.threads;
     launch(kernel, device, stream, shape_of(info, {(items + threads - 1) / threads, heads, 1}),
            {{&call, sizeof(call)}});

@@ -4,10 +4,19 @@
 
 #include <cstdint>
 
-#include "append_params.h"
 #include "driver/library.h"
+#include "quantize/append_params.h"
 
 namespace flash8 {
+
+// How many threads an append takes, each of which has eight channels of a row.
+struct AppendItems {
+    std::int64_t of_head;  // at most
+    std::int64_t heads;    // of Q, K and V together
+};
+
+// Throws std::invalid_argument for sizes, strides or addresses that no kernel takes which appends.
+AppendItems check_append(const AppendParams& call);
 
 // Enqueues cutlass_kernels/quantize/append.cu over the tokens and heads of Q, K and V. Nothing is enqueued
 // without sequences.

@@ -7,6 +7,7 @@
 #include "driver/require.h"
 #include "driver/tensor_map.h"
 #include "kernels/attention_checks.h"
+#include "kernels/launch_append.h"
 
 namespace flash8 {
 
@@ -173,6 +174,56 @@ void encode_maps(const Driver& driver, const KernelInfo& info, DecodeParams& par
     params.tma_v = encode(params.v, params.head_dim_v, info.tma[1]);
 }
 
+// Of the append the caller has given new rows, norms and tables; the rest is as attention has it.
+void complete_append(DecodeParams& params) {
+    const SequenceParams& sequences = params.sequences;
+    const PageParams& pages = params.pages;
+    AppendParams& append = params.append;
+    auto& [q, k, v] = append.rows;
+    append.batch = sequences.batch;
+    append.lengths = nullptr;
+    append.place = {sequences.seqused_k, pages.page_table, sequences.kv_batch_idx, pages.page_table_stride,
+                    sequences.batch_k,   pages.max_pages,  pages.num_pages,        pages.page_size};
+    q.x = q.out = params.q;  // it is stored nowhere
+    q.cu_seqlens = sequences.cu_seqlens_q;
+    q.seqlen = sequences.max_seqlen_q;
+    q.tokens = q.cu_seqlens != nullptr ? static_cast<std::int32_t>(sequences.total_q)
+                                       : sequences.batch * sequences.max_seqlen_q;
+    k.out = params.k;
+    k.mean = params.k_mean;
+    k.descale = params.k_descale;
+    v.out = params.v;
+    v.mean = params.v_mean;
+    v.descale = params.v_descale;
+    q.heads = params.heads_q;
+    k.heads = v.heads = params.heads_kv;
+    q.head_dim = k.head_dim = params.head_dim;
+    v.head_dim = params.head_dim_v;
+    k.descale_by_slot = v.descale_by_slot = 0;
+}
+
+void check_new_keys(const DecodeParams& call, const KernelInfo& info) {
+    const auto& [q, k, v] = call.append.rows;
+    require((info.appends != 0) == (k.x.ptr != nullptr), "decode: this kernel ",
+            info.appends != 0 ? "appends new keys, which are null" : "appends no new keys, which are given");
+    if (info.appends == 0) {
+        return;
+    }
+    require(call.q_is_e4m3 == 0, "decode: q is e4m3; this kernel normalises and rotates q of 16 bits");
+    const std::int64_t rows = std::int64_t{call.sequences.max_seqlen_q} * (call.heads_q / call.heads_kv);
+    require(rows <= info.kBlockM, "decode: a KV head has ", rows,
+            " rows of q; this kernel appends with up to ", info.kBlockM);
+    require(k.tokens == v.tokens && k.seqlen == v.seqlen && k.cu_seqlens == v.cu_seqlens,
+            "decode: there are ", k.tokens, " new rows of k and ", v.tokens,
+            " of v, or not in the same sequences");
+    require(k.cu_seqlens != nullptr || k.tokens == std::int64_t{call.sequences.batch} * k.seqlen,
+            "decode: there are ", k.tokens, " new rows in ", call.sequences.batch, " dense sequences of ",
+            k.seqlen);
+    const AppendItems items = check_append(call.append);
+    require(items.of_head * items.heads <= kMaxUnits,
+            "decode: there are more than 2^30 eights of new channels");
+}
+
 bool has_rows(const SequenceParams& sequences) {
     const bool packed = sequences.cu_seqlens_q != nullptr;
     return packed ? sequences.total_q > 0 : sequences.batch > 0 && sequences.max_seqlen_q > 0;
@@ -197,11 +248,16 @@ void launch_decode(Kernel& kernel, int device, std::uint64_t stream, const Decod
     check_sizes(call, info);
     const std::int64_t ctas = count_ctas(kernel, device, call, sm_margin);
     if (!has_rows(call.sequences)) {
+        require(info.appends == 0, "decode: there is no row of q; this kernel appends new keys with one");
         return;
     }
     check_tensors(call, info);
     check_workspace(call);
     DecodeParams params = call;
+    if (info.appends != 0) {
+        complete_append(params);
+    }
+    check_new_keys(params, info);
     divide_by_page_size(params.pages);
     if (uses_tma(info)) {
         encode_maps(kernel.driver(), info, params);

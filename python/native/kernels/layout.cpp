@@ -1,11 +1,11 @@
 #include "kernels/layout.h"
 
-#include "append_params.h"
 #include "backward/params.h"
 #include "decode/schedule_params.h"
 #include "forward/params.h"
 #include "gemm_params.h"
 #include "kernel_info.h"
+#include "quantize/append_params.h"
 #include "quantize_params.h"
 
 namespace flash8 {
@@ -187,7 +187,9 @@ StructLayout decode_params() {
                                       FIELD(q_is_e4m3),
                                       FIELD(heads_per_q_descale),
                                       FIELD(split_keys),
-                                      FIELD(reserved)});
+                                      FIELD(reserved),
+                                      FIELD(append),
+                                      FIELD(zero)});
 }
 
 StructLayout schedule_params() {
@@ -321,6 +323,7 @@ StructLayout kernel_info() {
                                     FIELD(v_colmajor),
                                     FIELD(paged),
                                     FIELD(qv),
+                                    FIELD(appends),
                                     FIELD(tma)});
 }
 

@@ -98,8 +98,11 @@ bool AppendPlan::may_write(const CallKey& key) const {
 
 AppendPlan::Made AppendPlan::make(const CallKey& key, const TorchTensors& torch,
                                   std::vector<Launch>& launches) const {
-    Made made{torch.new_like(lengths_like_), py::none()};
-    made.lengths_address = torch.address_of(made.lengths);
+    Made made{py::none(), py::none()};
+    if (is_ahead()) {
+        made.lengths = torch.new_like(lengths_like_);
+        made.lengths_address = torch.address_of(made.lengths);
+    }
     if (rotates()) {
         made.rotated = torch.new_like(rotated_like_);
         made.rotated_address = torch.address_of(made.rotated);
@@ -110,7 +113,7 @@ AppendPlan::Made AppendPlan::make(const CallKey& key, const TorchTensors& torch,
     }
     for (Launch& launch : launches) {
         AppendedRows& q = launch.params.rows[kQ];
-        if (q.heads > 0) {
+        if (rotates() && q.heads > 0) {
             q.out.ptr = reinterpret_cast<void*>(made.rotated_address);
         }
         if (launch.params.lengths != nullptr) {

@@ -1,4 +1,5 @@
-// What a call over a KV cache launches before its attention: new rows into the caches, and Q rotated.
+// What a call over a KV cache launches before its attention: new rows into the caches, and Q rotated. Or the
+// same within the kernel of its attention, which launches nothing more.
 
 #pragma once
 
@@ -9,27 +10,27 @@
 #include <memory>
 #include <vector>
 
-#include "append_params.h"
 #include "plan_cache/launch_arguments.h"
+#include "quantize/append_params.h"
 
 namespace flash8 {
 
 class AppendPlan {
   public:
     struct Launch {
-        std::shared_ptr<Kernel> kernel;
+        std::shared_ptr<Kernel> kernel;  // null: the append is within the decode kernel
         AppendParams params;
     };
 
     // Tensors of a call that its launches write, and attention reads.
     struct Made {
-        pybind11::object lengths;  // of the sequences from now on
+        pybind11::object lengths;  // of the sequences from now on; none within the decode kernel
         pybind11::object rotated;  // Q; None where it is not rotated
         std::uintptr_t lengths_address = 0;
         std::uintptr_t rotated_address = 0;
     };
 
-    // lengths_like, rotated_like: one element each, expanded to the shape.
+    // lengths_like, rotated_like: one element each, expanded to the shape, where the launches make such.
     AppendPlan(std::vector<Launch> launches, pybind11::object lengths_like, pybind11::object rotated_like)
         : launches_(std::move(launches)),
           lengths_like_(std::move(lengths_like)),
@@ -46,6 +47,8 @@ class AppendPlan {
     // New tensors for a call, in the launches of which they and its arguments are put.
     Made make(const CallKey& key, const TorchTensors& torch, std::vector<Launch>& launches) const;
 
+    // The launches make what attention reads in the place of arguments.
+    bool is_ahead() const { return !lengths_like_.is_none(); }
     bool rotates() const { return !rotated_like_.is_none(); }
     // As the launches have them that were learned from.
     std::uintptr_t lengths_address() const;

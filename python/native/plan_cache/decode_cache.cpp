@@ -111,7 +111,12 @@ py::object DecodeCache::run(PyObject* names, PyObject* const* values) {
     AppendPlan::Made made;
     if (plan.append) {
         made = plan.append->make(key, torch_, appends);
-        lead_to(params, plan.append->rotates(), made.rotated_address, made.lengths_address);
+        if (plan.append->is_ahead()) {
+            lead_to(params, plan.append->rotates(), made.rotated_address, made.lengths_address);
+        } else {
+            params.append = appends.front().params;
+            appends.clear();
+        }
     }
     py::object out = make_out(key, torch_, plan.out_like);
     params.o.ptr = reinterpret_cast<void*>(torch_.address_of(out));
@@ -151,7 +156,7 @@ void DecodeCache::insert(const py::dict& call, DecodePlan plan, std::size_t most
         return;
     }
     DecodeParams params = plan.params;
-    if (plan.append) {  // what it has made is in the place of arguments
+    if (plan.append && plan.append->is_ahead()) {  // what it has made is in the place of arguments
         const bool rotates = plan.append->rotates();
         if (address_at(params, kLengths) != plan.append->lengths_address() ||
             (rotates && address_at(params, kQ) != plan.append->rotated_address())) {

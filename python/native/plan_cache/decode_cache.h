@@ -24,7 +24,7 @@ struct DecodePlan {
     DecodeParams params{};
     std::size_t partial_bytes = 0;
     bool returns_lse = false;
-    std::optional<AppendPlan> append;  // launched before
+    std::optional<AppendPlan> append;  // launched before, or within
     // One element each, expanded to the shape of an output.
     pybind11::object out_like;
     pybind11::object lse_like;

@@ -291,11 +291,11 @@ WRONG_QUANTIZERS = {
         ),
     ),
     "mean not taken off": (
-        *("append.cu", "if (rows.mean.ptr != nullptr)", "if (false)"),
+        *("quantize/new_row.cuh", "if (rows.mean.ptr != nullptr)", "if (false)"),
         *("append_bf16_to_e4m3", append, "elements of the K cache differ"),
     ),
     "queries in positions of their own": (
-        *("new_token.cuh", "(rows.advances ? token.index : 0)", "token.index"),
+        *("quantize/new_token.cuh", "(rows.advances ? token.index : 0)", "token.index"),
         *("append_bf16", lambda: append(torch.bfloat16), "elements of Q differ"),
     ),
 }

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missi
 CPU = torch.device("cpu")
 E8 = DecodeVariant("bf16", "e4m3", 128, 128, 8)
 K8 = DecodeVariant("bf16", "e4m3", 128, 128, 8, scales="key")
+APPENDING = DecodeVariant("bf16", "e4m3", 128, 128, 8, append=True)
 MODIFIED = DecodeVariant("fp16", "e4m3", 128, 128, 8, score_mod=True)
 OTHERS = (
     MODIFIED,
@@ -69,6 +70,16 @@ WRONG = {
         E8,
         (MERGE, "ptx::store_relaxed(params_.tickets + first, 0);", ""),
         "its tickets are left",
+    ),
+    "new keys": (
+        APPENDING,
+        ("decode/new_keys.cuh", "            row.store(channel, made);\n", ""),
+        "K cache differ",
+    ),
+    "positions of queries": (
+        APPENDING,
+        ("decode/new_keys.cuh", "NewToken::at(segment.batch, at.query)", "NewToken::at(0, 0)"),
+        "LSE",
     ),
     "softcap": (MODIFIED, (SOFTMAX, "cap * ptx::tanh(value * per_cap)", "value"), "LSE"),
     "slopes": (MODIFIED, (ROWS, "scores.alibi_slopes == nullptr ?", "true ?"), "LSE"),

@@ -12,37 +12,37 @@ from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
-KERNEL, TOKEN = "append.cu", "new_token.cuh"
+KERNEL, ROW, TOKEN = "append.cu", "quantize/new_row.cuh", "quantize/new_token.cuh"
 HALVES = {"rotary_dim": 32, "interleaved": False}
 PACKED = {"new": (5, 0, 17), "rotary_dim": 32}
 SLOW = pytest.mark.slow
 
 # file, what is replaced, by what, the call that must notice, and when it is planted.
 FAULTS = {
-    "halves swapped": (KERNEL, "first ? -1.0f : 1.0f", "first ? 1.0f : -1.0f", HALVES, ()),
+    "halves swapped": (ROW, "first ? -1.0f : 1.0f", "first ? 1.0f : -1.0f", HALVES, ()),
     "its own channel for the other half's": (
-        KERNEL,
+        ROW,
         "channel + half : entry",
         "channel : entry",
         HALVES,
         SLOW,
     ),
     "neighbours swapped": (
-        KERNEL,
+        ROW,
         "y[2 * c] = subtract(",
         "y[2 * c] = add(",
         {"rotary_dim": 32},
         SLOW,
     ),
     "all channels turn": (
-        KERNEL,
-        "channel < params.rotary.rotary_dim",
-        "channel < 2 * params.rotary.rotary_dim",
+        ROW,
+        "channel < rotary.rotary_dim",
+        "channel < 2 * rotary.rotary_dim",
         {"rotary_dim": 16},
         SLOW,
     ),
     "tables of 16 bits read as fp32": (
-        KERNEL,
+        ROW,
         "Input::kFp32 || is_fp32) {",
         "Input::kFp32 || true) {",
         {"rotary_dim": 32, "table_dtype": torch.bfloat16},
@@ -92,22 +92,22 @@ FAULTS = {
         SLOW,
     ),
     "descale of the sequence": (
-        KERNEL,
+        ROW,
         "rows.descale_by_slot ? place.slot : token.batch",
         "token.batch",
         {"cache": E4M3, "page_size": 16},
         SLOW,
     ),
     "descale for its inverse": (
-        KERNEL,
+        ROW,
         "return reciprocal(checked",
         "return (checked",
         {"cache": E4M3},
         SLOW,
     ),
-    "no mean": (KERNEL, "rows.mean.ptr != nullptr", "false", {"cache": E4M3}, SLOW),
+    "no mean": (ROW, "rows.mean.ptr != nullptr", "false", {"cache": E4M3}, SLOW),
     "mean of another head": (
-        KERNEL,
+        ROW,
         "head * rows.mean.head_stride",
         "(head ^ 1) * rows.mean.head_stride",
         {"cache": E4M3},
@@ -121,43 +121,43 @@ FAULTS = {
         SLOW,
     ),
     "no norm of the other half": (
-        KERNEL,
+        ROW,
         "norm.apply(other_channel, other);",
         "",
         {"norm_dtype": torch.float32, **HALVES},
         (),
     ),
     "weights of the first channels": (
-        KERNEL,
+        ROW,
         "rows_.norm_weight, channel, weight",
         "rows_.norm_weight, 0, weight",
         {"norm_dtype": torch.float32},
         SLOW,
     ),
     "weights of 16 bits read as fp32": (
-        KERNEL,
-        "load_table(rows_.norm_is_fp32,",
-        "load_table(true,",
+        ROW,
+        "(rows_.norm_is_fp32,",
+        "(true,",
         {"norm_dtype": torch.bfloat16},
         SLOW,
     ),
     "no eps": (
-        KERNEL,
+        ROW,
         "add(mean, rows.norm_eps)",
         "mean",
         {"norm_dtype": torch.float32},
         SLOW,
     ),
     "a sum of part of a row": (
-        KERNEL,
+        ROW,
         "channel < rows.head_dim; channel += kGroup",
         "channel < rows.head_dim - kGroup; channel += kGroup",
         {"norm_dtype": torch.float32},
         SLOW,
     ),
     "normalised behind the rotation": (
-        KERNEL,
-        "norm.apply(channel, y);\n        bool",
+        ROW,
+        "norm.apply(channel, y);\n    bool",
         "bool",
         {"norm_dtype": torch.float32, "rotary_dim": 32},
         SLOW,

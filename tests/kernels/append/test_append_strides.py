@@ -158,10 +158,15 @@ SLOW = pytest.mark.slow
 OFFSETS = {
     "rows of a cache": ("append.cu", "place.row * rows.out.row_stride", "tokens of a cache", ()),
     "slots": ("append.cu", "place.slot * rows.out.batch_stride", "pages", SLOW),
-    "new rows": ("new_token.cuh", "index * rows.x.row_stride", "new rows", SLOW),
-    "packed new rows": ("new_token.cuh", "token * rows.x.row_stride", "packed new rows", SLOW),
-    "pages": ("new_token.cuh", "line * params.page_table_stride", "page table", SLOW),
-    "descales": ("append.cu", "batch * ref.batch_stride", "descales of slots", SLOW),
+    "new rows": ("quantize/new_token.cuh", "index * rows.x.row_stride", "new rows", SLOW),
+    "packed new rows": (
+        "quantize/new_token.cuh",
+        "token * rows.x.row_stride",
+        "packed new rows",
+        SLOW,
+    ),
+    "pages": ("quantize/new_token.cuh", "line * params.page_table_stride", "page table", SLOW),
+    "descales": ("quantize/new_row.cuh", "batch * ref.batch_stride", "descales of slots", SLOW),
 }
 
 

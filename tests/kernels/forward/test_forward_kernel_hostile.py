@@ -155,7 +155,7 @@ MUTATIONS = {
     ),
     "lengths are as they are": (
         "attention/seqlen_info.cuh",
-        "clamped(lengths[batch], 0, capacity)",
+        "clamped(static_cast<int>(lengths[batch] + more), 0, capacity)",
         "lengths[batch]",
     ),
 }

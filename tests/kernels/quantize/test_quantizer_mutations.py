@@ -25,7 +25,7 @@ INFINITE = torch.tensor([1.0, float("inf")])[torch.randint(2, (2, 70, 2, 64))].b
 # file, what is replaced, by what, and the call that must notice.
 MUTATIONS = {
     "descale for its inverse": ("cast.cu", "reciprocal(choose", "(choose", {}),
-    "another largest value": ("arithmetic.cuh", ": 448.0f", ": 447.0f", {}),
+    "another largest value": ("quantize/arithmetic.cuh", ": 448.0f", ": 447.0f", {}),
     "infinities count": ("rows.cuh", "bits < kInfinity ? bits", "true ? bits", {"x": INFINITE}),
     "no mean": ("rows.cuh", "if (params.mean.ptr != nullptr)", "if (false)", MEAN),
     "mean before position": (

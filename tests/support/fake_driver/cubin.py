@@ -159,6 +159,7 @@ def decode_cubin(
         "kHeadDim": 256 if "d256" in variant else 128,
         "kHeadDimV": 512 if "512" in variant else 256 if "d256" in variant else 128,
         "qv": int("_qv" in variant),
+        "appends": int("_append" in variant),
         "scale_block": int("keyscales" in variant),
         "tma": tma_boxes(*(2 * (gathered if "gather" in variant else box,))),
         "threads": 256,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
-from flash8.backends.hopper import attention_params, forward_fp8, kernels, streams
+from flash8.backends.hopper import append, attention_params, forward_fp8, kernels, streams
 from flash8.backends.hopper import forward as many_rows
 from flash8.backends.hopper.decode_variants import (
     QV_TILES,
@@ -28,6 +28,7 @@ from flash8.backends.hopper.decode_variants import (
 )
 from flash8.call.checks import output_dtype
 from flash8.call.options import Options
+from flash8.call.request import Appended, Queries
 from flash8.tensors.descales import BLOCK, is_per_token
 from flash8.tensors.float8 import E4M3
 
@@ -58,7 +59,7 @@ def refusal(
         return f"there is no decode kernel for {q.dtype} q and {k.dtype} k"
     reason = attention_params.refused_scale(options)
     reason = reason or _refused_options(q, v, qv, options) or _refused_sizes(q, k, v, qv, options)
-    many = reason is None and _rows(q, k, options) > _FEW_ROWS
+    many = reason is None and rows_of_head(q, k, options) > _FEW_ROWS
     if many and many_rows.refusal(q, k, v, qv, options, out) is None:
         return f"more than {_FEW_ROWS} rows of q for a KV head are for the forward kernel"
     if reason is None and out is not None and not attention_params.can_be_stored(out):
@@ -102,10 +103,10 @@ def _refused_sizes(
     for name, size in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
         if size % max(unit, 8) != 0:
             return f"{name} is {size}; the decode kernel takes multiples of {max(unit, 8)}"
-    if _rows(q, k, options) > MOST_ROWS:
+    if rows_of_head(q, k, options) > MOST_ROWS:
         return (
-            f"there are {_rows(q, k, options)} rows of q for a KV head; the decode kernel takes up "
-            f"to {MOST_ROWS}"
+            f"there are {rows_of_head(q, k, options)} rows of q for a KV head; the decode kernel "
+            f"takes up to {MOST_ROWS}"
         )
     if not all(attention_params.tma_can_read(x) for x in (q, k, v, qv) if x is not None):
         return (
@@ -120,7 +121,7 @@ def _refused_sizes(
 
 def _too_long(q: Tensor, k: Tensor, options: Options) -> str | None:
     keys = attention_params.room(k, options)
-    units = -(-_rows(q, k, options) // ROWS[0]) * k.shape[-2] * _batch(q, options)
+    units = -(-rows_of_head(q, k, options) // ROWS[0]) * k.shape[-2] * _batch(q, options)
     if keys + _max_seqlen_q(q, options) > attention_params.INT32_MAX - 1024:
         return "a sequence has room for more than 2^31 keys"
     if units * -(-keys // 16) > 1 << 30:
@@ -147,7 +148,7 @@ def _max_seqlen_q(q: Tensor, options: Options) -> int:
     return q.shape[1] if options.cu_seqlens_q is None else options.max_seqlen_q or 0
 
 
-def _rows(q: Tensor, k: Tensor, options: Options) -> int:
+def rows_of_head(q: Tensor, k: Tensor, options: Options) -> int:
     """Rows of q that a KV head serves in one sequence."""
     return q.shape[-2] // k.shape[-2] * _max_seqlen_q(q, options)
 
@@ -180,7 +181,7 @@ def choose(
         _DTYPES[output_dtype(q) if out is None else out.dtype],
         "e4m3" if k.dtype == E4M3 else "same",
         *tile,
-        rows_of_tile(_rows(q, k, options), tile_rows(tile[1])),
+        rows_of_tile(rows_of_head(q, k, options), tile_rows(tile[1])),
         "gather" if _gathers(k, options) else "tma",
         options.softcap > 0.0 or options.alibi_slopes is not None,
         qv is not None,
@@ -235,10 +236,12 @@ def plan_and_launch(
     lse: Tensor,
     qv: Tensor | None = None,
     scheduler_metadata: Tensor | None = None,
+    variant: DecodeVariant | None = None,
+    new: tuple[Appended, Appended, Queries] | None = None,
 ) -> "Plan":
     """Does it, and returns the plan by which it was done. `scheduler_metadata` has
     `schedule.shape` and lies without gaps."""
-    planned = plan(q, k, v, s_aux, options, out, lse, qv)
+    planned = plan(q, k, v, s_aux, options, out, lse, qv, variant, new)
     if scheduler_metadata is not None:
         planned.call.scheduler_metadata = scheduler_metadata.data_ptr()
     stream = streams.current_stream(q)
@@ -281,8 +284,10 @@ def plan(
     lse: Tensor,
     qv: Tensor | None = None,
     variant: DecodeVariant | None = None,
+    new: tuple[Appended, Appended, Queries] | None = None,
 ) -> Plan:
-    """The kernel and the parameters of a call. `variant` is `choose`'s unless given."""
+    """The kernel and the parameters of a call. `variant` is `choose`'s unless given; one that
+    appends takes the new rows of k and v, and the queries."""
     kernel = kernels.kernel(choose(q, k, v, options, qv, out) if variant is None else variant)
     device = q.device.index or 0
     call = _native.DecodeParams()
@@ -304,6 +309,8 @@ def plan(
     held += _describe_cache(call, k, options)
     held += forward_fp8.describe_query_scales(call, q, k, options)
     held += _describe_tree(call, options)
+    if new is not None:
+        held += append.describe_within(call.append, *new)
     call.split_keys = options.split_keys
     workspace = _native.decode_workspace(kernel, device, call, options.sm_margin)
     if workspace["partials"] > _MOST_PARTIALS:

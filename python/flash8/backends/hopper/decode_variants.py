@@ -43,6 +43,7 @@ class DecodeVariant:
         qv: Whether scores are q . k + qv . v.
         scales: What a descale of k or v belongs to: a head of a sequence, or a key; of pages and
             blocks, too.
+        append: Whether new keys go into the cache first, and q is normalised and rotated.
 
     Raises:
         ValueError: A choice is unknown, or there is no such tile.
@@ -57,6 +58,7 @@ class DecodeVariant:
     score_mod: bool = False
     qv: bool = False
     scales: Scales = "head"
+    append: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -72,6 +74,10 @@ class DecodeVariant:
         if self.scales == "key" and (self.cache != "e4m3" or self.head_dim_v > WIDEST_OF_WARP):
             raise ValueError(
                 f"scales is 'key'; that needs an e4m3 cache and head_dim_v up to {WIDEST_OF_WARP}"
+            )
+        if self.append and (self.scales == "key" or self.head_dim_v > WIDEST_OF_WARP):
+            raise ValueError(
+                f"append is True; that needs scales of heads and head_dim_v up to {WIDEST_OF_WARP}"
             )
         if self.rows not in tile_rows(self.head_dim_v):
             raise ValueError(
@@ -89,6 +95,7 @@ class DecodeVariant:
         parts += ["gather"] if self.load == "gather" else []
         parts += ["scoremod"] if self.score_mod else []
         parts += ["keyscales"] if self.scales == "key" else []
+        parts += ["append"] if self.append else []
         return "_".join(["decode", *parts])
 
     @property
@@ -101,6 +108,7 @@ class DecodeVariant:
             ("FLASH8_SCORE_MOD", str(int(self.score_mod))),
             ("FLASH8_QV", str(int(self.qv))),
             ("FLASH8_SCALES", enumerator(self.scales)),
+            ("FLASH8_APPEND", str(int(self.append))),
             ("FLASH8_HEAD_DIM", str(self.head_dim)),
             ("FLASH8_HEAD_DIM_V", str(self.head_dim_v)),
             ("FLASH8_ROWS", str(self.rows)),
@@ -126,6 +134,7 @@ def _shipped() -> tuple[DecodeVariant, ...]:
     rows.append(DecodeVariant("fp16", "same", 128, 128, 8))
     rows += [DecodeVariant("bf16", "e4m3", 128, 128, n, scales="key") for n in (8, 16)]
     for cache in get_args(Cache):
+        rows.append(DecodeVariant("bf16", cache, 128, 128, 8, append=True))
         rows += [DecodeVariant("bf16", cache, 64, 512, n, qv=True) for n in ROWS]
     return tuple(rows)
 

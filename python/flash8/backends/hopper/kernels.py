@@ -14,7 +14,12 @@ from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS, GemmVariant
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS, QuantizeVariant
 from flash8.backends.hopper.schedule_variants import SCHEDULE, ScheduleVariant
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
-from flash8.compiler import kernel_image
+from flash8.compiler import (
+    CompileError,
+    CompilerNotFoundError,
+    MissingVariantError,
+    kernel_image,
+)
 
 #: What serves a call. A backward takes three kernels.
 Attention = ForwardVariant | DecodeVariant | BackwardVariant
@@ -27,6 +32,17 @@ def kernel(variant: KernelVariant) -> _native.Kernel:
     """The kernel of a variant, loaded, and compiled before where it has to be."""
     _VARIANTS.setdefault(variant.name, variant)
     return registry().get(variant.name)
+
+
+def is_available(variant: KernelVariant) -> bool:
+    """Whether it is there, or can be compiled: asked of a kernel that calls can do without."""
+    if variant.name not in _available:
+        try:
+            kernel(variant)
+            _available[variant.name] = True
+        except (CompileError, CompilerNotFoundError, MissingVariantError):
+            _available[variant.name] = False
+    return _available[variant.name]
 
 
 def shipped() -> tuple[Variant, ...]:
@@ -54,6 +70,7 @@ def wanted() -> list[Variant]:
 
 
 _VARIANTS: dict[str, KernelVariant] = {}
+_available: dict[str, bool] = {}
 
 
 @functools.cache

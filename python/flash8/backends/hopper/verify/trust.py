@@ -105,6 +105,7 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
     from flash8.backends.hopper.verify import append as check_append
     from flash8.backends.hopper.verify import backward as check_backward
     from flash8.backends.hopper.verify import decode as check_decode
+    from flash8.backends.hopper.verify import decode_append as check_decode_append
     from flash8.backends.hopper.verify import forward as check_forward
     from flash8.backends.hopper.verify import gemm as check_gemm
     from flash8.backends.hopper.verify import quantize as check_quantizer
@@ -115,6 +116,8 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
             if isinstance(variant, ForwardVariant):
                 return check_forward.find_fault(variant, device)
             if isinstance(variant, DecodeVariant):
+                if variant.append:
+                    return check_decode_append.find_fault(variant, device)
                 return check_decode.find_fault(variant, device)
             if isinstance(variant, BackwardVariant):
                 return check_backward.find_fault(variant, device)
@@ -200,18 +203,24 @@ def _try(variant: Variant, place: _Place, required: bool) -> str | None:
     except Exception as error:
         if required:
             raise
-        return _postpone(place, _describe(error), time.monotonic() - began)
+        return _postpone(variant, place, _describe(error), time.monotonic() - began)
     _findings[place] = finding
     _troubles.pop(place, None)
     if finding is not None:
         _warn(
-            f"flash8 does not use its kernel {name} on {device}: {finding}; the tiled PyTorch code "
-            "of the CPU backend serves the calls."
+            f"flash8 does not use its kernel {name} on {device}: {finding}; {_instead(variant)} "
+            "the calls."
         )
     return finding
 
 
-def _postpone(place: _Place, text: str, took: float) -> str:
+def _instead(variant: Variant) -> str:
+    if isinstance(variant, DecodeVariant) and variant.append:
+        return "an append in a launch of its own, and attention over it, serve"
+    return "the tiled PyTorch code of the CPU backend serves"
+
+
+def _postpone(variant: Variant, place: _Place, text: str, took: float) -> str:
     before = _troubles.get(place)
     pause = _FIRST_PAUSE if before is None else 2.0 * before.pause
     pause = min(max(pause, _PAUSE_PER_SECOND * took), _LONGEST_PAUSE)
@@ -219,8 +228,8 @@ def _postpone(place: _Place, text: str, took: float) -> str:
     if before is None or before.text != text:
         name, device = place
         _warn(
-            f"flash8 cannot check its kernel {name} on {device} now: {text}; the tiled PyTorch "
-            f"code of the CPU backend serves the calls, and it is tried again in {pause:.3g} s."
+            f"flash8 cannot check its kernel {name} on {device} now: {text}; {_instead(variant)} "
+            f"the calls, and it is tried again in {pause:.3g} s."
         )
     return text
 

@@ -2,9 +2,8 @@
 
 #pragma once
 
+#include "../clamp.cuh"
 #include "append_params.h"
-#include "clamp.cuh"
-#include "kernel_info.h"
 
 namespace flash8::quantize {
 
@@ -16,6 +15,37 @@ struct NewToken {
     bool exists;          // whether the sequence reaches it
     int64_t element;      // of x, at head 0 and channel 0
     int64_t out_element;  // of Q's output
+
+    NewToken() = default;
+
+    // What position_of has to know of one.
+    __device__ static NewToken at(int batch, int index) {
+        NewToken token{};
+        token.batch = batch;
+        token.index = index;
+        token.exists = true;
+        return token;
+    }
+
+    // How many a sequence has.
+    __device__ static int count(AppendedRows const& rows, int batch) {
+        return rows.cu_seqlens == nullptr ? rows.seqlen
+                                          : packed_rows(rows.cu_seqlens, batch, rows.tokens).size();
+    }
+
+    // By its number within a sequence, where Q's output does not matter.
+    __device__ static NewToken of_sequence(AppendedRows const& rows, int batch, int index) {
+        NewToken token = at(batch, index);
+        if (rows.cu_seqlens == nullptr) {
+            token.exists = index < rows.seqlen;
+            token.element = batch * rows.x.batch_stride + int64_t{index} * rows.x.row_stride;
+        } else {
+            RowRange const own = packed_rows(rows.cu_seqlens, batch, rows.tokens);
+            token.exists = index < own.size();
+            token.element = (int64_t{own.begin} + index) * rows.x.row_stride;
+        }
+        return token;
+    }
 
     __device__ NewToken(AppendedRows const& rows, int sequences, int token) {
         if (rows.cu_seqlens == nullptr) {
@@ -85,16 +115,20 @@ struct Place {
     }
 };
 
+// How many new tokens a sequence says it has.
+__device__ __forceinline__ unsigned count_of(AppendedRows const& keys, int64_t batch) {
+    if (keys.cu_seqlens == nullptr) {
+        return keys.seqlen;
+    }
+    return static_cast<unsigned>(keys.cu_seqlens[batch + 1]) - keys.cu_seqlens[batch];
+}
+
 // What attention takes for seqused_k. 32 bits wrap around, as torch's do.
 __device__ __forceinline__ void write_lengths(AppendParams const& params, int threads) {
-    AppendedRows const& keys = params.rows[1];
     int64_t const step = int64_t{gridDim.x} * threads;
     for (int64_t batch = int64_t{blockIdx.x} * threads + threadIdx.x; batch < params.batch; batch += step) {
-        unsigned count = keys.seqlen;
-        if (keys.cu_seqlens != nullptr) {
-            count = static_cast<unsigned>(keys.cu_seqlens[batch + 1]) - keys.cu_seqlens[batch];
-        }
-        params.lengths[batch] = static_cast<int>(params.place.cache_seqlens[batch] + count);
+        params.lengths[batch] =
+            static_cast<int>(params.place.cache_seqlens[batch] + count_of(params.rows[1], batch));
     }
 }
 

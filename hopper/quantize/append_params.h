@@ -9,7 +9,7 @@
 
 #pragma once
 
-#include "params.h"
+#include "../params.h"
 
 namespace flash8 {
 
