@@ -28,15 +28,16 @@ constexpr int block_n(int head_dim, int head_dim_v, MaskMode mask) {
 constexpr int block_n_paged(int head_dim, int head_dim_v, MaskMode mask) {
     return block_n(head_dim, head_dim_v, mask == MaskMode::kNone ? MaskMode::kCausal : mask);
 }
-// Beside two stages of both, shared memory has a tile of K and one of V as e4m3. Four warps widen a tile, in
-// rows of eight, after which the swizzle repeats. At head_dim 64 the producer keeps registers that three
-// consumer warpgroups lack for 128 keys.
+// Beside two stages of both, shared memory has a tile of K and one of V as e4m3. Each of four warps widens a
+// quarter of a tile, eight rows at a time, after which the swizzle repeats; panels of 64 bytes, which a head
+// of 96 has, take sixteen. At head_dim 64 the producer keeps registers that three consumer warpgroups lack
+// for 128 keys.
 constexpr int block_n_widened(int head_dim, int head_dim_v) {
     int const widest = head_dim > head_dim_v ? head_dim : head_dim_v;
     if (widest <= 128) {
         return widest <= 64 ? 96 : 128;
     }
-    return head_dim <= 192 && head_dim_v <= 128 ? 96 : 64;
+    return head_dim <= 192 && head_dim_v <= 128 && head_dim_v != 96 ? 96 : 64;
 }
 // Drawing takes registers.
 constexpr int block_n_dropout(int head_dim, int head_dim_v) {

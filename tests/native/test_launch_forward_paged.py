@@ -163,3 +163,13 @@ def test_a_sequence_is_a_page_where_there_are_none(fake, driver, cu_seqlens_k, p
     _native.launch_forward(load(driver, WIDENED), 0, 0, call)
     assert field(fake, "page_table", "Q") == 0
     assert field(fake, "num_pages", "i") == pages
+
+
+@pytest.mark.parametrize("cu_seqlens_k", [0, 16])
+def test_widened_keys_of_an_empty_cache_have_no_address(fake, driver, cu_seqlens_k):
+    """As torch gives none to a tensor without elements. The kernel writes zeros."""
+    nowhere = (0, 0, 256, 128)
+    call = changed(k=nowhere, v=nowhere, page_table=0, page_size=0, num_pages=0, max_pages=0)
+    call.sequences.cu_seqlens_k, call.sequences.max_seqlen_k = cu_seqlens_k, 0
+    _native.launch_forward(load(driver, WIDENED), 0, 0, call)
+    assert len(fake.launches) == 1

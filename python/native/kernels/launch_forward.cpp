@@ -71,6 +71,12 @@ void check_gathered(const char* name, const TensorRef& cache, std::int64_t chann
     }
 }
 
+// Whether there is any key to be read. torch gives a tensor without elements no address.
+bool has_keys(const SequenceParams& sequences) {
+    return sequences.cu_seqlens_k != nullptr ? sequences.total_k > 0
+                                             : sequences.batch_k > 0 && sequences.max_seqlen_k > 0;
+}
+
 // K and V that lanes of the producer copy by address.
 void check_gathered(const ForwardParams& call, int element) {
     check_gathered("k", call.k, call.head_dim, element);
@@ -81,7 +87,7 @@ void check_pages(const ForwardParams& call, const KernelInfo& info) {
     const PageParams& pages = call.pages;
     const SequenceParams& sequences = call.sequences;
     const bool widens = info.paged == PageChoice::kWidenedKeys;
-    if (widens) {
+    if (widens && has_keys(sequences)) {
         check_gathered(call, 1);
     }
     const bool paged = widens ? pages.page_table != nullptr : info.paged != PageChoice::kNone;

@@ -43,6 +43,7 @@ OTHERS = (
     ForwardVariant("bf16", 128, 128, cache="e4m3"),
     ForwardVariant("fp16", 128, 128, mask="causal", softcap=True, alibi=True, cache="e4m3"),
     ForwardVariant("bf16", 192, 128, mask="causal", cache="e4m3"),
+    ForwardVariant("bf16", 192, 96, mask="causal", cache="e4m3"),  # panels of different widths
     ForwardVariant("fp16", 192, 192, mask="local", cache="e4m3"),
     ForwardVariant("bf16", 256, 256, mask="causal", cache="e4m3"),
     ForwardVariant("bf16", 256, 256, mask="local", softcap=True, cache="e4m3"),
