@@ -160,8 +160,6 @@ def get_scheduler_metadata(
     if counts:
         if out is None:
             out = torch.empty(shape, dtype=torch.int32, device=cache_seqlens.device)
-        else:
-            increment_version((out,))
         new = (cu_seqlens_k_new, max_seqlen_k_new if cu_seqlens_k_new is None else 0)
         _fill(out, geometry, options._replace(**indices), qkv_dtype, *new)
         return out
@@ -187,7 +185,7 @@ def _check_out(out: Any, shape: tuple[int], indices: list[Tensor | None]) -> Non
     require_shape("out", out, shape, "that of the metadata")
     _require_contiguous("out", out)
     memory.require_writable("out", out)
-    if memory.is_shared(out, given):
+    if not torch.compiler.is_compiling() and memory.is_shared(out, given):
         raise ValueError("out must not share memory with the indices it is made of")
 
 
@@ -214,6 +212,7 @@ def _fill(
         if schedule.has_kernel(step) and trust.is_trusted(SCHEDULE, metadata.device):
             with torch.no_grad():
                 schedule.fill(metadata, step)
+            increment_version((metadata,))
             return
     metadata.zero_()
 

@@ -230,6 +230,16 @@ def test_an_output_that_is_written_counts_as_changed(fake, on_fake_driver):
     assert out._version > version
 
 
+def test_it_is_compiled_without_a_break(fake, on_fake_driver):
+    """What is compiled launches nothing: zeros, with which decode kernels count for themselves."""
+    made = torch.compile(metadata_of, fullgraph=True, backend="eager")
+    given = {"cache_seqlens": draw()["cache_seqlens"]}
+    out = torch.ones(3, dtype=torch.int32)
+    assert not made(given).any()
+    assert made(given, out=out) is out
+    assert not out.any() and not fake.launches
+
+
 @pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 def test_results_are_those_without_it(on_simulated_device, misses):
     """Hits and misses; refreshed in place for other lengths, and stale."""
