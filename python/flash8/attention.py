@@ -27,7 +27,7 @@ from flash8.call.options import Arguments, Options
 from flash8.call.unwrap import unwrap
 from flash8.ops import attention as ops
 from flash8.ops import decode_plans, plan_cache, unseen
-from flash8.scheduler import check_metadata
+from flash8.scheduler import check_metadata, choice_on_device
 from flash8.tensors.arguments import OWN_NAMES, Names, call_by, require_bool
 from flash8.tensors.philox import draw_seed
 from flash8.tensors.scaled_tensor import Input
@@ -199,7 +199,7 @@ def flash_attn_varlen_func(
         page_table: int32 (batch, max_pages): the pages of each sequence, in order; needs seqused_k.
             Of pages that the mask hides from every query neither number nor contents are looked at.
         scheduler_metadata: as in `flash_attn_with_kvcache`, with page_table on a GPU. It makes no
-            difference elsewhere.
+            difference elsewhere, but that num_splits above 1 is a bound on any GPU.
 
     Returns:
         O in q's layout with head_dim_v last; with return_attn_probs (O, LSE), LSE (heads, total_q)
@@ -279,6 +279,7 @@ def attend(
     geometry, options = checks.attention(q, k, v, qv, s_aux, out, options, names)
     if (metadata := arguments.get("scheduler_metadata")) is not None:
         check_metadata(metadata, q, geometry)
+        options = options._replace(num_splits=choice_on_device(q, options))
     if options.dropout_seed is None:
         seed = None
         if dropout_seed is not None:

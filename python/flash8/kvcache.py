@@ -105,7 +105,7 @@ def flash_attn_with_kvcache(
         rotary_interleaved: pairs (0, 1), (2, 3), ... rather than (0, rotary_dim / 2), ...
         scheduler_metadata: from `get_scheduler_metadata` for the same sizes. On a GPU for the same
             lengths, too: then the kernel need not go through them; it notices others.
-        num_splits: 0 chooses.
+        num_splits: 0 chooses, and so does any above 1 with scheduler_metadata on a GPU: a bound.
         k_descale, v_descale: with page_table also (pages, heads_kv, 1), one per page, and without
             (batch_cache, heads_kv, ceil(seqlen_cache / 128)); of either cache also one per token,
             k_cache's shape without head_dim. An append reads them and never changes them: a page's

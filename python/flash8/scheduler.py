@@ -226,12 +226,20 @@ def check_metadata(metadata: Any, q: Tensor, geometry: Geometry) -> None:
     _require_contiguous("scheduler_metadata", metadata)
 
 
+def choice_on_device(q: Tensor, options: Options) -> int:
+    """num_splits of a call with metadata. On a GPU more than one is a bound, as in FA3, which a
+    framework gives for the memory of its graphs: the kernel chooses."""
+    return 0 if _is_on_device(q) and options.num_splits > 1 else options.num_splits
+
+
 def num_splits_of(
     metadata: Any, q: Tensor, geometry: Geometry, options: Options, page_size: int
 ) -> int:
     """The planned number of splits. Raises ValueError if the plan was made for another call."""
     check_metadata(metadata, q, geometry)
-    if _is_on_device(q) or metadata.device.type != "cpu" or torch.compiler.is_compiling():
+    if _is_on_device(q):
+        return choice_on_device(q, options)
+    if metadata.device.type != "cpu" or torch.compiler.is_compiling():
         return options.num_splits
     version, splits, *planned = metadata.tolist()
     if version != _VERSION:

@@ -126,6 +126,25 @@ def test_vllm_s_varlen_call_takes_it(fake, on_fake_driver, misses):
     assert [of_call(fake.parameter(i)) for i in range(1, 5)] == [metadata.data_ptr()] * 4
 
 
+def test_a_bound_of_splits_is_no_reason_to_do_without_the_kernel(fake, on_fake_driver, misses):
+    """vLLM gives one with its graphs."""
+    given = draw()
+    call = packed(given)
+    pages = {"k": given["k_cache"], "v": given["v_cache"], "block_table": given["page_table"]}
+    metadata = metadata_of(given, num_splits=32)
+    for _ in range(2):
+        *_, out_partial, lse_partial = run(
+            given, scheduler_metadata=metadata, num_splits=32, return_softmax_lse=True
+        )
+        vllm_flash_attn.flash_attn_varlen_func(
+            **call, **pages, max_seqlen_k=64, scheduler_metadata=metadata, num_splits=32
+        )
+    assert out_partial.numel() == lse_partial.numel() == 0
+    assert misses == ["launch", "launch"]
+    addresses = [of_call(fake.parameter(i)) for i in range(1, 5)]
+    assert addresses == [metadata.data_ptr()] * 4
+
+
 def test_a_call_of_many_rows_takes_no_notice(fake, on_fake_driver, misses):
     """It is the forward kernel's, and has a plan all the same."""
     given = draw()
