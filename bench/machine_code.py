@@ -61,7 +61,8 @@ TILES_WIDENED = {
     (192, 192): (128, 64),
     (256, 256): (128, 64),
 }
-#: The same for e4m3, with one descale per head; with one per block, kBlockN is that block, 128.
+#: The same for e4m3, with one descale per head; with one per block, or where P V overlaps the
+#: softmax (`overlaps_pv`), kBlockN is 128.
 TILES_FP8 = {
     (64, 64): (192, 128),
     (96, 96): (128, 192),
@@ -193,7 +194,7 @@ class Row:
     peer_masked: int | None
     peer_block_n: int | None
     without_turn: float | None  # the smallest share of the loops' exponentials; None: no turns
-    under_product: float | None  # None: FP8, where nothing overlaps within a warpgroup
+    under_product: float | None  # None: nothing overlaps within a warpgroup
     classes: dict[str, int]
 
 
@@ -205,7 +206,17 @@ def tile(variant: ForwardVariant) -> tuple[int, int]:
     if variant.dtype != "e4m3":
         return MASKED_TILES.get((*heads, variant.mask), TILES[heads])
     block_m, block_n = TILES_FP8[heads]
-    return block_m, 128 if variant.scales == "block" else block_n
+    return block_m, 128 if variant.scales == "block" or overlaps_pv(variant) else block_n
+
+
+def overlaps_pv(variant: ForwardVariant) -> bool:
+    """Whether a softmax overlaps the product P V of the same warpgroup, as config.cuh decides."""
+    if variant.dtype != "e4m3":
+        return True
+    other = variant.mask == "local" or variant.softcap or variant.alibi or variant.dropout
+    if variant.scales == "block":
+        other = other or variant.mask == "none" or variant.v_colmajor
+    return not other and 64 < variant.head_dim <= 192 and variant.head_dim_v <= 128
 
 
 def row(variant: ForwardVariant) -> Row:
@@ -247,7 +258,7 @@ def _overlap(code: MachineCode, variant: ForwardVariant) -> tuple[float | None, 
     products = [x.under_product for x in found if x.under_product is not None]
     return (
         min(turns) if turns else None,
-        min(products) if products and variant.dtype != "e4m3" else None,
+        min(products) if products and overlaps_pv(variant) else None,
     )
 
 

@@ -4,7 +4,7 @@ ptxas moves waits and barriers inside a basic block as it likes, so a kernel who
 softmax with a product may do one after the other. This reads from the disassembly
 
 - how much of a mainloop's softmax runs while the warpgroup does not hold the turn, and how much
-  while its product P V is under way (`overlaps`);
+  while its product P V is under way, and whether P V is added to O without the turn (`overlap`);
 - whether a register of a product is touched between its issue and the wait that covers it
   (`touched_in_flight`);
 - which loads stand behind the claim of the next tile (`loads_behind_claims`).
@@ -118,25 +118,49 @@ class Overlap:
     Attributes:
         without_turn: Those between passing the turn on and waiting for it again.
         under_product: Those between the issue of the last product and the wait for all of them.
+        added_without_turn: Not of the exponentials, but of the multiply-adds that read accumulators
+            of the last product and write other registers: those without the turn.
     """
 
     exponentials: int
     without_turn: float | None
     under_product: float | None
+    added_without_turn: float | None = None
 
 
 def overlap(loop: Sequence[Line]) -> Overlap:
     """Of a loop from its first instruction to the branch back."""
     body = Listing(loop).body
-    total = sum(_is_exponential(i) for i in body)
+    exponentials = {i for i, x in enumerate(body) if _is_exponential(x)}
     waits = [i for i, x in enumerate(body) if x.operation.startswith("BAR.SYNC")]
     passes = [i for i, x in enumerate(body) if x.operation.startswith("BAR.ARV")]
     closed = [i for i, x in enumerate(body) if "GMMA" in x.operation and "gsb0" in x.text]
     ends = [i for i, x in enumerate(body) if _pending(x) == 0]
-    turn = _between(body, passes[-1], waits[-1]) if waits and passes else None
-    product = _between(body, closed[-1], _next(ends, closed[-1])) if closed and ends else None
-    share = lambda count: None if count is None or not total else count / total  # noqa: E731
-    return Overlap(total, share(turn), share(product))
+    free = _between(body, passes[-1], waits[-1]) if waits and passes else None
+    under = _between(body, closed[-1], _next(ends, closed[-1])) if closed and ends else None
+    added = _sums(body, Product.of(body[closed[-1]])) if closed else set()
+    return Overlap(
+        len(exponentials),
+        _share(exponentials, free),
+        _share(exponentials, under),
+        _share(added, free),
+    )
+
+
+def _share(places: set[int], among: set[int] | None) -> float | None:
+    return None if among is None or not places else len(places & among) / len(places)
+
+
+def _sums(body: Sequence[Instruction], product: Product | None) -> set[int]:
+    """Where multiply-adds read accumulators of `product` and write other registers."""
+    found = set()
+    for i, x in enumerate(body):
+        if product is None or not x.operation.startswith("FFMA"):
+            continue
+        target, *operands = (int(n) for n, _ in _REGISTER.findall(x.text))
+        if target not in product.accumulators and product.accumulators & set(operands):
+            found.add(i)
+    return found
 
 
 def _is_exponential(instruction: Instruction) -> bool:
@@ -154,10 +178,9 @@ def _next(positions: Sequence[int], start: int) -> int:
     return min(positions, key=lambda at: (at <= start, at))
 
 
-def _between(body: Sequence[Instruction], start: int, end: int) -> int:
-    """Exponentials from one place of a loop to another, round the loop if need be."""
-    order = body[start:end] if start <= end else [*body[start:], *body[:end]]
-    return sum(_is_exponential(x) for x in order)
+def _between(body: Sequence[Instruction], start: int, end: int) -> set[int]:
+    """From one place of a loop to another, round the loop if need be."""
+    return {*range(start, end)} if start <= end else {*range(start, len(body)), *range(end)}
 
 
 # ------------------------------------------------------------- registers of products in flight

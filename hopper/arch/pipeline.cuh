@@ -32,6 +32,10 @@ struct PipelineState {
             parity ^= 1;
         }
     }
+
+    __device__ __forceinline__ PipelineState before() const {
+        return stage == 0 ? PipelineState{kStages - 1, parity ^ 1} : PipelineState{stage - 1, parity};
+    }
 };
 
 template <int kStages>

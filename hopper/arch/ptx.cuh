@@ -69,6 +69,13 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
         : "memory");
 }
 
+// threadIdx.x, read again: what follows from it is not kept in a register since it was computed before.
+__device__ __forceinline__ int thread_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
 // Loads a box of a rank-4 (or 5) tensor map; its bytes count on `barrier`.
 __device__ __forceinline__ void tma_load_4d(void* target, void const* map, uint64_t* barrier, int c0, int c1,
                                             int c2, int c3) {

@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include "../arch/ptx.cuh"
 #include "../clamp.cuh"
 #include "pack_gqa.cuh"
 #include "seqlen_info.cuh"
@@ -50,7 +51,7 @@ class KeyDescale {
             return checked_descale(of(begin));
         }
         uint32_t bits = 0;  // ordered like the positive numbers that they are, NaN above all
-        for (int n_block = begin + static_cast<int>(threadIdx.x % 32); n_block < end; n_block += 32) {
+        for (int n_block = begin + ptx::thread_index() % 32; n_block < end; n_block += 32) {
             bits = max(bits, __float_as_uint(checked_descale(of(n_block))));
         }
         return __uint_as_float(__reduce_max_sync(0xffffffff, bits));

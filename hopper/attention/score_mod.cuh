@@ -11,9 +11,15 @@
 
 namespace flash8 {
 
+// What a thread's rows need in masked blocks only, where its mainloop has no registers for that.
+struct alignas(16) KeptRows {
+    KeyRange keys[kRowsPerThread];
+};
+
 template <class Config>
 class Scores {
     using TileMask = typename Config::TileMask;
+    static constexpr bool kKeepsRows = Config::kOverlapPV;
 
   public:
     // Whether the scores come out in log2 units. Scores of e4m3 are otherwise multiplied by the descales of Q
@@ -21,14 +27,21 @@ class Scores {
     // that do not vanish with a descale.
     static constexpr bool kScoresInLog2 = Config::kHasDescales && Config::kAlibi && !Config::kSoftcap;
 
-    // first_row: the first of this thread's two rows.
+    // first_row: the first of this thread's two rows. kept: in shared memory, of all consumer threads.
     template <class Params>
     __device__ Scores(Params const& params, SeqlenInfo const& info, TileMask const& mask,
-                      WorkTile const& tile, int first_row) {
+                      WorkTile const& tile, int first_row, KeptRows* kept = nullptr) {
+        if constexpr (kKeepsRows) {
+            kept_ = ptx::shared_address(kept) - 128 * sizeof(KeptRows);  // 128 threads produce
+        }
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
             QueryRow const row = query_row<Config::kPackGqa>(params, tile, first_row + 8 * r);
-            keys_[r] = mask.visible_keys(row.query);
+            if constexpr (kKeepsRows) {
+                keep_keys(r, mask.visible_keys(row.query));
+            } else {
+                keys_[r] = mask.visible_keys(row.query);
+            }
             if constexpr (Config::kAlibi) {
                 float const unit = kScoresInLog2      ? kLn2
                                    : Config::kSoftcap ? params.scores.softcap
@@ -70,12 +83,31 @@ class Scores {
                 alibi_[r].template apply<Config::kBlockN>(row, n_block, kScoresInLog2 ? scale[r] : 1.0f);
             }
             if constexpr (kMasked) {
-                TileMask::apply(row, keys_[r], n_block);
+                TileMask::apply(row, kKeepsRows ? kept_keys(r) : keys_[r], n_block);
             }
         }
     }
 
   private:
+    // By address and thread, since the compiler would keep a pointer in registers round the loop. Each thread
+    // reads what it has written.
+    __device__ __forceinline__ uint32_t kept_at(int r) const {
+        return kept_ + static_cast<uint32_t>(threadIdx.x * sizeof(KeptRows) + r * sizeof(KeyRange));
+    }
+    __device__ __forceinline__ void keep_keys(int r, KeyRange const& keys) const {
+        asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(kept_at(r)), "r"(keys.begin), "r"(keys.end)
+                     : "memory");
+    }
+    __device__ __forceinline__ KeyRange kept_keys(int r) const {
+        KeyRange keys;
+        asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];"
+                     : "=r"(keys.begin), "=r"(keys.end)
+                     : "r"(kept_at(r))
+                     : "memory");
+        return keys;
+    }
+
+    uint32_t kept_ = 0;
     KeyRange keys_[kRowsPerThread];
     AlibiRow alibi_[kRowsPerThread];
 };

@@ -9,6 +9,7 @@
 #include "../arch/wgmma_shapes.cuh"
 #include "../attention/descales.cuh"
 #include "../attention/mask.cuh"
+#include "../attention/score_mod.cuh"
 #include "../attention/tile_scheduler.cuh"
 #include "../kernel_info.h"
 #include "gathered_keys.cuh"
@@ -77,12 +78,25 @@ struct ForwardConfig {
 
     static constexpr int kWidestHead = kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV;
     static constexpr int kBlockM = block_m(kWidestHead);
+    // Whether the softmax of an FP8 warpgroup overlaps its own product P V (mainloop_fp8_overlapped.cuh) or
+    // only products of another (mainloop_fp8.cuh). The first needs registers for a whole T beside S and O:
+    //
+    //   head_dim 64           no: three warpgroups of 160 registers keep the exponentials busier, and those
+    //                         take longest there
+    //   head_dim above 192    no: three stages of K and V do not fit shared memory
+    //   head_dim_v above 128  no: O and T do not fit the registers
+    //   windows, softcap, ALiBi, dropout  no: they want registers of each row, too
+    //   descales per block, without a mask or with column-major V  no: one register is spilled
+    //   everything else       yes
+    static constexpr bool kOverlapPV = kFp8 && kHeadDim > 64 && kHeadDim <= 192 && kHeadDimV <= 128 &&
+                                       kMask != MaskMode::kLocal && !kSoftcap && !kAlibi && !kDropout &&
+                                       !(kBlockScales && (kMask == MaskMode::kNone || kVColMajor));
     static constexpr int kBlockN = kWidens    ? block_n_widened(kHeadDim, kHeadDimV)
-                                   : kFp8     ? block_n_fp8(kHeadDim, kHeadDimV, kScales)
+                                   : kFp8     ? block_n_fp8(kHeadDim, kHeadDimV, kScales, kOverlapPV)
                                    : kDropout ? block_n_dropout(kHeadDim, kHeadDimV)
                                    : kPaged   ? block_n_paged(kHeadDim, kHeadDimV, kMask)
                                               : block_n(kHeadDim, kHeadDimV, kMask);
-    static constexpr int kStages = 2;
+    static constexpr int kStages = kOverlapPV ? 3 : 2;
     static_assert(kClusterM == 1 || kMask == MaskMode::kNone, "the CTAs of a cluster need the same keys");
     static_assert(kBlockN / kClusterM % 8 == 0, "a share is made of whole swizzle atoms");
 
@@ -101,8 +115,8 @@ struct ForwardConfig {
     // Transposing takes more registers than loading, and widening more than that.
     using Registers = RegisterBudget<kConsumerWarpgroups, kWidens ? 56 : kTransposeV ? 40 : 32>;
     static_assert(Registers::kThreads == kThreads);
-    // Turns help while a block's products do not take much longer than its softmax. The FP8 mainloop overlaps
-    // nothing within a warpgroup and needs them.
+    // Turns help while a block's products do not take much longer than its softmax. FP8 needs them where it
+    // overlaps nothing within a warpgroup.
     static constexpr bool kTakeTurns = kFp8 || kWidestHead <= 128;
 
     static constexpr int kPanel = panel_bytes(kHeadDim * sizeof(Element)) / sizeof(Element);
@@ -170,10 +184,32 @@ struct WidenStorage<Config, true> {
     alignas(16) uint8_t narrow_v[Config::kBlockN * Config::kHeadDimV];
 };
 
+// What a mainloop that overlaps P V has no registers for.
+struct KeptTile {
+    WorkTile tile;
+    SeqlenInfo info;
+    float v_scale;
+    uint32_t parity_q;  // of the consumers' position in the pipelines
+    uint32_t parity_tiles;
+};
+struct BlockDescales {
+    float k;
+    float v_ratio;  // V's descale of the block before, in the order of the walk, by this one's
+};
+template <class Config, bool kUsed>
+struct OverlapStorage {};
+template <class Config>
+struct OverlapStorage<Config, true> {
+    KeptRows kept_rows[Config::kConsumerWarps * 32];  // of each thread, for masked blocks
+    KeptTile kept_tiles[Config::kConsumerWarps];      // for the epilogue
+    BlockDescales descales[Config::kStages];          // of the blocks in K's stages
+};
+
 template <class Config>
 struct SharedStorage : TransposeStorage<Config, Config::kTransposeV>,
                        WidenStorage<Config, Config::kWidens>,
-                       GatherStorage<Config::kGatherWarps + Config::kWidenerWarps> {
+                       GatherStorage<Config::kGatherWarps + Config::kWidenerWarps>,
+                       OverlapStorage<Config, Config::kOverlapPV> {
     using Element = typename Config::Element;
 
     alignas(1024) Element q[Config::kBlockM * Config::kHeadDim];

@@ -9,6 +9,7 @@
 #include "epilogue.cuh"
 #include "mainloop.cuh"
 #include "mainloop_fp8.cuh"
+#include "mainloop_fp8_overlapped.cuh"
 #include "page_loader.cuh"
 #include "score_shift.cuh"
 #include "zero_unused_rows.cuh"
@@ -103,8 +104,8 @@ class Consumer {
     }
 
     template <class Accumulator>
-    __device__ __forceinline__ void work_fp8(Accumulator& o, SeqlenInfo const& info, TileMask const& mask,
-                                             KeyBlocks const& blocks, WorkTile const& tile, int row) {
+    __device__ __forceinline__ void work_fp8(Accumulator& o, SeqlenInfo info, TileMask const& mask,
+                                             KeyBlocks const& blocks, WorkTile tile, int row) {
         using Descale = KeyDescale<Config::kBlockScales>;
         BlockLocalSoftmax softmax;
         EpilogueScales scales;
@@ -114,24 +115,35 @@ class Consumer {
             Descale const k_descale(params_.k_descale, info, packed, tile.batch, head_kv);
             Descale const v_descale(params_.v_descale, info, packed, tile.batch, head_kv);
             float score_scale[kRowsPerThread];
+            // The rows of a thread are of one head and of one block of queries.
+            constexpr bool kOneScale =
+                Config::kOverlapPV && !Config::kPackGqa && Config::kBlockM == kScaleBlock;
 #pragma unroll
             for (int r = 0; r < kRowsPerThread; ++r) {
                 QueryRow const query = query_row<Config::kPackGqa>(params_, tile, row + 8 * r);
-                score_scale[r] = (Config::kSoftcap ? params_.scores.softmax_scale / params_.scores.softcap
-                                                   : params_.scores.softmax_scale_log2) *
-                                 q_descale<Config::kBlockScales>(params_, info, tile.batch, query);
+                float const scale = (Config::kSoftcap ? params_.scores.softmax_scale / params_.scores.softcap
+                                                      : params_.scores.softmax_scale_log2) *
+                                    q_descale<Config::kBlockScales>(params_, info, tile.batch, query);
+                score_scale[r] = kOneScale && r > 0 ? score_scale[0] : scale;
             }
             if (params_.k_mean.ptr != nullptr) {
                 keep_score_shift(tile, head_kv, score_scale);
             }
-            Scores<Config> const scores(params_, info, mask, tile, row);
+            Scores<Config> const scores(params_, info, mask, tile, row, kept_rows());
             float const k_largest = k_descale.largest(blocks.begin, blocks.end);
             poison(o, score_scale, k_largest, v_descale.largest(blocks.begin, blocks.end));
             bool const large = scores_may_be_large(scores, info, score_scale, k_largest);
             Dropout<Config> const dropout(params_, tile, row);
-            MainloopFp8<Config> mainloop(params_, shared_, state_, scores, dropout, warpgroup_);
-            scales.v_scale =
-                checked_descale(mainloop.run(o, softmax, blocks, score_scale, large, k_descale, v_descale));
+            if constexpr (Config::kOverlapPV) {
+                keep(tile, info, v_descale.of(blocks.begin));
+                MainloopFp8Overlapped<Config> mainloop(params_, shared_, state_, scores, dropout, warpgroup_);
+                mainloop.run(o, softmax, blocks, score_scale, large, k_descale);
+                scales.v_scale = take_back(tile, info);
+            } else {
+                MainloopFp8<Config> mainloop(params_, shared_, state_, scores, dropout, warpgroup_);
+                scales.v_scale = mainloop.run(o, softmax, blocks, score_scale, large, k_descale, v_descale);
+            }
+            scales.v_scale = checked_descale(scales.v_scale);
             if constexpr (Config::kDropout) {
                 scales.v_scale *= params_.dropout.keep_scale;
             }
@@ -140,7 +152,38 @@ class Consumer {
                 scales.score_shift[1] = shared_.score_shift[tile_row() + 8];
             }
         }
-        Epilogue<Config>::store(params_, info, tile, row, o, softmax, scales);
+        Epilogue<Config>::store(params_, info, tile, first_row(tile.m_block), o, softmax, scales);
+    }
+
+    // Puts what is needed again after the mainloop into shared memory while it runs. The warp has met since
+    // it read this of the tile before (TileQueue::take).
+    __device__ __forceinline__ void keep(WorkTile const& tile, SeqlenInfo const& info, float v_scale) {
+        if (threadIdx.x % 32 == 0) {
+            kept_tile() = {tile, info, v_scale, state_.q.parity ^ 1, tiles_state_.parity};
+        }
+        __syncwarp();
+    }
+    // Returns v_scale.
+    __device__ __forceinline__ float take_back(WorkTile& tile, SeqlenInfo& info) {
+        KeptTile const& kept = kept_tile();
+        tile = kept.tile;
+        info = kept.info;
+        // ptxas takes the result of a shuffle to be the same in the whole warp. Otherwise no loop over tiles
+        // would have uniform registers.
+        state_.q.parity = __shfl_sync(0xffffffff, kept.parity_q, 0);
+        tiles_state_.parity = __shfl_sync(0xffffffff, kept.parity_tiles, 0);
+        return kept.v_scale;
+    }
+    __device__ __forceinline__ KeptTile& kept_tile() const {
+        return shared_.kept_tiles[ptx::thread_index() / 32 - 4];
+    }
+
+    __device__ __forceinline__ KeptRows* kept_rows() const {
+        if constexpr (Config::kOverlapPV) {
+            return shared_.kept_rows;
+        } else {
+            return nullptr;
+        }
     }
 
     // An invalid descale gives NaN in O and, except V's, in LSE. The NaN stays there: 0 * NaN is NaN.
@@ -190,8 +233,9 @@ class Consumer {
 
     // The first of this thread's two rows, in the tile and in the sequence.
     __device__ __forceinline__ int tile_row() const {
-        int const warp = (threadIdx.x % 128) / 32;
-        return warpgroup_ * 64 + warp * 16 + (threadIdx.x % 32) / 4;
+        int const thread = Config::kOverlapPV ? ptx::thread_index() : static_cast<int>(threadIdx.x);
+        int const warp = (thread % 128) / 32;
+        return warpgroup_ * 64 + warp * 16 + (thread % 32) / 4;
     }
     __device__ __forceinline__ int first_row(int m_block) const {
         return m_block * Config::kBlockM + tile_row();

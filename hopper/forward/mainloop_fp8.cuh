@@ -7,39 +7,30 @@
 
 #pragma once
 
-#include "../arch/convert.cuh"
 #include "../arch/named_barriers.cuh"
 #include "../arch/wgmma.cuh"
-#include "../attention/descales.cuh"
-#include "../attention/dropout.cuh"
-#include "../attention/hidden_keys.cuh"
 #include "../attention/key_walk.cuh"
-#include "../attention/score_mod.cuh"
-#include "../attention/softmax_fp8.cuh"
 #include "config.cuh"
-#include "mainloop.cuh"
-
-#include <cfloat>
+#include "fp8_steps.cuh"
 
 namespace flash8 {
 
 template <class Config>
-class MainloopFp8 {
+class MainloopFp8 : Fp8Steps<Config> {
+    using Steps = Fp8Steps<Config>;
     using Turns = WarpgroupTurns<Config::kConsumerWarpgroups>;
     using Descale = KeyDescale<Config::kBlockScales>;
-    static constexpr int kBlockN = Config::kBlockN;
+    using Steps::kBlockN;
+    using Steps::shared_;
+    using Steps::state_;
+    using Steps::warpgroup_;
     static constexpr int kChunks = Config::kHeadDimV / Config::kColumnsPV;
 
   public:
     __device__ __forceinline__ MainloopFp8(ForwardParams const& params, SharedStorage<Config>& shared,
                                            ConsumerState<Config>& state, Scores<Config> const& scores,
                                            Dropout<Config> const& dropout, int warpgroup)
-        : shared_(shared),
-          state_(state),
-          scores_(scores),
-          dropout_(dropout),
-          warpgroup_(warpgroup),
-          final_scale_{final_scale(params), final_scale(params)} {}
+        : Steps(params, shared, state, scores, dropout, warpgroup) {}
 
     // score_scale: of each row, softmax_scale_log2 times Q's descale; with softcap the scale of tanh's
     // argument without K's descale. large: scores may be too large for the unmasked loop, so the masked one
@@ -69,19 +60,10 @@ class MainloopFp8 {
             warpgroup_wait<0>();
             warpgroup_fence_operand(s);
             release<Config::kClusterM>(shared_.pipeline_k, state_.k);
-            float const scale[kRowsPerThread] = {not_zero<kMasked>(score_scale[0] * k_scale),
-                                                 not_zero<kMasked>(score_scale[1] * k_scale)};
-            scores_.template apply<kMasked>(s, n_block, scale);
             float alpha[kRowsPerThread];
-            // exp2_polynomial never returns 0, so masked tiles use ex2.
-            constexpr int kPolynomialEvery = kMasked ? 0 : Config::kPolynomialEvery;
-            softmax.template step<kMasked && Config::kMask != MaskMode::kNone, kMasked, kPolynomialEvery>(
-                rows_of(s), kScaleAppliedInScores ? final_scale_ : scale, alpha);
-            dropout_.apply(s, n_block);
-            // P as the A operand: (4 keys, 2 rows, 2 halves) of 32 keys, in the order of transpose_v.cuh.
-            Tensor p = make_tensor<typename Config::Element>(
-                Layout<Shape<Shape<_4, _2, _2>, _1, Int<kBlockN / 32>>>{});
-            convert_p(s, p);
+            this->template softmax_step<kMasked>(s, softmax, n_block, score_scale, k_scale, alpha);
+            Tensor p = make_tensor<typename Config::Element>(typename Steps::LayoutP{});
+            this->convert_p(s, p);
             if constexpr (Config::kBlockScales) {
                 float const ratio = __fdividef(v_scale_before, v_scale);
                 alpha[0] *= ratio;
@@ -90,7 +72,7 @@ class MainloopFp8 {
             }
             if constexpr (Config::kVColMajor && kMasked && Config::kMask == MaskMode::kLocal) {
                 if (n_block == blocks.begin && n_block + 1 < blocks.end) {
-                    clear_hidden_keys(blocks, n_block);
+                    this->clear_hidden_keys(state_.k, blocks, n_block);
                 }
             }
             // V before the turn: this wait ends the basic block. Without it ptxas would move the wait for the
@@ -107,7 +89,7 @@ class MainloopFp8 {
         };
 
         if constexpr (Config::kVColMajor) {
-            clear_hidden_keys(blocks, blocks.end - 1);
+            this->clear_hidden_keys(state_.k, blocks, blocks.end - 1);
         }
         shared_.pipeline_q.wait(state_.q);
         Turns::wait(warpgroup_);
@@ -118,18 +100,6 @@ class MainloopFp8 {
     }
 
   private:
-    // If Scores applies the descales, this factor alone turns its results into log2 units.
-    static constexpr bool kScaleAppliedInScores = Config::kSoftcap || Scores<Config>::kScoresInLog2;
-    __device__ static float final_scale(ForwardParams const& params) {
-        return Config::kSoftcap ? params.scores.softcap * kLog2E : 1.0f;
-    }
-
-    // 0 times the -inf of a hidden key would be NaN. An invalid scale stays NaN.
-    template <bool kMasked>
-    __device__ __forceinline__ static float not_zero(float scale) {
-        return kMasked && scale < FLT_MIN ? FLT_MIN : scale;
-    }
-
     // O = alpha O + P V. If O is computed in chunks of columns, the next chunk's product is in flight while
     // one is promoted.
     template <class Accumulator, class Operand>
@@ -161,9 +131,7 @@ class MainloopFp8 {
             Chunk& ready = t[chunk % kInFlight];
             warpgroup_fence_operand(ready);
             if (chunk + 1 == kChunks) {
-                // V from the transposer belongs to this CTA, V from TMA to the cluster.
-                release_and_advance<Config::kTransposeV ? 1 : Config::kClusterM>(shared_.pipeline_v,
-                                                                                 state_.k);
+                release_and_advance<Steps::kCtasOfV>(shared_.pipeline_v, state_.k);
             }
 #pragma unroll
             for (int i = 0; i < size(ready); ++i) {
@@ -172,36 +140,6 @@ class MainloopFp8 {
             }
         }
     }
-
-    // By all consumer warpgroups, which meet at a barrier: so only while none of them has the turn, and where
-    // registers are free.
-    __device__ __forceinline__ void clear_hidden_keys(KeyBlocks const& blocks, int n_block) {
-        SeenKeys const seen = SeenKeys::of<kBlockN>(blocks, n_block);
-        if (seen.all<kBlockN>()) {
-            return;
-        }
-        shared_.pipeline_v.wait(state_.k);
-        clear_hidden_columns<Config::kHeadDimV, kBlockN, Config::kPanelVt, Config::kConsumerWarpgroups * 128>(
-            shared_.v + state_.k.stage * Config::kElementsV, seen, threadIdx.x - 128);
-    }
-
-    // Scores are (2 columns, 2 rows, kBlockN / 8); a word of P is one row of two column groups.
-    template <class Accumulator, class Operand>
-    __device__ __forceinline__ static void convert_p(Accumulator const& s, Operand& p) {
-        auto words = cute::recast<uint32_t>(p);  // ((1, 2 rows, 2 halves), 1, kBlockN / 32)
-#pragma unroll
-        for (int i = 0; i < cute::size(words); ++i) {
-            int const first = 8 * (i / 2) + 2 * (i % 2);
-            words(i) = pack_e4m3(s(first), s(first + 1), s(first + 4), s(first + 5));
-        }
-    }
-
-    SharedStorage<Config>& shared_;
-    ConsumerState<Config>& state_;
-    Scores<Config> const& scores_;
-    Dropout<Config> const& dropout_;
-    int warpgroup_;
-    float const final_scale_[kRowsPerThread];
 };
 
 }  // namespace flash8

@@ -87,13 +87,13 @@ class Producer {
             return;
         }
         int const head_kv = kv_head<Config::kPackGqa>(params_, tile);
-        load_k(kv_state_, info, head_kv, blocks.end - 1);
+        load_k(kv_state_, info, tile.batch, head_kv, blocks.end - 1, blocks.end - 1);
         load_q(info, tile);
 #pragma unroll 1
         for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
             PipelineState<Config::kStages> ahead = kv_state_;
             ahead.advance();
-            load_k(ahead, info, head_kv, n_block);
+            load_k(ahead, info, tile.batch, head_kv, n_block, blocks.end - 1);
             load_v(kv_state_, info, tile.batch, head_kv, n_block + 1);
             kv_state_ = ahead;
         }
@@ -163,7 +163,18 @@ class Producer {
 
     using KvState = PipelineState<Config::kStages>;
 
-    __device__ void load_k(KvState const& state, SeqlenInfo const& info, int head, int n_block) {
+    // last: the tile's first block to be loaded.
+    __device__ void load_k(KvState const& state, SeqlenInfo const& info, int batch, int head, int n_block,
+                           int last) {
+        if constexpr (Config::kOverlapPV && Config::kBlockScales) {
+            bool const packed = params_.sequences.cu_seqlens_k != nullptr;
+            float const k = KeyDescale<true>(params_.k_descale, info, packed, batch, head).of(n_block);
+            KeyDescale<true> const v(params_.v_descale, info, packed, batch, head);
+            float const ratio = n_block == last ? 1.0f : __fdividef(v.of(n_block + 1), v.of(n_block));
+            // Consumers see them with the phase at which `acquire` arrives.
+            shared_.pipeline_k.wait_empty(state);
+            shared_.descales[state.stage] = {k, ratio};
+        }
         load_keys<Config::kPanel, Config::kHeadDim>(shared_.pipeline_k, state, shared_.k, &params_.tma_k,
                                                     info, head, n_block);
     }

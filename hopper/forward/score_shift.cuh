@@ -30,7 +30,10 @@ __device__ void score_shift(float (&shift)[kRowsPerThread], void const* q, float
         }
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
-            char const* const piece = static_cast<char const*>(q) + TileQ::offset(tile_row + 8 * r, column);
+            // The swizzle repeats after eight rows, and the rows of a tile are not negative: so this takes no
+            // register between tiles.
+            int const first = TileQ::offset(tile_row & 255, column);
+            char const* const piece = static_cast<char const*>(q) + first + 8 * r * Config::kPanel;
             uint2 const words = *reinterpret_cast<uint2 const*>(piece);
             float values[kPiece];
             unpack_e4m3(words.x, values);

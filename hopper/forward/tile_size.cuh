@@ -46,8 +46,9 @@ constexpr int block_n_dropout(int head_dim, int head_dim_v) {
     }
     return head_dim <= 192 && head_dim_v <= 192 ? 80 : 64;
 }
-constexpr int block_n_fp8(int head_dim, int head_dim_v, ScaleGranularity scales) {
-    bool const wide = scales != ScaleGranularity::kBlock && head_dim > 64 && head_dim_v <= 128;
+constexpr int block_n_fp8(int head_dim, int head_dim_v, ScaleGranularity scales, bool overlaps_pv) {
+    bool const wide =
+        !overlaps_pv && scales != ScaleGranularity::kBlock && head_dim > 64 && head_dim_v <= 128;
     return !wide ? kScaleBlock : head_dim_v == 128 && head_dim <= 192 ? 224 : 192;
 }
 

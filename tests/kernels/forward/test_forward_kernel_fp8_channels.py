@@ -67,7 +67,7 @@ def test_of_packed_query_heads():
 SHIFT, EPILOGUE = "forward/score_shift.cuh", "forward/epilogue.cuh"
 MUTATIONS = {
     "no scale": (SHIFT, "(log2_scale[r] * kLn2)", "kLn2"),
-    "another row": (SHIFT, "tile_row + 8 * r, column", "tile_row + 8, column"),
+    "another row": (SHIFT, "8 * r * Config::kPanel", "8 * Config::kPanel"),
     "LSE keeps it": (EPILOGUE, "statistics.lse[r] + scales.score_shift[r]", "statistics.lse[r]"),
     "the sink keeps it": (EPILOGUE, "[rows[r].head] - scales.score_shift[r]", "[rows[r].head]"),
     "one channel": (EPILOGUE, "checked_descale(descale_[channel])", "checked_descale(descale_[0])"),

@@ -40,6 +40,11 @@ def test_lean(variant):
     assert row.spill_bytes == 0
     assert row.registers <= 168, "what 384 or 512 threads can start with"
     width = machine_code.tile(variant)[1]
+    if variant.dtype == "e4m3" and machine_code.overlaps_pv(variant):
+        # Narrower tiles, promoted: more instructions a key than the peer's, but they are not what
+        # takes longest.
+        assert row.issue_cycles <= max(row.tensor_cycles, row.exponential_cycles)
+        return
     if row.peer_unmasked is not None:
         assert row.unmasked / width <= row.peer_unmasked / row.peer_block_n
     if row.peer_masked is not None:
@@ -96,8 +101,10 @@ def test_order(variant):
             assert found.without_turn is not None and found.without_turn >= 0.9
         else:
             assert found.without_turn is None
-        if not fp8:
+        if machine_code.overlaps_pv(variant):
             assert found.under_product is not None and found.under_product >= 0.9
+            # FP8 adds P V to O in the other warpgroup's turn; in 16 bits nothing is added.
+            assert found.added_without_turn in ((1.0,) if fp8 else (None,))
 
 
 @shipped

@@ -32,6 +32,23 @@ def test_a_softmax_where_the_design_has_it():
     assert found == machine_order.Overlap(8, 1.0, 1.0)
 
 
+ADDS = [f"FFMA.FTZ R{i}, R9, R{i}, R{i - 40}" for i in range(80, 84)]  # O += T, R40 to R43
+
+
+def test_a_sum_in_another_turn():
+    found = machine_order.overlap(loop(TURN, QK, PV, PASS_ON, WAIT_ONE, EXP, WAIT_ALL, ADDS))
+    assert found.added_without_turn == 1.0
+    late = loop(WAIT_ONE, EXP, WAIT_ALL, ADDS[:1], TURN, ADDS[1:], QK, PV, PASS_ON)
+    assert machine_order.overlap(late).added_without_turn == 0.25
+
+
+def test_what_is_no_sum_of_a_product():
+    """Exponents are made of other registers, and in place."""
+    others = ["FFMA.FTZ R24, R24, R9, -R8", "FFMA.FTZ R40, R40, R9, -R8", "FMUL R80, R80, R9"]
+    found = machine_order.overlap(loop(TURN, QK, PV, PASS_ON, WAIT_ONE, EXP, WAIT_ALL, others))
+    assert found.added_without_turn is None
+
+
 def test_a_wait_that_was_moved_up():
     found = machine_order.overlap(loop(TURN, QK, PV, PASS_ON, WAIT_ONE, EXP[:2], WAIT_ALL, EXP[2:]))
     assert found == machine_order.Overlap(8, 1.0, 0.25)
