@@ -141,6 +141,7 @@ REFUSALS = [
     (TypeError, "bias must have dtype", {"bias": torch.ones(6, dtype=torch.int32)}),
     (TypeError, "out_dtype must be .*, got torch.float64", {"out_dtype": torch.float64}),
     (TypeError, "out must have dtype torch.float16", {"out": torch.ones(5, 6), "out_dtype": FP16}),
+    (TypeError, "out must have dtype .*, got torch.float64", {"out": torch.ones(5, 6).double()}),
     (ValueError, r"out must have shape \(M, N\)", {"out": torch.ones(6, 5)}),
     (ValueError, "out must be contiguous in its last", {"out": torch.ones(6, 5).t()}),
     (ValueError, "out must not be an expanded", {"out": torch.ones(6).expand(5, 6)}),
@@ -158,6 +159,16 @@ def test_refusals(error, match, changes):
 def test_an_argument_that_is_missing():
     with pytest.raises(TypeError, match="missing the argument 'scale_a'"):
         flash8.gemm.scaled_mm(e4m3(5, 32), e4m3(6, 32).t())
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 272), (5, 0, 272), (200, 140, 0), (0, 0, 0)])
+@pytest.mark.parametrize("name", GRANULARITIES)
+def test_sizes_of_zero(name, sizes):
+    product = make(*sizes, name, bias=FP32)
+    want = product.bias.expand(sizes[:2]) if sizes[2] == 0 else torch.empty(sizes[:2])
+    assert torch.equal(call(product, out_dtype=FP32), want)
+    out = torch.full(sizes[:2], torch.nan)
+    assert torch.equal(call(product, out=out), want)
 
 
 def test_out_may_not_share_memory():
@@ -189,6 +200,24 @@ def test_compiles_without_a_break(name):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     given = (*arguments(product), product.bias)
     assert torch.equal(compiled(*given), function(*given))
+
+
+@pytest.mark.parametrize("name", ["tensor", "row", "1x128"])
+def test_compiles_for_rows_that_data_choose(name):
+    """As of the tokens of an expert: a trace does not know how many they are."""
+    product = make(40, 24, 160, name)
+    chosen = torch.arange(40) % 3 == 0
+
+    def function(a, b, scale_a, scale_b, chosen):
+        rows = chosen.nonzero()[:, 0]
+        a = a.view(torch.uint8)[rows].view(E4M3)
+        scale_a = scale_a if name == "tensor" else scale_a[rows]
+        return flash8.gemm.scaled_mm(a, b, scale_a, scale_b)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    given = (*arguments(product), chosen)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert torch.equal(compiled(*given), function(*given))
 
 
 def test_writes_into_out_in_a_trace():

@@ -221,6 +221,9 @@ def _backward(backward: Callable[..., None], patch: Any, device: Any, *given: An
 def _multiply(
     launch: Callable[..., None], device: Any, variant: Any, product: Any, out: Tensor
 ) -> None:
+    if _is_sparse(out):
+        launch(variant, product, out)
+        return
     with Guards(device) as guards:
         guarded = guards.add(Guarded.like(out))
         launch(variant, product, guarded)

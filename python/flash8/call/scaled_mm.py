@@ -8,6 +8,7 @@ from torch import Tensor
 from flash8.tensors.arguments import (
     describe,
     differ,
+    is_known,
     require_bool,
     require_rank,
     require_shape,
@@ -74,11 +75,11 @@ def granularity(
     """
     of_a: Granularity | None = None
     of_b: Granularity | None = None
-    if shape_a.numel() == 1:
+    if is_known(shape_a.numel() == 1):
         of_a = "tensor"
     elif not differ(shape_a, (m, 1)):
         of_a = "row"
-    if shape_b.numel() == 1:
+    if is_known(shape_b.numel() == 1):
         of_b = "tensor"
     elif not differ(shape_b, (1, n)):
         of_b = "row"
@@ -148,7 +149,7 @@ def _check_matrices(a: Any, b: Any) -> None:
         )
     if k % _UNIT_K != 0:
         raise ValueError(f"K, the columns of a, must be a multiple of {_UNIT_K}, got {k}")
-    if any(size > _MOST for size in (*a.shape, *b.shape)):
+    if any(is_known(size > _MOST) for size in (*a.shape, *b.shape)):
         raise ValueError(
             f"M, N and K must be at most {_MOST}, got {a.shape[0]}, {b.shape[1]} and {k}"
         )
@@ -164,8 +165,10 @@ def _check_matrices(a: Any, b: Any) -> None:
 
 
 def _out_dtype(out_dtype: Any, out: Any) -> torch.dtype:
+    if out_dtype is None and isinstance(out, Tensor):
+        return require_tensor("out", out, OUT_DTYPES).dtype
     if out_dtype is None:
-        out_dtype = out.dtype if isinstance(out, Tensor) else torch.bfloat16
+        return torch.bfloat16
     if out_dtype not in OUT_DTYPES:
         names = " or ".join(str(dtype) for dtype in OUT_DTYPES)
         raise TypeError(f"out_dtype must be {names}, got {describe(out_dtype)}")

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from flash8.backends.hopper import gemm as hopper
 from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS
-from gemm_cases import GRANULARITIES, assert_same, device, emulated, make, on_kernel
+from gemm_cases import GRANULARITIES, assert_same, device, emulated, make, on_kernel, variant
 from simulated_device import missing_compiler
+from sparse_tensors import sparse
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
@@ -49,11 +51,43 @@ def test_rows_of_a_wider_output(monkeypatch, granularity):
     product = make(5, 40, 32, granularity, out_dtype=BF16)
     wide = torch.zeros(5, 45, dtype=BF16)
     with device().serving_cpu_tensors(monkeypatch):
-        from flash8.backends.hopper import gemm as hopper
-
         hopper.scaled_mm(product, wide[:, 3:43])
     assert_same(wide[:, 3:43], emulated(product))
     assert not wide[:, :3].any() and not wide[:, 43:].any()
+
+
+@pytest.mark.parametrize("granularity", ["row", "1x128"])
+def test_what_lies_beyond_k_is_not_read(monkeypatch, granularity):
+    """Rows of wider matrices, whose other columns are NaN."""
+    product = make(9, 24, 144, granularity)
+    a, b = (torch.full((rows, 288), torch.nan).to(product.a.dtype) for rows in (9, 24))
+    a[:, :144], b[:, 144:] = product.a, product.b.t()
+    check(monkeypatch, product._replace(a=a[:, :144], b=b[:, 144:].t()))
+
+
+@pytest.mark.parametrize("granularity", ["row", "1x128"])
+def test_addresses_beyond_2_to_the_31_elements(monkeypatch, granularity):
+    """Rows of A and of the output, and scales, stand so far apart that 32 bits cannot count it."""
+    step, product = 2**30 + 256, make(3, 140, 272, granularity, out_dtype=BF16)
+    a = sparse((3, 272), (step, 1), product.a.dtype)
+    a.view(torch.uint8).copy_(product.a.view(torch.uint8))
+    scale_a = sparse(product.scale_a.shape, (4 * step, step), FP32).copy_(product.scale_a)
+    of_b = (4, 2**25) if granularity == "row" else (step, 4 * step)
+    scale_b = sparse(product.scale_b.shape, of_b, FP32).copy_(product.scale_b)
+    out = sparse((3, 140), (step, 1), BF16)
+    with device().serving_cpu_tensors(monkeypatch):
+        spread = product._replace(a=a, scale_a=scale_a, scale_b=scale_b)
+        hopper.launch(variant(product), spread, out)
+    assert_same(out, emulated(product))
+
+
+@pytest.mark.parametrize("n", [40, 41])
+def test_beyond_the_range_of_float16(monkeypatch, n):
+    product = make(20, n, 160, "row", out_dtype=FP16)
+    product.scale_a[::2] *= 2.0**12
+    found = on_kernel(monkeypatch, product)
+    assert_same(found, emulated(product))
+    assert found[::2].isinf().any() and found[1::2].isfinite().all()
 
 
 def test_views_that_tma_cannot_read(monkeypatch):

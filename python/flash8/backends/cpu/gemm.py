@@ -1,9 +1,9 @@
 """The scaled product on CPU tensors, in the order of operations of the kernels.
 
 Blocks of 128 of K are multiplied in fp32 and added to a sum in fp32, with scales of blocks as
-sum + scale * t, rounded once. Scales of tensors and rows multiply the sum, then the bias is added,
-and the result is rounded to its type. `flash8.fp8.study(accumulation="hopper")` multiplies as the
-tensor cores do, and rounds as the kernels do, bit by bit.
+sum + scale * t. Scales of tensors and rows multiply the sum, then the bias is added, and the result
+is rounded to its type. `flash8.fp8.study(accumulation="hopper")` multiplies as the tensor cores do,
+and rounds as the kernels do, bit by bit: sum + scale * t once.
 """
 
 import torch
