@@ -6,8 +6,10 @@ import torch
 import flash8
 from defaults import by_default
 from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS, GemmVariant
+from flash8.backends.hopper.verify import gemm as check
 from flash8.backends.hopper.verify import trust
 from gemm_cases import assert_same, changed_text, emulated, make
+from gemm_cases import device as gemm_device
 from quantizer_device import device
 from simulated_device import missing_compiler
 from trust_cases import told
@@ -28,6 +30,16 @@ def multiply(product, **options):
 def test_a_sound_kernel_passes(variant, checked):
     with checked():
         assert trust.find_fault(variant, CPU) is None
+
+
+@pytest.mark.parametrize("variant", by_default(SHIPPED_GEMMS, [OUTER, BLOCK]))
+def test_what_a_gpu_is_given_walks_many_tiles(variant, monkeypatch):
+    """With 5 multiprocessors, as `gemm_cases` has them."""
+    product = check.Draw(variant, CPU).of_more_tiles(5)
+    m, n, _ = product.sizes
+    assert -(-m // variant.block_m) * -(-n // variant.block_n) > 5
+    with gemm_device().serving_cpu_tensors(monkeypatch):
+        assert check.find_fault_of(variant, product) is None
 
 
 @pytest.mark.parametrize("granularity", ["row", "1x128"])

@@ -32,7 +32,7 @@ def choose(product: Product) -> GemmVariant:
     """The kernel of a product that is not refused."""
     m, n, _ = product.sizes
     scales = "block" if product.has_blocks else "outer"
-    return choose_variant(scales, product.fast_accum, m, n, _multiprocessors(product.a.device))
+    return choose_variant(scales, product.fast_accum, m, n, multiprocessors(product.a.device))
 
 
 def scaled_mm(product: Product, out: Tensor) -> None:
@@ -85,7 +85,8 @@ def _has_rows_for_tma(x: Tensor) -> bool:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of the device, or of an H200 where CPU tensors are served."""
     if device.type != "cuda":
         return _MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

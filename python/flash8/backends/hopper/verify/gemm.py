@@ -20,14 +20,15 @@ _ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.
 
 def find_fault(variant: GemmVariant, device: torch.device) -> str | None:
     """What is wrong with the kernel, or None. Raises what loading and launching it raise."""
-    for product in _Draw(variant, device).products():
-        fault = _fault(variant, product)
+    for product in Draw(variant, device).products():
+        fault = find_fault_of(variant, product)
         if fault is not None:
             return fault
     return None
 
 
-def _fault(variant: GemmVariant, product: Product) -> str | None:
+def find_fault_of(variant: GemmVariant, product: Product) -> str | None:
+    """What is wrong with the kernel's output for this product, or None."""
     m, n, _ = product.sizes
     out = torch.full((m, n), torch.nan, dtype=product.out_dtype, device=product.a.device)
     watchdog = Watchdog(out.device)
@@ -57,7 +58,7 @@ def _reference(product: Product) -> tuple[Tensor, Tensor]:
     return want, magnitude
 
 
-class _Draw:
+class Draw:
     """Random products for a variant. They are drawn on the CPU: the same on every device."""
 
     def __init__(self, variant: GemmVariant, device: torch.device) -> None:
@@ -66,7 +67,9 @@ class _Draw:
 
     def products(self) -> Iterator[Product]:
         """More K than stages hold, at the end of a tile and beyond; rows that are stored by single
-        elements; one row. Tiles of more than one CTA, with and without the last one's rows."""
+        elements; one row. Tiles of more than one CTA, with and without the last one's rows. On a
+        GPU CTAs that go on to a second tile: a simulated device would take minutes for all of its
+        multiprocessors."""
         half, bfloat, full = torch.float16, torch.bfloat16, torch.float32
         m, n = self._variant.block_m, self._variant.block_n
         yield self._product(m + 72, n + 72, 1168, full, None)
@@ -76,6 +79,15 @@ class _Draw:
             yield self._product(m + 130, 48, 272, bfloat, bfloat, shared=True)
         else:
             yield self._product(130, 48, 272, bfloat, bfloat, shared=True)
+        if self._device.type == "cuda":
+            yield self.of_more_tiles(hopper.multiprocessors(self._device))
+
+    def of_more_tiles(self, count: int) -> Product:
+        """A product of more tiles than `count`, in 11 rows of them or fewer."""
+        rows = min(11, count)
+        columns = count // rows + 1
+        m, n = self._variant.block_m * rows - 40, self._variant.block_n * columns - 88
+        return self._product(m, n, 272, torch.bfloat16, torch.bfloat16)
 
     def _product(
         self,
