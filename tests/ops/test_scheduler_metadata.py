@@ -180,6 +180,7 @@ NEW = {"cu_seqlens_k_new": int32([0, 1, 3])}
         ({"qkv_dtype": torch.float8_e4m3fn}, "element_bytes", 1),
         ({"headdim_v": 64}, "tile_head_dim_v", 128),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # an address is another every time
 )
 def test_arguments(options, word, value, fake, on_fake_driver):
     metadata_of(draw(), **options)
