@@ -7,7 +7,9 @@ import torch
 from fake_driver.cubin import LAYOUT
 from flash8 import flash_attn_with_kvcache
 from flash8.append import NewKeys
-from flash8.backends.hopper import decode_append, kernels
+from flash8.backends.hopper import decode_append, kernels, mode
+from flash8.backends.hopper.append_variants import AppendVariant
+from flash8.backends.hopper.verify import trust
 from flash8.compiler import MissingVariantError
 from flash8.ops import attention as ops
 from flash8.ops import decode_plans
@@ -184,15 +186,52 @@ def test_others_are_two_launches(name, fake):
     assert [launch.split()[0] for launch in fake.launches] == ["append", "decode"]
 
 
-@pytest.mark.usefixtures("on_fake_driver", "unread")
-def test_a_kernel_that_cannot_be_had_is_done_without(monkeypatch, fake):
-    def kernel(variant):
-        if getattr(variant, "append", False):
-            raise MissingVariantError(variant.name)
-        return kernels.registry().get(variant.name)
-
+@pytest.fixture
+def without(monkeypatch):
+    """Makes kernels that append impossible to have, by an error. Gives the list of those tried."""
     monkeypatch.setattr(kernels, "_available", {})
-    monkeypatch.setattr(kernels, "kernel", kernel)
+    monkeypatch.setattr(kernels, "_VARIANTS", {})
+    tried = []
+
+    def lack(error):
+        def kernel(variant):
+            kernels._VARIANTS[variant.name] = variant
+            if getattr(variant, "append", False):
+                tried.append(variant.name)
+                raise error
+            return kernels.registry().get(variant.name)
+
+        monkeypatch.setattr(kernels, "kernel", kernel)
+        return tried
+
+    return lack
+
+
+@pytest.mark.usefixtures("on_fake_driver", "unread")
+def test_a_kernel_that_cannot_be_had_is_done_without(without, fake):
+    tried = without(MissingVariantError("decode"))
+    run(draw())
+    assert [launch.split()[0] for launch in fake.launches] == ["append", "decode"]
+    assert tried and tried[0] not in [variant.name for variant in kernels.wanted()]
+
+
+@pytest.mark.usefixtures("on_fake_driver", "unread")
+def test_a_kernel_that_does_not_load_is_told_about_once(without, fake):
+    tried = without(OSError(28, "No space left on device"))
+    with pytest.warns(UserWarning, match="does without it: OSError: .*No space left"):
+        run(draw())
+    run({**draw(), "softmax_scale": 0.5})
+    assert [launch.split()[0] for launch in fake.launches] == ["append", "decode"] * 2
+    assert len(tried) == 1
+
+
+@pytest.mark.usefixtures("on_fake_driver", "unread")
+def test_a_capture_does_not_wait_for_the_check_of_what_it_can_do_without(monkeypatch, fake):
+    checked = ("decode_bf16_d64_rows8", AppendVariant("bf16", "same").name)
+    findings = dict.fromkeys((name, torch.device("cpu")) for name in checked)
+    monkeypatch.setattr(trust, "_findings", findings)
+    monkeypatch.setattr(trust, "is_captured", lambda device: True)
+    monkeypatch.setattr(mode, "kernels_mode", lambda: "auto")
     run(draw())
     assert [launch.split()[0] for launch in fake.launches] == ["append", "decode"]
 

@@ -146,12 +146,18 @@ def _appending(
     out: Tensor | None,
     new: "NewRows",
 ) -> "DecodeVariant | None":
-    """The kernel that appends and attends, if there is one that is trusted."""
-    from flash8.backends.hopper import decode_append
+    """The kernel that appends and attends, if there is one that can be had and is trusted. Two
+    launches do without it: nothing is checked for it while a CUDA graph is captured."""
+    from flash8.backends.hopper import decode_append, kernels
     from flash8.backends.hopper.verify import trust
 
     variant = decode_append.choose(q, k, v, qv, options, out, new)
-    return variant if variant is not None and trust.is_trusted(variant, q.device) else None
+    if variant is None:
+        return None
+    if not trust.is_settled(variant, q.device) and trust.is_captured(q.device):
+        return None
+    usable = kernels.is_available(variant) and trust.is_trusted(variant, q.device)
+    return variant if usable else None
 
 
 def _append_plan(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash8.backends.hopper import append, decode, kernels
+from flash8.backends.hopper import append, decode
 from flash8.backends.hopper.decode_variants import WIDEST_OF_WARP, DecodeVariant
 from flash8.call.options import Options
 from flash8.call.request import Appended, Queries
@@ -32,8 +32,7 @@ def choose(
     out: Tensor | None,
     new: NewRows,
 ) -> DecodeVariant | None:
-    """The variant that serves the whole call. None where there is none, or it cannot be had here:
-    no compiler makes it, say. The append itself is not refused."""
+    """The variant that serves the whole call, or None. The append itself is not refused."""
     if qv is not None or not decode.is_wanted(q, k, options):
         return None
     if decode.refusal(q, k, v, qv, options, out) is not None:
@@ -46,5 +45,4 @@ def choose(
         return None
     if decode.rows_of_head(q, k, options) > variant.rows:
         return None  # another block of rows would load what one stores
-    appending = replace(variant, append=True)
-    return appending if kernels.is_available(appending) else None
+    return replace(variant, append=True)

@@ -1,6 +1,7 @@
 """Compiled kernels by variant: loaded once, compiled when they are first used."""
 
 import functools
+import warnings
 
 from flash8 import _native
 from flash8.backends.hopper.append_variants import SHIPPED_APPENDS, AppendVariant
@@ -35,13 +36,20 @@ def kernel(variant: KernelVariant) -> _native.Kernel:
 
 
 def is_available(variant: KernelVariant) -> bool:
-    """Whether it is there, or can be compiled: asked of a kernel that calls can do without."""
+    """Whether it is there, or can be compiled: asked of a kernel that calls can do without. What is
+    found once is kept: nobody waits twice for a compiler that takes too long."""
     if variant.name not in _available:
         try:
             kernel(variant)
             _available[variant.name] = True
-        except (CompileError, CompilerNotFoundError, MissingVariantError):
+        except Exception as error:
             _available[variant.name] = False
+            if not isinstance(error, _NOT_HERE):
+                warnings.warn(
+                    f"flash8 cannot load its kernel {variant.name}, and does without it: "
+                    f"{type(error).__name__}: {error}",
+                    stacklevel=6,
+                )
     return _available[variant.name]
 
 
@@ -65,12 +73,16 @@ def variant_of(key: str) -> KernelVariant:
 
 
 def wanted() -> list[Variant]:
-    """What calls of this process have wanted so far, in the order in which they first did."""
-    return [x for x in _VARIANTS.values() if not isinstance(x, BackwardStep)]
+    """What calls of this process have wanted so far, in the order in which they first did, but for
+    what they do without."""
+    had = [x for x in _VARIANTS.values() if _available.get(x.name, True)]
+    return [x for x in had if not isinstance(x, BackwardStep)]
 
 
 _VARIANTS: dict[str, KernelVariant] = {}
 _available: dict[str, bool] = {}
+#: What says that no compiler makes a kernel here.
+_NOT_HERE = (CompileError, CompilerNotFoundError, MissingVariantError)
 
 
 @functools.cache

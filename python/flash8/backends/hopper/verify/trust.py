@@ -88,6 +88,11 @@ def is_trusted(variant: Variant, device: torch.device) -> bool:
     return reason is None
 
 
+def is_settled(variant: Variant, device: torch.device) -> bool:
+    """Whether `is_trusted` knows its answer without a check."""
+    return mode.kernels_mode() not in ("auto", "require") or (variant.name, device) in _findings
+
+
 def has_passed(variant: Variant) -> bool:
     """Whether this kernel may serve calls by now, on some device; asks for no check."""
     if mode.kernels_mode() not in ("auto", "require"):
