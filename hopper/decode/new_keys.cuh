@@ -4,15 +4,14 @@
 // No thread reads a new row of the caches that this launch stores, so nobody waits for anybody:
 //
 //   a tile with new keys   The warp that has it makes the rows anew from the call's, writes those that a
-//   query sees
-//                          over what the loader has brought of them, and stores all of them in the caches. It
-//                          is the only one that loads their place, and has done so: a unit has one block of
-//                          rows.
-//   other new keys         No tile of the unit has them: no query sees any key of their tile. The CTA that
-//   looks
-//                          after the sequence's empty rows stores them. Nobody loads their place.
-//   queries                All threads make the rows of Q of a segment in shared memory, from where they are
-//   staged.
+//                          query sees over what the loader has brought of them, and stores all of them
+//                          in the caches. It is the only one that loads their place, and has done so: a
+//                          unit has one block of rows.
+//   other new keys         No tile of the unit has them: no query sees any key of their tile. The CTA
+//                          that looks after the sequence's empty rows stores them. Nobody loads their
+//                          place.
+//   queries                All threads make the rows of Q of a segment in shared memory, from where they
+//                          are staged.
 
 #pragma once
 

@@ -183,7 +183,7 @@ class QueryStage {
         return pair;
     }
 
-    // The product of a row, as it lies in global memory, and K's mean.
+    // The product of a row, before it is narrowed, and K's mean.
     __device__ static float mean_product(DecodeParams const& params, Segment const& segment,
                                          uint2 const (&fragments)[Config::kChannelSteps], bool is_fp16) {
         if (Config::kQv || params.k_mean.ptr == nullptr) {

@@ -10,7 +10,9 @@ from decode_append_cases import bits, check, run, with_new_keys
 from decode_cases import Cache, draw
 from defaults import by_default
 from flash8.backends.hopper.decode_variants import DecodeVariant
-from forward_cases import int32, packed
+from flash8.backends.hopper.schedule_variants import SCHEDULE
+from forward_cases import device, int32, packed
+from schedule_launch import ScheduleKernel, counted
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
@@ -94,6 +96,21 @@ def test_several_ctas_and_splits(variant, split_keys):
     call = draw(variant, lengths, seqlen_q=4, heads=6, heads_kv=3, causal=True, cache=cache)
     step = with_new_keys(replace(call, split_keys=split_keys), 4, rotary_dim=128)
     check(variant, step, ctas=9, seeds=(0,), two_launches=True)
+
+
+@pytest.mark.parametrize("variant", DEFAULT, ids=lambda v: v.name)
+def test_a_tree_of_drafts(variant):
+    """The new keys are the drafts that a query sees, or not, beside a sink; and the metadata of
+    the step counts them."""
+    lengths = (300, 0, 61, 63, 128)
+    cache = replace(pages_of(variant), room=310)
+    given = {"tree_mask": int32([[1, 3, 5, 11]] * 5), "s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])}
+    call = draw(variant, lengths, seqlen_q=4, heads=4, heads_kv=2, cache=cache, **given)
+    step = with_new_keys(replace(call, causal=True), 4, rotary_dim=64, normalises=True)
+    metadata = ScheduleKernel(device().driver, device().ptx(SCHEDULE))(variant, step, new=4)
+    tile = 64 if variant.cache == "e4m3" else 32
+    assert metadata.tolist() == counted(step.done(), 8, tile)
+    check(variant, replace(step, scheduler_metadata=metadata), ctas=5, two_launches=True)
 
 
 @pytest.mark.parametrize("variant", [E8], ids=lambda v: v.name)
