@@ -250,13 +250,13 @@ APPENDING = "decode_bf16_d128_rows8_append"
 NEW = {"k": 0x800000, "v": 0x900000}
 
 
-def appending_call(new=1):
-    call = dense_call()
+def appending_call(new=1, **sizes):
+    call = dense_call(**sizes)
     call.sequences.seqused_k = 0xA00000
     for name, address in NEW.items():
         rows = getattr(call.append, name)
         rows.x = (address, new * 2 * 128, 2 * 128, 128)
-        rows.tokens, rows.seqlen = 3 * new, new
+        rows.tokens, rows.seqlen = call.sequences.batch * new, new
     return call
 
 
@@ -308,6 +308,20 @@ def test_appends_that_are_refused(reason, driver, fake):
     with pytest.raises(ValueError, match=reason):
         launch_appending(driver, call)
     assert not fake.launches
+
+
+def test_most_sequences_of_an_append(driver, fake):
+    """Of new keys 2^30 eights of channels are counted, and rows of q in 32 bits."""
+    many = 1 << 22
+    launch_appending(driver, appending_call(batch=many, keys=32))
+    assert len(fake.launches) == 1
+    with pytest.raises(ValueError, match=r"2\^30 eights of channels of new keys"):
+        launch_appending(driver, appending_call(9, batch=many, keys=32))
+    with pytest.raises(ValueError, match="q has 2147483648 rows"):
+        launch_appending(
+            driver, appending_call(rows=16, heads=1, heads_kv=1, batch=1 << 27, keys=32)
+        )
+    assert len(fake.launches) == 1
 
 
 def test_a_kernel_that_does_not_append_takes_no_new_keys(driver, fake):

@@ -187,8 +187,10 @@ void complete_append(DecodeParams& params) {
     q.x = q.out = params.q;  // it is stored nowhere
     q.cu_seqlens = sequences.cu_seqlens_q;
     q.seqlen = sequences.max_seqlen_q;
-    q.tokens = q.cu_seqlens != nullptr ? static_cast<std::int32_t>(sequences.total_q)
-                                       : sequences.batch * sequences.max_seqlen_q;
+    const std::int64_t tokens =
+        q.cu_seqlens != nullptr ? sequences.total_q : std::int64_t{sequences.batch} * sequences.max_seqlen_q;
+    require(tokens <= kMaxRows, "decode: q has ", tokens, " rows; this kernel takes less than 2^31");
+    q.tokens = static_cast<std::int32_t>(tokens);
     k.out = params.k;
     k.mean = params.k_mean;
     k.descale = params.k_descale;
@@ -219,9 +221,10 @@ void check_new_keys(const DecodeParams& call, const KernelInfo& info) {
     require(k.cu_seqlens != nullptr || k.tokens == std::int64_t{call.sequences.batch} * k.seqlen,
             "decode: there are ", k.tokens, " new rows in ", call.sequences.batch, " dense sequences of ",
             k.seqlen);
-    const AppendItems items = check_append(call.append);
-    require(items.of_head * items.heads <= kMaxUnits,
-            "decode: there are more than 2^30 eights of new channels");
+    check_append(call.append);
+    const std::int64_t eights = std::max(k.head_dim, v.head_dim) / 8;
+    require(k.tokens * eights * call.heads_kv <= kMaxUnits,
+            "decode: there are more than 2^30 eights of channels of new keys");
 }
 
 bool has_rows(const SequenceParams& sequences) {
