@@ -78,9 +78,9 @@ def launched(monkeypatch):
     names = []
     plan = decode.plan
 
-    def named(q, k, v, s_aux, options, out, lse, qv=None):
-        names.append(decode.choose(q, k, v, options, qv).name)
-        return plan(q, k, v, s_aux, options, out, lse, qv)
+    def named(q, k, v, s_aux, options, out, lse, qv=None, variant=None, new=None):
+        names.append((variant or decode.choose(q, k, v, options, qv)).name)
+        return plan(q, k, v, s_aux, options, out, lse, qv, variant, new)
 
     monkeypatch.setattr(decode, "plan", named)
     return names
@@ -110,7 +110,7 @@ CALLS = {
     "descales by key": (by_key(*draw(16)), "decode_bf16_e4m3_d128_rows8_keyscales"),
     "of pages of three": (by_key(*draw(3)), "decode_bf16_e4m3_d128_rows8_gather_keyscales"),
     "of a dense cache": (by_key(*dense()), "decode_bf16_e4m3_d128_rows8_keyscales"),
-    "more rows": (to_e4m3(*dense(seqlen_q=20)), "decode_bf16_e4m3_d128_rows32"),
+    "more rows": (by_key(*dense(seqlen_q=20)), "decode_bf16_e4m3_d128_rows32_keyscales"),
 }
 
 
@@ -185,7 +185,7 @@ REFUSED = {
     ),
     "rows": (
         lambda q, k, v: (q.repeat(1, 65, 1, 1), k.to(E4M3), v.to(E4M3)),
-        {},
+        {"k_descale": torch.ones(22, 2, 1)},
         "there are 260 rows of q for a KV",
     ),
     "narrow": (
@@ -246,18 +246,22 @@ def test_what_no_forward_kernel_would_take_has_the_decode_kernels_reason(launche
     assert launched == []
 
 
-@pytest.mark.parametrize("page_size", [0, 16], ids=["dense", "paged"])
-def test_a_cache_without_keys_is_for_the_portable_code(page_size, launched, monkeypatch):
+def test_a_cache_without_pages_is_for_the_portable_code(launched, monkeypatch):
     """O = 0, LSE = -inf."""
     q, k, v = (x.to(E4M3) if i else x for i, x in enumerate(draw()[0]))
     flash8.backends._warn_of_refusal.cache_clear()
-    if page_size == 0:
-        cache, given = [k[:3, :0], v[:3, :0]], {}
-    else:
-        cache = [k[:0], v[:0]]
-        given = {"page_table": int32([[]] * 3), "cache_seqlens": int32([0] * 3)}
+    given = {"page_table": int32([[]] * 3), "cache_seqlens": int32([0] * 3)}
     with pytest.warns(UserWarning, match="the cache has no keys"):
-        o, lse = run(monkeypatch, [q, *cache], given)
+        o, lse = run(monkeypatch, [q, k[:0], v[:0]], given)
+    assert not o.any() and (lse == -float("inf")).all() and launched == []
+
+
+@needs_compiler
+def test_a_dense_cache_without_keys_is_for_the_forward_kernel(launched, monkeypatch):
+    q, k, v = (x.to(E4M3) if i else x for i, x in enumerate(draw()[0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        o, lse = run(monkeypatch, [q, k[:3, :0], v[:3, :0]], {})
     assert not o.any() and (lse == -float("inf")).all() and launched == []
 
 
