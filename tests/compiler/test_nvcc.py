@@ -14,6 +14,7 @@ from flash8.compiler import (
     compile_unit,
     cutlass_root,
     find_toolchain,
+    kernel_root,
 )
 
 try:
@@ -139,10 +140,9 @@ def test_a_kernel_that_waits_for_registers_for_ever_does_not_compile(compile_tex
 
 
 def test_device_and_host_agree_on_every_offset(compile_text):
-    folder = cutlass_root() / "quantize"
-    quantizer = [folder / f"{name}_params.h" for name in ("quantize", "append")]
-    families = [f"{family}/params.h" for family in ("forward", "backward", "decode")]
-    lines = [f'#include "{header}"' for header in ("kernel_info.h", *families, *quantizer)]
+    roots = (kernel_root(), cutlass_root())
+    headers = sorted(header for root in roots for header in root.rglob("*params.h"))
+    lines = [f'#include "{header}"' for header in ("kernel_info.h", *headers)]
     for name, struct in _native.layout().items():
         full = f"flash8::{name}"
         lines.append(f"static_assert(sizeof({full}) == {struct['size']});")
