@@ -101,8 +101,8 @@ def case(name: str) -> tuple[Append, Append]:
 @pytest.fixture(autouse=True)
 def tables_as_they_lie(monkeypatch):
     """Not copied to where their rows are close to each other."""
-    call = vars(hopper)["_Call"]
-    monkeypatch.setattr(call, "_index", lambda self, x: self._keep(x).data_ptr())
+    held = vars(hopper)["_Held"]
+    monkeypatch.setattr(held, "index", lambda self, x: self.keep(x).data_ptr())
 
 
 @pytest.mark.parametrize("name", CASES)
