@@ -64,13 +64,14 @@ constexpr KernelInfo describe() {
 // By the producer warpgroup. A template, so that roles which a variant lacks are not compiled.
 template <class Config>
 __device__ __forceinline__ void produce(ForwardParams const& params, SharedStorage<Config>& shared) {
-    int const warp = threadIdx.x / 32;
     if constexpr (Config::kWidens) {
+        int const warp = threadIdx.x / 32;
         Widener<Config>(params, shared, __shfl_sync(0xffffffff, warp, 0)).run();
     } else {
-        if (warp == 0) {
+        if (threadIdx.x < 32) {
             Producer<Config>(params, shared).run();
         }
+        int const warp = threadIdx.x / 32;  // not before: it would be kept while this warp loads
         constexpr int kFirstTransposer = 1 + Config::kGatherWarps;
         if constexpr (Config::kGather) {
             if (warp > 0 && warp < kFirstTransposer) {
