@@ -1,0 +1,42 @@
+"""Every family of kernels with the cases that its mutants must fail (flash8_sim.mutate).
+
+A mutant fails where a launch has a finding, where results are not the bits of the unchanged kernel,
+and where another number of bytes is loaded: a tile that is computed twice gives the same bits. The
+unchanged kernel is held to its reference once. A mutant takes about a second.
+"""
+
+from flash8.backends.hopper.append_variants import AppendVariant
+from flash8.backends.hopper.backward_variants import BackwardVariant
+from flash8.backends.hopper.decode_variants import DecodeVariant
+from flash8.backends.hopper.gemm_variants import GemmVariant
+from flash8.backends.hopper.quantize_variants import QuantizeVariant
+from flash8.backends.hopper.variants import ForwardVariant
+
+from .backward import Backward
+from .decode import Decode
+from .forward import Forward
+from .gemm import Gemm
+from .quantizers import Quantizer
+
+Family = Forward | Backward | Decode | Quantizer | Gemm
+
+FAMILIES: tuple[Family, ...] = (
+    Forward("forward_16bit", ForwardVariant("bf16", 64, 64, mask="causal")),
+    Forward("forward_fp8", ForwardVariant("e4m3", 64, 64, mask="causal", scales="head")),
+    Forward(
+        "forward_fp8_v_colmajor",
+        ForwardVariant("e4m3", 64, 64, mask="causal", scales="head", v_colmajor=True),
+    ),
+    Forward("forward_16bit_cluster", ForwardVariant("bf16", 64, 64, cluster=True)),
+    Forward("forward_fp8_cluster", ForwardVariant("e4m3", 64, 64, scales="head", cluster=True)),
+    Backward("backward_16bit", BackwardVariant("bf16", 128, 128, mask="causal")),
+    Decode("decode_fp8", DecodeVariant("bf16", "e4m3", 128, 128, 8)),
+    Quantizer("quantize_cast", QuantizeVariant("cast", "bf16", 64)),
+    Quantizer("quantize_cast_v_colmajor", QuantizeVariant("cast", "bf16", 64, v_colmajor=True)),
+    Quantizer("quantize_amax", QuantizeVariant("amax", "bf16", 64)),
+    Quantizer("quantize_mean", QuantizeVariant("mean", "bf16", 64)),
+    Quantizer("quantize_mean_finish", QuantizeVariant("mean_finish", "fp32", 64)),
+    Quantizer("append", AppendVariant("bf16")),
+    Quantizer("append_to_e4m3", AppendVariant("bf16", "e4m3")),
+    Gemm("gemm_block", GemmVariant("block", 128, 128)),
+)

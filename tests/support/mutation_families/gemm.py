@@ -1,0 +1,59 @@
+"""Variants of the GEMM kernel with scales of blocks."""
+
+import functools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import gemm_cases
+from flash8 import _native
+from flash8.backends.hopper.gemm_variants import GemmVariant
+from flash8.call.scaled_mm import Product
+
+from .runs import Run, image_of, text_of
+
+
+@functools.cache
+def products() -> tuple[Product, ...]:
+    """Ends of tiles, and tiles in turn; so many blocks of K that a barrier that expects a warp too
+    few is a round ahead in the end, and scales that rows share."""
+    return (
+        gemm_cases.make(20, 30, 16),
+        gemm_cases.make(140, 270, 272, bias=torch.bfloat16),
+        gemm_cases.make(40, 50, 7184, "128x128", out_dtype=torch.bfloat16),
+    )
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A variant of the GEMM kernel."""
+
+    name: str
+    variant: GemmVariant
+
+    def ptx(self) -> str:
+        return text_of(gemm_cases.device().ptx(self.variant))
+
+    def cases(self) -> Run:
+        wanted = [self._multiply(product, 0) for product in products()]
+        for product, (out, _) in zip(products(), wanted, strict=True):
+            gemm_cases.assert_same(out, gemm_cases.emulated(product))
+
+        def run(ptx: str) -> None:
+            registry = _native.Registry(gemm_cases.device().driver, lambda key, kind: image_of(ptx))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(gemm_cases.device(), "_registry", registry)
+                for seed in range(6):
+                    for product, (want, bytes_) in zip(products(), wanted, strict=True):
+                        found, loaded = self._multiply(product, seed)
+                        gemm_cases.assert_same(found, want)
+                        assert loaded == bytes_, f"seed {seed}: {loaded} bytes loaded"
+
+        return run
+
+    def _multiply(self, product: Product, seed: int) -> tuple[Tensor, int]:
+        with pytest.MonkeyPatch.context() as patch:
+            out = gemm_cases.on_kernel(patch, product, self.variant, seed=seed)
+        return out, gemm_cases.device().report()["statistics"]["bytes"]["tensor load"]
