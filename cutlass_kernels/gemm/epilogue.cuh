@@ -3,6 +3,7 @@
 // A quad holds a row: lane q has columns 8 i + 2 q and 8 i + 2 q + 1 of its column groups i. Four
 // neighbouring groups, 32 columns, are finished at a time, so that few scales and biases are in registers. Of
 // 16 bits: they are transposed within the quad, so that lane q stores all eight columns of group q, 16 bytes.
+// Of e4m3: the same, 8 bytes.
 // Of fp32: a quad stores eight columns at a time, 32 bytes.
 
 #pragma once
@@ -24,6 +25,7 @@ class Epilogue {
     // 64 rows of the tile that begins at column n0; first_row is this thread's first row of out.
     __device__ static void store(GemmParams const& params, int first_row, int n0, Config::Accumulator& sum) {
         auto const sums = rows_of(sum);
+        float const result = params.scale_result != nullptr ? *params.scale_result : 1.0f;
         Row rows[kRows];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
@@ -50,6 +52,9 @@ class Epilogue {
             for (int r = 0; r < kRows; ++r) {
                 if (params.out_type == ElementType::kFloat32) {
                     write(params, static_cast<float*>(params.out), rows[r], first, values[r]);
+                } else if (params.out_type == ElementType::kUint8) {
+                    scale(values[r], result);
+                    write(params, static_cast<uint8_t*>(params.out), rows[r], first, values[r]);
                 } else {
                     write(params, static_cast<uint16_t*>(params.out), rows[r], first, values[r]);
                 }
@@ -90,6 +95,13 @@ class Epilogue {
         return params.bias_type == ElementType::kFloat16 ? as_half : as_other;
     }
 
+    __device__ __forceinline__ static void scale(float (&values)[kColumns], float by) {
+#pragma unroll
+        for (float& value : values) {
+            value = __fmul_rn(value, by);
+        }
+    }
+
     // The groups that begin `first` columns into the tile.
     __device__ __forceinline__ static void write(GemmParams const& params, uint16_t* out, Row const& row,
                                                  int first, float const (&values)[kColumns]) {
@@ -114,6 +126,33 @@ class Epilogue {
                 int const column = first + column_of(i);
                 if (column < row.columns) {
                     out[row.offset + column] = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
+                }
+            }
+        }
+    }
+
+    // Two values of e4m3 in the low half of a word. Saturated: infinity is 448.
+    __device__ __forceinline__ static void write(GemmParams const& params, uint8_t* out, Row const& row,
+                                                 int first, float const (&values)[kColumns]) {
+        uint32_t words[kGroups];
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+            words[i] = pack_e4m3(values[2 * i], values[2 * i + 1], 0.0f, 0.0f);
+        }
+        if (params.vector_stores) {
+            int const lane = threadIdx.x % 4;
+            transpose_quad(words, lane);
+            int const column = first + 8 * lane;
+            if (column < row.columns) {
+                *reinterpret_cast<uint2*>(out + row.offset + column) =
+                    make_uint2(words[0] | words[1] << 16, words[2] | words[3] << 16);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+                int const column = first + column_of(i);
+                if (column < row.columns) {
+                    out[row.offset + column] = static_cast<uint8_t>(words[i / 2] >> (8 * (i % 2)));
                 }
             }
         }

@@ -1,6 +1,7 @@
 // The one parameter of the GEMM kernel, shared by host and device by the rules of hopper/params.h.
 //
 //     out = round(scale_a * scale_b * (A B^T) + bias)
+//     out = round(scale_result * (scale_a * scale_b * (A B^T) + bias))    e4m3, saturated at 448
 //
 // A (m, k) and B (n, k) are e4m3, both contiguous along k. B is the transpose of what users call mat2.
 
@@ -29,13 +30,14 @@ struct GemmParams {
     std::int64_t b_stride;
     std::int64_t out_stride;
     ScaleRef scale_a;
-    ScaleRef scale_b;  // of blocks: 128 rows of B share one
+    ScaleRef scale_b;           // of blocks: 128 rows of B share one
+    const float* scale_result;  // of an e4m3 out; null: 1
 
     std::int32_t m;
     std::int32_t n;
     std::int32_t k;
-    ElementType out_type;   // kBfloat16, kFloat16, kFloat32
-    ElementType bias_type;  // likewise
+    ElementType out_type;   // kBfloat16, kFloat16, kFloat32; kUint8: e4m3
+    ElementType bias_type;  // kBfloat16, kFloat16, kFloat32
     // With blocks: 0, every row of A has its scales; 7, 128 rows share them.
     std::int32_t scale_a_row_shift;
     // Blocks of kBlockM rows and of kBlockN columns of out. The persistent CTAs walk bands of `band` blocks
@@ -44,7 +46,7 @@ struct GemmParams {
     std::int32_t n_blocks;
     std::int32_t band;
     std::int32_t vector_stores;  // 1: rows of out are written by 16 bytes
-    std::int32_t reserved[12];   // zero
+    std::int32_t reserved[10];   // zero
 };
 
 static_assert(kIsPlain<GemmParams> && alignof(GemmParams) == 64);

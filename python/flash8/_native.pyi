@@ -413,6 +413,7 @@ class GemmParams:
     bias: int
     scale_a: tuple[int, int, int]
     scale_b: tuple[int, int, int]
+    scale_result: int
     a_stride: int
     b_stride: int
     out_stride: int

@@ -28,12 +28,17 @@ def scaled_mm(
     scale_b: Tensor = _MISSING,
     *,
     bias: Tensor | None = None,
+    scale_result: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     use_fast_accum: bool = False,
     **torch_names: Any,
 ) -> Tensor:
     """out = scale_a * scale_b * (a @ b) + bias, of e4m3 matrices with fp32 scales.
+
+    An e4m3 output is scale_result times that, rounded to nearest even and saturated: what is beyond
+    448, infinity too, becomes 448, NaN stays NaN. As in torch._scaled_mm scale_result multiplies.
+    It is the inverse of the descale that the output has as an operand of the next product.
 
     The scales say by their shapes what has one of its own:
 
@@ -58,7 +63,9 @@ def scaled_mm(
         scale_a: fp32, as in the table.
         scale_b: fp32, as in the table.
         bias: (N,), bf16, fp16 or fp32.
-        out_dtype: torch.bfloat16 (the default), float16 or float32; that of `out` if it is given.
+        scale_result: fp32, one element, for an e4m3 output only; 1 without it.
+        out_dtype: torch.bfloat16 (the default), float16, float32 or float8_e4m3fn; that of `out` if
+            it is given.
         out: (M, N), written and returned. Its rows are contiguous.
         use_fast_accum: As above; not with scales of blocks.
         torch_names: `input`, `mat_a`, `mat2`, `mat_b`, `output_dtype`: torch's names for a, b and
@@ -86,7 +93,7 @@ def scaled_mm(
             raise TypeError(f"scaled_mm() is missing the argument {name!r}")
     wanted = None if given["out_dtype"] is _MISSING else given["out_dtype"]
     matrices = given["a"], given["b"], given["scale_a"], given["scale_b"]
-    product = call.check(*matrices, bias, wanted, out, use_fast_accum)
+    product = call.check(*matrices, bias, scale_result, wanted, out, use_fast_accum)
     if out is not None:
         call.check_out(out, product)
     return ops.scaled_mm(product, out)

@@ -81,11 +81,22 @@ def test_torchs_names():
 def test_the_dtype_of_the_output():
     product = make(5, 6, 32, "row")
     assert call(product).dtype == BF16
-    for dtype in (BF16, FP16, FP32):
+    for dtype in (BF16, FP16, FP32, E4M3):
         assert call(product, out_dtype=dtype).dtype == dtype
         out = torch.empty(5, 6, dtype=dtype)
         assert call(product, out=out) is out
-        assert torch.equal(out, call(product, out_dtype=dtype))
+        assert torch.equal(out.float(), call(product, out_dtype=dtype).float())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_an_e4m3_output_is_multiplied_by_its_scale(shape):
+    product = make(5, 6, 32, "row", bias=FP16)
+    scale = torch.full(shape, 0.25)
+    want = (call(product, out_dtype=FP32) * 0.25).clamp(-448.0, 448.0).to(E4M3)
+    found = call(product, out_dtype=E4M3, scale_result=scale)
+    out = torch.empty(5, 6, dtype=E4M3)
+    assert call(product, out=out, scale_result=scale) is out
+    assert torch.equal(found.float(), want.float()) and torch.equal(out.float(), want.float())
 
 
 def test_out_may_be_a_part_of_a_tensor():
@@ -146,7 +157,18 @@ REFUSALS = [
     (ValueError, "out must be contiguous in its last", {"out": torch.ones(6, 5).t()}),
     (ValueError, "out must not be an expanded", {"out": torch.ones(6).expand(5, 6)}),
     (TypeError, "use_fast_accum must be a bool", {"use_fast_accum": 1}),
-    (TypeError, "unexpected keyword argument 'scale_result'", {"scale_result": None}),
+    (TypeError, "unexpected keyword argument 'scale_c'", {"scale_c": None}),
+    (ValueError, "scale_result goes with .* got torch.bf", {"scale_result": torch.ones(1)}),
+    (
+        ValueError,
+        r"scale_result must have one element, got shape \(2,\)",
+        {"scale_result": torch.ones(2), "out_dtype": E4M3},
+    ),
+    (
+        TypeError,
+        "scale_result must have dtype torch.float32",
+        {"scale_result": torch.ones(1).double(), "out_dtype": E4M3},
+    ),
     (TypeError, "a and mat_a are one argument", {"mat_a": e4m3(5, 32)}),
 ]
 
@@ -246,6 +268,6 @@ def test_fake_tensors():
 @pytest.mark.parametrize("name", GRANULARITIES)
 def test_opcheck(name):
     product = make(20, 24, 160, name, bias=FP32)
-    given = (*arguments(product), product.bias, BF16, False)
+    given = (*arguments(product), product.bias, None, BF16, False)
     # The other checks of opcheck compare float8 tensors, which torch cannot.
     torch.library.opcheck(torch.ops.flash8.scaled_mm, given, test_utils="test_faketensor")

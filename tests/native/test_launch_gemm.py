@@ -8,7 +8,7 @@ from fake_driver.cubin import LAYOUT, fake_cubin, gemm_cubin
 from flash8 import _native
 
 pytest_plugins = ["driver_fixtures"]
-FLOAT32 = _native.ElementType.FLOAT32
+FLOAT32, E4M3 = _native.ElementType.FLOAT32, _native.ElementType.UINT8
 
 
 def load(driver, variant="gemm_block_128x128") -> _native.Kernel:
@@ -62,6 +62,8 @@ def test_a_cta_for_a_tile_as_far_as_there_are_multiprocessors(
         ({"out": 0x30002}, 0),
         ({"out_stride": 522}, 0),
         ({"out_stride": 521, "m": 1}, 1),
+        ({"n": 512, "out_stride": 512, "out_type": E4M3}, 1),
+        ({"out_type": E4M3}, 0),
     ],
 )
 def test_rows_are_stored_by_16_bytes_where_they_can_be(fake, driver, changes, vectors):
@@ -90,7 +92,9 @@ BAD = [
     ({"b_stride": 128}, r"strides\[0\] is 128 bytes, less than a row of 144"),
     ({"out": 0x30001}, "out is at address 196609; it must be a multiple of 2"),
     ({"out_stride": 519}, "out_stride is 519 elements, less than a row of 520"),
-    ({"out_type": _native.ElementType.UINT8}, "out_type is 0; supported are"),
+    ({"bias": 0x60000, "bias_type": E4M3}, "bias_type is 0; supported are"),
+    ({"scale_result": 0x60000}, "scale_result is given; it goes with an e4m3 out"),
+    ({"scale_result": 0x60002, "out_type": E4M3}, "scale_result is at address 393218"),
     ({"bias": 0x60001}, "bias is at address 393217; it must be a multiple of"),
     ({"scale_a": (0, 1, 1)}, "scale_a is at address 0; it must be a multiple of 4 and not null"),
     ({"scale_b": (0x50000, -1, 1)}, "the strides of scale_b are -1 and 1"),

@@ -16,7 +16,7 @@ from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.kernels import variant_of
 from flash8.call.scaled_mm import Product, blocks_of
 from flash8.compiler import Unit, compile_unit, cutlass_root
-from flash8.tensors.float8 import saturating_cast
+from flash8.tensors.float8 import E4M3, saturating_cast
 from simulated_device import SimulatedDevice
 
 #: Granularities of A and of B.
@@ -52,7 +52,8 @@ def make(
     fast: bool = False,
     seed: int = 0,
 ) -> Product:
-    """Scales over three powers of two, of strides that no quantizer of torch would choose."""
+    """Scales over three powers of two, of strides that no quantizer of torch would choose. Of an
+    e4m3 output some elements are beyond its range, and some subnormal."""
     a = saturating_cast(values(m, k, seed=seed, scale=8.0))
     b = saturating_cast(values(n, k, seed=seed + 1, scale=8.0)).t()
     shape_a, shape_b = {
@@ -63,7 +64,8 @@ def make(
     }[granularity]
     of_n = None if bias is None else values(n, seed=seed + 4, scale=100.0).to(bias)
     scales = (strided(shape, seed=seed + i) for i, shape in ((2, shape_a), (3, shape_b)))
-    return Product(a, b, *scales, of_n, out_dtype, fast)
+    scale_result = torch.tensor(3.0 / k**0.5) if out_dtype == E4M3 else None
+    return Product(a, b, *scales, of_n, out_dtype, fast, scale_result)
 
 
 def strided(shape: tuple[int, ...], *, seed: int) -> Tensor:
@@ -103,6 +105,7 @@ def emulated(product: Product) -> Tensor:
 
 def bits(x: Tensor) -> Tensor:
     """An integer for an element; one for all NaNs, and one for both zeros."""
+    x = x.float() if x.dtype == E4M3 else x
     words = (x + 0.0).view(_WORDS[x.element_size()]).int()
     return torch.where(x.isnan(), -(2**31), torch.where(x == 0.0, 0, words))
 

@@ -21,15 +21,17 @@ from flash8.tensors.memory import is_shared, require_writable
 #: 128 of K of 128 rows of A or columns of B.
 Granularity = Literal["tensor", "row", "1x128", "128x128"]
 BLOCK = 128
-OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_WIDE = (torch.bfloat16, torch.float16, torch.float32)
+OUT_DTYPES = (*_WIDE, E4M3)
 _UNIT_K = 16
 _MOST = 2**31 - 2**20
 
 
 class Product(NamedTuple):
-    """A checked call: out = scale_a * scale_b * (a @ b) + bias.
+    """A checked call: out = scale_a * scale_b * (a @ b) + bias, times scale_result if there is one.
 
     a: (M, K), row-major; b: (K, N), column-major. The scales are fp32, and of any strides.
+    scale_result: one element, for an e4m3 output.
     """
 
     a: Tensor
@@ -39,6 +41,7 @@ class Product(NamedTuple):
     bias: Tensor | None
     out_dtype: torch.dtype
     fast_accum: bool = False
+    scale_result: Tensor | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -104,6 +107,7 @@ def check(
     scale_a: Any,
     scale_b: Any,
     bias: Any,
+    scale_result: Any,
     out_dtype: Any,
     out: Any,
     use_fast_accum: Any,
@@ -121,9 +125,12 @@ def check(
             "is added to the sum"
         )
     if bias is not None:
-        require_tensor("bias", bias, OUT_DTYPES, a)
+        require_tensor("bias", bias, _WIDE, a)
         require_shape("bias", bias, (n,), "(N,)")
-    return Product(a, b, scale_a, scale_b, bias, _out_dtype(out_dtype, out), fast)
+    dtype = _out_dtype(out_dtype, out)
+    if scale_result is not None:
+        _check_scale_result(scale_result, dtype, a)
+    return Product(a, b, scale_a, scale_b, bias, dtype, fast, scale_result)
 
 
 def check_out(out: Any, product: Product) -> None:
@@ -131,8 +138,7 @@ def check_out(out: Any, product: Product) -> None:
     require_tensor("out", out, product.out_dtype, product.a)
     require_shape("out", out, (m, n), "(M, N)")
     require_writable("out", out)
-    given = (product.a, product.b, product.scale_a, product.scale_b, product.bias)
-    inputs = [x for x in given if x is not None]
+    inputs = [x for x in product if isinstance(x, Tensor)]
     if not torch.compiler.is_compiling() and is_shared(out, inputs):
         raise ValueError("out must not share memory with an input")
 
@@ -161,6 +167,18 @@ def _check_matrices(a: Any, b: Any) -> None:
         raise ValueError(
             f"b must be column-major, its K contiguous, got strides {b.stride()}: pass "
             "weight.t() of a contiguous weight (N, K), or b.t().contiguous().t()"
+        )
+
+
+def _check_scale_result(scale_result: Any, out_dtype: torch.dtype, a: Tensor) -> None:
+    require_tensor("scale_result", scale_result, torch.float32, a)
+    if scale_result.numel() != 1:
+        raise ValueError(
+            f"scale_result must have one element, got shape {tuple(scale_result.shape)}"
+        )
+    if out_dtype != E4M3:
+        raise ValueError(
+            f"scale_result goes with out_dtype={E4M3}, got {out_dtype}: torch would ignore it"
         )
 
 

@@ -10,23 +10,26 @@ from flash8.backends.cpu import gemm as portable
 from flash8.backends.hopper import gemm as hopper
 from flash8.backends.hopper.verify import trust
 from flash8.call import derivatives
+from flash8.call.autocast import unaffected
 from flash8.call.scaled_mm import Product
 
 _library = torch.library.Library("flash8", "FRAGMENT")
-_ARGUMENTS = "Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias"
+_ARGUMENTS = (
+    "Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, Tensor? scale_result"
+)
 _library.define(f"scaled_mm({_ARGUMENTS}, ScalarType out_dtype, bool fast_accum) -> Tensor")
 _library.define(f"scaled_mm_into(Tensor(a!) out, {_ARGUMENTS}, bool fast_accum) -> ()")
 
 
 def scaled_mm(product: Product, out: Tensor | None) -> Tensor:
     """The product, in `out` where that is given."""
-    a, b, scale_a, scale_b, bias, out_dtype, fast_accum = product
+    a, b, scale_a, scale_b, bias, out_dtype, fast_accum, scale_result = product
     if out is None:
         found: Tensor = torch.ops.flash8.scaled_mm(
-            a, b, scale_a, scale_b, bias, out_dtype, fast_accum
+            a, b, scale_a, scale_b, bias, scale_result, out_dtype, fast_accum
         )
         return found
-    torch.ops.flash8.scaled_mm_into(out, a, b, scale_a, scale_b, bias, fast_accum)
+    torch.ops.flash8.scaled_mm_into(out, a, b, scale_a, scale_b, bias, scale_result, fast_accum)
     return out
 
 
@@ -36,11 +39,12 @@ def _scaled_mm(
     scale_a: Tensor,
     scale_b: Tensor,
     bias: Tensor | None,
+    scale_result: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
 ) -> Tensor:
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
-    _fill(out, Product(a, b, scale_a, scale_b, bias, out_dtype, fast_accum))
+    _fill(out, Product(a, b, scale_a, scale_b, bias, out_dtype, fast_accum, scale_result))
     return out
 
 
@@ -50,6 +54,7 @@ def _scaled_mm_fake(
     scale_a: Tensor,
     scale_b: Tensor,
     bias: Tensor | None,
+    scale_result: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
 ) -> Tensor:
@@ -63,9 +68,10 @@ def _scaled_mm_into(
     scale_a: Tensor,
     scale_b: Tensor,
     bias: Tensor | None,
+    scale_result: Tensor | None,
     fast_accum: bool,
 ) -> None:
-    _fill(out, Product(a, b, scale_a, scale_b, bias, out.dtype, fast_accum))
+    _fill(out, Product(a, b, scale_a, scale_b, bias, out.dtype, fast_accum, scale_result))
 
 
 def _scaled_mm_into_fake(
@@ -75,6 +81,7 @@ def _scaled_mm_into_fake(
     scale_a: Tensor,
     scale_b: Tensor,
     bias: Tensor | None,
+    scale_result: Tensor | None,
     fast_accum: bool,
 ) -> None:
     return None
@@ -104,6 +111,6 @@ for _name, _function, _fake in (
     ("scaled_mm_into", _scaled_mm_into, _scaled_mm_into_fake),
 ):
     for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _function, _key)
+        _library.impl(_name, unaffected(_function), _key)
     torch.library.register_fake(f"flash8::{_name}", _fake, lib=_library)
     derivatives.refuse(_library, _name, _REFUSAL)

@@ -33,6 +33,7 @@ void bind_gemm(py::module_& module) {
     def_address(type, "bias", &P::bias);
     def_scale(type, "scale_a", &P::scale_a);
     def_scale(type, "scale_b", &P::scale_b);
+    def_address(type, "scale_result", &P::scale_result);
     type.def_readwrite("a_stride", &P::a_stride)
         .def_readwrite("b_stride", &P::b_stride)
         .def_readwrite("out_stride", &P::out_stride)

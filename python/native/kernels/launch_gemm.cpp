@@ -36,10 +36,8 @@ void check_sizes(const GemmParams& call) {
             "; it must be a positive multiple of ", kUnitK);
 }
 
-void check_type(const char* name, ElementType type) {
-    require(type == ElementType::kFloat16 || type == ElementType::kBfloat16 || type == ElementType::kFloat32,
-            "gemm: ", name, " is ", static_cast<std::uint32_t>(type),
-            "; supported are FLOAT16, BFLOAT16 and FLOAT32");
+bool is_wide(ElementType type) {
+    return type == ElementType::kFloat16 || type == ElementType::kBfloat16 || type == ElementType::kFloat32;
 }
 
 void check_aligned(const char* name, const void* pointer, std::int64_t unit) {
@@ -49,12 +47,20 @@ void check_aligned(const char* name, const void* pointer, std::int64_t unit) {
 }
 
 void check_out(const GemmParams& call) {
-    check_type("out_type", call.out_type);
+    const bool is_e4m3 = call.out_type == ElementType::kUint8;
+    require(is_e4m3 || is_wide(call.out_type), "gemm: out_type is ",
+            static_cast<std::uint32_t>(call.out_type),
+            "; supported are FLOAT16, BFLOAT16, FLOAT32, and UINT8 for e4m3");
     check_aligned("out", call.out, element_bytes(call.out_type));
     require(call.m <= 1 || call.out_stride >= call.n, "gemm: out_stride is ", call.out_stride,
             " elements, less than a row of ", call.n);
+    if (call.scale_result != nullptr) {
+        require(is_e4m3, "gemm: scale_result is given; it goes with an e4m3 out");
+        check_aligned("scale_result", call.scale_result, sizeof(float));
+    }
     if (call.bias != nullptr) {
-        check_type("bias_type", call.bias_type);
+        require(is_wide(call.bias_type), "gemm: bias_type is ", static_cast<std::uint32_t>(call.bias_type),
+                "; supported are FLOAT16, BFLOAT16 and FLOAT32");
         check_aligned("bias", call.bias, element_bytes(call.bias_type));
     }
 }

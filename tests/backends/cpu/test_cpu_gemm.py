@@ -11,6 +11,7 @@ from gemm_cases import GRANULARITIES, make, values
 from tolerances import rel_l2
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+E4M3 = torch.float8_e4m3fn
 SIZES = [(1, 1, 16), (127, 129, 144), (53, 131, 272), (7, 300, 1040)]
 
 
@@ -46,6 +47,19 @@ def test_outputs_are_rounded_once(dtype, limit):
     assert rel_l2(multiply(product), reference(product)) < limit
     wide = multiply(product._replace(out_dtype=FP32))
     assert torch.equal(multiply(product), wide.to(dtype))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_an_e4m3_output_is_scaled_rounded_once_and_saturated(granularity):
+    product = make(40, 50, 272, granularity, out_dtype=E4M3, bias=BF16)
+    wide = multiply(product._replace(out_dtype=FP32, scale_result=None))
+    scaled = wide * product.scale_result
+    found = multiply(product).float()
+    assert torch.equal(found, scaled.clamp(-448.0, 448.0).to(E4M3).float())
+    assert 0 < (found.abs() == 448.0).sum() < 0.5 * found.numel()
+    inside = scaled.abs() <= 448.0
+    assert rel_l2(found[inside], scaled[inside]) < 0.03
+    assert rel_l2(found[inside], wide[inside]) > 0.1  # which is not scaled
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -12,6 +12,7 @@ from sparse_tensors import sparse
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+E4M3 = torch.float8_e4m3fn
 SLOW = pytest.mark.slow
 #: Ends of tiles and of blocks of K, one row, one column, primes; more blocks than stages.
 SIZES = [
@@ -23,7 +24,7 @@ SIZES = [
     pytest.param((1, 300, 128), marks=SLOW, id="one row"),
     pytest.param((300, 1, 128), marks=SLOW, id="one column"),
 ]
-OUTPUTS = [(FP32, None), (BF16, BF16), (FP16, FP32), (BF16, FP16)]
+OUTPUTS = [(FP32, None), (BF16, BF16), (FP16, FP32), (BF16, FP16), (E4M3, None), (E4M3, BF16)]
 
 
 def check(monkeypatch, product, kernel=None, *, seed=0):
@@ -37,7 +38,7 @@ def test_sizes(monkeypatch, granularity, sizes):
     assert device().report()["kernel"] == "flash8_gemm"
 
 
-@pytest.mark.parametrize("n", [40, 41])
+@pytest.mark.parametrize("n", [48, 41])
 @pytest.mark.parametrize("out_dtype, bias", OUTPUTS)
 @pytest.mark.parametrize("granularity", ["row", "1x128"])
 def test_outputs(monkeypatch, granularity, out_dtype, bias, n):
@@ -45,15 +46,17 @@ def test_outputs(monkeypatch, granularity, out_dtype, bias, n):
     check(monkeypatch, make(70, n, 160, granularity, out_dtype=out_dtype, bias=bias))
 
 
+@pytest.mark.parametrize("out_dtype", [BF16, E4M3])
 @pytest.mark.parametrize("granularity", ["tensor", "1x128"])
-def test_rows_of_a_wider_output(monkeypatch, granularity):
+def test_rows_of_a_wider_output(monkeypatch, granularity, out_dtype):
     """What lies between the rows is left alone; its strides do not fit 16 bytes."""
-    product = make(5, 40, 32, granularity, out_dtype=BF16)
-    wide = torch.zeros(5, 45, dtype=BF16)
+    product = make(5, 48, 32, granularity, out_dtype=out_dtype)
+    wide = torch.zeros(5, 53, dtype=out_dtype)
     with device().serving_cpu_tensors(monkeypatch):
-        hopper.scaled_mm(product, wide[:, 3:43])
-    assert_same(wide[:, 3:43], emulated(product))
-    assert not wide[:, :3].any() and not wide[:, 43:].any()
+        hopper.scaled_mm(product, wide[:, 3:51])
+    assert_same(wide[:, 3:51], emulated(product))
+    beside = wide.view(torch.uint8) if out_dtype == E4M3 else wide
+    assert not beside[:, :3].any() and not beside[:, 51:].any()
 
 
 @pytest.mark.parametrize("granularity", ["row", "1x128"])
@@ -88,6 +91,24 @@ def test_beyond_the_range_of_float16(monkeypatch, n):
     found = on_kernel(monkeypatch, product)
     assert_same(found, emulated(product))
     assert found[::2].isinf().any() and found[1::2].isfinite().all()
+
+
+@pytest.mark.parametrize("n", [48, 41])
+@pytest.mark.parametrize("granularity", ["row", "1x128"])
+def test_beyond_the_range_of_e4m3(monkeypatch, granularity, n):
+    """Saturated, infinity too; NaN stays NaN. Without a scale of the result, too."""
+    product = make(20, n, 160, granularity, out_dtype=E4M3)
+    product.scale_a[::4] *= 2.0**12
+    product.scale_a[1] = torch.inf
+    product.scale_a[2, -1] = torch.nan
+    product.scale_a[3] = 2.0**-20
+    found = on_kernel(monkeypatch, product)
+    assert_same(found, emulated(product))
+    magnitude = found.float().abs()
+    assert (magnitude[::4] == 448.0).sum() > 3 * n and magnitude[2].isnan().all()
+    assert (magnitude[3] < 2.0**-6).all()
+    for scale in (None, torch.tensor(torch.nan), torch.tensor([[-(2.0**-9)]])):
+        check(monkeypatch, product._replace(scale_result=scale))
 
 
 def test_views_that_tma_cannot_read(monkeypatch):

@@ -19,7 +19,7 @@ from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
-BF16 = torch.bfloat16
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 SEEDS = 6
 
 # file, what is replaced, by what, and the product that must notice.
@@ -111,6 +111,18 @@ FAULTS = {
         "if (column + 1 < row.columns) {",
         "if (column < row.columns) {",
         {"n": 41},
+    ),
+    "an e4m3 output that is not scaled": (
+        "epilogue.cuh",
+        "scale(values[r], result);",
+        "",
+        {"out_dtype": E4M3},
+    ),
+    "columns of e4m3 in another order": (
+        "epilogue.cuh",
+        "words[0] | words[1] << 16, words[2] | words[3] << 16",
+        "words[0] | words[2] << 16, words[1] | words[3] << 16",
+        {"n": 48, "out_dtype": E4M3},
     ),
     "bands of another height": (
         "tile_walk.cuh",

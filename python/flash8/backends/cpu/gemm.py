@@ -1,9 +1,9 @@
 """The scaled product on CPU tensors, in the order of operations of the kernels.
 
 Blocks of 128 of K are multiplied in fp32 and added to a sum in fp32, with scales of blocks as
-sum + scale * t. Scales of tensors and rows multiply the sum, then the bias is added, and the result
-is rounded to its type. `flash8.fp8.study(accumulation="hopper")` multiplies as the tensor cores do,
-and rounds as the kernels do, bit by bit: sum + scale * t once.
+sum + scale * t. Scales of tensors and rows multiply the sum, then the bias is added, an e4m3 output
+is scaled, and the result is rounded to its type. `flash8.fp8.study(accumulation="hopper")`
+multiplies as the tensor cores do, and rounds as the kernels do, bit by bit: sum + scale * t once.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash8.backends.cpu import study, tensor_core
 from flash8.call.scaled_mm import BLOCK, Product
-from flash8.tensors.float8 import widened
+from flash8.tensors.float8 import E4M3, saturating_cast, widened
 
 
 def scaled_mm(product: Product, out: Tensor) -> None:
@@ -21,7 +21,9 @@ def scaled_mm(product: Product, out: Tensor) -> None:
     total = _by_blocks(product, a, b, emulates) if product.has_blocks else _plain(product, a, b)
     if product.bias is not None:
         total = total + product.bias.float()
-    out.copy_(total)
+    if product.scale_result is not None:
+        total = total * product.scale_result.reshape(1, 1)
+    out.copy_(saturating_cast(total) if out.dtype == E4M3 else total)
 
 
 def _plain(product: Product, a: Tensor, b: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ from flash8 import _native
 from flash8.backends.hopper import kernels, streams
 from flash8.backends.hopper.gemm_variants import GemmVariant, choose_variant
 from flash8.call.scaled_mm import BLOCK, Product
+from flash8.tensors.float8 import E4M3
 
 _TYPES = {
     torch.bfloat16: _native.ElementType.BFLOAT16,
     torch.float16: _native.ElementType.FLOAT16,
     torch.float32: _native.ElementType.FLOAT32,
+    E4M3: _native.ElementType.UINT8,
 }
 _UNIT = 16  # bytes, of what TMA reads
 _SHIFT = BLOCK.bit_length() - 1
@@ -49,7 +51,9 @@ def launch(variant: GemmVariant, product: Product, out: Tensor) -> None:
     call.a, call.a_stride = a.data_ptr(), a.stride(0)
     call.b, call.b_stride = b.data_ptr(), b.stride(0)
     call.out, call.out_stride = out.data_ptr(), out.stride(0)
-    call.out_type = call.bias_type = _TYPES[out.dtype]
+    call.out_type = _TYPES[out.dtype]
+    if product.scale_result is not None:
+        call.scale_result = product.scale_result.data_ptr()
     bias = product.bias
     if bias is not None:
         bias = bias.contiguous()

@@ -9,13 +9,19 @@ from flash8.backends.hopper import gemm as hopper
 from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.verify.watchdog import Watchdog
 from flash8.call.scaled_mm import BLOCK, Product, blocks_of
-from flash8.tensors.float8 import saturating_cast
+from flash8.tensors.float8 import E4M3, MAX, saturating_cast
 
 #: Of an element, relative to the sum of the magnitudes of its products: what the tensor core's 14
 #: bits lose of it, promoted or not. A product too many or too few, or another scale, is far more.
 _TOLERANCE = 2.0**-11
 #: And of its type.
-_ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-22}
+_ROUNDING = {
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-10,
+    torch.float32: 2.0**-22,
+    E4M3: 2.0**-4,
+}
+_SMALLEST_E4M3 = 2.0**-9
 
 
 def find_fault(variant: GemmVariant, device: torch.device) -> str | None:
@@ -30,12 +36,14 @@ def find_fault(variant: GemmVariant, device: torch.device) -> str | None:
 def find_fault_of(variant: GemmVariant, product: Product) -> str | None:
     """What is wrong with the kernel's output for this product, or None."""
     m, n, _ = product.sizes
-    out = torch.full((m, n), torch.nan, dtype=product.out_dtype, device=product.a.device)
+    out = product.a.new_full((m, n), torch.nan, dtype=torch.float32).to(product.out_dtype)
     watchdog = Watchdog(out.device)
     hopper.launch(variant, product, out)
     watchdog.wait()
     want, magnitude = _reference(product)
     bound = _TOLERANCE * magnitude + _ROUNDING[out.dtype] * want.abs()
+    if out.dtype == E4M3:
+        bound, want = bound + _SMALLEST_E4M3, want.clamp(-MAX[E4M3], MAX[E4M3])
     wrong = ~((out.double() - want).abs() <= bound)  # NaN is wrong
     count = int(wrong.sum())
     return None if count == 0 else f"{count} of {m} x {n} elements of the product differ"
@@ -55,6 +63,9 @@ def _reference(product: Product) -> tuple[Tensor, Tensor]:
     if product.bias is not None:
         bias = product.bias.double()
         want, magnitude = want + bias, magnitude + bias.abs()
+    if product.scale_result is not None:
+        scale = product.scale_result.double()
+        want, magnitude = want * scale, magnitude * scale
     return want, magnitude
 
 
@@ -75,6 +86,8 @@ class Draw:
         yield self._product(m + 72, n + 72, 1168, full, None)
         yield self._product(m + 1, n + 13, 400, bfloat, full)
         yield self._product(1, 136, 16, half, half)
+        yield self._product(70, n + 8, 144, E4M3, bfloat)
+        yield self._product(70, 48, 144, E4M3, None)
         if self._variant.scales == "block":
             yield self._product(m + 130, 48, 272, bfloat, bfloat, shared=True)
         else:
@@ -103,7 +116,12 @@ class Draw:
         b = saturating_cast(self._normal(n, k) * 4.0).t()
         scale_a, scale_b = self._scales(m, n, k, shared)
         bias = None if bias_dtype is None else (self._normal(n) * 50.0).to(bias_dtype)
-        return Product(a, b, scale_a, scale_b, bias, out_dtype, self._variant.fast_accum)
+        # Most of an e4m3 output lies within the range, and some of it does not.
+        scale_result = None
+        if out_dtype == E4M3:
+            scale_result = self._scale(1) * (0.1 * MAX[E4M3] / (16.0 * k**0.5))
+        fast = self._variant.fast_accum
+        return Product(a, b, scale_a, scale_b, bias, out_dtype, fast, scale_result)
 
     def _scales(self, m: int, n: int, k: int, shared: bool) -> tuple[Tensor, Tensor]:
         """A's by column of scales, as some quantizers write them; B's by row."""
