@@ -13,7 +13,7 @@ from torch import Tensor
 
 import oracle
 from flash8.backends.hopper.variants import ForwardVariant
-from forward_cases import draw, int32, launch, masks, poisoned, sequences
+from forward_cases import draw, int32, launch, masks, packed, poisoned, sequences
 from forward_launch import Call, Schedule
 
 MOST = 2**31 - 1
@@ -21,6 +21,13 @@ MOST = 2**31 - 1
 NO_PAGES = (-1, MOST, 10**6, -(2**31))
 #: No key, one, around a tile of 128, and several.
 LENGTHS = (0, 1, 127, 128, 129, 300)
+#: Masks that leave keys behind, and one that does not.
+MASKS = {
+    "window": {"window": (70, 0)},
+    "both sides": {"window": (37, 21)},
+    "chunks": {"attention_chunk": 90},
+    "causal": {"causal": True, "window": (-1, -1)},
+}
 
 
 def dense_call(variant: ForwardVariant, lengths=LENGTHS, *, seqlen_q=20, heads=2, **given) -> Call:
@@ -28,6 +35,32 @@ def dense_call(variant: ForwardVariant, lengths=LENGTHS, *, seqlen_q=20, heads=2
     q, k, v = draw(variant, seqlen_q, max(lengths), heads, 1, batch=len(lengths))
     indices = {"seqused_k": int32(lengths), **given.pop("indices", {})}
     return Call(q, k, v, variant.head_dim**-0.5, **{**masks(variant), **given}, indices=indices)
+
+
+def call_with_freed_pages(variant: ForwardVariant, mask: str, **given) -> Call:
+    """Of few queries, so that masks but the causal one hide all of some pages."""
+    return dense_call(variant, (0, 5, 300, 420), seqlen_q=9, heads=1, **MASKS[mask], **given)
+
+
+def padded_call(variant: ForwardVariant, mask: str | None = None, **given) -> Call:
+    """With left padding: none, all of a sequence, and more than a tile."""
+    indices = {"leftpad_k": int32([0, 1, 7, 8, 70, 130, 300])}
+    lengths = (300, 1, 127, 128, 129, 300, 300)
+    own_mask = {} if mask is None else MASKS[mask]
+    return dense_call(variant, lengths, heads=1, indices=indices, **own_mask, **given)
+
+
+def call_of_rows(variant: ForwardVariant, **given) -> Call:
+    """Over rows of a cache in any order, twice, and none; the queries are packed."""
+    rows = (0, 150, 1, 20, 3, 140)
+    q = torch.randn(sum(rows), 1, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    indices = {
+        "kv_batch_idx": int32([5, 2, 4, -1, 4, 0]),
+        "seqused_k": int32([300, 1, 90, 9, 7, 0]),
+        "cu_seqlens_q": packed(rows),
+    }
+    call = dense_call(variant, heads=1, indices=indices, **given)
+    return replace(call, q=q, max_seqlen_q=150)
 
 
 def paged(call: Call, page_size: int, *, seed: int = 0) -> Call:

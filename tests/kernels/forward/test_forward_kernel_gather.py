@@ -11,10 +11,19 @@ import torch
 
 from defaults import by_default
 from flash8.backends.hopper.variants import ForwardVariant
-from forward_cases import compare, device, int32, kernel, launch, packed
+from forward_cases import compare, device, kernel, launch
 from forward_launch import ForwardKernel, Schedule
 from fp8_forward_cases import changed_kernel, changed_ptx, descales
-from paged_cases import MOST, check_bits, dense_call, paged
+from paged_cases import (
+    MASKS,
+    MOST,
+    call_of_rows,
+    call_with_freed_pages,
+    check_bits,
+    dense_call,
+    padded_call,
+    paged,
+)
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
@@ -79,57 +88,30 @@ def test_rows_shorter_than_the_tile(variant):
     compare(call, *launch(variant, paged(call, 3)))
 
 
-MASKS = {
-    "window": {"window": (70, 0)},
-    "both sides": {"window": (37, 21)},
-    "chunks": {"attention_chunk": 90},
-    "causal": {"causal": True, "window": (-1, -1)},
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("page_size", [1, 20])
 def test_pages_left_of_the_window_are_freed(mask, page_size):
     """They hold NaN, and the table has lost them."""
-    call = dense_call(LOCAL, (0, 5, 300, 420), seqlen_q=9, heads=1, **MASKS[mask])
-    check_bits(LOCAL, call, page_size)
-
-
-PADDING = (0, 1, 7, 8, 70, 130, 300)
+    check_bits(LOCAL, call_with_freed_pages(LOCAL, mask), page_size)
 
 
 @pytest.mark.parametrize("page_size", by_default([1, 23], [23]))
 def test_left_padding(page_size):
     """Of all of a sequence, and of more than a tile; tiles begin where it ends, as in a dense
     cache."""
-    lengths = (300, 1, 127, 128, 129, 300, 300)
-    call = call_of(CAUSAL, lengths, heads=1, indices={"leftpad_k": int32(PADDING)})
-    check_bits(CAUSAL, call, page_size)
+    check_bits(CAUSAL, padded_call(CAUSAL), page_size)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 def test_left_padding_and_windows(mask):
-    lengths = (300, 1, 127, 128, 129, 300, 300)
-    indices = {"leftpad_k": int32(PADDING)}
-    call = dense_call(LOCAL, lengths, heads=1, indices=indices, **MASKS[mask])
-    check_bits(LOCAL, call, 7)
+    check_bits(LOCAL, padded_call(LOCAL, mask), 7)
 
 
 def test_rows_of_the_cache():
     """In any order, twice, and none; their queries are packed."""
-    rows = (0, 150, 1, 20, 3, 140)
-    q = torch.randn(sum(rows), 1, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    indices = {
-        "kv_batch_idx": int32([5, 2, 4, -1, 4, 0]),
-        "seqused_k": int32([300, 1, 90, 9, 7, 0]),
-        "cu_seqlens_q": packed(rows),
-    }
-    call = dense_call(CAUSAL, heads=1, indices=indices)
-    check_bits(
-        CAUSAL, replace(call, q=q, max_seqlen_q=150), 3, Schedule(num_ctas=3), seeds=(0, 1, 2)
-    )
+    check_bits(CAUSAL, call_of_rows(CAUSAL), 3, Schedule(num_ctas=3), seeds=(0, 1, 2))
 
 
 @pytest.mark.slow

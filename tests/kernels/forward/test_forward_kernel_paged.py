@@ -13,7 +13,15 @@ from flash8.backends.hopper.variants import ForwardVariant
 from forward_cases import compare, int32, kernel, launch, packed
 from forward_launch import Schedule
 from fp8_forward_cases import changed_kernel
-from paged_cases import MOST, check_bits, dense_call, paged
+from paged_cases import (
+    MASKS,
+    MOST,
+    call_with_freed_pages,
+    check_bits,
+    dense_call,
+    padded_call,
+    paged,
+)
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
@@ -59,32 +67,18 @@ def test_without_a_mask_tiles_have_other_keys_than_of_a_dense_cache():
         compare(call, *launch(ALL, paged(call, page_size)))
 
 
-MASKS = {
-    "window": {"window": (70, 0)},
-    "both sides": {"window": (37, 21)},
-    "chunks": {"attention_chunk": 90},
-    "causal": {"causal": True, "window": (-1, -1)},
-}
-
-
 @pytest.mark.parametrize("mask", by_default(MASKS, ["window", "chunks"]))
 @pytest.mark.parametrize("page_size", by_default([16, 128], [16]))
 def test_pages_left_of_the_window_are_freed(mask, page_size):
     """They hold NaN, and the table has lost them."""
-    call = dense_call(LOCAL, (0, 5, 300, 420), seqlen_q=9, heads=1, **MASKS[mask])
-    check_bits(LOCAL, call, page_size)
-
-
-PADDING = (0, 1, 7, 8, 70, 130, 300)
+    check_bits(LOCAL, call_with_freed_pages(LOCAL, mask), page_size)
 
 
 @pytest.mark.parametrize("mask", by_default(MASKS, ["chunks", "causal"]))
 @pytest.mark.parametrize("page_size", by_default([24, 128], [24]))
 def test_left_padding(mask, page_size):
     """Also all of a sequence, and more than a tile; whatever page it ends in."""
-    indices = {"leftpad_k": int32(PADDING)}
-    lengths = (300, 1, 127, 128, 129, 300, 300)
-    call = dense_call(LOCAL, lengths, heads=1, indices=indices, **MASKS[mask])
+    call = padded_call(LOCAL, mask)
     for seed in (0, 1):
         compare(call, *launch(LOCAL, paged(call, page_size, seed=seed), seed=seed))
 

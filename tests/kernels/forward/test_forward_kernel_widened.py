@@ -27,7 +27,16 @@ from forward_cases import (
 )
 from forward_launch import Call, ForwardKernel, Schedule
 from fp8_forward_cases import cache_descales, changed_kernel
-from paged_cases import MOST, check_bits, dense_call, paged
+from paged_cases import (
+    MASKS,
+    MOST,
+    call_of_rows,
+    call_with_freed_pages,
+    check_bits,
+    dense_call,
+    padded_call,
+    paged,
+)
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
@@ -115,31 +124,20 @@ def test_a_scale_that_vanishes():
     torch.testing.assert_close(lse.flatten(), torch.arange(21.0, 41.0).log())
 
 
-PADDING = (0, 1, 7, 8, 70, 130, 300)
-
-
 @pytest.mark.parametrize("page_size", by_default([1, 23], [23]))
 def test_left_padding(page_size):
     """Of all of a sequence, and of more than a tile."""
-    lengths = (300, 1, 127, 128, 129, 300, 300)
-    call = call_of(CAUSAL, lengths, heads=1, indices={"leftpad_k": int32(PADDING)})
+    call = padded_call(CAUSAL, descales=cache_descales(7))
     compare(call, *launch(CAUSAL, poisoned(call)))
     check_bits(CAUSAL, call, page_size)
 
 
 def test_rows_of_the_cache():
     """In any order, twice, and none; their queries are packed."""
-    rows = (0, 150, 1, 20, 3, 140)
-    q = torch.randn(sum(rows), 1, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    indices = {
-        "kv_batch_idx": int32([5, 2, 4, -1, 4, 0]),
-        "seqused_k": int32([300, 1, 90, 9, 7, 0]),
-        "cu_seqlens_q": packed(rows),
-    }
-    call = replace(call_of(CAUSAL, heads=1, indices=indices), q=q, max_seqlen_q=150)
+    call = call_of_rows(CAUSAL, descales=cache_descales(6))
     no_row = {"kv_batch_idx": int32([5, 2, 4, 0, 4, 0]), "seqused_k": int32([300, 1, 90, 0, 7, 0])}
     found = launch(CAUSAL, poisoned(call), Schedule(num_ctas=3))
-    compare(replace(call, indices={**indices, **no_row}), *found)
+    compare(replace(call, indices={**call.indices, **no_row}), *found)
     check_bits(CAUSAL, call, 3, Schedule(num_ctas=3))
 
 
@@ -196,20 +194,12 @@ def test_rows_shorter_than_the_tile():
     compare(call, *launch(CAUSAL, paged(call, 3)))
 
 
-MASKS = {
-    "window": {"window": (70, 0)},
-    "both sides": {"window": (37, 21)},
-    "chunks": {"attention_chunk": 90},
-    "causal": {"causal": True, "window": (-1, -1)},
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("page_size", [1, 20])
 def test_pages_left_of_the_window_are_freed(mask, page_size):
     """They hold NaN, and the table has lost them."""
-    call = call_of(LOCAL, (0, 5, 300, 420), seqlen_q=9, heads=1, **MASKS[mask])
+    call = call_with_freed_pages(LOCAL, mask, descales=cache_descales(4))
     compare(call, *launch(LOCAL, poisoned(call)))
     check_bits(LOCAL, call, page_size)
 
