@@ -107,14 +107,13 @@ def e4m3(granularity, **options):
     )
 
 
-def paged_bf16(size=8):
+def paged_bf16(size=8, **options):
     q, k, v = draw(torch.bfloat16)
     pages = [x.reshape(20, 15, 2, 128)[:, :size].contiguous() for x in (k, v)]
     table = int32(range(19, -1, -1)).view(2, 10)
     given = {"page_table": table, "cache_seqlens": int32([70, 33]), "pack_gqa": False}
-    out, lse, *_ = flash8.flash_attn_with_kvcache(
-        q, *pages, causal=True, return_softmax_lse=True, **given
-    )
+    given |= {"causal": True, **options}
+    out, lse, *_ = flash8.flash_attn_with_kvcache(q, *pages, return_softmax_lse=True, **given)
     return out, lse
 
 
@@ -143,11 +142,13 @@ CAUSAL, LOCAL = replace(BF16, mask="causal"), replace(BF16, mask="local")
 SLOPED = replace(BF16, alibi=True)
 PAGED = replace(CAUSAL, paged=True)
 GATHERED = replace(PAGED, gather=True)
+WINDOWED = replace(GATHERED, mask="local")
 WIDENED = replace(CAUSAL, cache="e4m3")
 MASK, EPILOGUE, SCORES = "attention/mask.cuh", "forward/epilogue.cuh", "attention/score_mod.cuh"
 SINK = "params.scores.sinks != nullptr"
 SHIFT = "float shift = reference;"
 KV_HEAD = "tile.head / (params.heads_q / params.heads_kv)"
+SEEN = "position >= first_seen && position < end_seen"
 INSIDE, KEYS = "bool const inside = rows[r].query", "keys = {position - left_"
 #: What is wrong: the variant that a public call takes, the call, and words of what is found.
 CALLS = {
@@ -161,6 +162,10 @@ CALLS = {
     "unused rows unwritten": (BF16, packed_bf16, "rows are not written"),
     "pages in their own order": (PAGED, paged_bf16, "not written, or NaN"),
     "keys of the next place": (GATHERED, lambda: paged_bf16(7), "off"),
+    "gathered without padding": (GATHERED, lambda: paged_bf16(7), "off"),
+    "slots before the window": (WINDOWED, lambda: paged_bf16(7, window_size=(9, 2)), "NaN"),
+    "slots after the last key": (GATHERED, lambda: paged_bf16(7), "NaN"),
+    "widened without padding": (WIDENED, over_e4m3, "off"),
     "descales swapped": (HEAD, e4m3("head"), "LSE is off"),
     "descales of the cache swapped": (WIDENED, over_e4m3, "LSE is off"),
     "LSE keeps the offset": (BLOCK, e4m3("block"), "LSE is off"),
@@ -184,6 +189,21 @@ EDITS = {
         "step, kLanesPerRow);",
         "step ^ 1, kLanesPerRow);",
     ),
+    "gathered without padding": (
+        "forward/gathered_keys.cuh",
+        "info.offset_k,\n",
+        "0,\n",
+    ),
+    "slots before the window": (
+        "forward/gathered_keys.cuh",
+        SEEN,
+        "position < end_seen",
+    ),
+    "slots after the last key": (
+        "forward/gathered_keys.cuh",
+        SEEN,
+        "position >= first_seen",
+    ),
     "descales swapped": (
         "forward/consumer.cuh",
         "Descale const k_descale(params_.k_descale,",
@@ -196,6 +216,7 @@ EDITS = {
     ),
     "LSE keeps the offset": ("attention/softmax_fp8.cuh", SHIFT, f"{SHIFT} reference += kOffset;"),
 }
+EDITS["widened without padding"] = EDITS["gathered without padding"]
 #: Edits of the PTX: what is matched, and what stands there instead.
 PTX_EDITS = {
     "softcap missing": (rb"tanh\.approx\.f32", b"mov.f32"),

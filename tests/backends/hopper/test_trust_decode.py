@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missi
 
 CPU = torch.device("cpu")
 E8 = DecodeVariant("bf16", "e4m3", 128, 128, 8)
+G8 = DecodeVariant("bf16", "e4m3", 128, 128, 8, load="gather")
 K8 = DecodeVariant("bf16", "e4m3", 128, 128, 8, scales="key")
 APPENDING = DecodeVariant("bf16", "e4m3", 128, 128, 8, append=True)
 MODIFIED = DecodeVariant("fp16", "e4m3", 128, 128, 8, score_mod=True)
@@ -47,7 +48,10 @@ def test_a_sound_kernel_passes(variant, checked):
     assert faults(variant, checked) is None
 
 
-SOFTMAX, MERGE, ROWS = (f"decode/{name}.cuh" for name in ("softmax", "merge", "rows"))
+SOFTMAX, MERGE, ROWS, WORK, LOADER = (
+    f"decode/{name}.cuh" for name in ("softmax", "merge", "rows", "work", "loader")
+)
+SEEN = "bool const seen = position < end && position + keys > begin;"
 #: What a kernel that ignores a parameter, or leaves its tickets, is found by.
 WRONG = {
     "causal": (E8, (SOFTMAX, "key(i, h) < end &&", "true &&"), "row"),
@@ -82,14 +86,53 @@ WRONG = {
         "LSE",
     ),
     "softcap": (MODIFIED, (SOFTMAX, "cap * ptx::tanh(value * per_cap)", "value"), "LSE"),
+    "tree": (E8, (SOFTMAX, "params.tree_mask == nullptr || query", "true || query"), "LSE"),
+    "a sequence's words of a tree": (
+        E8,
+        (SOFTMAX, "batch_q * params.tree_mask_stride", "batch_q * 0"),
+        "LSE",
+    ),
+    "splits": (E8, (WORK, "of_split != 0 ? 1 : min(end", "false ? 1 : min(end"), ""),
+    "order of splits": (
+        E8,
+        (
+            MERGE,
+            "float sum = 0.0f;\n            for (int part = 0; part < parts; ++part) {",
+            "float sum = 0.0f;\n            for (int n = 0; n < parts; ++n) {\n"
+            "                int const part = (n + static_cast<int>(gridDim.x)) % parts;",
+        ),
+        "depend on the number of CTAs",
+    ),
+    "a split left out": (E8, (MERGE, "? sequence.pieces :", "? sequence.pieces - 1 :"), ""),
+    "leftpad by gather": (
+        G8,
+        ("attention/seqlen_info.cuh", "begin + leftpad;", "begin;"),
+        "row",
+    ),
+    "slots before the window by gather": (G8, (LOADER, SEEN, SEEN.split(" &&")[0] + ";"), "NaN"),
+    "slots after the last key by gather": (
+        G8,
+        (LOADER, SEEN, "bool const seen = position + keys > begin;"),
+        "NaN",
+    ),
+    "freed pages by gather": (
+        G8,
+        ("attention/pages.cuh", "if (seen && index", "if (index"),
+        (
+            LOADER,
+            "{exists ? place.page : params_.pages.num_pages,",
+            "{static_cast<int>(static_cast<uint32_t>(place.page) % params_.pages.num_pages),",
+        ),
+        "NaN",
+    ),
     "slopes": (MODIFIED, (ROWS, "scores.alibi_slopes == nullptr ?", "true ?"), "LSE"),
 }
 
 
-@pytest.mark.parametrize("name", by_default(WRONG, ["leftpad"]))
+@pytest.mark.parametrize("name", by_default(WRONG, ["leftpad", "tree", "order of splits"]))
 def test_a_kernel_that_ignores_something_fails(name, checked, tmp_path):
-    variant, edit, words = WRONG[name]
-    fault = faults(variant, checked, changed_image(tmp_path, edit))
+    variant, *edits, words = WRONG[name]
+    fault = faults(variant, checked, changed_image(tmp_path, *edits))
     assert fault is not None and words in fault
 
 
@@ -108,7 +151,7 @@ def test_a_sound_kernel_serves_and_a_wrong_one_does_not(checked, monkeypatch):
     with checked():
         served, warnings = told(call)
     checks = len(launches) - 1
-    assert warnings == [] and checks == 2
+    assert warnings == [] and checks == 4
     torch.testing.assert_close(served, portable, atol=2e-2, rtol=2e-2)
     launches.clear()
     wrong = device().ptx(E8).replace(b"ex2.approx.ftz.f32", b"lg2.approx.ftz.f32")

@@ -1,7 +1,8 @@
 """A decode kernel against the portable code, on caches that use everything it is compiled for.
 
 Sequences are ragged, one is empty, one spans several CTAs; query heads share KV heads, there are
-sinks, and what must not be read is NaN. The portable code gets what the tensors represent, in fp64.
+sinks, and what must not be read is NaN: slots, left padding, what a window hides from all queries.
+A table has no page for them. The portable code gets what the tensors represent, in fp64.
 """
 
 import math
@@ -17,6 +18,7 @@ from flash8.backends.hopper import streams
 from flash8.backends.hopper.decode_append import NewRows
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.verify.forward import Bounds, compare
+from flash8.backends.hopper.verify.forward_problems import NO_PAGES
 from flash8.backends.hopper.verify.watchdog import Watchdog
 from flash8.call.options import Options
 from flash8.tensors.descales import BLOCK
@@ -28,9 +30,11 @@ _LENGTHS = (1100, 0, 77, 1, 300)
 _LEFTPAD = (3, 0, 11, 0, 129)
 _SOFTCAP = 1.5
 _UNIT = 32.0  # of e4m3 values, which then use the range; the descales are about its inverse
-_ONE_CTA = 1 << 30  # a margin that leaves one
+_ALL_CTAS = 0  # a margin that leaves as many as there is work for
+_ONE_CTA = 1 << 30  # and one that leaves one
 #: Query heads of a KV head and queries, by rows of the tile: the last rows are nobody's.
 _ROWS = {8: (3, 2), 16: (5, 3), 32: (7, 4)}
+_SPLIT_KEYS = 128
 
 
 class Problem(NamedTuple):
@@ -42,7 +46,7 @@ class Problem(NamedTuple):
     s_aux: Tensor
     options: Options
     real: tuple[Tensor, Tensor, Tensor]  # what q, k, v represent, in fp64, without NaN
-    sm_margin: int
+    sm_margins: tuple[int, ...]  # with splits all of them have to give the same bits
     qv: Tensor | None = None
 
 
@@ -61,6 +65,10 @@ def find_fault(variant: DecodeVariant, device: torch.device) -> str | None:
         fault = compare(o, lse, *expected(problem), bounds(variant))
         if fault is None and left != 0:
             fault = f"its tickets are left at {left}"
+        for sm_margin in problem.sm_margins[1:]:
+            again = run(variant, problem._replace(sm_margins=(sm_margin,)))
+            if fault is None and not (torch.equal(o, again[0]) and torch.equal(lse, again[1])):
+                fault = "with split_keys its bits depend on the number of CTAs"
         if fault is not None:
             return fault
     return None
@@ -69,20 +77,35 @@ def find_fault(variant: DecodeVariant, device: torch.device) -> str | None:
 def problems(
     variant: DecodeVariant, device: torch.device, may_be_e4m3: bool = True
 ) -> Iterator[Problem]:
-    """Two: pages under a causal mask, on as many CTAs as there is work for; and a window, by one
-    CTA, over a dense cache where the kernel takes one, with queries of e4m3 where it takes them."""
+    """Three: pages under a causal mask, on as many CTAs as there is work for; a window, by one CTA,
+    over a dense cache where the kernel takes one, with queries of e4m3 where it takes them; and a
+    tree over pages, in splits, both on all CTAs and on one."""
     gathers = variant.load == "gather"
-    yield _problem(variant, device, 3 if gathers else 16, 0, causal=True, window_right=0)
+    yield _problem(variant, device, 3 if gathers else 16, (_ALL_CTAS,), causal=True, window_right=0)
     window = {"window_left": 90, "window_right": 2}
     e4m3_q = variant.cache == "e4m3" and not variant.qv and may_be_e4m3
-    yield _problem(variant, device, 1 if gathers else None, _ONE_CTA, e4m3_q, **window)
+    yield _problem(variant, device, 1 if gathers else None, (_ONE_CTA,), e4m3_q, **window)
+    splits: dict[str, Any] = {
+        "split_keys": _SPLIT_KEYS,
+        "tree_mask": _tree(variant, device),
+        "window_left": 700,
+    }
+    yield _problem(variant, device, 5 if gathers else 24, (_ALL_CTAS, _ONE_CTA), **splits)
+
+
+def _tree(variant: DecodeVariant, device: torch.device) -> Tensor:
+    """int32 (batch, seqlen_q): every draft sees itself, and some of the others."""
+    _, seqlen_q = _ROWS[variant.rows]
+    generator = torch.Generator("cpu").manual_seed(2)
+    words = torch.randint(2**seqlen_q, (len(_LENGTHS), seqlen_q), generator=generator)
+    return (words | 1 << torch.arange(seqlen_q)).int().to(device)
 
 
 def _problem(
     variant: DecodeVariant,
     device: torch.device,
     page_size: int | None,
-    sm_margin: int,
+    sm_margins: tuple[int, ...],
     e4m3_q: bool = False,
     **masks: Any,
 ) -> Problem:
@@ -114,7 +137,13 @@ def _problem(
         table = order[: batch * columns].view(batch, columns).int()
     lengths = int32(_LENGTHS)
     leftpad = int32([min(p, n) for p, n in zip(_LEFTPAD, _LENGTHS, strict=True)])
-    used = seen(pages, rows, table, lengths, leftpad)
+    first = leftpad
+    if "window_left" in masks:  # of the first query
+        first = first + (lengths - leftpad - seqlen_q - masks["window_left"]).clamp_min(0)
+    used = seen(pages, rows, table, lengths, first)
+    if table is not None:
+        freed = ~used.any(dim=1)[table]
+        table[freed] = int32(NO_PAGES).repeat(table.numel())[: int(freed.sum())]
     stored: list[Tensor] = []
     for name, head_dim in (("k", variant.head_dim), ("v", variant.head_dim_v)):
         x = draw(pages, rows, _HEADS_KV, head_dim)
@@ -157,7 +186,7 @@ def _problem(
         qv = draw(*q.shape[:-1], variant.head_dim_v).to(dtype).to(device)
         options = options._replace(softmax_scale=(variant.head_dim + variant.head_dim_v) ** -0.5)
     q_real, k_real, v_real = (x.to(device) for x in real)
-    return Problem(q.to(device), k, v, sinks, options, (q_real, k_real, v_real), sm_margin, qv)
+    return Problem(q.to(device), k, v, sinks, options, (q_real, k_real, v_real), sm_margins, qv)
 
 
 def _of_one_cache(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,10 +197,10 @@ def _of_one_cache(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return both[..., width:], both[..., :width]
 
 
-def seen(pages: int, rows: int, table: Tensor | None, lengths: Tensor, leftpad: Tensor) -> Tensor:
-    """bool (pages, rows): the slots that hold a used key."""
+def seen(pages: int, rows: int, table: Tensor | None, lengths: Tensor, begins: Tensor) -> Tensor:
+    """bool (pages, rows): the slots that hold keys [begin, length) of a sequence."""
     used = torch.zeros(pages, rows, dtype=torch.bool)
-    for b, (first, end) in enumerate(zip(leftpad.tolist(), lengths.tolist(), strict=True)):
+    for b, (first, end) in enumerate(zip(begins.tolist(), lengths.tolist(), strict=True)):
         keys = torch.arange(first, end)
         if table is None:
             used[b, keys] = True
@@ -184,12 +213,12 @@ def run(
     variant: DecodeVariant, problem: Problem, new: NewRows | None = None
 ) -> tuple[Tensor, Tensor, int]:
     """O, LSE and the largest ticket that is left, of the kernel."""
-    q, k, v, s_aux, options, _, sm_margin, qv = problem
+    q, k, v, s_aux, options, _, sm_margins, qv = problem
     out = torch.full(
         (*q.shape[:-1], v.shape[-1]), math.nan, dtype=_DTYPES[variant.dtype], device=q.device
     )
     lse = _rows(q, torch.float32)
-    options = options._replace(sm_margin=sm_margin)
+    options = options._replace(sm_margin=sm_margins[0])
     planned = hopper.plan(q, k, v, s_aux, options, out, lse, qv, variant, new)
     # Its own: a kernel that does not reset them must not leave that to the next call.
     count = planned.workspace["tickets"] // 4

@@ -50,8 +50,8 @@ def find_fault(variant: DecodeVariant, device: torch.device) -> str | None:
 
 
 def problems(variant: DecodeVariant, device: torch.device) -> Iterator[Problem]:
-    """Those of the kernel that does not append: packed new rows with neighbours rotated, and one of
-    each sequence with halves rotated and norms."""
+    """Those of the kernel that does not append: packed new rows with neighbours rotated, and in the
+    others one of each sequence with halves rotated and norms."""
     for i, problem in enumerate(decode.problems(replace(variant, append=False), device, False)):
         yield _Draw(problem, i).problem()
 

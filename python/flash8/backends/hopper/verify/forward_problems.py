@@ -1,7 +1,7 @@
 """Small problems for a forward kernel, which use everything it is compiled for.
 
 Sequences are ragged, two query heads share a KV head, there are sinks, and what must not be read is
-NaN.
+NaN. A table has no page for it.
 """
 
 import functools
@@ -35,6 +35,11 @@ _Lengths = tuple[tuple[int, int], ...]
 #: and the other way round, and one without a key.
 _QUERIES: _Lengths = ((161, 150), (5, 3), (40, 40), (2, 2))
 _KEYS: _Lengths = ((291, 270), (90, 77), (9, 9), (3, 0))
+#: Left padding of the keys: more than a page, some of one, and all of a sequence.
+_PADDING = (27, 3, 9, 0)
+_WINDOW = (37, 21)
+#: What stands in a table where no page is needed.
+NO_PAGES = (-1, 2**31 - 1, 10**6, -(2**31))
 #: Not ragged: an even and an odd number of blocks of queries.
 _EVEN = (((150, 150),) * 2, ((270, 270),) * 2)
 _ODD = (((300, 300),) * 2, ((131, 131),) * 2)
@@ -97,8 +102,8 @@ class _Draw:
         of_fp8 = self._fp8() if float8 else self._of_cache() if variant.cache == "e4m3" else {}
         options = Options(
             causal=variant.mask == "causal",
-            window_left=37 if local else -1,
-            window_right={"none": -1, "causal": 0, "local": 21}[variant.mask],
+            window_left=_WINDOW[0] if local else -1,
+            window_right={"none": -1, "causal": 0, "local": _WINDOW[1]}[variant.mask],
             softcap=SOFTCAP if variant.softcap else 0.0,
             alibi_slopes=self._uniform(_HEADS) * 0.1 if variant.alibi else None,
             dropout_p=_DROPOUT_P if variant.dropout else 0.0,
@@ -114,7 +119,16 @@ class _Draw:
         v = self._tensor(*keys, variant.head_dim_v, self._packed_keys, cached)
         real = self._real(q, k, v, options)
         if self._page_size > 0:
-            paged = _Pages.draw(self._keys, self._page_size, self._generator)
+            padding = _PADDING if self._pads else (0,) * len(self._keys)
+            if self._pads:
+                options = options._replace(leftpad_k=self._int32(list(padding)))
+            seen = [
+                (self._first_seen(pad, used, queries), used)
+                for pad, (_, used), (_, queries) in zip(
+                    padding, self._keys, self._queries, strict=True
+                )
+            ]
+            paged = _Pages.draw(seen, _longest(self._keys), self._page_size, self._generator)
             options = options._replace(page_table=paged.table.to(self._device))
             k, v = paged.store(k), paged.store(v)
             real = real[0], paged.store(real[1]), paged.store(real[2])
@@ -133,6 +147,18 @@ class _Draw:
             return 20 if self._packed else 0
         sizes = (1, 20) if self._variant.gather else (16, 48)
         return sizes[not self._packed] if self._variant.paged else 0
+
+    @property
+    def _pads(self) -> bool:
+        """Whether pages have left padding. By TMA they do with a mask at the left edge only."""
+        variant = self._variant
+        return variant.gather or variant.cache == "e4m3" or variant.mask == "local"
+
+    def _first_seen(self, padding: int, used: int, queries: int) -> int:
+        """The first key of a sequence that some query sees, counted with its padding."""
+        if self._variant.mask != "local":
+            return padding
+        return padding + max(0, used - padding - queries - _WINDOW[0])
 
     @property
     def _packed_keys(self) -> bool:
@@ -234,31 +260,38 @@ class _Draw:
 
 
 class _Pages(NamedTuple):
-    """Pages in no order. Nobody owns the last one; where a sequence has no key, the table has no
-    page."""
+    """Pages in no order. Nobody owns the last one. Where no query of a sequence sees a key, slots
+    are NaN and the table has no page."""
 
     table: Tensor  # (sequences, columns)
+    seen: list[tuple[int, int]]  # keys [begin, end) of each sequence
     size: int
 
     @classmethod
-    def draw(cls, keys: _Lengths, size: int, generator: torch.Generator) -> "_Pages":
-        columns = -(-_longest(keys) // size)
-        order = torch.randperm(len(keys) * columns, generator=generator, device="cpu").int()
-        table = order.view(len(keys), columns)
-        for row, (_, used) in zip(table, keys, strict=True):
-            row[-(-used // size) :] = -1
-        return cls(table, size)
+    def draw(
+        cls, seen: list[tuple[int, int]], longest: int, size: int, generator: torch.Generator
+    ) -> "_Pages":
+        columns = -(-longest // size)
+        order = torch.randperm(len(seen) * columns, generator=generator, device="cpu").int()
+        table = order.view(len(seen), columns)
+        nowhere = torch.tensor(NO_PAGES, dtype=torch.int32, device="cpu").repeat(columns)
+        for row, (begin, end) in zip(table, seen, strict=True):
+            column = torch.arange(columns, device="cpu")
+            freed = (column < begin // size) | (column >= -(-end // size)) | (begin >= end)
+            row[freed] = nowhere[: int(freed.sum())]
+        return cls(table, seen, size)
 
     def store(self, x: Tensor) -> Tensor:
         """x, (sequences, rows, heads, d), in pages; the rest is NaN."""
         sequences, columns = self.table.shape
         shape = (sequences * columns + 1, self.size, *x.shape[2:])
         pages = torch.full(shape, math.nan, dtype=torch.float32, device=x.device).to(x.dtype)
-        for row, sequence in zip(self.table.tolist(), x, strict=True):
-            for column, page in enumerate(row):
-                if page >= 0:
-                    keys = sequence[column * self.size : (column + 1) * self.size]
-                    pages[page, : len(keys)] = keys
+        for row, (begin, end), sequence in zip(self.table.tolist(), self.seen, x, strict=True):
+            for column in range(begin // self.size, -(-end // self.size) if begin < end else 0):
+                start = column * self.size
+                keys = sequence[max(start, begin) : min(start + self.size, end)]
+                first = max(0, begin - start)
+                pages[row[column], first : first + len(keys)] = keys
         return pages
 
 
