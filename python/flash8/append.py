@@ -118,7 +118,7 @@ class NewKeys:
             for cache_name, cache in caches.items():
                 if x is not None and memory.spans_meet(x, cache):
                     raise ValueError(f"{name} must not share memory with {cache_name}; clone it")
-        if _elements_meet(self._k_cache, self._v_cache):
+        if memory.elements_meet(self._k_cache, self._v_cache):
             raise ValueError("v_cache must not share memory with k_cache: both are written")
 
     def refuse_gradients(self, *tensors: Tensor | None) -> None:
@@ -271,30 +271,6 @@ class NewKeys:
                     backends.tell_about_refusal(reason)
                 return False
         return True
-
-
-def _elements_meet(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one dtype have an element in common. Views of one buffer that are
-    interlaced, as kv[:, 0] and kv[:, 1] are, have none; told for equal strides, else assumed."""
-    if not memory.spans_meet(a, b) or a.stride() != b.stride():
-        return memory.spans_meet(a, b)
-    steps = sorted(
-        (stride, 1 - a_size, b_size - 1)
-        for stride, a_size, b_size in zip(a.stride(), a.shape, b.shape, strict=True)
-        if stride > 0  # 0 only where the size is 1
-    )
-    return _is_sum_of((a.data_ptr() - b.data_ptr()) // a.element_size(), steps)
-
-
-def _is_sum_of(distance: int, steps: list[tuple[int, int, int]]) -> bool:
-    """Whether it is a sum of multiples of strides, ascending, each from a least to a most."""
-    if not steps:
-        return distance == 0
-    *rest, (stride, least, most) = steps
-    low = distance - sum(step * high for step, _, high in rest)
-    high = distance - sum(step * low for step, low, _ in rest)
-    times = range(max(least, -(-low // stride)), min(most, high // stride) + 1)
-    return any(_is_sum_of(distance - n * stride, rest) for n in times)
 
 
 def _check_rotary(q: Tensor, cos: Any, sin: Any) -> None:

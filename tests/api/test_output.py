@@ -1,5 +1,7 @@
 """out=: untouched by a call that is refused, apart from everything that is read."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -100,11 +102,53 @@ def test_a_subclass_shares_memory_with_its_alias(which):
         flash_attn_func(q, k, k, out=out)
 
 
-def test_a_part_of_a_fake_buffer_shares_memory_with_the_rest():
-    with FakeTensorMode():
-        q, out = torch.empty(2, 2, 8, 4, 64)
-        with pytest.raises(ValueError, match="out must not share memory"):
-            flash_attn_func(q, q, q, out=out)
+#: Of a buffer (2, 8, 3, 4, 64), what q and out are, and whether they have memory in common.
+PARTS = {
+    "before it": (lambda x: x[:1, :, 0], lambda x: x[1:, :, 0], False),
+    "after it": (lambda x: x[1:, :, 0], lambda x: x[:1, :, 0], False),
+    "interlaced": (lambda x: x[:, :, 0], lambda x: x[:, :, 2], False),
+    "interlaced channels": (lambda x: x[:, :, 0, :, :32], lambda x: x[:, :, 0, :, 32:], False),
+    "the same": (lambda x: x[:, :, 1], lambda x: x[:, :, 1], True),
+    "a token later": (lambda x: x[:, :-1, 1], lambda x: x[:, 1:, 1], True),
+    "half a head later": (lambda x: x[:, :, 0, :, :33], lambda x: x[:, :, 0, :, 31:], True),
+    "interlaced, of other strides": (  # they are apart, which is not looked for
+        lambda x: x[:, ::2, 0],
+        lambda x: x[:, 1:5, 1],
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_one_buffer(name, fake):
+    """What lies elsewhere in q's storage may be written."""
+    q_of, out_of, meet = PARTS[name]
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        buffer = torch.randn(2, 8, 3, 4, 64)
+        q, out = q_of(buffer), out_of(buffer)
+        k = torch.randn(q.shape)
+        if meet:
+            with pytest.raises(ValueError, match="out must not share memory with q: "):
+                flash_attn_func(q, k, k, out=out)
+            return
+        want = flash_attn_func(q, k, k)
+        found = flash_attn_func(q, k, k, out=out)
+        assert found is out and (fake or torch.equal(found, want))
+
+
+def test_the_argument_is_named_as_the_caller_has_it():
+    cache = torch.zeros(1, 32, 4, 64)
+    q = torch.zeros(1, 8, 4, 64)
+    for name in ("k_cache", "v_cache"):
+        caches = {"k_cache": torch.zeros(cache.shape), "v_cache": torch.zeros(cache.shape)}
+        with pytest.raises(ValueError, match=f"out must not share memory with {name}: "):
+            flash_attn_with_kvcache(q, **caches, cache_seqlens=8, out=caches[name][:, :8])
+    lengths = int32(8)
+    narrow, keys = q[:, :1, :1, :1], cache[..., :1, :1]
+    out = lengths.view(torch.float32).view(narrow.shape)
+    with pytest.raises(ValueError, match="out must not share memory with cache_seqlens"):
+        flash_attn_with_kvcache(narrow, keys, keys, cache_seqlens=lengths, out=out)
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,9 @@ def test_aliases_share_memory():
     with FakeTensorMode():
         fake, other = torch.empty(8), torch.empty(8)
         assert memory.is_shared(fake, [fake[4:]]) and not memory.is_shared(fake, [other])
+        assert not memory.is_shared(fake[:4], [fake[4:]])
     x = torch.empty(8)
-    assert memory.is_shared(x, [x[4:]])  # of one storage, apart as they are
+    assert memory.is_shared(x, [x[4:]]) and not memory.is_shared(x[:4], [x[4:]])
     assert not memory.is_shared(x, [torch.empty(8)])
 
 

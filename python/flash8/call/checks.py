@@ -67,8 +67,8 @@ def attention(
         require_shape("s_aux", s_aux, (geometry.heads,), "(heads,)")
     _check_alibi(q, geometry, options.alibi_slopes)
     if out is not None:
-        others = [x for x in options if isinstance(x, Tensor)]
-        _check_out(out, (q, k, v, qv, s_aux), others, geometry)
+        inputs = {"q": q, "k": k, "v": v, "qv": qv, "s_aux": s_aux}
+        _check_out(out, inputs, options, geometry, names)
     options = scalars(options, names)
     options = options._replace(tree_mask=_tree_mask(q, geometry, options))
     suspicions.warn_about_scale(options.softmax_scale, geometry.head_dim)
@@ -296,25 +296,28 @@ def lse_dtype(q: Tensor) -> torch.dtype:
 
 
 def _check_out(
-    out: Any, inputs: tuple[Tensor | None, ...], others: list[Tensor], geometry: Geometry
+    out: Any, inputs: dict[str, Any], options: Options, geometry: Geometry, names: Names
 ) -> None:
-    q = inputs[0]
-    assert q is not None
+    q = inputs["q"]
     allowed = (torch.bfloat16, torch.float16) if q.dtype == FP8 else (q.dtype,)
     require_tensor("out", out, allowed, q)
     shape = (*q.shape[:-1], geometry.head_dim_v)
     require_shape("out", out, shape, "q's shape with head_dim_v last")
     memory.require_writable("out", out)
-    given = [x for x in inputs if x is not None]
+    given = [x for x in inputs.values() if x is not None]
     if derivatives.is_differentiated(*given, out):
         raise ValueError(
             "out= cannot be combined with tensors that require grad or carry a tangent; "
             "leave out=None, or call under torch.no_grad()"
         )
-    if not torch.compiler.is_compiling() and memory.is_shared(out, (*given, *others)):
-        raise ValueError(
-            "out must not share memory with q, k, v, qv or s_aux, nor with any other argument"
-        )
+    if torch.compiler.is_compiling():
+        return
+    for name, x in {**inputs, **options._asdict()}.items():
+        if isinstance(x, Tensor) and memory.is_shared(out, [x]):
+            raise ValueError(
+                f"out must not share memory with {names.get(name, name)}: it is written while the "
+                "arguments are read"
+            )
 
 
 def check_dropout_p(dropout_p: Any) -> float:

@@ -39,19 +39,56 @@ def is_shared(x: Tensor, others: Iterable[Tensor]) -> bool:
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether they have one storage, or storages of their own over the same bytes, as of NumPy.
-    A fake tensor and a subclass have no address here, and share memory with their aliases only."""
+    """Of one storage, or of storages of their own over the same bytes, as of NumPy. A fake tensor
+    and a subclass have no address here, and share memory with views of their storage only."""
     if not (_has_memory(a) and _has_memory(b)):
         return False
-    return a.untyped_storage() is b.untyped_storage() or spans_meet(a, b)
+    if a.untyped_storage() is b.untyped_storage():
+        places = [int(x.storage_offset()) * x.element_size() for x in (a, b)]
+        return _elements_meet(a, b, places[0] - places[1])
+    return elements_meet(a, b)
+
+
+def elements_meet(a: Tensor, b: Tensor) -> bool:
+    """Whether they have a byte in common. Views of one buffer that are interlaced, as kv[:, 0] and
+    kv[:, 1] are, have none: told for one type and equal strides, and otherwise assumed."""
+    if not (_has_address(a) and _has_address(b)):
+        return False
+    return _elements_meet(a, b, a.data_ptr() - b.data_ptr())
+
+
+def _elements_meet(a: Tensor, b: Tensor, distance: int) -> bool:
+    """distance: of their first bytes, that of a less that of b."""
+    if distance >= _extent(b) or -distance >= _extent(a):
+        return False
+    size = a.element_size()
+    if size != b.element_size() or a.stride() != b.stride() or distance % size != 0:
+        return True
+    steps = sorted(
+        (stride, 1 - a_size, b_size - 1)
+        for stride, a_size, b_size in zip(a.stride(), a.shape, b.shape, strict=True)
+        if stride > 0
+    )
+    return _is_sum_of(distance // size, steps)
+
+
+def _is_sum_of(distance: int, steps: list[tuple[int, int, int]]) -> bool:
+    """Whether it is a sum of multiples of strides, ascending, each from a least to a most."""
+    if not steps:
+        return distance == 0
+    *rest, (stride, least, most) = steps
+    low = distance - sum(step * high for step, _, high in rest)
+    high = distance - sum(step * low for step, low, _ in rest)
+    times = range(max(least, -(-low // stride)), min(most, high // stride) + 1)
+    return any(_is_sum_of(distance - n * stride, rest) for n in times)
 
 
 def spans_meet(a: Tensor, b: Tensor) -> bool:
     """Whether a byte between the first and the last of one is also that of the other."""
     if not (_has_address(a) and _has_address(b)):
         return False
-    (start, end), (other_start, other_end) = _span(a), _span(b)
-    return start < other_end and other_start < end
+    distance = a.data_ptr() - b.data_ptr()
+    return distance < _extent(b) and -distance < _extent(a)
 
 
 def _has_memory(x: Tensor) -> bool:
@@ -90,7 +127,7 @@ def is_readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and _is_plain(x)
 
 
-def _span(x: Tensor) -> tuple[int, int]:
-    """The addresses of the first byte of x and of the first after it."""
+def _extent(x: Tensor) -> int:
+    """Bytes from the first of x to the last."""
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+    return (last + 1) * x.element_size()

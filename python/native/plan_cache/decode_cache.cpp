@@ -95,8 +95,7 @@ py::object DecodeCache::run(PyObject* names, PyObject* const* values) {
     bool graph = false;
     const auto found = plans_.find(key.bytes());
     if (found == plans_.end() || !is_aligned(key) ||
-        !needs_graph(key, torch_.reader(), grad_enabled, graph) || graph ||
-        !can_write_out(key, torch_.reader()) ||
+        !needs_graph(key, torch_.reader(), grad_enabled, graph) || graph || !can_write_out(key) ||
         (found->second->plan.append && !found->second->plan.append->may_write(key))) {
         return py::none();
     }

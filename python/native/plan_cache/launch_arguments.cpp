@@ -64,15 +64,13 @@ bool is_converted(const CallKey::Tensor& tensor) {
     return tensor.argument->has(Argument::kReadInFloat32) && tensor.view.element_bytes != kFloat32Bytes;
 }
 
-bool can_write_out(const CallKey& key, const TensorReader& reader) {
+bool can_write_out(const CallKey& key) {
     const CallKey::Tensor* const out = key.find(Argument::kWritten);
     if (out == nullptr) {
         return true;
     }
-    const std::uintptr_t written = reader.storage(out->object, out->view);
     return std::none_of(key.begin(), key.end(), [&](const CallKey::Tensor& tensor) {
-        return &tensor != out &&
-               (spans_meet(tensor.view, out->view) || reader.storage(tensor.object, tensor.view) == written);
+        return &tensor != out && spans_meet(tensor.view, out->view);
     });
 }
 

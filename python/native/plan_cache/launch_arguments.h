@@ -48,9 +48,9 @@ bool is_aligned(const CallKey& key);
 // Whether the kernel reads a copy in fp32, which is made for each launch.
 bool is_converted(const CallKey::Tensor& tensor);
 
-// Whether there is no `out`, or it shares memory with no other tensor of the call: neither a storage nor
-// bytes.
-bool can_write_out(const CallKey& key, const TensorReader& reader);
+// Whether there is no `out`, or it lies before or after each other tensor of the call. One that is interlaced
+// with them is for the checks of a miss.
+bool can_write_out(const CallKey& key);
 
 // Whether autograd has to know of the call. False where the checks of a miss have to say what is wrong: with
 // a gradient for a tensor that has none, or for a call that writes.

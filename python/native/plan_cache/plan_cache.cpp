@@ -54,7 +54,7 @@ py::object PlanCache::run(const CallArguments& call, bool want_lse, bool grad_en
     const std::shared_ptr<const CachedPlan> cached = read_call(key, names_, call) ? find(key) : nullptr;
     bool graph = false;
     if (cached == nullptr || !cached->by_address || !is_aligned(key) ||
-        !needs_graph(key, torch_.reader(), grad_enabled, graph) || !can_write_out(key, torch_.reader())) {
+        !needs_graph(key, torch_.reader(), grad_enabled, graph) || !can_write_out(key)) {
         return py::none();
     }
     const CallPlan& plan = cached->plan;

@@ -16,7 +16,6 @@ struct Names {
 
     PyObject* requires_grad = intern("requires_grad");
     PyObject* is_neg = intern("is_neg");
-    PyObject* storage_offset = intern("storage_offset");
     PyObject* data_ptr = intern("data_ptr");
     PyObject* dtype = intern("dtype");
     PyObject* element_size = intern("element_size");
@@ -161,11 +160,6 @@ bool TensorReader::read_attributes(PyObject* tensor, TensorView& view) const {
 
 bool TensorReader::requires_grad(PyObject* tensor) const {
     return is_true(attribute(tensor, names().requires_grad));
-}
-
-std::uintptr_t TensorReader::storage(PyObject* tensor, const TensorView& view) const {
-    const auto offset = static_cast<std::uintptr_t>(integer(call(tensor, names().storage_offset)));
-    return view.address - offset * static_cast<std::uintptr_t>(view.element_bytes);
 }
 
 std::uint64_t TensorReader::stream(const dlpack::Device& device) const {

@@ -39,9 +39,6 @@ class TensorReader {
 
     bool requires_grad(PyObject* tensor) const;
 
-    // Where the memory begins that the tensor has a part of.
-    std::uintptr_t storage(PyObject* tensor, const TensorView& view) const;
-
     // Whether `stream` knows the current streams of a device.
     bool has_streams() const { return api_ != nullptr; }
     std::uint64_t stream(const dlpack::Device& device) const;
