@@ -198,6 +198,8 @@ def flash_attn_varlen_func(
             past them are not read, get O = 0 and LSE = -inf, and zero gradients.
         page_table: int32 (batch, max_pages): the pages of each sequence, in order; needs seqused_k.
             Of pages that the mask hides from every query neither number nor contents are looked at.
+            num_splits is then as in `flash_attn_with_kvcache`: for a few queries over long caches
+            pass 0, since 1 (FA3's default) splits no sequence.
         scheduler_metadata: as in `flash_attn_with_kvcache`, with page_table on a GPU. It makes no
             difference elsewhere, but that num_splits above 1 is a bound on any GPU.
 
@@ -289,15 +291,16 @@ def attend(
             may_be_cached = False  # a plan points to arguments only
     options = ops.resolve_num_splits(q, geometry, options)
     unseen.keep(key, (q, k, v, s_aux), options)
+    backend = plan_cache.backend_of(q, k, v, qv, options, out)
     if may_be_cached:
-        done = plan_cache.launch(arguments, options, return_lse)
+        done = plan_cache.launch(arguments, options, return_lse, backend)
         if done is None and options.page_table is not None:
             given = decode_plans.as_cache_call(arguments, return_lse)
-            done = decode_plans.launch(given, q, k, v, qv, s_aux, out, options)
+            done = decode_plans.launch(given, q, k, v, qv, s_aux, out, options, backend)
             done = done if done is None or return_lse else done[0]
         if done is not None:
             return done
-    o, lse, _, _ = call_by(names, ops.run_forward, q, k, v, qv, s_aux, out, options)
+    o, lse, _, _ = call_by(names, ops.run_forward, q, k, v, qv, s_aux, out, options, backend)
     return (o, lse) if return_lse else o
 
 

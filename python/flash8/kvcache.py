@@ -104,8 +104,11 @@ def flash_attn_with_kvcache(
             cache_seqlens.
         rotary_interleaved: pairs (0, 1), (2, 3), ... rather than (0, rotary_dim / 2), ...
         scheduler_metadata: from `get_scheduler_metadata` for the same sizes. On a GPU for the same
-            lengths, too: then the kernel need not go through them; it notices others.
+            lengths, too: then the kernel need not go through them; it notices others. Calls that
+            torch traces, and those with gradients, do without it.
         num_splits: 0 chooses, and so does any above 1 with scheduler_metadata on a GPU: a bound.
+            1 splits no sequence: on a GPU one CTA has all keys of a KV head, and a sequence's bits
+            do not depend on the others of the batch, as with split_keys.
         k_descale, v_descale: with page_table also (pages, heads_kv, 1), one per page, and without
             (batch_cache, heads_kv, ceil(seqlen_cache / 128)); of either cache also one per token,
             k_cache's shape without head_dim. An append reads them and never changes them: a page's
@@ -265,18 +268,17 @@ def flash_attn_with_kvcache(
         if done is not None:
             return _with_no_splits(*done) if return_softmax_lse else done[0]
         query, options, appended = call_by(_CACHE_NAMES, new.append, query, options)
+    backend = plan_cache.backend_of(query, keys, values, qv, options, out)
+    attended = (query, keys, values, qv, s_aux, out, options, backend)
     if not appends or appended is not None:
-        done = call_by(
-            *(_CACHE_NAMES, decode_plans.launch, given),
-            *(query, keys, values, qv, s_aux, out, options, appended),
-        )
+        done = call_by(_CACHE_NAMES, decode_plans.launch, given, *attended, appended)
         if done is not None:
             return _with_no_splits(*done) if return_softmax_lse else done[0]
     if not appends:
-        done = plan_cache.launch(of_forward, options, return_softmax_lse)
+        done = plan_cache.launch(of_forward, options, return_softmax_lse, backend)
         if done is not None:
             return _with_no_splits(*done) if return_softmax_lse else done
-    result = call_by(_CACHE_NAMES, ops.run_forward, query, keys, values, qv, s_aux, out, options)
+    result = call_by(_CACHE_NAMES, ops.run_forward, *attended)
     return (*result,) if return_softmax_lse else result.out
 
 

@@ -154,6 +154,8 @@ def get_scheduler_metadata(
     indices: dict[str, Any] = {"seqused_k": cache_seqlens, "leftpad_k": cache_leftpad}
     indices |= {"kv_batch_idx": cache_batch_idx, "cu_seqlens_q": cu_seqlens_q}
     counts = _is_on_device(cache_seqlens)
+    if counts and options.num_splits == 1 and options.split_keys == 0:
+        options = options._replace(split_keys=checks.NO_SPLIT)  # as in the calls
     shape = _shape_on_device(geometry) if counts else (len(_FIELDS) + 1,)
     if out is not None:
         _check_out(out, shape, [cu_seqlens_k_new, *indices.values()])

@@ -40,6 +40,34 @@ def test_a_dimension_of_one_needs_no_copy(shape, fake, on_fake_driver):
     assert addresses(fake.parameter(0), "k", "v") == [k.data_ptr(), v.data_ptr()]
 
 
+#: Of e4m3 under a 16-bit q, which no TMA loads.
+WIDENED = {
+    **EXPANDED,
+    "rows that overlap": lambda x: x.as_strided(x.shape, (x.stride(0), 64, 16, 1)),
+}
+
+
+@pytest.mark.parametrize("name", WIDENED)
+def test_keys_that_are_widened_are_read_where_they_lie(name, on_fake_driver, monkeypatch):
+    q, k, v = draw()
+    k, v = (WIDENED[name](x.to(torch.float8_e4m3fn)) for x in (k, v))
+    launched = []
+    monkeypatch.setattr("flash8._native.launch_forward", lambda *args: launched.append(args[3]))
+    flash_attn_func(q, k, v, pack_gqa=False)
+    (call,) = launched
+    assert (call.k[0], call.v[0]) == (k.data_ptr(), v.data_ptr())
+
+
+@pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+@pytest.mark.parametrize("name", WIDENED)
+def test_the_kernel_widens_it(name, on_simulated_device):
+    q, k, v = draw()
+    k, v = (WIDENED[name](x.to(torch.float8_e4m3fn)) for x in (k, v))
+    have = flash_attn_func(q, k, v, causal=True)
+    want = flash_attn_func(q, k.contiguous(), v.contiguous(), causal=True)
+    assert torch.equal(have, want)
+
+
 @pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 @pytest.mark.parametrize("name", EXPANDED)
 def test_the_kernel_attends_to_it(name, on_simulated_device):

@@ -6,8 +6,9 @@ import torch
 
 import flash8
 from fake_driver.cubin import LAYOUT
+from flash8.call.checks import NO_SPLIT
+from flash8.compat import fa3_raw, vllm_flash_attn
 from flash8.compat import flash_attn_interface as fa3
-from flash8.compat import vllm_flash_attn
 from flash8.ops import decode_plans
 from simulated_device import missing_compiler
 
@@ -15,6 +16,7 @@ pytest_plugins = ["driver_fixtures", "plan_cache_fixtures"]
 
 HEADS, HEADS_KV, WIDTH, PAGE = 8, 2, 128, 16
 SIZES = (2, 2, 64, HEADS, HEADS_KV, WIDTH)
+SPLIT_KEYS = LAYOUT["DecodeParams"]["fields"]["split_keys"]
 
 
 def int32(values):
@@ -82,6 +84,37 @@ def test_all_layers_take_one(fake, on_fake_driver, misses):
     assert addresses == [metadata.data_ptr()] * 4 + [other.data_ptr()]
     run(given)
     assert len(misses) == 2 and of_call(fake.parameter(6)) == 0
+
+
+def test_one_split_is_planned_as_one(fake, on_fake_driver, misses):
+    """What a call with num_splits=1 numbers are sequences, by a kernel for their heads."""
+    given = draw()
+    metadata = metadata_of(given, num_splits=1)
+    for _ in range(2):
+        run(given, scheduler_metadata=metadata, num_splits=1)
+    run(given)
+    places = [LAYOUT["ScheduleParams"]["fields"]["call"][0], 0, 0, 0]
+    fields = [
+        int.from_bytes(fake.parameter(i)[at + SPLIT_KEYS[0] :][: SPLIT_KEYS[1]], "little")
+        for i, at in enumerate(places)
+    ]
+    assert fields == [NO_SPLIT] * 3 + [0]
+    assert misses == ["launch", "launch"]
+
+
+def test_the_raw_op_takes_it(fake, on_fake_driver, misses):
+    """`torch.ops.flash_attn_3.fwd` and `_flash_attn_forward` without new keys, too."""
+    given = draw()
+    metadata = metadata_of(given)
+    cache = [given[x] for x in ("q", "k_cache", "v_cache")]
+    lengths = {"seqused_k": given["cache_seqlens"], "page_table": given["page_table"]}
+    for _ in range(2):
+        out, lse, *partials = fa3_raw._flash_attn_forward(
+            *cache, **lengths, scheduler_metadata=metadata, num_splits=32
+        )
+    assert out.shape == cache[0].shape and lse.shape == (2, HEADS, 2)
+    assert all(x.numel() == 0 for x in partials) and misses == ["launch"]
+    assert [of_call(fake.parameter(i)) for i in (1, 2)] == [metadata.data_ptr()] * 2
 
 
 def test_part_of_a_larger_buffer(fake, on_fake_driver, misses):

@@ -62,7 +62,8 @@ def forward_backend(
         # What the forward kernel would not take in any case, it need not give a reason for.
         wide = max(q.shape[-1], v.shape[-1]) > hopper.HEAD_DIMS[-1]
         over_e4m3 = k.dtype != q.dtype and options.cu_seqlens_k is None
-        no_other = options.page_table is not None or over_e4m3 or wide or qv is not None
+        many = over_cache and decode.rows_of_head(q, k, options) > decode.MOST_ROWS
+        no_other = options.page_table is not None or over_e4m3 or wide or qv is not None or many
         tell_about_refusal(why_not if why_not is not None and no_other else reason)
     return cpu
 

@@ -37,6 +37,7 @@ MAX_SPLITS = 256
 TREE_KEYS = 32  # bits of a word of tree_mask
 _SPLIT_UNIT = 64  # keys: every kernel's tiles divide them
 _INT32_MAX = 2**31 - 1
+NO_SPLIT = _INT32_MAX // _SPLIT_UNIT * _SPLIT_UNIT  # split_keys that no sequence is longer than
 _INDEX_FIELDS = (
     *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
     *("leftpad_k", "page_table", "kv_batch_idx"),

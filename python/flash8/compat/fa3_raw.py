@@ -52,7 +52,8 @@ def _flash_attn_forward(
 ) -> Forward:
     """(O, LSE, O of the splits, LSE of the splits). Differentiable, unless keys are appended.
 
-    With k_new and v_new the call is one of `flash8.flash_attn_with_kvcache`.
+    With k_new and v_new, or scheduler_metadata, the call is one of
+    `flash8.flash_attn_with_kvcache`.
     """
     left, right = bound(window_size_left), bound(window_size_right)
     scaled = descales((q_descale, k_descale, v_descale), (q, k, v), batch_of(q, cu_seqlens_q))
@@ -69,8 +70,9 @@ def _flash_attn_forward(
         "sm_margin": sm_margin,
         **scaled,
     }
-    appends = (k_new, v_new, rotary_cos, rotary_sin)
-    if all(x is None for x in appends):
+    appends = any(x is not None for x in (k_new, v_new, rotary_cos, rotary_sin))
+    is_cache = seqused_k is not None and cu_seqlens_k is None and seqused_q is None
+    if not appends and (scheduler_metadata is None or not is_cache):
         return raw.forward(
             q,
             k,

@@ -4,13 +4,16 @@ Every public function ends in one of these ops, so `torch.compile`, `torch.expor
 see an opaque node with exact shapes. The tail of each attention op's schema is `options.SCHEMA`.
 """
 
+import contextvars
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from flash8 import backends
 from flash8.backends import (
     backend_for,
     backward_backend,
@@ -19,7 +22,7 @@ from flash8.backends import (
     forward_backend,
     index_checks,
 )
-from flash8.call import derivatives
+from flash8.call import checks, derivatives
 from flash8.call.autocast import unaffected
 from flash8.call.geometry import Geometry
 from flash8.call.options import SCHEMA, Arguments, Options, without_tensors
@@ -32,6 +35,9 @@ from flash8.ops.outputs import (
     empty_lse_and_partials,
     empty_tangents,
 )
+
+if TYPE_CHECKING:
+    from flash8.backends.protocol import Forward
 
 _library = torch.library.Library("flash8", "DEF")
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? qv, Tensor? s_aux"
@@ -62,6 +68,32 @@ _library.define(
 )
 
 
+#: The backend of a call on its way to the op, if it has been asked for before.
+_known_backend: "contextvars.ContextVar[Forward | None]" = contextvars.ContextVar(
+    "_known_backend", default=None
+)
+
+
+@contextmanager
+def _served_by(backend: "Forward") -> Iterator[None]:
+    token = _known_backend.set(backend)
+    try:
+        yield
+    finally:
+        _known_backend.reset(token)
+
+
+def _backend_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    options: Options,
+    out: Tensor | None = None,
+) -> "Forward":
+    return _known_backend.get() or forward_backend(q, k, v, qv, options, out)
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, s_aux: Tensor | None, *options: Any
 ) -> ForwardResult:
@@ -83,7 +115,7 @@ def _forward_past_op(
     options: Options,
 ) -> tuple[Tensor, ...]:
     """O and LSE, and the partials where there are any."""
-    backend = forward_backend(q, k, v, qv, options)
+    backend = _backend_of(q, k, v, qv, options)
     if backend is cpu:
         made = cpu.forward_batch(q, k, v, qv, s_aux, options)
         if made is not None:
@@ -112,7 +144,7 @@ def _forward_out(
 ) -> tuple[Tensor, Tensor, Tensor]:
     opts = Options(*options)
     lse, out_partial, lse_partial = empty_lse_and_partials(q, v, opts)
-    backend = forward_backend(q, k, v, qv, opts, out)
+    backend = _backend_of(q, k, v, qv, opts, out)
     backend.forward(q, k, v, qv, s_aux, opts, out, lse, out_partial, lse_partial)
     return lse, out_partial, lse_partial
 
@@ -352,10 +384,19 @@ backward_past_op = unaffected(_backward)
 
 
 def resolve_num_splits(q: Tensor, geometry: Geometry, options: Options) -> Options:
-    """Replaces num_splits = 0 by the backend's choice, so that shapes are known before the op."""
-    if options.num_splits > 0:
-        return options
-    return options._replace(num_splits=choose_num_splits(q.device, geometry, options))
+    """Replaces num_splits = 0 by the backend's choice, so that shapes are known before the op. Over
+    a cache 1 is no split at all, on kernels too, which cut sequences where their shares end."""
+    if options.num_splits == 0:
+        return options._replace(num_splits=choose_num_splits(q.device, geometry, options))
+    over_cache = options.is_cache or options.page_table is not None
+    if (
+        over_cache
+        and options.num_splits == 1
+        and options.split_keys == 0
+        and backends.kernels_wanted(q)
+    ):
+        return options._replace(split_keys=checks.NO_SPLIT)
+    return options
 
 
 def check_indices(q: Tensor, k: Tensor, options: Options) -> None:
@@ -378,9 +419,26 @@ def run_forward(
     s_aux: Tensor | None,
     out: Tensor | None,
     options: Options,
+    backend: "Forward | None" = None,
 ) -> ForwardResult:
     """The forward op, or its in-place twin where `out` is given; what the op does, where nobody
-    sees the difference: a tenth of a millisecond, which a short CPU call has no use for."""
+    sees the difference: a tenth of a millisecond, which a short CPU call has no use for. `backend`
+    serves the call, where that is known."""
+    if backend is None:
+        return _run_forward(q, k, v, qv, s_aux, out, options)
+    with _served_by(backend):
+        return _run_forward(q, k, v, qv, s_aux, out, options)
+
+
+def _run_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    s_aux: Tensor | None,
+    out: Tensor | None,
+    options: Options,
+) -> ForwardResult:
     if out is None:
         inputs = (q, k, v, s_aux)
         if qv is None and unseen.may_run(inputs, options):

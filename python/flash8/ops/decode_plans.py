@@ -20,7 +20,6 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd.graph import increment_version
 from torch.autograd.profiler import record_function
 
-from flash8 import backends
 from flash8.call.observed import is_profiled
 from flash8.call.options import Arguments, Options
 from flash8.ops import plan_cache, planned
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from flash8.backends.hopper.decode import Plan
     from flash8.backends.hopper.decode_append import NewRows
     from flash8.backends.hopper.decode_variants import DecodeVariant
+    from flash8.backends.protocol import Forward
 
 #: What `Options` and `flash_attn_with_kvcache` call the same arguments.
 CACHE_NAMES = {
@@ -68,14 +68,17 @@ def launch(
     s_aux: Tensor | None,
     out: Tensor | None,
     options: Options,
+    backend: "Forward | None",
     appended: "append.Launched | None" = None,
     new: "NewRows | None" = None,
 ) -> tuple[Tensor, Tensor] | None:
     """After a miss: plans the call, launches it, keeps the plan, and gives O and LSE. What follows
-    `arguments` is made of them, and checked; `appended` has been launched before, `new` is to be
-    appended by the same launch. None where no decode kernel serves the call, or autograd has to
-    know of it, and nothing was done."""
+    `arguments` is made of them, and checked, and `backend` is `plan_cache.backend_of` them;
+    `appended` has been launched before, `new` is to be appended by the same launch. None where no
+    decode kernel serves the call, or autograd has to know of it, and nothing was done."""
     if not plan_cache.may_launch(q):
+        return None
+    if new is None and backend is not planned.hopper().decode:
         return None
     tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
     if is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -86,10 +89,7 @@ def launch(
     profiled = record_function(_OP) if is_profiled() else contextlib.nullcontext()
     with torch.no_grad(), profiled:
         variant = None
-        if new is None:
-            if backends.forward_backend(q, k, v, qv, options, out) is not hopper.decode:
-                return None
-        elif (variant := _appending(q, k, v, qv, options, out, new)) is None:
+        if new is not None and (variant := _appending(q, k, v, qv, options, out, new)) is None:
             return None
         if out is None:
             out = empty_out(q, v, options)
@@ -134,7 +134,7 @@ def launch_with_new_keys(
     """`launch` of a call by a kernel that appends, too; None without new rows for one."""
     if new is None:
         return None
-    return launch(arguments, q, k, v, qv, s_aux, out, options, None, new)
+    return launch(arguments, q, k, v, qv, s_aux, out, options, None, None, new)
 
 
 def _appending(

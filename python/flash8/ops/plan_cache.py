@@ -29,6 +29,7 @@ from flash8.ops.outputs import empty_lse, empty_out
 
 if TYPE_CHECKING:
     from flash8 import _native
+    from flash8.backends.protocol import Forward
 
 _OP = "flash8::forward"  # what profilers call a launch
 
@@ -60,10 +61,29 @@ def find(arguments: Arguments, return_lse: bool) -> Any:
     return (out, lse) if return_lse else out
 
 
-def launch(arguments: Arguments, options: Options, return_lse: bool) -> Any:
+def backend_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None,
+    options: Options,
+    out: Tensor | None,
+) -> "Forward | None":
+    """After a miss: the backend that serves the call, which is asked for once. None where the torch
+    op has to find it."""
+    if not may_launch(q):
+        return None
+    with torch.no_grad():
+        return backends.forward_backend(q, k, v, qv, options, out)
+
+
+def launch(
+    arguments: Arguments, options: Options, return_lse: bool, backend: "Forward | None"
+) -> Any:
     """After a miss: plans the call, launches it, keeps the plan and returns what the call does.
-    `options` are its own, checked. None where no kernel serves it, and nothing was done."""
-    if not may_launch(arguments["q"]):
+    `options` are its own, checked, and `backend` is `backend_of` it. None where that is not the
+    forward kernel, and nothing was done."""
+    if backend is None or backend is not planned.hopper().forward:
         return None
     hopper, cache = planned.hopper(), _plan_cache()
     registry = hopper.kernels.registry()
@@ -73,8 +93,6 @@ def launch(arguments: Arguments, options: Options, return_lse: bool) -> Any:
     s_aux, out = arguments.get("s_aux"), arguments.get("out")
     profiled = record_function(_OP) if is_profiled() else contextlib.nullcontext()
     with torch.no_grad(), profiled:
-        if backends.forward_backend(q, k, v, None, options, out) is not hopper.forward:
-            return None
         if out is None:
             out = empty_out(q, v, options)
         lse = empty_lse(q)

@@ -64,13 +64,17 @@ void check_sizes(const DecodeParams& call, const KernelInfo& info) {
             "; supported are less than 2^31 in all");
 }
 
-// Tiles, or splits, over all units, by the bounds that the host has.
+// Tiles, or splits, by the bounds that the host has.
+std::int64_t pieces_of_unit(const DecodeParams& call, const KernelInfo& info) {
+    return blocks(call.sequences.max_seqlen_k, call.split_keys > 0 ? call.split_keys : info.kBlockN);
+}
+
+// The same over all units.
 std::int64_t count_pieces(const DecodeParams& call, const KernelInfo& info) {
     const SequenceParams& sequences = call.sequences;
     const std::int64_t rows = std::int64_t{sequences.max_seqlen_q} * (call.heads_q / call.heads_kv);
     require(rows <= kMaxRows, "decode: q has ", rows, " rows of folded heads; supported are less than 2^31");
-    const std::int64_t of_unit =
-        blocks(sequences.max_seqlen_k, call.split_keys > 0 ? call.split_keys : info.kBlockN);
+    const std::int64_t of_unit = pieces_of_unit(call, info);
     std::int64_t units = blocks(rows, info.kBlockM);
     for (const std::int64_t count : {std::int64_t{call.heads_kv}, std::int64_t{sequences.batch}, of_unit}) {
         require(count == 0 || units <= kMaxUnits / count, "decode: there are more than 2^30 tiles of keys");
@@ -240,7 +244,10 @@ DecodeWorkspace decode_workspace(const Kernel& kernel, int device, const DecodeP
     check_sizes(call, info);
     const std::int64_t ctas = count_ctas(kernel, device, call, sm_margin);
     constexpr std::int64_t kWord = 4;
-    const std::int64_t parts = call.split_keys > 0 ? power_of_two(count_pieces(call, info)) : 2 * ctas;
+    // A unit of one split is no partial result.
+    const bool has_parts = pieces_of_unit(call, info) > 1;
+    const std::int64_t splits = has_parts ? power_of_two(count_pieces(call, info)) : 1;
+    const std::int64_t parts = call.split_keys > 0 ? splits : 2 * ctas;
     return {kWord * parts * info.kBlockM * (info.kHeadDimV + 2), kWord * ctas};
 }
 

@@ -162,6 +162,60 @@ def test_drafts_and_splits(launched, monkeypatch):
     assert launched == ["decode_bf16_d128_rows32"]
 
 
+def long_cache(batch=(0, 1, 2)):
+    """Sequences that take several CTAs; those of `batch`, with q and pages of their own."""
+    generator = torch.Generator().manual_seed(8)
+
+    def tensor(*shape):
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    q, k, v = tensor(3, 1, 4, 64), tensor(3, 1408, 2, 64), tensor(3, 1408, 2, 64)
+    lengths = int32([1400, 900, 1100])
+    rows = list(batch)
+    return [x[rows] for x in (q, k, v)], {"cache_seqlens": lengths[rows]}
+
+
+def over_pages(q, k, v, cache_seqlens, **options):
+    """By the varlen function. 22 pages of 64 keys a sequence."""
+    batch = q.shape[0]
+    return flash8.flash_attn_varlen_func(
+        q.flatten(0, 1),
+        *(x.view(-1, 64, 2, 64) for x in (k, v)),
+        torch.arange(batch + 1).int(),
+        None,
+        1,
+        1408,
+        seqused_k=cache_seqlens,
+        page_table=torch.arange(22 * batch).view(batch, 22).int(),
+        return_attn_probs=True,
+        **options,
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("function", ["cache", "pages"])
+def test_one_split_is_independent_of_neighbours(function, launched, monkeypatch):
+    """As in FA3, whose heuristics split for 0 alone: then shares depend on the batch."""
+
+    def attend(batch, num_splits):
+        (q, k, v), given = long_cache(batch)
+        given["num_splits"] = num_splits
+        if function == "pages":
+            o, lse = over_pages(q, k, v, **given)
+            return o, lse.transpose(0, 1)
+        o, lse, *partials = flash_attn_with_kvcache(q, k, v, return_softmax_lse=True, **given)
+        assert all(x.numel() == 0 for x in partials)
+        return o, lse
+
+    with device().serving_cpu_tensors(monkeypatch):
+        together, shared = (attend((0, 1, 2), n) for n in (1, 0))
+        for b in range(3):
+            alone = attend((b,), 1)
+            assert all(torch.equal(x[0], y[b]) for x, y in zip(alone, together, strict=True))
+    assert not torch.equal(together[0], shared[0])
+    assert launched == ["decode_bf16_d64_rows8"] * 3  # the others are hits
+
+
 @needs_compiler
 def test_packed_queries_and_new_keys(launched, monkeypatch):
     tensors, given = draw(seqlen_q=2)
@@ -186,7 +240,7 @@ REFUSED = {
     "rows": (
         lambda q, k, v: (q.repeat(1, 65, 1, 1), k.to(E4M3), v.to(E4M3)),
         {"k_descale": torch.ones(22, 2, 1)},
-        "there are 260 rows of q for a KV",
+        "k_descale is per token, block or page.*up to 256 rows.*there are 260",
     ),
     "narrow": (
         lambda q, k, v: (q[..., :40], k[..., :40].to(E4M3), v[..., :40].to(E4M3)),

@@ -154,10 +154,15 @@ REFUSED = {
         "head_dim is 120",
     ),
     "splits": (draw(), {"num_splits": 2}, "num_splits has no"),
+    "e4m3, many rows and tokens' descales of a dense cache": (
+        dense(dtype=E4M3, heads=16),
+        {"k_descale": torch.ones(3, 150, 2)},
+        "a descale per token has no forward kernel; the decode kernel.*there are 320",
+    ),
     "16 bits over e4m3, many rows and pages' descales": (
         over_e4m3(heads=16),
         {"k_descale": torch.ones(31, 2, 1)},
-        "there are 320 rows of q for a KV head; the decode kernel takes up to 256",
+        "k_descale is per token, block or page.*decode kernel.*up to 256 rows.*there are 320",
     ),
 }
 

@@ -9,6 +9,7 @@ from decode_cases import Cache, check, draw, found_by, launch, poisoned
 from defaults import by_default
 from faults import Fault
 from flash8.backends.hopper.decode_variants import DecodeVariant
+from flash8.call.checks import NO_SPLIT
 from forward_cases import int32
 from simulated_device import missing_compiler
 
@@ -43,7 +44,7 @@ def test_variants(variant):
     check(variant, splits(variant, causal=True), ctas=5, seeds=(0, 1, 2))
 
 
-@pytest.mark.parametrize("split_keys", [64, 192, 640, 2**30])
+@pytest.mark.parametrize("split_keys", [64, 192, 640, NO_SPLIT])
 @pytest.mark.parametrize("ctas", [1, 4, 19])
 def test_shares_do_not_change_the_bits(split_keys, ctas):
     """Units of one CTA, of several, of parts of two."""
@@ -62,9 +63,10 @@ def alone(call, b):
     return replace(call, **given)
 
 
+@pytest.mark.parametrize("split_keys", [128, NO_SPLIT])
 @pytest.mark.parametrize("ctas", [3, 11])
-def test_neighbours_do_not_change_the_bits(ctas):
-    call = splits(E8, heads_kv=2)
+def test_neighbours_do_not_change_the_bits(ctas, split_keys):
+    call = splits(E8, split_keys, heads_kv=2)
     ((o, lse),) = launch(E8, call, ctas=ctas)
     for b in range(len(LENGTHS)):
         ((own, own_lse),) = launch(E8, alone(call, b), ctas=ctas)

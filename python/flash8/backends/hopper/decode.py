@@ -59,9 +59,16 @@ def refusal(
         return f"there is no decode kernel for {q.dtype} q and {k.dtype} k"
     reason = attention_params.refused_scale(options)
     reason = reason or _refused_options(q, v, qv, options) or _refused_sizes(q, k, v, qv, options)
-    many = reason is None and rows_of_head(q, k, options) > _FEW_ROWS
-    if many and many_rows.refusal(q, k, v, qv, options, out) is None:
-        return f"more than {_FEW_ROWS} rows of q for a KV head are for the forward kernel"
+    rows = rows_of_head(q, k, options)
+    if reason is None and rows > _FEW_ROWS:
+        of_forward = many_rows.refusal(q, k, v, qv, options, out)
+        if of_forward is None:
+            return f"more than {_FEW_ROWS} rows of q for a KV head are for the forward kernel"
+        if rows > MOST_ROWS:
+            return (
+                f"{of_forward}; the decode kernel, which is asked then, takes up to {MOST_ROWS} "
+                f"rows of q for a KV head, and there are {rows}"
+            )
     if reason is None and out is not None and not attention_params.can_be_stored(out):
         return "out is not aligned to 16 bytes in address and strides"
     return reason
@@ -103,18 +110,14 @@ def _refused_sizes(
     for name, size in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
         if size % max(unit, 8) != 0:
             return f"{name} is {size}; the decode kernel takes multiples of {max(unit, 8)}"
-    if rows_of_head(q, k, options) > MOST_ROWS:
-        return (
-            f"there are {rows_of_head(q, k, options)} rows of q for a KV head; the decode kernel "
-            f"takes up to {MOST_ROWS}"
-        )
     if not all(attention_params.tma_can_read(x) for x in (q, k, v, qv) if x is not None):
         return (
             "q, k, v or qv is not aligned to 16 bytes in address and strides, or a stride is 2^40"
         )
-    if any(attention_params.overlaps(x) for x in (k, v)):
+    gathers = _gathers(k, options)
+    if not gathers and any(attention_params.overlaps(x) for x in (k, v)):
         return "rows of the cache share memory"
-    if _gathers(k, options) and any(_span(x) >= _MOST_BYTES for x in (k, v)):
+    if gathers and any(_span(x) >= _MOST_BYTES for x in (k, v)):
         return "k or v spans 2^36 bytes, and pages are not of a size for TMA"
     return _too_long(q, k, options)
 

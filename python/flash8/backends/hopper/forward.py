@@ -85,7 +85,7 @@ def _refused_pages(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | N
                     f"{name} is {x.shape[-1]} and pages have {page_size} keys; rows of pages of no "
                     f"multiple of {attention_params.TMA_PAGE} keys are read by 16 bytes"
                 )
-    if any(attention_params.overlaps(x) for x in (k, v)):
+    if any(not _is_read_in_place(q, k, x, options) for x in (k, v)):
         return "rows of the cache share memory"
     rows = q.shape[1] if options.cu_seqlens_q is None else q.shape[0]
     if attention_params.room(k, options) + rows > attention_params.INT32_MAX - 1024:
@@ -98,9 +98,12 @@ def _gathers(k: Tensor, options: Options) -> bool:
     return options.page_table is not None and k.shape[1] % attention_params.TMA_PAGE != 0
 
 
-def _apart(x: Tensor) -> Tensor:
-    """x, or a copy whose rows share no memory."""
-    return x.contiguous() if attention_params.overlaps(x) else x
+def _is_read_in_place(q: Tensor, k: Tensor, x: Tensor, options: Options) -> bool:
+    """Whether x, k or v, needs no copy. TMA wants rows that share no memory; lanes that copy 16
+    bytes at a time, of e4m3 to be widened and of pages to be gathered, take any."""
+    if not attention_params.overlaps(x):
+        return True
+    return (_widens(q, k) or _gathers(k, options)) and attention_params.tma_can_read(x)
 
 
 def forward(
@@ -221,7 +224,9 @@ def plan(
 ) -> Plan:
     """The kernel and the parameters of a call. `variant` is `choose`'s unless given."""
     variant = choose(q, k, v, options) if variant is None else variant
-    q, k, v = (_apart(x) for x in (q, k, v))
+    if attention_params.overlaps(q):
+        q = q.contiguous()
+    k, v = (x if _is_read_in_place(q, k, x, options) else x.contiguous() for x in (k, v))
     indices = attention_params.indices_of(options)
     held = [q, k, v, *indices.values()]
     device = q.device.index or 0

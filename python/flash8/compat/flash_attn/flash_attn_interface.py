@@ -155,6 +155,7 @@ def flash_attn_varlen_func(
         None,
         lengths[2],
         lengths[3],
+        num_splits=0,
         deterministic=deterministic,
         dropout_p=dropout_p,
         return_attn_probs=True,

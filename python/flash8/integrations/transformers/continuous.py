@@ -195,6 +195,7 @@ def _over_pages(
         max_seqlen_k=max_seqlen_k,
         seqused_k=used,
         page_table=table,
+        num_splits=0,
         **options,
     )
     return cast(Tensor, out)
