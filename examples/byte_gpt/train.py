@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +21,20 @@ from tqdm import tqdm
 
 import data
 from config import Config, device, mixed_precision
-from flash8.nn import FlashMHA
+from flash8.nn import FlashMHA, to_fp8_linears
 from model import BF16MHA, FP8MHA, ByteGPT, TorchMHA, UnfusedMHA
 from muon import Muon
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train: which attention, on packed or padded tokens."""
+    """One way to train: which attention, on packed or padded tokens; options of `to_fp8_linears`
+    where the blocks' linear layers are in FP8."""
 
     label: str
     attention: type[FlashMHA]
     packed: bool
+    linears: dict[str, Any] | None = None
 
 
 VARIANTS = {
@@ -75,6 +77,8 @@ class Trainer:
     def __init__(self, config: Config, variant: Variant) -> None:
         torch.manual_seed(config.seed)
         self.model = ByteGPT(config, variant.attention).to(device())
+        if variant.linears is not None:
+            to_fp8_linears(self.model.blocks, **variant.linears)
         self.label = variant.label
         self._packed = variant.packed
         hidden = [p for p in self.model.blocks.parameters() if p.dim() == 2]

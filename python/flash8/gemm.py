@@ -1,14 +1,17 @@
-"""FP8 matrix products with scales: `scaled_mm`. See docs/gemm.md."""
+"""FP8 matrix products with scales: `scaled_mm`, and `quantize` for its operands: docs/gemm.md."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from flash8.backends.cpu.quantize_matrix import MatrixGranularity
 from flash8.call import scaled_mm as call
 from flash8.ops import gemm as ops
+from flash8.ops.quantize_matrix import quantize_matrix
+from flash8.tensors.arguments import require_rank, require_tensor
 
-__all__ = ["scaled_mm"]
+__all__ = ["quantize", "scaled_mm"]
 
 #: What torch._scaled_mm and torch.nn.functional.scaled_mm call the same.
 _ALIASES = {
@@ -19,6 +22,7 @@ _ALIASES = {
     "output_dtype": "out_dtype",
 }
 _MISSING: Any = object()
+_INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def scaled_mm(
@@ -97,3 +101,30 @@ def scaled_mm(
     if out is not None:
         call.check_out(out, product)
     return ops.scaled_mm(product, out)
+
+
+def quantize(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, Tensor]:
+    """x ~ scale * data: a matrix as an operand of `scaled_mm`, (data, scale) as a and scale_a.
+
+    A weight (N, K) is the other operand: its data.t() and scale.t() are b and scale_b, by "tensor",
+    "row" or "128x128".
+
+    Args:
+        x: (M, K), bf16, fp16 or fp32.
+        granularity: what has a scale of its own: "tensor", "row", "1x128" or "128x128".
+
+    Returns:
+        data: e4m3 (M, K), K filled up with zeros to a multiple of 16. Infinity is 448, NaN stays.
+        scale: fp32, amax / 448 of what is finite (1 where that is 0): (1, 1), (M, 1),
+            (M, ceil(K / 128)) or (ceil(M / 128), ceil(K / 128)).
+        Both without a derivative.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is supported.
+    """
+    require_tensor("x", x, _INPUT_DTYPES)
+    require_rank("x", x, 2, "(M, K)")
+    names = get_args(MatrixGranularity)
+    if granularity not in names:
+        raise ValueError(f"granularity must be one of {names}, got {granularity!r}")
+    return quantize_matrix(x, granularity)  # type: ignore[arg-type]

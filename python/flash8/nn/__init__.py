@@ -1,4 +1,5 @@
-"""Attention modules on top of the flash8 functions, and the caches they decode from."""
+"""Attention modules on top of the flash8 functions, the caches they decode from, and linear layers
+in FP8."""
 
 from flash8.nn.cache import (
     CacheStep,
@@ -9,6 +10,7 @@ from flash8.nn.cache import (
     PagedKVCache,
 )
 from flash8.nn.core import FlashCrossAttention, FlashSelfAttention
+from flash8.nn.linear import Fp8Linear, to_fp8_linears
 from flash8.nn.mha import FlashMHA
 from flash8.nn.rotary import RotaryEmbedding
 
@@ -18,9 +20,11 @@ __all__ = [
     "FlashCrossAttention",
     "FlashMHA",
     "FlashSelfAttention",
+    "Fp8Linear",
     "LayerCache",
     "OutOfPagesError",
     "PageAllocator",
     "PagedKVCache",
     "RotaryEmbedding",
+    "to_fp8_linears",
 ]
