@@ -35,9 +35,10 @@ from flash8 import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
     fp8,
+    gemm,
 )
 from flash8.backends.hopper import kernels, mode
-from flash8.ops import autograd, backward_plans, decode_plans, plan_cache
+from flash8.ops import autograd, backward_plans, decode_plans, gemm_plans, plan_cache
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REPEAT, NUMBER = 40, 1_000
@@ -230,6 +231,30 @@ def calls_over_a_cache() -> Calls:
     }
 
 
+def calls_of_products() -> Calls:
+    a, b = (torch.randn(n, 512).to(torch.float8_e4m3fn) for n in (64, 256))
+    b, one, bias = b.t(), torch.ones(1, 1), torch.ones(256).bfloat16()
+    blocks = torch.ones(64, 4), torch.ones(4, 2)
+    out = torch.empty(64, 256, dtype=torch.bfloat16)
+
+    def first_of_its_kind() -> object:
+        gemm_plans.cache().clear()
+        return gemm.scaled_mm(a, b, one, one)
+
+    return {
+        "scaled_mm, scales by tensor": lambda: gemm.scaled_mm(a, b, one, one),
+        "scaled_mm, scales by blocks, bias": lambda: gemm.scaled_mm(a, b, *blocks, bias=bias),
+        "scaled_mm, out=": lambda: gemm.scaled_mm(a, b, one, one, out=out),
+        "scaled_mm, e4m3": lambda: gemm.scaled_mm(
+            a, b, one, one, scale_result=one, out_dtype=torch.float8_e4m3fn
+        ),
+        "scaled_mm, torch's names": lambda: gemm.scaled_mm(
+            input=a, mat2=b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16
+        ),
+        "scaled_mm, first of its kind": first_of_its_kind,
+    }
+
+
 def calls_with_gradients() -> Calls:
     q, k, v = (x.requires_grad_() for x in draw())
     packed = [x.detach().flatten(0, 1).requires_grad_() for x in (q, k, v)]
@@ -290,6 +315,7 @@ def measure() -> dict[str, float]:
         with replaced(backends, "kernels_wanted", lambda tensor: False):
             fp8_calls = calls_in_8_bits()
         calls = {**calls_in_16_bits(), **fp8_calls, **calls_over_a_cache()}
+        calls |= calls_of_products()
         rows = {name: microseconds(call) for name, call in calls.items()}
         attributes_only = plan_cache.new_plan_cache(None)
         with replaced(plan_cache, "_plan_cache", lambda: attributes_only):

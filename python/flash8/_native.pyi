@@ -484,6 +484,33 @@ class AppendPlan:
         rotated_like: object | None,
     ) -> None: ...
 
+class GemmCache:
+    def __init__(
+        self,
+        *,
+        exchange_api: object | None,
+        tensor: type,
+        parameter: type,
+        empty_like: Callable[..., object],
+        current_stream: Callable[..., int],
+        increment_version: Callable[..., None],
+    ) -> None: ...
+    def run(self, scope: object, arguments: dict[str, Any], /) -> Any: ...
+    def has_key(self, scope: object, arguments: dict[str, Any], /) -> bool: ...
+    def insert(
+        self,
+        scope: object,
+        arguments: dict[str, Any],
+        *,
+        kernel: Kernel,
+        device: int,
+        params: GemmParams,
+        out_like: object,
+        most_plans: int,
+    ) -> None: ...
+    def clear(self) -> None: ...
+    def __len__(self) -> int: ...
+
 class DecodeCache:
     def __init__(
         self,

@@ -8,6 +8,7 @@ from torch import Tensor
 from flash8.backends.cpu.quantize_matrix import MatrixGranularity
 from flash8.call import scaled_mm as call
 from flash8.ops import gemm as ops
+from flash8.ops import gemm_plans as plans
 from flash8.ops.quantize_matrix import quantize_matrix
 from flash8.tensors.arguments import require_rank, require_tensor
 
@@ -83,6 +84,28 @@ def scaled_mm(
         ValueError: A shape, stride or device is not supported.
         RuntimeError: An input requires grad, or a CUDA graph is captured before the kernel's check.
     """
+    if torch_names:
+        names = _by_own_names(torch_names, a, b, scale_a, scale_b, out_dtype)
+        a, b, scale_a, scale_b, out_dtype = names
+    options = bias, scale_result, out_dtype, out, use_fast_accum
+    arguments = plans.arguments_of(a, b, scale_a, scale_b, *options)
+    if arguments is not None and (found := plans.find(arguments)) is not None:
+        return found
+    for name, value in (("a", a), ("b", b), ("scale_a", scale_a), ("scale_b", scale_b)):
+        if value is _MISSING:
+            raise TypeError(f"scaled_mm() is missing the argument {name!r}")
+    product = call.check(a, b, scale_a, scale_b, *options)
+    if out is not None:
+        call.check_out(out, product)
+    if arguments is not None and (found := plans.launch(arguments, product, out)) is not None:
+        return found
+    return ops.scaled_mm(product, out)
+
+
+def _by_own_names(
+    torch_names: dict[str, Any], a: Any, b: Any, scale_a: Any, scale_b: Any, out_dtype: Any
+) -> tuple[Any, Any, Any, Any, Any]:
+    """a, b, scale_a, scale_b and out_dtype."""
     given: dict[str, Any] = {"a": a, "b": b, "scale_a": scale_a, "scale_b": scale_b}
     given["out_dtype"] = _MISSING if out_dtype is None else out_dtype
     for name, value in torch_names.items():
@@ -92,15 +115,8 @@ def scaled_mm(
         if given[meant] is not _MISSING:
             raise TypeError(f"{meant} and {name} are one argument: give one of them, not both")
         given[meant] = value
-    for name in ("a", "b", "scale_a", "scale_b"):
-        if given[name] is _MISSING:
-            raise TypeError(f"scaled_mm() is missing the argument {name!r}")
     wanted = None if given["out_dtype"] is _MISSING else given["out_dtype"]
-    matrices = given["a"], given["b"], given["scale_a"], given["scale_b"]
-    product = call.check(*matrices, bias, scale_result, wanted, out, use_fast_accum)
-    if out is not None:
-        call.check_out(out, product)
-    return ops.scaled_mm(product, out)
+    return given["a"], given["b"], given["scale_a"], given["scale_b"], wanted
 
 
 def quantize(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from fake_driver.cubin import any_cubin
 from flash8 import _native, backends
 from flash8.backends.hopper import kernels, mode
 from flash8.ops import attention as ops
-from flash8.ops import backward_plans, decode_plans, plan_cache
+from flash8.ops import backward_plans, decode_plans, gemm_plans, plan_cache
 from simulated_device import SimulatedDevice
 
 READERS = ("DLPack", "attributes")
@@ -30,6 +30,8 @@ def own_cache(request, monkeypatch):
     monkeypatch.setattr(decode_plans, "cache", decoding)
     gradients = functools.cache(lambda: backward_plans.new_cache(api))
     monkeypatch.setattr(backward_plans, "cache", gradients)
+    products = functools.cache(lambda: gemm_plans.new_cache(api))
+    monkeypatch.setattr(gemm_plans, "cache", products)
 
 
 @pytest.fixture

@@ -43,8 +43,9 @@ def _scaled_mm(
     out_dtype: torch.dtype,
     fast_accum: bool,
 ) -> Tensor:
-    out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
-    _fill(out, Product(a, b, scale_a, scale_b, bias, out_dtype, fast_accum, scale_result))
+    product = Product(a, b, scale_a, scale_b, bias, out_dtype, fast_accum, scale_result)
+    out = empty_out(product)
+    _fill(out, product)
     return out
 
 
@@ -88,11 +89,17 @@ def _scaled_mm_into_fake(
 
 
 def _fill(out: Tensor, product: Product) -> None:
-    backend = hopper if _is_for_kernels(product) else portable
+    backend = hopper if is_for_kernels(product) else portable
     backend.scaled_mm(product, out)
 
 
-def _is_for_kernels(product: Product) -> bool:
+def empty_out(product: Product) -> Tensor:
+    m, n, _ = product.sizes
+    return product.a.new_empty((m, n), dtype=product.out_dtype)
+
+
+def is_for_kernels(product: Product) -> bool:
+    """Whether a kernel serves it."""
     if not backends.kernels_wanted(product.a):
         backends.backend_for(product.a)  # which tells about CUDA tensors that have no kernel
         return False

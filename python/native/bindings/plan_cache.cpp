@@ -6,6 +6,7 @@
 #include "bindings/bindings.h"
 #include "plan_cache/backward_cache.h"
 #include "plan_cache/decode_cache.h"
+#include "plan_cache/gemm_cache.h"
 #include "plan_cache/plan_cache.h"
 
 namespace py = pybind11;
@@ -193,11 +194,49 @@ void bind_decode_cache(py::module_& module) {
     type.def("__len__", &DecodeCache::size);
 }
 
+void insert_gemm(GemmCache& self, py::handle scope, py::dict arguments, std::shared_ptr<Kernel> kernel,
+                 int device, const GemmParams& params, py::object out_like, std::size_t most_plans) {
+    self.insert({scope, std::move(arguments)}, {std::move(kernel), device, params, std::move(out_like)},
+                most_plans);
+}
+
+void bind_gemm_cache(py::module_& module) {
+    py::class_<GemmCache> type(module, "GemmCache",
+                               "The plans of scaled matrix products, by all but their addresses.");
+    type.def(py::init([](py::object exchange_api, py::object tensor, py::object parameter,
+                         py::object empty_like, py::object current_stream, py::object increment_version) {
+                 return std::make_unique<GemmCache>(torch_of(
+                     std::move(exchange_api), std::move(tensor), std::move(parameter), std::move(empty_like),
+                     std::move(current_stream), std::move(increment_version)));
+             }),
+             py::kw_only(), py::arg("exchange_api").none(true), py::arg("tensor"), py::arg("parameter"),
+             py::arg("empty_like"), py::arg("current_stream"), py::arg("increment_version"));
+    type.def(
+        "run",
+        [](GemmCache& self, py::handle scope, py::dict arguments) {
+            return self.run({scope, std::move(arguments)});
+        },
+        "On a hit launches and gives out; None on a miss.");
+    type.def(
+        "has_key",
+        [](GemmCache& self, py::handle scope, py::dict arguments) {
+            return self.has_key({scope, std::move(arguments)});
+        },
+        "Whether the plan of such a call can be kept.");
+    type.def("insert", &insert_gemm, py::arg("scope"), py::arg("arguments"), py::kw_only(),
+             py::arg("kernel").none(false), py::arg("device"), py::arg("params"), py::arg("out_like"),
+             py::arg("most_plans"),
+             "Keep the plan of a call, unless its launch points to more than the arguments.");
+    type.def("clear", &GemmCache::clear);
+    type.def("__len__", &GemmCache::size);
+}
+
 }  // namespace
 
 void bind_plan_cache(py::module_& module) {
     bind_backward_cache(module);
     bind_decode_cache(module);
+    bind_gemm_cache(module);
     py::class_<PlanCache> type(module, "PlanCache",
                                "The plans of forward calls, by all but their addresses.");
     type.def(

@@ -1,6 +1,7 @@
 """The scaled product of e4m3 matrices on a compiled kernel."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,18 @@ def choose(product: Product) -> GemmVariant:
     return choose_variant(scales, product.fast_accum, m, n, multiprocessors(product.a.device))
 
 
+class Launch(NamedTuple):
+    """A launch, and the tensors that it points to."""
+
+    kernel: _native.Kernel
+    device: int
+    params: _native.GemmParams
+    held: tuple[Tensor | None, ...]
+
+    def enqueue(self, stream: int) -> None:
+        _native.launch_gemm(self.kernel, self.device, stream, self.params)
+
+
 def scaled_mm(product: Product, out: Tensor) -> None:
     """Enqueues the kernel that writes out (M, N). What TMA cannot read is copied before."""
     launch(choose(product), product, out)
@@ -44,6 +57,17 @@ def scaled_mm(product: Product, out: Tensor) -> None:
 
 def launch(variant: GemmVariant, product: Product, out: Tensor) -> None:
     """The same, on this kernel."""
+    plan_and_launch(variant, product, out)
+
+
+def plan_and_launch(variant: GemmVariant, product: Product, out: Tensor) -> Launch:
+    """The same. Gives what it has enqueued."""
+    found = _launch_of(variant, product, out)
+    found.enqueue(streams.current_stream(product.a))
+    return found
+
+
+def _launch_of(variant: GemmVariant, product: Product, out: Tensor) -> Launch:
     m, n, k = product.sizes
     a, b = _readable(product.a), _readable(product.b.t())
     call = _native.GemmParams()
@@ -67,9 +91,8 @@ def launch(variant: GemmVariant, product: Product, out: Tensor) -> None:
     else:
         call.scale_a = (product.scale_a.data_ptr(), _stride(product.scale_a, 0), 0)
         call.scale_b = (product.scale_b.data_ptr(), _stride(product.scale_b, 1), 0)
-    kernel = kernels.kernel(variant)
     device = product.a.device.index or 0
-    _native.launch_gemm(kernel, device, streams.current_stream(product.a), call)
+    return Launch(kernels.kernel(variant), device, call, (a, b, bias))
 
 
 def _stride(scale: Tensor, dim: int) -> int:
