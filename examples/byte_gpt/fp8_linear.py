@@ -8,7 +8,7 @@ bf16 q, k and v and plain linear layers. The other has `flash8.fp8_attention` an
 fails if one ends with a share of right words more than 1 % below that of bf16.
 
 The loss of a run that is cut short says little: it falls steeply once a model has found out where
-the answers are, and which model does so first is chance.
+the answers are.
 """
 
 from __future__ import annotations
