@@ -144,19 +144,18 @@ def test_bad_calls_are_refused_behind_a_good_one(fake, on_fake_driver):
     gemm.scaled_mm(**given(product))
     gemm.scaled_mm(**given(product), out=out)
     shared = torch.zeros(2900, dtype=BF16)
+    beside = {"out": shared[:2800].view(70, 40), "bias": shared[2800:2840]}
+    for _ in range(2):
+        gemm.scaled_mm(**given(product), **beside)
     with pytest.raises(ValueError, match="out must not share memory with an input"):
-        gemm.scaled_mm(
-            **{**given(product), "scale_a": shared.view(FP32)[1400:1435].repeat(2)[:, None]},
-            out=shared[:2800].view(70, 40),
-            bias=shared[2800:2840],
-        )
+        gemm.scaled_mm(**given(product), **{**beside, "bias": shared[2799:2839]})
     with pytest.raises(RuntimeError, match="has no derivative"):
         gemm.scaled_mm(**{**given(product), "scale_a": product.scale_a.clone().requires_grad_()})
     with pytest.raises(TypeError, match=r"out_dtype must be .*, got \[1\]"):
         gemm.scaled_mm(**given(product), out_dtype=[1])
     with pytest.raises(TypeError, match="use_fast_accum must be a bool"):
         gemm.scaled_mm(**given(product), use_fast_accum=0)
-    assert len(fake.launches) == 2
+    assert len(fake.launches) == 4
 
 
 def test_a_version_counts_what_is_written(on_fake_driver):

@@ -40,7 +40,7 @@ py::object GemmCache::run(const CallArguments& call) {
     const auto found = plans_.find(key.bytes());
     bool graph = false;
     if (found == plans_.end() || !is_aligned(key) || !needs_graph(key, torch_.reader(), true, graph) ||
-        !can_write_out(key, torch_.reader())) {
+        !can_write_out(key)) {
         return py::none();
     }
     // Shared: other threads may drop it while torch's functions, called below, let them run.
