@@ -7,6 +7,7 @@ then each call goes through its torch op, which is slower and always right.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,15 @@ try:
         _is_tracing,
         _len_torch_dispatch_stack,
         _len_torch_function_stack,
+        _parse_dispatch_key,
     )
     from torch._C._autograd import _profiler_enabled
     from torch._C._functorch import peek_interpreter_stack
 
     #: Whether this torch has every private name that is asked here.
     COMPLETE = hasattr(forward_ad, "_current_level")
+    #: By its name it takes 20 times as long to ask for.
+    _VMAP_MODE: Any = _parse_dispatch_key("VmapMode")
 except ImportError:
     COMPLETE = False
 
@@ -65,7 +69,7 @@ def is_unseen(first: Tensor, *others: Tensor | None) -> bool:
 
 def is_batched() -> bool:
     """Whether tensors may be many under one name, as for `is_grads_batched=True` of autograd."""
-    return bool(_dispatch_tls_is_dispatch_key_included("VmapMode"))
+    return bool(_dispatch_tls_is_dispatch_key_included(_VMAP_MODE))
 
 
 def are_operations_observed() -> bool:

@@ -25,6 +25,7 @@ from flash8.backends import (
 from flash8.call import checks, derivatives
 from flash8.call.autocast import unaffected
 from flash8.call.geometry import Geometry
+from flash8.call.observed import is_autocast_on
 from flash8.call.options import SCHEMA, Arguments, Options, without_tensors
 from flash8.ops import autograd, backward_plans, batching, unseen
 from flash8.ops.outputs import (
@@ -125,11 +126,11 @@ def _forward_past_op(
     return (out, lse) if options.num_splits == 1 else (out, lse, *partials)
 
 
-def _forward_batch(
-    common: int, q: Tensor, k: Tensor, v: Tensor, *others: Any
+def _forward_planned(
+    plan: cpu.Plan, q: Tensor, k: Tensor, v: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
-    """`_forward_past_op` of a call of which `cpu.common_keys` is known."""
-    made = cpu.forward_common(q, k, v, common, others[-1])
+    """`_forward_past_op` of a call that has a plan of `cpu.plan_batch`."""
+    made = cpu.forward_planned(q, k, v, plan)
     return _forward_past_op(q, k, v, *others) if made is None else made
 
 
@@ -378,7 +379,7 @@ def _register() -> None:
 
 _register()
 _unseen_forward = unaffected(_forward_past_op)
-_unseen_batch = unaffected(_forward_batch)
+_unseen_planned = unaffected(_forward_planned)
 #: What the op does, called by a node of autograd that nobody watches.
 backward_past_op = unaffected(_backward)
 
@@ -449,9 +450,15 @@ def _run_forward(
 
 def run_unseen(arguments: Arguments, known: unseen.Known) -> tuple[Tensor, Tensor]:
     """O and LSE of a call that `unseen` has found to be checked."""
-    q, k, v = arguments["q"], arguments["k"], arguments["v"]
-    forward = _unseen_forward
-    if known.common is not None:
-        forward = functools.partial(_unseen_batch, known.common)
-    out, lse, *_ = unseen.run(forward, (q, k, v, arguments.get("s_aux")), known.options)
+    inputs = (arguments["q"], arguments["k"], arguments["v"], arguments.get("s_aux"))
+    if known.plan is None:
+        forward = _unseen_forward
+    elif is_autocast_on() or unseen.wants_node(inputs):
+        forward = functools.partial(_unseen_planned, known.plan)
+    else:
+        made = cpu.forward_planned(*inputs[:3], known.plan)
+        if made is not None:
+            return made
+        forward = _unseen_forward
+    out, lse, *_ = unseen.run(forward, inputs, known.options)
     return out, lse

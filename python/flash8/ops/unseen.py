@@ -5,6 +5,8 @@ more than a short attention takes. So are the checks; calls without index tensor
 what the checks look at, and checked once.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,10 +29,36 @@ class Known(NamedTuple):
     """A call that was checked."""
 
     options: Options
-    common: int | None  # `cpu.common_keys` of it
+    plan: backends.cpu.Plan | None  # `cpu.plan_batch` of it
 
 
 _known: dict[Key, Known] = {}
+
+
+class _Fields:
+    """What the key of calls with arguments of these names and types is made of."""
+
+    def __init__(self, tensors: list[str], pairs: list[str], numbers: list[str]) -> None:
+        self.tensors, self.pairs = tensors, pairs
+        self.others: Callable[[Arguments], Any] = operator.itemgetter(*numbers, *pairs)
+
+
+@functools.lru_cache(_MOST_KEYS)
+def _fields(names: tuple[str, ...], kinds: tuple[type, ...]) -> _Fields | None:
+    """Always the same one. None where an argument has a type that no key may have."""
+    tensors: list[str] = []
+    pairs: list[str] = []
+    numbers: list[str] = []
+    for name, kind in zip(names, kinds, strict=True):
+        if kind in observed.PLAIN and name in _INPUTS:
+            tensors.append(name)
+        elif kind is tuple:
+            pairs.append(name)
+        elif kind is bool or kind is int or kind is float:
+            numbers.append(name)
+        elif kind is not type(None):
+            return None
+    return _Fields(tensors, pairs, numbers) if pairs or numbers else None
 
 
 def key(arguments: Arguments) -> Key | None:
@@ -41,22 +69,19 @@ def key(arguments: Arguments) -> Key | None:
         return None
     if observed.is_observed() or observed.is_profiled() or observed.is_batched():
         return None
-    parts: list[Any] = []
-    for name, value in arguments.items():
-        kind = type(value)
-        if value is None:
-            parts += (name, None)
-            continue
-        if kind in observed.PLAIN:
-            if name not in _INPUTS or not value.is_cpu or value.is_nested:
+    fields = _fields(tuple(arguments), tuple(map(type, arguments.values())))
+    if fields is None:
+        return None
+    parts = [fields, fields.others(arguments)]
+    for name in fields.pairs:
+        for number in arguments[name]:
+            if type(number) is not int:
                 return None
-            parts += (name, value.dtype, value.shape, value.layout)
-        elif kind is bool or kind is int or kind is float:
-            parts += (name, kind, value)
-        elif kind is tuple and all(type(x) is int for x in value):
-            parts += (name, value)
-        else:
+    for name in fields.tensors:
+        x = arguments[name]
+        if not x.is_cpu or x.is_nested:
             return None
+        parts += (x.dtype, x.shape, x.layout)
     return tuple(parts)
 
 
@@ -72,7 +97,7 @@ def keep(key: Key | None, inputs: Inputs, options: Options) -> None:
     if len(_known) >= _MOST_KEYS:
         _known.clear()
     q, k, v, s_aux = inputs
-    _known[key] = Known(options, backends.cpu.common_keys(q, k, v, None, s_aux, options))
+    _known[key] = Known(options, backends.cpu.plan_batch(q, k, v, None, s_aux, options))
 
 
 def may_run(inputs: Inputs, options: Options) -> bool:
@@ -84,10 +109,19 @@ def may_run(inputs: Inputs, options: Options) -> bool:
     return observed.is_unseen(*inputs, *tensors) and not backends.kernels_wanted(inputs[0])
 
 
+def wants_node(inputs: Inputs) -> bool:
+    """Whether O and LSE are to be outputs of a node of autograd."""
+    if not torch.is_grad_enabled():
+        return False
+    q, k, v, s_aux = inputs
+    wanted = q.requires_grad or k.requires_grad or v.requires_grad
+    return wanted or (s_aux is not None and s_aux.requires_grad)
+
+
 def run(forward: Callable[..., Any], inputs: Inputs, options: Options) -> Any:
     """What the kernel of the op returns, with a node of autograd where one is wanted."""
     q, k, v, s_aux = inputs
-    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
+    if not wants_node(inputs):
         return forward(q, k, v, None, s_aux, options)
     with torch.no_grad():
         out, lse, *partials = forward(q, k, v, None, s_aux, options)

@@ -267,6 +267,7 @@ def test_a_torch_without_the_ops(monkeypatch):
 def probe(monkeypatch, names):
     """The ops are looked for again, in `names`."""
     monkeypatch.setattr(compiled, "torch", SimpleNamespace(**vars(torch)))
+    monkeypatch.delattr(compiled.torch, "_scaled_dot_product_flash_attention_for_cpu")
     monkeypatch.setattr(compiled.torch, "ops", SimpleNamespace(aten=names, mkldnn=torch.ops.mkldnn))
     monkeypatch.setattr(compiled, "ops", functools.cache(compiled.ops.__wrapped__))
     monkeypatch.setattr(unseen, "_known", {})  # of calls that these ops would serve
@@ -277,6 +278,7 @@ def probe(monkeypatch, names):
 def test_products_of_16_bits(dtype, lengths, monkeypatch):
     """As on CPUs that have them; others convert, here too."""
     monkeypatch.setattr(compiled, "has_products", lambda _: True)
+    monkeypatch.setattr(unseen, "_known", {})  # whose plans say who has them
     case = Case(*((n,) for n in lengths), heads=4, heads_kv=2, head_dim=64, head_dim_v=64)
     causal = lengths[0] == lengths[1]
     check_forward(build(case.with_(dtype=dtype, causal=causal)))

@@ -9,15 +9,17 @@ over the tiles of the others.
 """
 
 from flash8.backends.cpu.backward import backward
-from flash8.backends.cpu.batch import backward_batch, common_keys, forward_batch, forward_common
+from flash8.backends.cpu.batch import backward_batch, forward_batch, forward_planned, plan_batch
 from flash8.backends.cpu.cache import append_kv, check_slots
 from flash8.backends.cpu.combine import combine, combine_backward, combine_jvp
+from flash8.backends.cpu.compiled import Plan
 from flash8.backends.cpu.forward import forward
 from flash8.backends.cpu.fp8_backward import fp8_backward
 from flash8.backends.cpu.jvp import jvp
 from flash8.backends.cpu.sequences import check_indices, check_tokens, check_values
 
 __all__ = [
+    "Plan",
     "append_kv",
     "backward",
     "backward_batch",
@@ -28,10 +30,10 @@ __all__ = [
     "combine",
     "combine_backward",
     "combine_jvp",
-    "common_keys",
     "forward",
     "forward_batch",
-    "forward_common",
+    "forward_planned",
     "fp8_backward",
     "jvp",
+    "plan_batch",
 ]

@@ -16,30 +16,24 @@ def forward_batch(
     q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, s_aux: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor] | None:
     """O and LSE; None if it is not such a batch."""
-    common = common_keys(q, k, v, qv, s_aux, options)
-    return None if common is None else forward_common(q, k, v, common, options)
+    plan = plan_batch(q, k, v, qv, s_aux, options)
+    return None if plan is None else forward_planned(q, k, v, plan)
 
 
-def common_keys(
+def plan_batch(
     q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, s_aux: Tensor | None, options: Options
-) -> int | None:
-    """`compiled.common_keys` of such a batch's forward; None if it is none."""
-    return None if qv is not None or s_aux is not None else _common_keys(q, k, v, options)
+) -> compiled.Plan | None:
+    """How the forward of such a batch is served; None if it is none."""
+    common = None if qv is not None or s_aux is not None else _common_keys(q, k, v, options)
+    return None if common is None else compiled.plan(q, k, v, common, options, has_sink=False)
 
 
-def forward_common(
-    q: Tensor, k: Tensor, v: Tensor, common: int, options: Options
+def forward_planned(
+    q: Tensor, k: Tensor, v: Tensor, plan: compiled.Plan
 ) -> tuple[Tensor, Tensor] | None:
-    """`forward_batch` where `common_keys` is known. None: that is for tiles."""
-    scale = options.scale(q)
-    if compiled.is_for_parts(q, k, common):
-        made = compiled.attend_in_parts(q, k, v, scale)
-    else:
-        whole = common in (0, k.shape[1])
-        dtype = q.dtype if whole and compiled.has_products(q.dtype) else torch.float32
-        operands = [compiled.operand(x, dtype, q.shape[3]) for x in (q, k, v)]
-        made = compiled.attend(operands, common, scale)
-    if made is None or (common < k.shape[1] and not compiled.is_finite(made[0])):
+    """`forward_batch` by its plan. None: that is for tiles."""
+    made = compiled.attend_by(plan, q, k, v)
+    if made is None or (plan.common < k.shape[1] and not compiled.is_finite(made[0])):
         return None
     o, lse = made
     return _tokens_first(o, q.dtype), lse.contiguous()
@@ -85,4 +79,7 @@ def _tokens_first(x: Tensor, dtype: torch.dtype) -> Tensor:
     d) that is no view: autograd makes a difference."""
     if x._is_view():
         return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format, copy=True)
-    return x.transpose_(1, 2).to(dtype, memory_format=torch.contiguous_format)
+    x.transpose_(1, 2)
+    if x.dtype == dtype and x.is_contiguous():
+        return x
+    return x.to(dtype, memory_format=torch.contiguous_format)

@@ -18,6 +18,7 @@ not what is expected, nothing is served.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -41,6 +42,8 @@ _MOST_LSE = 100.0
 #: in the caches of the CPU, and the results merged.
 _FEW_QUERIES = 16
 _KEYS_OF_PART = 512
+#: So many numbers are looked at one by one sooner than by reductions.
+_FEW_ROWS = 64
 #: With one key P is 1 and dS is 0, which roundings of LSE and rowsum(dO * O) would miss.
 LEAST_KEYS = 2
 
@@ -58,9 +61,12 @@ def ops() -> Ops | None:
     """torch's ops; None where this torch has none that do what is expected."""
     aten = torch.ops.aten
     try:
+        # The function of the same name is called in half of the time that the op takes to read its
+        # arguments; the backward has none.
+        name = "_scaled_dot_product_flash_attention_for_cpu"
         found = Ops(
-            aten._scaled_dot_product_flash_attention_for_cpu.default,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+            getattr(torch, name, None) or getattr(aten, name).default,
+            getattr(aten, f"{name}_backward").default,
         )
         return found if _are_right(found) else None
     except (AttributeError, RuntimeError, TypeError, ValueError):
@@ -130,14 +136,41 @@ def attend(operands: Sequence[Tensor], common: int, scale: float) -> tuple[Tenso
     return (o, lse) if _is_told(lse) else None
 
 
-def is_for_parts(queries: Tensor, keys: Tensor, common: int) -> bool:
-    """Whether `attend_in_parts` serves them better: tokens, (B, seqlen, heads, d)."""
-    return (
-        common == keys.shape[1]
+class Plan(NamedTuple):
+    """How the ops serve a batch: what sizes, types and options decide, and no data."""
+
+    common: int  # keys, as `common_keys` says
+    scale: float
+    dtype: torch.dtype  # of the products
+    channels: int  # of the operands, filled up
+    in_parts: bool  # whether 16-bit keys are converted a part at a time
+
+
+def plan(
+    queries: Tensor, keys: Tensor, values: Tensor, common: int, options: Options, *, has_sink: bool
+) -> Plan:
+    """For tokens (B, seqlen, heads, d)."""
+    seqlen_k, channels = keys.shape[1], max(keys.shape[3], values.shape[3])
+    whole = common in (0, seqlen_k) and not has_sink
+    in_parts = (
+        common == seqlen_k >= 2 * _KEYS_OF_PART
         and queries.shape[1] <= _FEW_QUERIES
-        and keys.shape[1] >= 2 * _KEYS_OF_PART
+        and channels == min(keys.shape[3], values.shape[3])
         and not has_products(keys.dtype)
     )
+    dtype = queries.dtype if whole and has_products(queries.dtype) else torch.float32
+    return Plan(common, options.scale(queries), dtype, channels, in_parts)
+
+
+def attend_by(
+    plan: Plan, queries: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """`attend` of tokens (B, seqlen, heads, d)."""
+    if plan.in_parts:
+        return attend_in_parts(queries, keys, values, plan.scale)
+    dtype, channels = plan.dtype, plan.channels
+    q, k = operand(queries, dtype, channels), operand(keys, dtype, channels)
+    return attend((q, k, operand(values, dtype, channels)), plan.common, plan.scale)
 
 
 def attend_in_parts(
@@ -242,17 +275,9 @@ def _forward(
     options: Options,
 ) -> tuple[Tensor, Tensor] | None:
     """O (B, seqlen_q, heads, head_dim_v) and LSE. None: parts cannot be merged."""
-    whole = s_aux is None and group.common in (0, keys.shape[1])
-    dtype = queries.dtype if whole and has_products(queries.dtype) else torch.float32
-    channels = max(keys.shape[-1], values.shape[-1])
-    scale = options.scale(queries)
-    if channels == min(keys.shape[-1], values.shape[-1]) and is_for_parts(
-        queries, keys, group.common
-    ):
-        made = attend_in_parts(queries, keys, values, scale)
-    else:
-        operands = [operand(x, dtype, channels) for x in (queries, keys, values)]
-        made = attend(operands, group.common, scale)
+    has_sink = s_aux is not None
+    planned = plan(queries, keys, values, group.common, options, has_sink=has_sink)
+    made = attend_by(planned, queries, keys, values)
     if made is None:
         return None
     o, lse = made
@@ -372,6 +397,12 @@ def _has_scores(lse: Tensor) -> bool:
 
 def _is_told(lse: Tensor) -> bool:
     """Both: `_has_scores`, and a backward may rely on it."""
+    if lse.numel() <= _FEW_ROWS:
+        for head in itertools.chain.from_iterable(lse.tolist()):
+            for x in head:
+                if not 0.0 < abs(x) <= _MOST_LSE:
+                    return False
+        return True
     least, most = (x.item() for x in lse.aminmax())
     if least < 0.0:
         least, most = (x.item() for x in lse.abs().aminmax())
