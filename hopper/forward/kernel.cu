@@ -61,28 +61,41 @@ constexpr KernelInfo describe() {
     return info;
 }
 
+// What the other warps of the producer warpgroup do, by their number.
+template <class Config>
+__device__ __forceinline__ void help_producer(ForwardParams const& params, SharedStorage<Config>& shared,
+                                              int warp) {
+    constexpr int kFirstTransposer = 1 + Config::kGatherWarps;
+    if constexpr (Config::kGather) {
+        if (warp > 0 && warp < kFirstTransposer) {
+            gather_pages(params, shared, warp - 1);
+        }
+    }
+    if constexpr (Config::kTransposeV) {
+        if (warp >= kFirstTransposer) {
+            Transposer<Config>(params, shared, warp - kFirstTransposer).run();
+        }
+    }
+}
+
 // By the producer warpgroup. A template, so that roles which a variant lacks are not compiled.
 template <class Config>
 __device__ __forceinline__ void produce(ForwardParams const& params, SharedStorage<Config>& shared) {
     if constexpr (Config::kWidens) {
         int const warp = threadIdx.x / 32;
         Widener<Config>(params, shared, __shfl_sync(0xffffffff, warp, 0)).run();
-    } else {
+    } else if constexpr (Config::kPaged) {
         if (threadIdx.x < 32) {
             Producer<Config>(params, shared).run();
         }
-        int const warp = threadIdx.x / 32;  // not before: it would be kept while this warp loads
-        constexpr int kFirstTransposer = 1 + Config::kGatherWarps;
-        if constexpr (Config::kGather) {
-            if (warp > 0 && warp < kFirstTransposer) {
-                gather_pages(params, shared, warp - 1);
-            }
+        // The warp that loads pages has no register in which to keep its number.
+        help_producer<Config>(params, shared, threadIdx.x / 32);
+    } else {
+        int const warp = threadIdx.x / 32;
+        if (warp == 0) {
+            Producer<Config>(params, shared).run();
         }
-        if constexpr (Config::kTransposeV) {
-            if (warp >= kFirstTransposer) {
-                Transposer<Config>(params, shared, warp - kFirstTransposer).run();
-            }
-        }
+        help_producer<Config>(params, shared, warp);
     }
 }
 
