@@ -11,6 +11,7 @@ from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
+from flash8_sim.mutate import Mutation, mutations
 
 from .backward import Backward
 from .decode import Decode
@@ -31,6 +32,11 @@ FAMILIES: tuple[Family, ...] = (
     Forward("forward_fp8_cluster", ForwardVariant("e4m3", 64, 64, scales="head", cluster=True)),
     Backward("backward_16bit", BackwardVariant("bf16", 128, 128, mask="causal")),
     Decode("decode_fp8", DecodeVariant("bf16", "e4m3", 128, 128, 8)),
+    Decode("decode_16bit", DecodeVariant("bf16", "same", 128, 128, 8)),
+    Decode("decode_gather", DecodeVariant("bf16", "e4m3", 128, 128, 8, load="gather")),
+    Decode("decode_append", DecodeVariant("bf16", "same", 128, 128, 8, append=True)),
+    Decode("decode_team", DecodeVariant("bf16", "e4m3", 64, 512, 16, qv=True)),
+    Decode("decode_key_scales", DecodeVariant("bf16", "e4m3", 128, 128, 8, scales="key")),
     Quantizer("quantize_cast", QuantizeVariant("cast", "bf16", 64)),
     Quantizer("quantize_cast_v_colmajor", QuantizeVariant("cast", "bf16", 64, v_colmajor=True)),
     Quantizer("quantize_amax", QuantizeVariant("amax", "bf16", 64)),
@@ -40,3 +46,23 @@ FAMILIES: tuple[Family, ...] = (
     Quantizer("append_to_e4m3", AppendVariant("bf16", "e4m3")),
     Gemm("gemm_block", GemmVariant("block", 128, 128)),
 )
+
+#: Families of the same kernel. A mutant of both has the same synchronizing statements around it,
+#: and where it survives both lists would say the same: the reason stands in that of the first.
+FOUNDED_ON = {
+    "decode_16bit": ("decode_fp8",),
+    "decode_gather": ("decode_fp8",),
+    "decode_append": ("decode_fp8",),
+    "decode_team": ("decode_fp8",),
+    "decode_key_scales": ("decode_fp8", "decode_gather"),
+}
+
+
+def family(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
+
+
+def own_mutants(of: Family) -> list[Mutation]:
+    """Those that no family has which this one is founded on."""
+    others = {m.id for name in FOUNDED_ON.get(of.name, ()) for m in mutations(family(name).ptx())}
+    return [m for m in mutations(of.ptx()) if m.id not in others]

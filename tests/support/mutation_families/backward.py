@@ -11,7 +11,7 @@ from flash8.backends.hopper.backward_variants import BackwardVariant
 from forward_cases import device, int32, packed
 from tolerances import rel_l2
 
-from .runs import Run, by_seed, image_of, loading, text_of
+from .runs import Run, by_seed, image_of, loaded_bytes, loading, text_of
 
 
 @functools.cache
@@ -48,10 +48,10 @@ def launch(
     try:
         given = backward_cases.saved(problem)
         found = backward_cases.launch(variant, given, seed=seed, built=kernels)
-        loaded = device().report()["statistics"]["bytes"]
+        loaded = loaded_bytes(device())
     finally:
         device().configure(watch="")
-    return found, sum(n for name, n in loaded.items() if name in ("tensor load", "bulk load"))
+    return found, loaded
 
 
 @dataclass(frozen=True)

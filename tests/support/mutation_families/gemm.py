@@ -12,7 +12,7 @@ from flash8 import _native
 from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.call.scaled_mm import Product
 
-from .runs import Run, image_of, text_of
+from .runs import Run, image_of, loaded_bytes, text_of
 
 
 @functools.cache
@@ -56,4 +56,4 @@ class Gemm:
     def _multiply(self, product: Product, seed: int) -> tuple[Tensor, int]:
         with pytest.MonkeyPatch.context() as patch:
             out = gemm_cases.on_kernel(patch, product, self.variant, seed=seed)
-        return out, gemm_cases.device().report()["statistics"]["bytes"]["tensor load"]
+        return out, loaded_bytes(gemm_cases.device())

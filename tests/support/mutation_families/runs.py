@@ -39,6 +39,12 @@ def launching(device: SimulatedDevice, seed: int) -> Iterator[None]:
         raise AssertionError(f"seed {seed}: {device.last_error()}") from error
 
 
+def loaded_bytes(device: SimulatedDevice) -> int:
+    """What the last launch has loaded into shared memory."""
+    loaded = device.report()["statistics"]["bytes"]
+    return sum(n for name, n in loaded.items() if name in ("tensor load", "bulk load", "cp.async"))
+
+
 def by_seed(
     problems: Iterable[Problem], seeds: Iterable[Iterable[int]], wanted: Iterable[Result]
 ) -> list[tuple[int, Problem, Result]]:
