@@ -30,6 +30,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Forward("forward_16bit_cluster", ForwardVariant("bf16", 64, 64, cluster=True)),
     Forward("forward_fp8_cluster", ForwardVariant("e4m3", 64, 64, scales="head", cluster=True)),
+    Forward("forward_widened", ForwardVariant("bf16", 64, 64, mask="causal", cache="e4m3")),
     Backward("backward_16bit", BackwardVariant("bf16", 128, 128, mask="causal")),
     Decode("decode_fp8", DecodeVariant("bf16", "e4m3", 128, 128, 8)),
     Decode("decode_16bit", DecodeVariant("bf16", "same", 128, 128, 8)),
@@ -50,6 +51,7 @@ FAMILIES: tuple[Family, ...] = (
 #: Families of the same kernel. A mutant of both has the same synchronizing statements around it,
 #: and where it survives both lists would say the same: the reason stands in that of the first.
 FOUNDED_ON = {
+    "forward_widened": ("forward_16bit",),
     "decode_16bit": ("decode_fp8",),
     "decode_gather": ("decode_fp8",),
     "decode_append": ("decode_fp8",),

@@ -10,9 +10,9 @@ from torch import Tensor
 from flash8.backends.hopper.variants import ForwardVariant
 from forward_cases import compare, device, draw, int32, masks, packed, poisoned
 from forward_launch import Call, ForwardKernel, Schedule
-from fp8_forward_cases import descales
+from fp8_forward_cases import cache_descales, descales
 
-from .runs import Run, by_seed, image_of, launching, loading, text_of
+from .runs import Run, by_seed, image_of, launching, loaded_bytes, loading, text_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ def packed_call(variant: ForwardVariant, lengths: tuple[int, ...], heads: int = 
     if variant.dtype == "e4m3":
         blocks = total // 128 + len(lengths)
         scales = descales(variant, len(lengths), heads, 1, blocks, blocks, packed=True)
+    elif variant.cache == "e4m3":
+        scales = cache_descales(len(lengths))
     used = int32([*lengths[:-2], max(0, lengths[-2] - 3), 0])
     indices = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "seqused_k": used}
     given = {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths), "descales": scales}
@@ -50,6 +52,8 @@ def dense_call(variant: ForwardVariant, rows: int, keys: int, heads: int) -> Cal
     if variant.dtype == "e4m3":
         blocks = -(-rows // 128), -(-keys // 128)
         scales = {"descales": descales(variant, 1, heads, 1, *blocks)}
+    elif variant.cache == "e4m3":
+        scales = {"descales": cache_descales(1)}
     return Call(q, k, v, variant.head_dim**-0.5, **masks(variant), **scales)
 
 
@@ -76,10 +80,10 @@ def load(ptx: str) -> ForwardKernel:
 
 
 def launch(kernel: ForwardKernel, problem: Problem, seed: int) -> tuple[Tensor, Tensor, int]:
-    """O, LSE, and how many bytes TMA has loaded."""
+    """O, LSE, and how many bytes have been loaded into shared memory."""
     with launching(device(), seed):
         o, lse = kernel(problem.call, problem.schedule)
-    return o, lse, device().report()["statistics"]["bytes"]["tensor load"]
+    return o, lse, loaded_bytes(device())
 
 
 @dataclass(frozen=True)
