@@ -42,7 +42,8 @@ __device__ __forceinline__ float checked_ratio(float k_descale, float v_descale)
 
 // The product of three positive factors; NaN stays NaN. The smallest meets the largest first, so nothing
 // overflows or vanishes on the way. It is a normal number: 0 times the -inf of a hidden key would be NaN, and
-// with scales so small all scores are 0 as good as exactly.
+// with scales so small all scores are 0 as good as exactly. One that overflows is NaN: by infinity a row of
+// negative scores would look like one without keys.
 __device__ __forceinline__ float score_scale(float softmax_scale, float descale, float q_scale) {
     if (isnan(descale) || isnan(q_scale)) {
         return NAN;
@@ -50,7 +51,8 @@ __device__ __forceinline__ float score_scale(float softmax_scale, float descale,
     float const low = fminf(softmax_scale, descale);
     float const high = fmaxf(softmax_scale, descale);
     float const middle = fmaxf(low, fminf(high, q_scale));
-    return fmaxf(fminf(low, q_scale) * fmaxf(high, q_scale) * middle, FLT_MIN);
+    float const product = fmaxf(fminf(low, q_scale) * fmaxf(high, q_scale) * middle, FLT_MIN);
+    return product == INFINITY ? NAN : product;
 }
 
 // That of a row of an e4m3 Q. Blocks of a packed Q begin with their sequence; other granularities have

@@ -87,10 +87,11 @@ class Consumer {
                 int const head_kv = kv_head<Config::kPackGqa>(params_, tile);
                 KeyDescale<false> const k_descale(params_.k_descale, info, false, tile.batch, head_kv);
                 KeyDescale<false> const v_descale(params_.v_descale, info, false, tile.batch, head_kv);
-                // 0 times the -inf of a hidden key would be NaN.
+                // 0 times the -inf of a hidden key would be NaN. And by infinity a row of negative scores
+                // would look like one without keys, which NaN does not.
                 constexpr float kSmallest = 1.17549435e-38f;
                 float const product = scale * checked_descale(k_descale.of(0));
-                scale = product < kSmallest ? kSmallest : product;
+                scale = product == INFINITY ? NAN : product < kSmallest ? kSmallest : product;
                 of_o.v_scale = checked_descale(v_descale.of(0));
             }
         }

@@ -153,6 +153,18 @@ def test_a_bound_of_queries_that_is_too_low(heads):
     assert not o[dropped].any() and (lse[:, dropped] == -float("inf")).all()
 
 
+def test_a_scale_that_overflows():
+    """NaN in the sequences that have it: by infinity, a row of negative scores would look like one
+    without keys."""
+    call = call_of(TMA)
+    k_descale = call.k_descale.clone()
+    k_descale[1] = 2.0**126
+    call = replace(call, q=call.q.abs(), k=(-call.k.float().abs()).to(call.k.dtype))
+    ((o, lse),) = launch(TMA, replace(call, k_descale=k_descale, softmax_scale=2.0**20))
+    assert o[1].isnan().all() and lse[1].isnan().all()
+    assert not o[[0, 2, 3]].isnan().any() and not lse[[0, 2, 3]].isnan().any()
+
+
 @pytest.mark.parametrize("descale", [0.0, -1.0, float("inf"), float("nan"), 2.0**127])
 @pytest.mark.parametrize("name", ["k_descale", "v_descale"])
 def test_descales(name, descale):

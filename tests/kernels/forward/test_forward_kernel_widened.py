@@ -116,6 +116,18 @@ def test_an_invalid_descale_is_loud(name, value):
     assert lse[1].isnan().all() == (name == "k_descale")
 
 
+def test_a_scale_that_overflows_is_loud():
+    """In the sequences that have such a descale. By infinity, negative scores alone would make O
+    zero."""
+    call = dense_call(CAUSAL, (40, 30), seqlen_q=20)
+    call = replace(call, q=call.q.abs(), k=(-call.k.float().abs()).to(E4M3), softmax_scale=3.0)
+    given = cache_descales(2)
+    given["k_descale"] = torch.tensor([[1.0], [2.0**126]])
+    o, lse = launch(CAUSAL, replace(call, descales=given))
+    assert not o[0].isnan().any() and not lse[0].isnan().any()
+    assert o[1].isnan().all() and lse[1].isnan().all()
+
+
 def test_a_scale_that_vanishes():
     """All keys weigh the same then; 0 times the -inf of a hidden key would be NaN."""
     call = dense_call(CAUSAL, (40,), seqlen_q=20, heads=1)
