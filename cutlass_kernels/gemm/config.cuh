@@ -11,7 +11,7 @@
 #include <cutlass/numeric_types.h>
 #include <cute/arch/mma_sm90.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
-#include <cute/tensor.hpp>
+#include <cute/tensor_impl.hpp>
 
 namespace flash8::gemm {
 
@@ -49,12 +49,13 @@ struct Config {
     static constexpr int kStageBytes = kBytesA + kBytesB + 4 * kScaleFloats;
     static constexpr int kStages = (227 * 1024 - 1024) / kStageBytes;
 
-    using Mma = decltype(cute::make_tiled_mma(
-        cute::GMMA::ss_op_selector<Element, Element, float,
-                                   cute::Shape<cute::_64, cute::Int<kBlockN>, cute::Int<kBlockK>>>()));
+    using Mma = cute::MMA_Traits<
+        decltype(cute::GMMA::ss_op_selector<
+                 Element, Element, float, cute::Shape<cute::_64, cute::Int<kBlockN>, cute::Int<kBlockK>>>())>;
     // A thread's part of 64 x kBlockN accumulators: ((2 columns, 2 rows, kBlockN / 8), 1, 1).
-    using Accumulator =
-        decltype(cute::partition_fragment_C(Mma{}, cute::Shape<cute::_64, cute::Int<kBlockN>>{}));
+    using Accumulator = decltype(cute::make_tensor<float>(
+        cute::Layout<
+            cute::Shape<cute::Shape<cute::_2, cute::_2, cute::Int<kBlockN / 8>>, cute::_1, cute::_1>>{}));
 };
 
 // Scales of a stage: of kBlockM rows of A, and of the tile's columns of B.

@@ -11,6 +11,8 @@
 #include "arch/wgmma_k_major.cuh"
 #include "tile_walk.cuh"
 
+#include <cute/algorithm/clear.hpp>
+
 namespace flash8::gemm {
 
 class Mainloop {

@@ -3,19 +3,19 @@
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
-#include <cute/atom/mma_atom.hpp>
-#include <cute/tensor.hpp>
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/tensor_impl.hpp>
 #include <type_traits>
 
 namespace flash8 {
 
-// Issues c = a b (kZero) or c += a b over all k-steps as one group; the caller waits for it. Until then the
-// product owns c's registers, and a's if a is in registers: code may write them only before the call or after
-// the wait.
+// Mma: CuTe's traits of an operation. Issues c = a b (kZero) or c += a b over all k-steps as one group; the
+// caller waits for it. Until then the product owns c's registers, and a's if a is in registers: code may
+// write them only before the call or after the wait.
 template <bool kZero, class Mma, class A, class B, class C>
 __device__ __forceinline__ void multiply(Mma& mma, A& a, B const& b, C& c) {
     using namespace cute;
-    if constexpr (!std::is_base_of_v<GMMA::DescriptorIterator, typename Mma::FrgTypeA>) {
+    if constexpr (!std::is_same_v<typename A::engine_type::iterator, GMMA::DescriptorIterator>) {
         warpgroup_fence_operand(a);
     }
     warpgroup_fence_operand(c);
@@ -23,7 +23,8 @@ __device__ __forceinline__ void multiply(Mma& mma, A& a, B const& b, C& c) {
     mma.accumulate_ = kZero ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
 #pragma unroll
     for (int k = 0; k < size<2>(a); ++k) {
-        gemm(mma, a(_, _, k), b(_, _, k), c);
+        auto out = c(_, 0, 0);
+        mma_unpack(mma, out, a(_, 0, k), b(_, 0, k), out);
         mma.accumulate_ = GMMA::ScaleOut::One;
     }
     warpgroup_commit_batch();

@@ -7,8 +7,8 @@
 #include "ptx.cuh"
 
 #include <cute/arch/mma_sm90_gmma.hpp>
-#include <cute/atom/mma_atom.hpp>
-#include <cute/tensor.hpp>
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/tensor_impl.hpp>
 
 namespace flash8 {
 
@@ -38,7 +38,7 @@ __device__ __forceinline__ void multiply_k_major(Mma& mma, uint32_t a, uint32_t 
         descriptor_a(0) = kHigh | (a + k * kStep / 16);
         descriptor_b(0) = kHigh | (b + k * kStep / 16);
         auto out = c(_, 0, 0);
-        mma.call(out, descriptor_a, descriptor_b, out);
+        mma_unpack(mma, out, descriptor_a, descriptor_b, out);
         mma.accumulate_ = GMMA::ScaleOut::One;
     }
     warpgroup_commit_batch();

@@ -6,7 +6,6 @@
 #include <cutlass/numeric_types.h>
 #include <cstdint>
 #include <cute/arch/mma_sm90.hpp>
-#include <cute/atom/mma_atom.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <type_traits>
 
@@ -59,15 +58,15 @@ __device__ __forceinline__ void mma_unpack(cute::MMA_Traits<Product64x48<Element
                          static_cast<int>(traits.accumulate_));
 }
 
-// The tiled product of 64 x kN, A by rows and B by columns.
+// The product of 64 x kN, A by rows and B by columns.
 template <class Element, int kN, int kDepth>
 constexpr auto columns_mma() {
     using namespace cute;
     if constexpr (kN == 48) {
-        return make_tiled_mma(Product64x48<Element>{});
+        return Product64x48<Element>{};
     } else {
-        return make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kN>, Int<kDepth>>,
-                                                   GMMA::Major::K, GMMA::Major::MN>());
+        return GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kN>, Int<kDepth>>, GMMA::Major::K,
+                                    GMMA::Major::MN>();
     }
 }
 

@@ -7,7 +7,6 @@
 #include <cutlass/numeric_types.h>
 #include <cstdint>
 #include <cute/arch/mma_sm90.hpp>
-#include <cute/atom/mma_atom.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <type_traits>
 
@@ -119,15 +118,14 @@ __device__ __forceinline__ void mma_unpack(cute::MMA_Traits<WideScores<Element, 
                        static_cast<int>(traits.accumulate_));
 }
 
-// The tiled product of 64 x kN scores.
+// The product of 64 x kN scores.
 template <class Element, int kN, int kHeadDim>
 constexpr auto scores_mma() {
     using namespace cute;
     if constexpr (kIsWideScores<Element, kN>) {
-        return make_tiled_mma(WideScores<Element, kN>{});
+        return WideScores<Element, kN>{};
     } else {
-        return make_tiled_mma(
-            GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kN>, Int<kHeadDim>>>());
+        return GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kN>, Int<kHeadDim>>>();
     }
 }
 

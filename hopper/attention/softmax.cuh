@@ -5,7 +5,7 @@
 
 #include "../arch/ptx.cuh"
 
-#include <cute/tensor.hpp>
+#include <cute/tensor_impl.hpp>
 
 namespace flash8 {
 

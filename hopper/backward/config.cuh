@@ -5,7 +5,7 @@
 
 #include "../arch/pipeline.cuh"
 #include "../arch/registers.cuh"
-#include "../arch/smem_layout.cuh"
+#include "../arch/smem_tile.cuh"
 #include "../arch/wgmma_m64n48.cuh"
 #include "../attention/dropout.cuh"
 #include "key_tile.cuh"
@@ -13,7 +13,7 @@
 
 #include <cute/arch/mma_sm90.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
-#include <cute/tensor.hpp>
+#include <cute/tensor_impl.hpp>
 
 namespace flash8 {
 
@@ -69,41 +69,23 @@ struct BackwardConfig : BackwardVariant {
     static constexpr int kPanelV = panel_bytes(kColumnsDv * sizeof(Element)) / sizeof(Element);
     static constexpr int kPanelDq = panel_bytes(kDqColumns * sizeof(Element)) / sizeof(Element);
     static constexpr int kPanelK = cute::min(kPanelQ, kPanelDq);
-    template <int kPanel>
-    using KMajor = typename SwizzleAtoms<Element, kPanel * sizeof(Element)>::KMajor;
-    template <int kPanel>
-    using MnMajor = typename SwizzleAtoms<Element, kPanel * sizeof(Element)>::MnMajor;
-
-    // Each tile as it is, and transposed: the same bytes.
-    template <int kPanel, int kRows, int kColumns, int kCount = 1>
-    using Tile = decltype(cute::tile_to_shape(
-        KMajor<kPanel>{}, cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Int<kCount>>{}));
-    template <int kPanel, int kRows, int kColumns, int kCount = 1>
-    using Transposed = decltype(cute::tile_to_shape(
-        MnMajor<kPanel>{}, cute::Shape<cute::Int<kColumns>, cute::Int<kRows>, cute::Int<kCount>>{},
-        cute::Step<cute::_2, cute::_1, cute::_3>{}));
-    using SmemQ = Tile<kPanelQ, kBlockM, kHeadDim, kStages>;
-    using SmemQt = Transposed<kPanelQ, kBlockM, kHeadDim, kStages>;
-    using SmemDo = Tile<kPanelV, kBlockM, kHeadDimV, kStagesDo>;
-    using SmemDot = Transposed<kPanelV, kBlockM, kHeadDimV, kStagesDo>;
-    using SmemK = Tile<kPanelK, kBlockN, kHeadDim>;
-    using SmemKt = Transposed<kPanelK, kBlockN, kHeadDim>;
-    using SmemV = Tile<kPanelV, kBlockN, kHeadDimV>;
+    using TileQ = SmemTile<Element, kPanelQ, kBlockM, kHeadDim, kStages>;
+    using TileDo = SmemTile<Element, kPanelV, kBlockM, kHeadDimV, kStagesDo>;
+    using TileK = SmemTile<Element, kPanelK, kBlockN, kHeadDim>;
+    using TileV = SmemTile<Element, kPanelV, kBlockN, kHeadDimV>;
     static constexpr int kPanelDs = 64;  // keys: those of one warpgroup
-    using SmemDs = Tile<kPanelDs, kBlockM, kBlockN, kStages>;
-    using SmemDst = Transposed<kPanelDs, kBlockM, kBlockN, kStages>;
-    using SmemPt = Transposed<kPanelDs, kBlockM, kBlockN>;
+    using TileDs = SmemTile<Element, kPanelDs, kBlockM, kBlockN, kStages>;
+    using TileP = SmemTile<Element, kPanelDs, kBlockM, kBlockN>;
 
     // FP8: Q, K and V as they are stored.
     static constexpr int kPanelQ8 = panel_bytes(kHeadDim);
     static constexpr int kPanelV8 = panel_bytes(kHeadDimV);
-    template <int kRows, int kCount>
-    using Tile8 = decltype(cute::tile_to_shape(
-        typename SwizzleAtoms<cutlass::float_e4m3_t, kPanelQ8>::KMajor{},
-        cute::Shape<cute::Int<kRows>, cute::Int<kHeadDim>, cute::Int<kCount>>{}));
+    using TileQ8 = SmemTile<cutlass::float_e4m3_t, kPanelQ8, kBlockM, kHeadDim, kStages>;
+    using TileK8 = SmemTile<cutlass::float_e4m3_t, kPanelQ8, kBlockN, kHeadDim>;
+    using TileV8 = SmemTile<cutlass::float_e4m3_t, kPanelV8, kBlockN, kHeadDimV>;
     // What S is made from.
-    using SmemScoreQ = std::conditional_t<kFp8, Tile8<kBlockM, kStages>, SmemQ>;
-    using SmemScoreK = std::conditional_t<kFp8, Tile8<kBlockN, 1>, SmemK>;
+    using TileScoreQ = std::conditional_t<kFp8, TileQ8, TileQ>;
+    using TileScoreK = std::conditional_t<kFp8, TileK8, TileK>;
 
     static constexpr auto kK = cute::GMMA::Major::K;
     static constexpr auto kMn = cute::GMMA::Major::MN;
@@ -111,13 +93,13 @@ struct BackwardConfig : BackwardVariant {
     using Shape = cute::Shape<cute::_64, cute::Int<kN>, cute::Int<kDepth>>;
     // S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T can be operands in registers. Split by channels,
     // they are operands in shared memory, where both warpgroups have written them.
-    using MmaS = decltype(cute::make_tiled_mma(
-        cute::GMMA::ss_op_selector<Stored, Stored, float, Shape<kQueries, kHeadDim>>()));
-    using MmaDp = decltype(cute::make_tiled_mma(
-        cute::GMMA::ss_op_selector<Element, Element, float, Shape<kBlockDp, kHeadDimV>>()));
-    using MmaDv = decltype(cute::make_tiled_mma(keys_mma<Element, kSplitChannels, kColumnsDv, kBlockM>()));
-    using MmaDk = decltype(cute::make_tiled_mma(keys_mma<Element, kSplitChannels, kColumnsDk, kBlockM>()));
-    using MmaDq = decltype(columns_mma<Element, kDqColumns, kBlockN>());
+    using MmaS = cute::MMA_Traits<
+        decltype(cute::GMMA::ss_op_selector<Stored, Stored, float, Shape<kQueries, kHeadDim>>())>;
+    using MmaDp = cute::MMA_Traits<
+        decltype(cute::GMMA::ss_op_selector<Element, Element, float, Shape<kBlockDp, kHeadDimV>>())>;
+    using MmaDv = cute::MMA_Traits<decltype(keys_mma<Element, kSplitChannels, kColumnsDv, kBlockM>())>;
+    using MmaDk = cute::MMA_Traits<decltype(keys_mma<Element, kSplitChannels, kColumnsDk, kBlockM>())>;
+    using MmaDq = cute::MMA_Traits<decltype(columns_mma<Element, kDqColumns, kBlockN>())>;
     // P^T, later dS^T, of 64 keys: eight accumulators are one k-step's fragment, in the same order.
     using LayoutP = cute::Layout<
         cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<kQueries / 16>>>;

@@ -10,6 +10,8 @@
 #include "mainloop_split.cuh"
 #include "producer.cuh"
 
+#include <cute/algorithm/clear.hpp>
+
 namespace flash8 {
 
 using Config = BackwardConfig;
@@ -29,21 +31,15 @@ constexpr KernelInfo describe() {
         auto const box8 = [](unsigned panel, unsigned rows, Swizzle swizzle) {
             return TmaBox{4, {panel, rows, 1, 1, 1}, ElementType::kUint8, swizzle};
         };
-        constexpr Swizzle kSwizzleQ = SwizzleAtoms<uint8_t, Config::kPanelQ8>::kSwizzle;
-        info.tma[0] = box8(Config::kPanelQ8, Config::kBlockM, kSwizzleQ);
-        info.tma[1] = box8(Config::kPanelQ8, Config::kBlockN, kSwizzleQ);
-        info.tma[2] =
-            box8(Config::kPanelV8, Config::kBlockN, SwizzleAtoms<uint8_t, Config::kPanelV8>::kSwizzle);
+        info.tma[0] = box8(Config::kPanelQ8, Config::kBlockM, Config::TileQ8::kSwizzle);
+        info.tma[1] = box8(Config::kPanelQ8, Config::kBlockN, Config::TileK8::kSwizzle);
+        info.tma[2] = box8(Config::kPanelV8, Config::kBlockN, Config::TileV8::kSwizzle);
     } else {
-        info.tma[0] =
-            box(Config::kPanelQ, Config::kBlockM, SwizzleAtoms<uint16_t, 2 * Config::kPanelQ>::kSwizzle);
-        info.tma[1] =
-            box(Config::kPanelK, Config::kBlockN, SwizzleAtoms<uint16_t, 2 * Config::kPanelK>::kSwizzle);
-        info.tma[2] =
-            box(Config::kPanelV, Config::kBlockN, SwizzleAtoms<uint16_t, 2 * Config::kPanelV>::kSwizzle);
+        info.tma[0] = box(Config::kPanelQ, Config::kBlockM, Config::TileQ::kSwizzle);
+        info.tma[1] = box(Config::kPanelK, Config::kBlockN, Config::TileK::kSwizzle);
+        info.tma[2] = box(Config::kPanelV, Config::kBlockN, Config::TileV::kSwizzle);
     }
-    info.tma[3] =
-        box(Config::kPanelV, Config::kBlockM, SwizzleAtoms<uint16_t, 2 * Config::kPanelV>::kSwizzle);
+    info.tma[3] = box(Config::kPanelV, Config::kBlockM, Config::TileDo::kSwizzle);
     return info;
 }
 

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include <cute/tensor.hpp>
+#include <cute/tensor_impl.hpp>
 
 namespace flash8 {
 

@@ -16,8 +16,6 @@ class OperandsSplit {
     static constexpr int kBlockN = Config::kBlockN;
     static constexpr int kStages = Config::kStages;
     static constexpr int kStagesDo = Config::kStagesDo;
-    template <int kRows, int kColumns, int kCount>
-    using Box = cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Int<kCount>>;
 
   public:
     __device__ __forceinline__ OperandsSplit(BackwardParams const& params, SharedStorage<Config>& shared,
@@ -28,13 +26,11 @@ class OperandsSplit {
     __device__ __forceinline__ void issue_s(int stage, Accumulator& s) const {
         using namespace cute;
         typename Config::MmaS mma;
-        auto thread = mma.get_slice(threadIdx.x % 128);
-        Tensor sK = make_tensor(make_smem_ptr(shared_.score_keys()), typename Config::SmemScoreK{});
-        Tensor sQ = make_tensor(make_smem_ptr(shared_.score_queries()), typename Config::SmemScoreQ{});
-        Tensor queries =
-            local_tile(sQ, Box<Config::kQueries, Config::kHeadDim, kStages>{}, make_coord(warpgroup_, 0, 0));
-        Tensor a = made_anew(thread.partition_fragment_A(sK), stage * params_.zero);
-        Tensor b = thread.partition_fragment_B(queries);
+        constexpr int kQueries = Config::kQueries;
+        Tensor keys = Config::TileScoreK::template by_rows<kBlockN>(shared_.score_keys());
+        Tensor a = made_anew(keys, stage * params_.zero);
+        Tensor b =
+            Config::TileScoreQ::template by_rows<kQueries>(shared_.score_queries(), warpgroup_ * kQueries);
         multiply<true>(mma, a, b(_, _, _, stage), s);
     }
 
@@ -43,13 +39,10 @@ class OperandsSplit {
     __device__ __forceinline__ void issue_dp(int stage, int stage_do, Accumulator& dp) const {
         using namespace cute;
         typename Config::MmaDp mma;
-        auto thread = mma.get_slice(threadIdx.x % 128);
-        Tensor sV = make_tensor(make_smem_ptr(shared_.v), typename Config::SmemV{});
-        Tensor sDo = make_tensor(make_smem_ptr(shared_.dout), typename Config::SmemDo{});
-        Tensor queries = local_tile(sDo, Box<Config::kQueries, Config::kHeadDimV, kStagesDo>{},
-                                    make_coord(warpgroup_, 0, 0));
-        Tensor a = made_anew(thread.partition_fragment_A(sV), stage * params_.zero);
-        Tensor b = thread.partition_fragment_B(queries);
+        constexpr int kQueries = Config::kQueries;
+        Tensor keys = Config::TileV::template by_rows<kBlockN>(shared_.v);
+        Tensor a = made_anew(keys, stage * params_.zero);
+        Tensor b = Config::TileDo::template by_rows<kQueries>(shared_.dout, warpgroup_ * kQueries);
         multiply<true>(mma, a, of_ring(b, stage, stage_do), dp);
     }
 
@@ -57,14 +50,10 @@ class OperandsSplit {
     __device__ __forceinline__ void issue_dv(int stage, int stage_do, Accumulator& dv) const {
         using namespace cute;
         typename Config::MmaDv mma;
-        auto thread = mma.get_slice(threadIdx.x % 128);
-        Tensor sPt = make_tensor(make_smem_ptr(shared_.p), typename Config::SmemPt{});
-        Tensor sDot = make_tensor(make_smem_ptr(shared_.dout), typename Config::SmemDot{});
-        Tensor channels =
-            local_tile(sDot, Box<Config::kColumnsDv, kBlockM, kStagesDo>{}, make_coord(warpgroup_, 0, 0));
-        Tensor a = thread.partition_fragment_A(sPt);
+        constexpr int kColumns = Config::kColumnsDv;
+        Tensor a = Config::TileP::template by_columns<kBlockN>(shared_.p);
         Tensor p = of_ring(a, stage, 0);
-        Tensor b = thread.partition_fragment_B(channels);
+        Tensor b = Config::TileDo::template by_columns<kColumns>(shared_.dout, warpgroup_ * kColumns);
         multiply<false>(mma, p, of_ring(b, stage, stage_do), dv);
     }
 
@@ -72,14 +61,10 @@ class OperandsSplit {
     __device__ __forceinline__ void issue_dk(int stage, Accumulator& dk) const {
         using namespace cute;
         typename Config::MmaDk mma;
-        auto thread = mma.get_slice(threadIdx.x % 128);
-        Tensor sDst = make_tensor(make_smem_ptr(shared_.ds), typename Config::SmemDst{});
-        Tensor sQt = make_tensor(make_smem_ptr(shared_.q), typename Config::SmemQt{});
-        Tensor channels =
-            local_tile(sQt, Box<Config::kColumnsDk, kBlockM, kStages>{}, make_coord(warpgroup_, 0, 0));
-        Tensor a = thread.partition_fragment_A(sDst);
+        constexpr int kColumns = Config::kColumnsDk;
+        Tensor a = Config::TileDs::template by_columns<kBlockN>(shared_.ds);
         Tensor ds = a(_, _, _, stage);
-        Tensor b = thread.partition_fragment_B(channels);
+        Tensor b = Config::TileQ::template by_columns<kColumns>(shared_.q, warpgroup_ * kColumns);
         multiply<false>(mma, ds, b(_, _, _, stage), dk);
     }
 
@@ -87,14 +72,12 @@ class OperandsSplit {
     __device__ __forceinline__ void issue_dq(int stage, int slice, Accumulator& dq) const {
         using namespace cute;
         typename Config::MmaDq mma;
-        auto thread = mma.get_slice(threadIdx.x % 128);
-        Tensor sDs = make_tensor(make_smem_ptr(shared_.ds), typename Config::SmemDs{});
-        Tensor sKt = make_tensor(make_smem_ptr(shared_.k), typename Config::SmemKt{});
-        Tensor channels = local_tile(sKt, Box<Config::kDqColumns, kBlockN, 1>{},
-                                     make_coord(warpgroup_ * Tiles::kDqSlices + slice, 0, 0));
-        Tensor a = thread.partition_fragment_A(sDs);
+        constexpr int kColumns = Config::kDqColumns;
+        int const first = (warpgroup_ * Tiles::kDqSlices + slice) * kColumns;
+        Tensor a = Config::TileDs::template by_rows<kBlockM>(shared_.ds);
         Tensor ds = a(_, _, _, stage);
-        Tensor b = made_anew(thread.partition_fragment_B(channels), stage * params_.zero);
+        Tensor channels = Config::TileK::template by_columns<kColumns>(shared_.k, first);
+        Tensor b = made_anew(channels, stage * params_.zero);
         multiply<true>(mma, ds, b, dq);
     }
 

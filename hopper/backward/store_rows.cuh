@@ -7,7 +7,7 @@
 #include "../attention/softmax.cuh"
 #include "params.h"
 
-#include <cute/tensor.hpp>
+#include <cute/tensor_impl.hpp>
 
 namespace flash8 {
 

@@ -5,7 +5,7 @@
 
 #include "../arch/pipeline.cuh"
 #include "../arch/registers.cuh"
-#include "../arch/smem_layout.cuh"
+#include "../arch/smem_tile.cuh"
 #include "../arch/wgmma_shapes.cuh"
 #include "../attention/descales.cuh"
 #include "../attention/mask.cuh"
@@ -19,7 +19,7 @@
 #include <cutlass/numeric_types.h>
 #include <cute/arch/mma_sm90.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
-#include <cute/tensor.hpp>
+#include <cute/tensor_impl.hpp>
 
 // FP8: every so many-th exponential is a polynomial on the FMA units; 0 is none. To be tuned on a GPU.
 #ifndef FLASH8_POLYNOMIAL_EVERY
@@ -121,34 +121,25 @@ struct ForwardConfig {
 
     static constexpr int kPanel = panel_bytes(kHeadDim * sizeof(Element)) / sizeof(Element);
     static constexpr int kPanelV = panel_bytes(kHeadDimV * sizeof(Element)) / sizeof(Element);
-    using Atoms = SwizzleAtoms<Element, kPanel * sizeof(Element)>;
-    using AtomsV = SwizzleAtoms<Element, kPanelV * sizeof(Element)>;
-
-    using SmemLayoutQ = decltype(cute::tile_to_shape(Atoms::KMajor{},
-                                                     cute::Shape<cute::Int<kBlockM>, cute::Int<kHeadDim>>{}));
-    using SmemLayoutK = decltype(cute::tile_to_shape(
-        Atoms::KMajor{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
-    // V as the product reads it, (head_dim_v, key, stage). 16 bit: head_dim_v is contiguous, as TMA writes
-    // it. FP8: keys are contiguous. Keys and channels are permuted as in transpose_v.cuh, also when V comes
-    // column-major from global memory. TMA then loads the keys in panels: 224 keys as two panels of 128,
-    // not as seven of 32. The last panel ends in keys that are never read.
+    using TileQ = SmemTile<Element, kPanel, kBlockM, kHeadDim>;
+    using TileK = SmemTile<Element, kPanel, kBlockN, kHeadDim, kStages>;
+    // 16 bit: V as TMA writes it, a row for each key. FP8: V transposed, a row for each channel. Keys and
+    // channels are permuted as in transpose_v.cuh, also when V comes column-major from global memory. TMA
+    // then loads the keys in panels: 224 keys as two panels of 128, not as seven of 32. The last panel ends
+    // in keys that are never read.
+    using TileV = SmemTile<Element, kPanelV, kBlockN, kHeadDimV, kStages>;
     static constexpr int kKeysVt = kVColMajor && kBlockN == 224 ? 256 : kBlockN;
-    using ShapeVt = cute::Shape<cute::Int<kHeadDimV>, cute::Int<kKeysVt>, cute::Int<kStages>>;
     static constexpr int kPanelVt = panel_bytes(kKeysVt * sizeof(Element)) / sizeof(Element);
-    using AtomsVt = SwizzleAtoms<Element, kPanelVt * sizeof(Element)>;
-    using SmemLayoutVt =
-        std::conditional_t<kFp8, decltype(cute::tile_to_shape(AtomsVt::KMajor{}, ShapeVt{})),
-                           decltype(cute::tile_to_shape(AtomsV::MnMajor{}, ShapeVt{},
-                                                        cute::Step<cute::_2, cute::_1, cute::_3>{}))>;
+    using TileVt = SmemTile<Element, kPanelVt, kHeadDimV, kKeysVt, kStages>;
     // Columns of O that one product computes. FP8 promotes T = P V into O. Wide heads do that in quarters,
     // since O and a whole T do not fit the registers.
     static constexpr int kColumnsPV = kFp8 && kHeadDimV > 192 ? 64 : kHeadDimV;
     static constexpr auto kMajorV = kFp8 ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
-    using MmaQK = decltype(scores_mma<Element, kBlockN, kHeadDim>());
-    using MmaPV = decltype(cute::make_tiled_mma(
-        cute::GMMA::rs_op_selector<Element, Element, float,
-                                   cute::Shape<cute::_64, cute::Int<kColumnsPV>, cute::Int<kBlockN>>,
-                                   cute::GMMA::Major::K, kMajorV>()));
+    using MmaQK = cute::MMA_Traits<decltype(scores_mma<Element, kBlockN, kHeadDim>())>;
+    using MmaPV = cute::MMA_Traits<
+        decltype(cute::GMMA::rs_op_selector<Element, Element, float,
+                                            cute::Shape<cute::_64, cute::Int<kColumnsPV>, cute::Int<kBlockN>>,
+                                            cute::GMMA::Major::K, kMajorV>())>;
     // A thread's part of 64 x kColumns accumulators: ((2 columns, 2 rows, kColumns / 8), 1, 1).
     template <int kColumns>
     using LayoutC = cute::Layout<

@@ -14,6 +14,8 @@
 #include "score_shift.cuh"
 #include "zero_unused_rows.cuh"
 
+#include <cute/algorithm/clear.hpp>
+
 namespace flash8 {
 
 template <class Config>

@@ -41,22 +41,22 @@ constexpr KernelInfo describe() {
         return TmaBox{4, {panel, rows, 1, 1, 1}, kType, swizzle};
     };
     info.pack_gqa = Config::kPackGqa;
-    info.tma[0] = box(Config::kPanel, Config::kBlockM, Config::Atoms::kSwizzle);
+    info.tma[0] = box(Config::kPanel, Config::kBlockM, Config::TileQ::kSwizzle);
     if (Config::kPackGqa) {
         // The box of one query head; the host folds the heads of a KV head into the rows.
         info.tma[0].rank = 5;
         info.tma[0].box[1] = 1;
         info.tma[0].box[2] = Config::kBlockM;
     }
-    info.tma[1] = box(Config::kPanel, Config::kBlockN / Config::kClusterM, Config::Atoms::kSwizzle);
-    info.tma[2] = box(Config::kPanelV, Config::kBlockN / Config::kClusterM, Config::AtomsV::kSwizzle);
+    info.tma[1] = box(Config::kPanel, Config::kBlockN / Config::kClusterM, Config::TileK::kSwizzle);
+    info.tma[2] = box(Config::kPanelV, Config::kBlockN / Config::kClusterM, Config::TileV::kSwizzle);
     info.v_colmajor = Config::kVColMajor;
     info.paged = Config::kPages;
     if (Config::kGather || Config::kWidens) {
         info.tma[1] = info.tma[2] = TmaBox{};
     }
     if (Config::kVColMajor) {
-        info.tma[2] = box(Config::kPanelVt, Config::kHeadDimV / Config::kClusterM, Config::AtomsVt::kSwizzle);
+        info.tma[2] = box(Config::kPanelVt, Config::kHeadDimV / Config::kClusterM, Config::TileVt::kSwizzle);
     }
     return info;
 }

@@ -52,16 +52,12 @@ class Mainloop {
         using namespace cute;
         typename Config::MmaQK mma_qk;
         typename Config::MmaPV mma_pv;
-        auto thread_qk = mma_qk.get_slice(threadIdx.x % 128);
-        auto thread_pv = mma_pv.get_slice(threadIdx.x % 128);
-        Tensor sQ = make_tensor(make_smem_ptr(shared_.q), typename Config::SmemLayoutQ{});
-        Tensor sQ_rows = local_tile(sQ, Shape<_64, Int<Config::kHeadDim>>{}, make_coord(warpgroup_, 0));
-        Tensor sK = make_tensor(make_smem_ptr(shared_.k), typename Config::SmemLayoutK{});
-        Tensor sVt = make_tensor(make_smem_ptr(shared_.v), typename Config::SmemLayoutVt{});
-        Tensor rQ = computed_once(thread_qk.partition_fragment_A(sQ_rows));  // (MMA, MMA_M, MMA_K)
-        Tensor rK = thread_qk.partition_fragment_B(sK);                      // (MMA, MMA_N, MMA_K, stage)
-        Tensor rV = thread_pv.partition_fragment_B(sVt);                     // (MMA, MMA_N, MMA_K, stage)
-        Tensor s = partition_fragment_C(mma_qk, Shape<_64, Int<kBlockN>>{});
+        // Q is (MMA, MMA_M, MMA_K), K and V are (MMA, MMA_N, MMA_K, stage).
+        Tensor rQ =
+            computed_once(Config::TileQ::template by_rows<64>(shared_.q, warpgroup_ * 64)(_, _, _, 0));
+        Tensor rK = Config::TileK::template by_rows<kBlockN>(shared_.k);
+        Tensor rV = Config::TileV::template by_columns<Config::kHeadDimV>(shared_.v);
+        Tensor s = make_tensor<float>(typename Config::template LayoutC<kBlockN>{});
         // P as the A operand: eight scores of an accumulator are one k-step's fragment, in the same order.
         Tensor p = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockN / 16>>>{});
         float alpha[kRowsPerThread];

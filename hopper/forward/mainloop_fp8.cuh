@@ -41,12 +41,9 @@ class MainloopFp8 : Fp8Steps<Config> {
                                          Descale const& k_descale, Descale const& v_descale) {
         using namespace cute;
         typename Config::MmaQK mma_qk;
-        auto thread_qk = mma_qk.get_slice(threadIdx.x % 128);
-        Tensor sQ = make_tensor(make_smem_ptr(shared_.q), typename Config::SmemLayoutQ{});
-        Tensor sQ_rows = local_tile(sQ, Shape<_64, Int<Config::kHeadDim>>{}, make_coord(warpgroup_, 0));
-        Tensor sK = make_tensor(make_smem_ptr(shared_.k), typename Config::SmemLayoutK{});
-        Tensor rQ = thread_qk.partition_fragment_A(sQ_rows);  // (MMA, MMA_M, MMA_K)
-        Tensor rK = thread_qk.partition_fragment_B(sK);       // (MMA, MMA_N, MMA_K, stage)
+        // Q is (MMA, MMA_M, MMA_K), K is (MMA, MMA_N, MMA_K, stage).
+        Tensor rQ = Config::TileQ::template by_rows<64>(shared_.q, warpgroup_ * 64)(_, _, _, 0);
+        Tensor rK = Config::TileK::template by_rows<Config::kBlockN>(shared_.k);
         float k_scale = k_descale.of(blocks.end - 1);
         float v_scale = v_descale.of(blocks.end - 1);
         float v_scale_before = v_scale;
@@ -108,9 +105,8 @@ class MainloopFp8 : Fp8Steps<Config> {
         using namespace cute;
         constexpr int kInFlight = kChunks > 1 ? 2 : 1;
         typename Config::MmaPV mma_pv;
-        auto thread_pv = mma_pv.get_slice(threadIdx.x % 128);
-        Tensor sVt = make_tensor(make_smem_ptr(shared_.v), typename Config::SmemLayoutVt{});
-        Tensor rV = thread_pv.partition_fragment_B(sVt);  // (MMA, MMA_N, MMA_K, stage)
+        // (MMA, MMA_N, MMA_K, stage)
+        Tensor rV = Config::TileVt::template by_rows<Config::kColumnsPV, kChunks>(shared_.v);
         using Chunk = decltype(make_tensor<float>(typename Config::template LayoutC<Config::kColumnsPV>{}));
         Chunk t[kInFlight];
         auto const issue = [&](int chunk) __attribute__((always_inline)) {

@@ -45,15 +45,10 @@ class MainloopFp8Overlapped : Fp8Steps<Config> {
         using namespace cute;
         typename Config::MmaQK mma_qk;
         typename Config::MmaPV mma_pv;
-        auto thread_qk = mma_qk.get_slice(threadIdx.x % 128);
-        auto thread_pv = mma_pv.get_slice(threadIdx.x % 128);
-        Tensor sQ = make_tensor(make_smem_ptr(shared_.q), typename Config::SmemLayoutQ{});
-        Tensor sQ_rows = local_tile(sQ, Shape<_64, Int<Config::kHeadDim>>{}, make_coord(warpgroup_, 0));
-        Tensor sK = make_tensor(make_smem_ptr(shared_.k), typename Config::SmemLayoutK{});
-        Tensor sVt = make_tensor(make_smem_ptr(shared_.v), typename Config::SmemLayoutVt{});
-        Tensor rQ = thread_qk.partition_fragment_A(sQ_rows);  // (MMA, MMA_M, MMA_K)
-        Tensor rK = thread_qk.partition_fragment_B(sK);       // (MMA, MMA_N, MMA_K, stage)
-        Tensor rV = thread_pv.partition_fragment_B(sVt);      // (MMA, MMA_N, MMA_K, stage)
+        // Q is (MMA, MMA_M, MMA_K), K and V are (MMA, MMA_N, MMA_K, stage).
+        Tensor rQ = Config::TileQ::template by_rows<64>(shared_.q, warpgroup_ * 64)(_, _, _, 0);
+        Tensor rK = Config::TileK::template by_rows<kBlockN>(shared_.k);
+        Tensor rV = Config::TileVt::template by_rows<Config::kHeadDimV>(shared_.v);
         Tensor s = make_tensor<float>(typename Config::template LayoutC<kBlockN>{});
         Tensor t = make_tensor<float>(typename Config::template LayoutC<Config::kHeadDimV>{});
         Tensor p = make_tensor<typename Config::Element>(typename Steps::LayoutP{});
