@@ -102,8 +102,15 @@ FAULTS = {
     ),
     "columns not transposed": (
         "epilogue.cuh",
-        "transpose_quad(words, lane);",
-        "",
+        """pack<cutlass::bfloat16_t>(low, high);
+        }
+        if (params.vector_stores) {
+            int const lane = threadIdx.x % 4;
+            transpose_quad(words, lane);""",
+        """pack<cutlass::bfloat16_t>(low, high);
+        }
+        if (params.vector_stores) {
+            int const lane = threadIdx.x % 4;""",
         {"n": 48, "out_dtype": BF16},
     ),
     "a column beyond the last": (
