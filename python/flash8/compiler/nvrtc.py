@@ -23,11 +23,15 @@ FLAGS = (
     "--use_fast_math",
     "-DNDEBUG",
     "-DINFINITY=__int_as_float(0x7f800000)",
+    "-DNAN=__int_as_float(0x7fffffff)",
 )
 _INTEGERS = " ".join(f"using ::{s}int{n}_t;" for n in (8, 16, 32, 64) for s in ("", "u"))
 _STANDARD_HEADERS = {
     "cstdint": f"namespace std {{ {_INTEGERS} using ::uintptr_t; }}",
     "cstddef": "namespace std { using ::size_t; using ::ptrdiff_t; }",
+    "cfloat": "#define FLT_MIN 0x1p-126f\n#define FLT_MAX 0x1.fffffep127f",
+    "cmath": "",
+    "utility": "namespace std { using namespace cuda::std; }",
     "type_traits": "namespace std { using namespace cuda::std; }",
 }
 _PROCESS = Path(__file__).resolve().with_name("nvrtc_process.py")
