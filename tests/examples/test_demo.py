@@ -146,7 +146,7 @@ def test_fp8_forward_learns_as_bf16_does(demo, config, wide):
     assert abs(demo.accuracy_gap(narrow, wide)) < 0.04
 
 
-@pytest.mark.parametrize("forgotten", ["k", "v"])
+@pytest.mark.parametrize("forgotten", ["k", pytest.param("v", marks=pytest.mark.slow)])
 def test_fp8_without_a_descale_ends_further_away(demo, config, wide, monkeypatch, forgotten):
     import model
 

@@ -159,6 +159,7 @@ def test_sinks_of_any_type(dtype, monkeypatch):
     assert rel_l2(found[3], want[3].double()) < 2e-2
 
 
+@pytest.mark.slow
 def test_deterministic_calls_have_equal_bits(monkeypatch):
     q, k, v, dout = drawn()
     k, v = (x.repeat(1, 5, 1, 1) for x in (k, v))
@@ -174,6 +175,7 @@ def test_deterministic_calls_have_equal_bits(monkeypatch):
         assert all(torch.equal(x, y) for x, y in zip(other, found[0], strict=True))
 
 
+@pytest.mark.slow
 def test_a_16_bit_backward_of_an_fp8_forward(monkeypatch):
     q, k, v, dout = drawn()
 

@@ -77,7 +77,12 @@ class Gemm:
 
 
 @pytest.mark.parametrize(
-    ("fp8", "cluster"), [pytest.param(False, 1, marks=pytest.mark.slow), (True, 1), (False, 2)]
+    ("fp8", "cluster"),
+    [
+        pytest.param(False, 1, marks=pytest.mark.slow),
+        pytest.param(True, 1, marks=pytest.mark.slow),
+        (False, 2),
+    ],
 )
 @pytest.mark.parametrize("size", [(128, 256, 192), (200, 136, 320)])
 def test_gemm(sim: S.Simulator, fp8: bool, cluster: int, size: tuple[int, int, int]) -> None:
