@@ -121,8 +121,9 @@ def strays(text: str) -> list[str]:
             found += [alias.name for alias in node.names if alias.name.startswith("test_")]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("test_"):
             found.append(node.module or "")
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path":
-            found.append("sys.path")
+        elif isinstance(node, ast.Attribute) and node.attr == "path":
+            if isinstance(node.value, ast.Name) and node.value.id == "sys":
+                found.append("sys.path")
     return found
 
 
