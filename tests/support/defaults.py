@@ -1,6 +1,6 @@
 """Which of many cases the default suite runs; `make test-full` has the others, marked slow.
 
-A kernel costs about nine seconds to compile and its cases cost little, so a default test takes a
+A kernel costs five to ten seconds to compile and its cases cost little, so a default test takes a
 variant that another default test compiles, and of its mutations a few.
 """
 
