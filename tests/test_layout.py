@@ -121,13 +121,13 @@ def strays(text: str) -> list[str]:
             found += [alias.name for alias in node.names if alias.name.startswith("test_")]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("test_"):
             found.append(node.module or "")
-        elif isinstance(node, ast.Attribute) and (node.attr, name_of(node.value)) == ("path", "sys"):
+        elif isinstance(node, ast.Attribute) and is_path(node):
             found.append("sys.path")
     return found
 
 
-def name_of(node: ast.expr) -> str:
-    return node.id if isinstance(node, ast.Name) else ""
+def is_path(node: ast.Attribute) -> bool:
+    return node.attr == "path" and isinstance(node.value, ast.Name) and node.value.id == "sys"
 
 
 TEST_FILES = sorted(TESTS.rglob("test_*.py"))
