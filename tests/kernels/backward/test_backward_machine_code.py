@@ -35,7 +35,7 @@ MOST = {
     BackwardVariant("fp16", 192, 192, dq="reduced"): (352, 405),
     BackwardVariant("bf16", 256, 256, mask="causal", dq="reduced"): (440, 490),
 }
-KEPT = [v for v in list(MOST)[:7] if v.head_dim not in (96, 192)]
+KEPT = [v for v in list(MOST)[:7] if v.head_dim not in (96, 192, 256)]
 VARIANTS = by_default(MOST, KEPT)
 
 
