@@ -5,6 +5,7 @@
 
 #include "arch/pipeline.cuh"
 #include "arch/registers.cuh"
+#include "arch/wgmma.cuh"
 #include "gemm_params.h"
 #include "kernel_info.h"
 
@@ -52,10 +53,7 @@ struct Config {
     using Mma = cute::MMA_Traits<
         decltype(cute::GMMA::ss_op_selector<
                  Element, Element, float, cute::Shape<cute::_64, cute::Int<kBlockN>, cute::Int<kBlockK>>>())>;
-    // A thread's part of 64 x kBlockN accumulators: ((2 columns, 2 rows, kBlockN / 8), 1, 1).
-    using Accumulator = decltype(cute::make_tensor<float>(
-        cute::Layout<
-            cute::Shape<cute::Shape<cute::_2, cute::_2, cute::Int<kBlockN / 8>>, cute::_1, cute::_1>>{}));
+    using Accumulator = decltype(cute::make_tensor<float>(LayoutC<kBlockN>{}));
 };
 
 // Scales of a stage: of kBlockM rows of A, and of the tile's columns of B.

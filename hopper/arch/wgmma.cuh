@@ -9,6 +9,11 @@
 
 namespace flash8 {
 
+// A thread's part of 64 x kColumns accumulators: ((2 columns, 2 rows, kColumns / 8), 1, 1).
+template <int kColumns>
+using LayoutC =
+    cute::Layout<cute::Shape<cute::Shape<cute::_2, cute::_2, cute::Int<kColumns / 8>>, cute::_1, cute::_1>>;
+
 // Mma: CuTe's traits of an operation. Issues c = a b (kZero) or c += a b over all k-steps as one group; the
 // caller waits for it. Until then the product owns c's registers, and a's if a is in registers: code may
 // write them only before the call or after the wait.

@@ -12,12 +12,7 @@
 namespace flash8 {
 
 template <class Element>
-struct Product64x48 {
-    using DRegisters = void;
-    using ARegisters = uint64_t[1];
-    using BRegisters = uint64_t[1];
-    using CRegisters = float[24];
-};
+struct Product64x48 {};
 
 #define FLASH8_FLOATS_6(c, i) \
     "+f"(c(i)), "+f"(c(i + 1)), "+f"(c(i + 2)), "+f"(c(i + 3)), "+f"(c(i + 4)), "+f"(c(i + 5))
@@ -74,19 +69,5 @@ constexpr auto columns_mma() {
 
 template <class Element>
 struct cute::MMA_Traits<flash8::Product64x48<Element>> {
-    using ValTypeD = float;
-    using ValTypeA = Element;
-    using ValTypeB = Element;
-    using ValTypeC = float;
-
-    using FrgTypeA = GMMA::smem_desc<GMMA::Major::K>;
-    using FrgTypeB = GMMA::smem_desc<GMMA::Major::MN>;
-
-    using Shape_MNK = Shape<_64, Int<48>, _16>;
-    using ThrID = Layout<_128>;
-    using ALayout = GMMA::ABLayout<64, 16>;
-    using BLayout = GMMA::ABLayout<48, 16>;
-    using CLayout = GMMA::CLayout_64xN<48>;
-
     GMMA::ScaleOut accumulate_ = GMMA::ScaleOut::One;
 };

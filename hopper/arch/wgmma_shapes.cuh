@@ -13,12 +13,7 @@
 namespace flash8 {
 
 template <class Element, int kN>
-struct WideScores {
-    using DRegisters = void;
-    using ARegisters = uint64_t[1];
-    using BRegisters = uint64_t[1];
-    using CRegisters = float[kN / 2];
-};
+struct WideScores {};
 
 template <class Element, int kN>
 inline constexpr bool kIsWideScores =
@@ -133,20 +128,5 @@ constexpr auto scores_mma() {
 
 template <class Element, int kN>
 struct cute::MMA_Traits<flash8::WideScores<Element, kN>> {
-    using ValTypeD = float;
-    using ValTypeA = Element;
-    using ValTypeB = Element;
-    using ValTypeC = float;
-
-    using FrgTypeA = GMMA::smem_desc<GMMA::Major::K>;
-    using FrgTypeB = GMMA::smem_desc<GMMA::Major::K>;
-
-    static constexpr int kK = 32 / sizeof(Element);
-    using Shape_MNK = Shape<_64, Int<kN>, Int<kK>>;
-    using ThrID = Layout<_128>;
-    using ALayout = GMMA::ABLayout<64, kK>;
-    using BLayout = GMMA::ABLayout<kN, kK>;
-    using CLayout = GMMA::CLayout_64xN<kN>;
-
     GMMA::ScaleOut accumulate_ = GMMA::ScaleOut::One;
 };

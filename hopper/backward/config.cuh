@@ -87,8 +87,6 @@ struct BackwardConfig : BackwardVariant {
     using TileScoreQ = std::conditional_t<kFp8, TileQ8, TileQ>;
     using TileScoreK = std::conditional_t<kFp8, TileK8, TileK>;
 
-    static constexpr auto kK = cute::GMMA::Major::K;
-    static constexpr auto kMn = cute::GMMA::Major::MN;
     template <int kN, int kDepth>
     using Shape = cute::Shape<cute::_64, cute::Int<kN>, cute::Int<kDepth>>;
     // S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T can be operands in registers. Split by channels,
@@ -103,10 +101,6 @@ struct BackwardConfig : BackwardVariant {
     // P^T, later dS^T, of 64 keys: eight accumulators are one k-step's fragment, in the same order.
     using LayoutP = cute::Layout<
         cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<kQueries / 16>>>;
-    // A thread's part of 64 x kColumns accumulators.
-    template <int kColumns>
-    using LayoutC = cute::Layout<
-        cute::Shape<cute::Shape<cute::_2, cute::_2, cute::Int<kColumns / 8>>, cute::_1, cute::_1>>;
 
     static constexpr int kElementsQ = kBlockM * kHeadDim;
     static constexpr int kElementsDo = kBlockM * kHeadDimV;

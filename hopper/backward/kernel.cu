@@ -60,8 +60,8 @@ __device__ __forceinline__ void subtract_mean(BackwardParams const& params, Shar
 // A consumer warpgroup: dK and dV of 64 keys, or half their channels.
 __device__ __forceinline__ void consume(BackwardParams const& params, SharedStorage<Config>& shared,
                                         int warpgroup) {
-    auto dk = cute::make_tensor<float>(Config::LayoutC<Config::kColumnsDk>{});
-    auto dv = cute::make_tensor<float>(Config::LayoutC<Config::kColumnsDv>{});
+    auto dk = cute::make_tensor<float>(LayoutC<Config::kColumnsDk>{});
+    auto dv = cute::make_tensor<float>(LayoutC<Config::kColumnsDv>{});
     cute::clear(dk);
     cute::clear(dv);
     if (!shared.tile.blocks.empty()) {

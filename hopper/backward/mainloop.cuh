@@ -25,8 +25,7 @@ class Mainloop {
     using Element = typename Config::Element;
     using Tiles = typename Config::Tiles;
     using State = PipelineState<Config::kStages>;
-    using AccumulatorS =
-        decltype(cute::make_tensor<float>(typename Config::template LayoutC<Config::kBlockM>{}));
+    using AccumulatorS = decltype(cute::make_tensor<float>(LayoutC<Config::kBlockM>{}));
     // dP and dQ are never there together. They share registers where they are of one size; ptxas would
     // serialise products whose accumulators overlap in part.
     static constexpr bool kShare = Config::kBlockDp == Config::kDqColumns;
@@ -80,8 +79,7 @@ class Mainloop {
     template <bool kMasked, bool kFirst, class Dk, class Dv>
     __device__ __forceinline__ void step(int m_block, AccumulatorS& s, Pool& pool, OperandP& p, Dk& dk,
                                          Dv& dv) {
-        auto dq =
-            cute::make_tensor(pool.data() + kDqAt, typename Config::template LayoutC<Config::kDqColumns>{});
+        auto dq = cute::make_tensor(pool.data() + kDqAt, LayoutC<Config::kDqColumns>{});
         State const before = former(now_);
         int const first_query = m_block * Config::kBlockM;
         // While no product of this warpgroup is in flight: then its accumulators leave registers.
@@ -144,7 +142,7 @@ class Mainloop {
                                                 int first_query, float scale) {
         constexpr int kQueries = Config::kQueries / (kHalves ? 2 : 1);
         constexpr int kAt = kPart * kQueries / 2;
-        auto part = cute::make_tensor(s.data() + kAt, typename Config::template LayoutC<kQueries>{});
+        auto part = cute::make_tensor(s.data() + kAt, LayoutC<kQueries>{});
         auto words = cute::make_tensor(cute::recast<uint32_t>(p).data() + kAt / 2,
                                        cute::Layout<cute::Int<kQueries / 4>>{});
         Probabilities<Config>::template make_capped<kMasked, kAt>(
@@ -156,7 +154,7 @@ class Mainloop {
     template <class Dv>
     __device__ __forceinline__ void make_ds(AccumulatorS const& s, Pool& pool, OperandP& p, Dv& dv) {
         constexpr int kParts = Config::kBlockM / Config::kBlockDp;
-        auto dp = cute::make_tensor(pool.data(), typename Config::template LayoutC<Config::kBlockDp>{});
+        auto dp = cute::make_tensor(pool.data(), LayoutC<Config::kBlockDp>{});
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
             operands_.issue_dp(now_.stage, part, dp);
@@ -204,8 +202,7 @@ class Mainloop {
     // dK and dQ of the last block.
     template <class Dk>
     __device__ __forceinline__ void finish(Pool& pool, OperandP& p, Dk& dk) {
-        auto dq =
-            cute::make_tensor(pool.data() + kDqAt, typename Config::template LayoutC<Config::kDqColumns>{});
+        auto dq = cute::make_tensor(pool.data() + kDqAt, LayoutC<Config::kDqColumns>{});
         State const before = former(now_);
         shared_.pipeline_ds.wait(before);
         operands_.issue_dk(before.stage, p, dk);

@@ -24,7 +24,7 @@ class MainloopSplit {
     using Tiles = typename Config::Tiles;
     using State = PipelineState<Config::kStages>;
     template <int kColumns>
-    using Accumulator = decltype(cute::make_tensor<float>(typename Config::template LayoutC<kColumns>{}));
+    using Accumulator = decltype(cute::make_tensor<float>(LayoutC<kColumns>{}));
     using AccumulatorS = Accumulator<Config::kQueries>;
     using AccumulatorDq = Accumulator<Config::kDqColumns>;
     static constexpr int kSlices = Tiles::kDqSlices;

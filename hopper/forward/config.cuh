@@ -140,10 +140,6 @@ struct ForwardConfig {
         decltype(cute::GMMA::rs_op_selector<Element, Element, float,
                                             cute::Shape<cute::_64, cute::Int<kColumnsPV>, cute::Int<kBlockN>>,
                                             cute::GMMA::Major::K, kMajorV>())>;
-    // A thread's part of 64 x kColumns accumulators: ((2 columns, 2 rows, kColumns / 8), 1, 1).
-    template <int kColumns>
-    using LayoutC = cute::Layout<
-        cute::Shape<cute::Shape<cute::_2, cute::_2, cute::Int<kColumns / 8>>, cute::_1, cute::_1>>;
 
     static constexpr int kBytesQ = kBlockM * kHeadDim * sizeof(Element);
     static constexpr int kElementsV = kKeysVt * kHeadDimV;  // of a stage

@@ -52,7 +52,7 @@ class Consumer {
         KeyBlocks const blocks = mask.key_blocks(first_of_cluster<Config::kClusterM>(tile));
         int const row = first_row(tile.m_block);
         // ((2 columns, 2 rows, kHeadDimV / 8), 1, 1)
-        auto o = cute::make_tensor<float>(typename Config::template LayoutC<Config::kHeadDimV>{});
+        auto o = cute::make_tensor<float>(LayoutC<Config::kHeadDimV>{});
         cute::clear(o);
         if constexpr (Config::kFp8) {
             work_fp8(o, info, mask, blocks, tile, row);

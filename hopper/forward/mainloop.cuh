@@ -57,7 +57,7 @@ class Mainloop {
             computed_once(Config::TileQ::template by_rows<64>(shared_.q, warpgroup_ * 64)(_, _, _, 0));
         Tensor rK = Config::TileK::template by_rows<kBlockN>(shared_.k);
         Tensor rV = Config::TileV::template by_columns<Config::kHeadDimV>(shared_.v);
-        Tensor s = make_tensor<float>(typename Config::template LayoutC<kBlockN>{});
+        Tensor s = make_tensor<float>(LayoutC<kBlockN>{});
         // P as the A operand: eight scores of an accumulator are one k-step's fragment, in the same order.
         Tensor p = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockN / 16>>>{});
         float alpha[kRowsPerThread];

@@ -50,7 +50,7 @@ class MainloopFp8 : Fp8Steps<Config> {
 
         auto attend = [&](auto masked, int n_block) __attribute__((always_inline)) {
             constexpr bool kMasked = decltype(masked)::value;
-            Tensor s = make_tensor<float>(typename Config::template LayoutC<kBlockN>{});
+            Tensor s = make_tensor<float>(LayoutC<kBlockN>{});
             wait_for_keys<Config>(shared_.pipeline_k, state_.k);
             multiply<true>(mma_qk, rQ, rK(_, _, _, state_.k.stage), s);
             Turns::pass_on(warpgroup_);
@@ -107,7 +107,7 @@ class MainloopFp8 : Fp8Steps<Config> {
         typename Config::MmaPV mma_pv;
         // (MMA, MMA_N, MMA_K, stage)
         Tensor rV = Config::TileVt::template by_rows<Config::kColumnsPV, kChunks>(shared_.v);
-        using Chunk = decltype(make_tensor<float>(typename Config::template LayoutC<Config::kColumnsPV>{}));
+        using Chunk = decltype(make_tensor<float>(LayoutC<Config::kColumnsPV>{}));
         Chunk t[kInFlight];
         auto const issue = [&](int chunk) __attribute__((always_inline)) {
             Tensor values = rV(_, chunk, _, state_.k.stage);  // (MMA, MMA_K)

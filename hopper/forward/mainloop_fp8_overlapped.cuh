@@ -49,8 +49,8 @@ class MainloopFp8Overlapped : Fp8Steps<Config> {
         Tensor rQ = Config::TileQ::template by_rows<64>(shared_.q, warpgroup_ * 64)(_, _, _, 0);
         Tensor rK = Config::TileK::template by_rows<kBlockN>(shared_.k);
         Tensor rV = Config::TileVt::template by_rows<Config::kHeadDimV>(shared_.v);
-        Tensor s = make_tensor<float>(typename Config::template LayoutC<kBlockN>{});
-        Tensor t = make_tensor<float>(typename Config::template LayoutC<Config::kHeadDimV>{});
+        Tensor s = make_tensor<float>(LayoutC<kBlockN>{});
+        Tensor t = make_tensor<float>(LayoutC<Config::kHeadDimV>{});
         Tensor p = make_tensor<typename Config::Element>(typename Steps::LayoutP{});
         float alpha[kRowsPerThread];  // of the block that P is of
         int const last = blocks.end - 1;
