@@ -75,7 +75,11 @@ SERVED = {
     "sinks": (replace(BASE, sink=True), [(3, False)]),
     "wider q": (replace(BASE, head_dim=24), [(3, False)]),
     "wider v": (replace(BASE, head_dim_v=24), [(3, False)]),
-    "packed": (replace(PACKED, causal=True), [(3, True), (1, True)]),
+    "packed, one by one": (replace(PACKED, causal=True), 4 * [(1, True)]),
+    "packed, by lengths": (
+        replace(PACKED, causal=True, seqlens_k=(9, 31, 9, 9)),
+        [(3, True), (1, True), (1, False)],
+    ),
     "equal lengths": (replace(PACKED, seqlens_q=(9,) * 4, seqlens_k=(9,) * 4), [(4, False)]),
     "used lengths": (replace(BASE, unused_k=(0, 7, 0)), [(2, False), (1, False)]),
     "pages": (replace(PACKED, layout="paged", causal=True), [(3, True), (1, True)]),
@@ -97,7 +101,7 @@ NOT_SERVED = {
 
 @pytest.mark.parametrize("name", SERVED)
 def test_served(name, watched):
-    """Units of equal lengths are one call of each op."""
+    """Units of equal lengths are one call of each op, but for those of `packed`."""
     case, calls = SERVED[name]
     problem = build(case)
     run(problem)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash8.backends.cpu import compiled
+from flash8.backends.cpu import compiled, packed
 from flash8.backends.cpu.mask import Tile
 from flash8.backends.cpu.operands import Operands, heads_first, load, tokens_first
 from flash8.backends.cpu.products import product, select, transposed
@@ -71,6 +71,10 @@ def backward(
     ds_aux: Tensor,
 ) -> None:
     """Fills dq, dk, dv (every row of them), and dqv, ds_aux where the forward had qv, s_aux."""
+    if dout is not None and dlse is None and not options.smooth_k:
+        run = packed.run_of(q, k, v, qv, s_aux, options)
+        if run is not None and packed.backward_run(run, dout, q, k, v, out, lse, (dq, dk, dv)):
+            return
     if dout is None:
         dout = torch.zeros_like(out)
     sink_gradient = None if s_aux is None else s_aux.new_zeros(s_aux.shape, dtype=lse.dtype)

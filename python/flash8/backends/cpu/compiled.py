@@ -124,7 +124,7 @@ def attend(operands: Sequence[Tensor], common: int, scale: float) -> tuple[Tenso
     q, k, v = operands
     if common == k.shape[2]:
         o, lse = forward(q, k, v, 0.0, False, scale=scale)
-        return (o, lse) if _is_told(lse) else None
+        return (o, lse) if is_told(lse) else None
     o, lse = forward(q, k[:, :, common:], v[:, :, common:], 0.0, True, scale=scale)
     if common > 0:
         others, row = forward(q, k[:, :, :common], v[:, :, :common], 0.0, False, scale=scale)
@@ -133,7 +133,7 @@ def attend(operands: Sequence[Tensor], common: int, scale: float) -> tuple[Tenso
         total = torch.logaddexp(lse, row)
         o = o * (lse - total).exp_()[..., None] + others * (row - total).exp_()[..., None]
         lse = total
-    return (o, lse) if _is_told(lse) else None
+    return (o, lse) if is_told(lse) else None
 
 
 class Plan(NamedTuple):
@@ -190,7 +190,7 @@ def attend_in_parts(
         return None
     total = lse.logsumexp(dim=0)
     o = (o * (lse - total).exp_()[..., None]).sum(dim=0)
-    return (o, total) if _is_told(total) else None
+    return (o, total) if is_told(total) else None
 
 
 def attend_backward(
@@ -198,7 +198,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """The gradients of q, k and v, from operands dO, q, k, v and O. None if they are not finite
     where the mask may hide what is no number, or LSE is of scores that this does not round so."""
-    if not _tells_weights(lse):
+    if not tells_weights(lse):
         return None
     backward = required_ops().backward
     dout, q, k, v, out = operands
@@ -285,7 +285,7 @@ def _forward(
         o = o[..., : values.shape[-1]]
     if s_aux is not None:
         with_sink = torch.logaddexp(lse, s_aux.to(lse.dtype)[:, None])
-        if not _tells_weights(with_sink):
+        if not tells_weights(with_sink):
             return None
         o = o * (lse - with_sink).exp_()[..., None]
         lse = with_sink
@@ -395,7 +395,7 @@ def _has_scores(lse: Tensor) -> bool:
     return lse.abs().amin().item() > 0.0
 
 
-def _is_told(lse: Tensor) -> bool:
+def is_told(lse: Tensor) -> bool:
     """Both: `_has_scores`, and a backward may rely on it."""
     if lse.numel() <= _FEW_ROWS:
         for head in itertools.chain.from_iterable(lse.tolist()):
@@ -409,7 +409,7 @@ def _is_told(lse: Tensor) -> bool:
     return least > 0.0 and most <= _MOST_LSE
 
 
-def _tells_weights(lse: Tensor) -> bool:
+def tells_weights(lse: Tensor) -> bool:
     """Whether fp32 has the places for exp(LSE of a part - LSE). NaN is no number to tell by."""
     return lse.abs().amax().item() <= _MOST_LSE
 

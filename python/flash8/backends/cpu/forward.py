@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash8.backends.cpu import compiled, study
+from flash8.backends.cpu import compiled, packed, study
 from flash8.backends.cpu.accumulator import accumulator_for
 from flash8.backends.cpu.combine import combine_into
 from flash8.backends.cpu.descales import RunningDescale
@@ -53,6 +53,9 @@ def forward(
     if options.v_colmajor_tokens is not None:
         v = _by_token(v, options.v_colmajor_tokens, options)
         options = options._replace(v_colmajor_tokens=None)
+    run = packed.run_of(q, k, v, qv, s_aux, options)
+    if run is not None and packed.forward_run(run, q, k, v, out, lse):
+        return
     if options.num_splits == 1:
         _forward_split(q, k, v, qv, s_aux, options, out, lse, split=0)
         return

@@ -23,10 +23,8 @@ NO_ROW = -1
 #: the score tiles of all of them stay in cache.
 _HEADS_TOGETHER = 32
 
-#: Options that give the entries of a batch lengths or places of their own.
-_PER_SEQUENCE = (
-    "cu_seqlens_q",
-    "cu_seqlens_k",
+#: Options that give the entries of a batch lengths or places of their own, in a packed batch, too.
+_PLACES = (
     "seqused_q",
     "seqused_k",
     "leftpad_k",
@@ -34,6 +32,7 @@ _PER_SEQUENCE = (
     "kv_batch_idx",
     "tree_mask",
 )
+_PER_SEQUENCE = ("cu_seqlens_q", "cu_seqlens_k", *_PLACES)
 
 
 @dataclass(frozen=True)
@@ -160,6 +159,11 @@ def is_plain_batch(options: Options) -> bool:
     """Whether all entries of the batch have all rows of theirs, and may be worked on together."""
     alone = options.split_keys > 0  # bits must not depend on what is worked on together
     return not alone and all(getattr(options, name) is None for name in _PER_SEQUENCE)
+
+
+def is_plain_pack(options: Options) -> bool:
+    """Whether sequences have the rows that cu_seqlens gives them, and all of these."""
+    return all(getattr(options, name) is None for name in _PLACES)
 
 
 def _batch_units(q: Tensor, k: Tensor) -> Iterator[Unit]:
