@@ -20,6 +20,7 @@ class Config:
     longest: int = 1024
     first_longest: int = 128
     heldout_documents: int = 48
+    whole_text: bool = False  # training predicts every word, not only those of summaries
     # the model
     layers: int = 2
     dim: int = 64

@@ -68,7 +68,7 @@ class Batch:
     """Documents back to back: (total,) inputs and targets, as training wants them."""
 
     inputs: Tensor
-    targets: Tensor  # of summaries only
+    targets: Tensor  # those that do not count are negative
     cu_seqlens: Tensor
     max_seqlen: int
 
@@ -111,14 +111,21 @@ def documents(seed: int, count: int, shortest: int, longest: int) -> list[Docume
     return [draw(source, _length(source, shortest, longest)) for _ in range(count)]
 
 
-def next_batch(source: random.Random, batch_tokens: int, shortest: int, longest: int) -> Batch:
+def next_batch(
+    source: random.Random,
+    batch_tokens: int,
+    shortest: int,
+    longest: int,
+    *,
+    whole_text: bool = False,
+) -> Batch:
     """Whole documents, at most ``batch_tokens`` in all; their lengths spread over powers of two."""
     chosen: list[Document] = []
     filled = 0
     while True:
         length = _length(source, shortest, longest)
         if chosen and filled + length > batch_tokens:
-            return make_batch(chosen)
+            return make_batch(chosen, whole_text=whole_text)
         chosen.append(draw(source, length))
         filled += length
 
@@ -134,13 +141,14 @@ def once(chosen: list[Document], batch_tokens: int) -> Iterator[Batch]:
     yield make_batch(pending)
 
 
-def make_batch(chosen: list[Document]) -> Batch:
-    """Each token but the last of a document predicts the one behind it; summaries count."""
+def make_batch(chosen: list[Document], *, whole_text: bool = False) -> Batch:
+    """Each token but the last of a document predicts the one behind it; summaries count, or all."""
     inputs, cu_seqlens, max_seqlen = varlen.pack([document.tokens[:-1] for document in chosen])
     targets = []
     for document in chosen:
         following = document.tokens[1:].clone()
-        following[: document.prompt_length - 1] = _IGNORED
+        if not whole_text:
+            following[: document.prompt_length - 1] = _IGNORED
         targets.append(following)
     return Batch(inputs, torch.cat(targets), cu_seqlens, max_seqlen)
 

@@ -120,7 +120,7 @@ class Trainer:
         return Score(loss / counted, right / words)
 
     def _loss(self, batch: data.Batch) -> Tensor:
-        """Mean over the tokens of summaries."""
+        """Mean over the tokens that count."""
         return F.cross_entropy(self._logits(batch), batch.targets)
 
     def _logits(self, batch: data.Batch) -> Tensor:
@@ -154,9 +154,8 @@ def train(trainers: Sequence[Trainer], config: Config) -> list[History]:
     with tqdm(total=config.steps, desc="train", unit="step", disable=None) as bar:
         for step in range(1, config.steps + 1):
             done = (step - 1) / config.steps
-            batch = data.next_batch(
-                source, config.batch_tokens, config.shortest, config.longest_at(done)
-            ).to(device())
+            sizes = (config.batch_tokens, config.shortest, config.longest_at(done))
+            batch = data.next_batch(source, *sizes, whole_text=config.whole_text).to(device())
             for trainer, history in zip(trainers, histories, strict=True):
                 _timed_step(trainer, history, batch, rate(done))
             if step % every == 0 or step == config.steps:

@@ -36,13 +36,33 @@ def test_the_first_losses_agree(script, config):
     assert losses == pytest.approx([losses[0]] * 3, rel=0.02)
 
 
-@pytest.mark.parametrize("last", [0.895, 0.88, 0.95])
-def test_a_run_fails_where_fp8_ends_below(script, monkeypatch, last):
-    histories = [script.History(heldout_accuracies=[share]) for share in (0.9, 0.9, last)]
+@pytest.mark.parametrize(
+    ("last", "loss", "said"),
+    [
+        (0.895, 3.0, None),
+        (0.95, 3.02, None),
+        (0.88, 2.9, r"FP8 ended with -2.00% right words"),
+        (0.9, 3.06, r"FP8 ended with a loss \+2.00%"),
+        (0.9, float("nan"), r"FP8 ended with a loss"),
+    ],
+)
+def test_a_run_fails_where_fp8_ends_below(script, monkeypatch, last, loss, said):
+    ends = ((0.9, 3.0), (0.9, 3.0), (last, loss))
+    histories = [script.History(heldout_accuracies=[x], losses=[y]) for x, y in ends]
     monkeypatch.setattr(script, "compare", lambda config: histories)
     monkeypatch.setattr(sys, "argv", ["fp8_linear.py", "--steps", "1"])
-    if last < 0.89:
-        with pytest.raises(SystemExit, match=r"FP8 ended with -2.00% right words"):
-            script.main()
-    else:
+    if said is None:
         script.main()
+    else:
+        with pytest.raises(SystemExit, match=said):
+            script.main()
+
+
+def test_every_word_is_predicted(script, config):
+    """And without `whole_text` those of summaries alone, which a batch has at its end."""
+    data = importlib.import_module("data")
+    documents = data.documents(3, 2, config.shortest, config.longest)
+    whole, summaries = (data.make_batch(documents, whole_text=x) for x in (True, False))
+    assert (whole.targets >= 0).all()
+    assert whole.targets[summaries.targets >= 0].equal(summaries.targets[summaries.targets >= 0])
+    assert int((summaries.targets < 0).sum()) == sum(x.prompt_length - 1 for x in documents)
