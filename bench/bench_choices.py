@@ -1,7 +1,8 @@
 """The forward kernel's compile-time choices side by side, which only a GPU can decide between.
 
 Every choice runs the same calls, dense and causal at head_dim 128 and 256: how V comes, what has a
-descale, how many exponentials are polynomials, whether two CTAs share loads. Each is compared
+descale, how many exponentials are polynomials (at head_dim 64 too, in bf16, where they take as long
+as the products), whether two CTAs share loads. Each is compared
 with the reference first. Writes bench/results/choices.json and choices.md; without a GPU it says
 so. What wins belongs in hopper/forward/config.cuh and python/flash8/backends/heuristics.py.
 """
@@ -61,6 +62,8 @@ class Choice:
 def choices() -> Iterator[Choice]:
     """All of them are for dense calls with one KV head per query head."""
     masks = ("none", "causal")
+    for mask, every in itertools.product(masks, (0, 16, 8, 4)):
+        yield Choice(ForwardVariant("bf16", 64, 64, mask=mask), every)
     for head_dim, mask in itertools.product((128, 256), masks):
         yield Choice(ForwardVariant("bf16", head_dim, head_dim, mask=mask))
         for scales, v_colmajor in itertools.product(("head", "block"), (False, True)):

@@ -223,6 +223,13 @@ __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t const (&wo
                  : "memory");
 }
 
+// The larger one, or NaN if one of them is; fmaxf would drop it.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+    float z;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+
 __device__ __forceinline__ float exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

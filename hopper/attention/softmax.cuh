@@ -60,7 +60,7 @@ class OnlineSoftmax {
 
     // Turns a tile of scores (row, (2, kBlockN / 8)) into P in place. Returns in `alpha` what everything
     // accumulated so far must be multiplied by. With kMayBeEmpty a row may have seen no key yet.
-    template <bool kFirst, bool kMayBeEmpty, class Scores>
+    template <bool kFirst, bool kMayBeEmpty, class Exponentials, class Scores>
     __device__ __forceinline__ void step(Scores&& scores, float (&alpha)[kRowsPerThread]) {
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
@@ -80,7 +80,7 @@ class OnlineSoftmax {
             float sum = kFirst ? 0.0f : row_sum_[r] * alpha[r];
 #pragma unroll
             for (int i = 0; i < cute::size<1>(scores); ++i) {
-                scores(r, i) = ptx::exp2(scores(r, i) * scale_log2_ - offset);
+                scores(r, i) = Exponentials::exp2(i, scores(r, i) * scale_log2_ - offset);
                 sum += scores(r, i);
             }
             row_sum_[r] = sum;

@@ -10,7 +10,6 @@
 
 #pragma once
 
-#include "exp2.cuh"
 #include "softmax.cuh"
 
 namespace flash8 {
@@ -31,9 +30,8 @@ class BlockLocalSoftmax {
 
     // Turns a tile of scores (row, (2, kBlockN / 8)) into P in place. scale_log2: what makes the scores
     // of a row log2 units. Returns in `alpha` what everything accumulated so far must be multiplied by: 0
-    // before the first tile. With kMayBeEmpty a row may have seen no key yet. Every kPolynomialEvery-th
-    // exponential is a polynomial, which relieves the special function unit; 0 is none.
-    template <bool kMayBeEmpty, bool kAnySize, int kPolynomialEvery, class Scores>
+    // before the first tile. With kMayBeEmpty a row may have seen no key yet.
+    template <bool kMayBeEmpty, bool kAnySize, class Exponentials, class Scores>
     __device__ __forceinline__ void step(Scores&& scores, float const (&scale_log2)[kRowsPerThread],
                                          float (&alpha)[kRowsPerThread]) {
 #pragma unroll
@@ -64,9 +62,7 @@ class BlockLocalSoftmax {
             float sum = row_sum_[r] * alpha[r];
 #pragma unroll
             for (int i = 0; i < cute::size<1>(scores); ++i) {
-                float const exponent = __fmaf_rn(scores(r, i), factor, -shift);
-                bool const polynomial = kPolynomialEvery > 0 && (i + 1) % max(kPolynomialEvery, 1) == 0;
-                scores(r, i) = polynomial ? exp2_polynomial(exponent) : ptx::exp2(exponent);
+                scores(r, i) = Exponentials::exp2(i, __fmaf_rn(scores(r, i), factor, -shift));
                 sum += scores(r, i);
             }
             row_sum_[r] = sum;

@@ -8,6 +8,7 @@
 #include "../arch/smem_tile.cuh"
 #include "../arch/wgmma_shapes.cuh"
 #include "../attention/descales.cuh"
+#include "../attention/exp2.cuh"
 #include "../attention/mask.cuh"
 #include "../attention/score_mod.cuh"
 #include "../attention/tile_scheduler.cuh"
@@ -21,7 +22,8 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor_impl.hpp>
 
-// FP8: every so many-th exponential is a polynomial on the FMA units; 0 is none. To be tuned on a GPU.
+// Every so many-th exponential of unmasked tiles is a polynomial on the FMA units; 0 is none. To be tuned on
+// a GPU.
 #ifndef FLASH8_POLYNOMIAL_EVERY
 #define FLASH8_POLYNOMIAL_EVERY 0
 #endif
@@ -52,7 +54,10 @@ struct ForwardConfig {
     static constexpr int kClusterM = FLASH8_CLUSTER ? 2 : 1;
     static constexpr auto kScales = ScaleGranularity::FLASH8_SCALES;
     static constexpr bool kBlockScales = kScales == ScaleGranularity::kBlock;
-    static constexpr int kPolynomialEvery = FLASH8_POLYNOMIAL_EVERY;
+    using Exponentials =
+        flash8::Exponentials<FLASH8_POLYNOMIAL_EVERY, kFp8                               ? 2
+                                                      : kElement == ElementChoice::kBf16 ? 3
+                                                                                         : 4>;
     // FP8: V in global memory is column-major (keys contiguous), as the quantizer writes it.
     static constexpr bool kVColMajor = FLASH8_V_COLMAJOR;
     static constexpr bool kTransposeV = kFp8 && !kVColMajor;

@@ -45,9 +45,9 @@ class Fp8Steps {
         float const scale[kRowsPerThread] = {not_zero<kMasked>(score_scale[0] * k_scale),
                                              not_zero<kMasked>(score_scale[1] * k_scale)};
         scores_.template apply<kMasked>(s, n_block, scale);
-        // exp2_polynomial never returns 0, so masked tiles use ex2.
-        constexpr int kPolynomialEvery = kMasked ? 0 : Config::kPolynomialEvery;
-        softmax.template step<kMasked && Config::kMask != MaskMode::kNone, kMasked, kPolynomialEvery>(
+        using Exponentials =
+            std::conditional_t<kMasked, typename Config::Exponentials::Exact, typename Config::Exponentials>;
+        softmax.template step<kMasked && Config::kMask != MaskMode::kNone, kMasked, Exponentials>(
             rows_of(s), kScaleAppliedInScores ? final_scale_ : scale, alpha);
         dropout_.apply(s, n_block);
     }

@@ -71,7 +71,8 @@ class Mainloop {
         release_and_advance<Config::kClusterM>(shared_.pipeline_k, state_.k);
         int const last = blocks.end - 1;
         scores_.template apply<true>(s, last, inner);
-        softmax.template step<true, true>(rows_of(s), alpha);
+        using Exact = typename Config::Exponentials::Exact;
+        softmax.template step<true, true, Exact>(rows_of(s), alpha);
         dropout_.apply(s, last);
         convert_p(s, p);
         clear_hidden_keys(blocks, last);
@@ -92,7 +93,9 @@ class Mainloop {
             warpgroup_fence_operand(s);
             release_and_advance<Config::kClusterM>(shared_.pipeline_k, state_.k);
             scores_.template apply<kMasked>(s, n_block, inner);
-            softmax.template step<false, kMasked && Config::kMask != MaskMode::kNone>(rows_of(s), alpha);
+            using Exponentials = std::conditional_t<kMasked, Exact, typename Config::Exponentials>;
+            softmax.template step<false, kMasked && Config::kMask != MaskMode::kNone, Exponentials>(
+                rows_of(s), alpha);
             dropout_.apply(s, n_block);
             // V arrived before its product. This second wait ends the basic block: without it ptxas moves
             // the wait for P V, which touches no memory, above the softmax that should overlap it.

@@ -12,9 +12,8 @@ from defaults import by_default
 from flash8 import fp8
 from flash8.backends.cpu import operands
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
-from flash8.compiler import compile_unit
 from forward_cases import SHAPES, check, compare, device, draw, int32, kernel, launch, packed
-from forward_launch import Call, ForwardKernel, Schedule
+from forward_launch import Call, Schedule
 from fp8_forward_cases import (
     changed_kernel,
     check_one_visible_key,
@@ -202,20 +201,6 @@ def test_one_visible_key_is_exact(out_dtype):
 
 def test_nan_reaches_the_output_where_it_is_visible():
     check_visible_nan(CAUSAL)
-
-
-@pytest.mark.parametrize("every", by_default([4, 1], []))
-def test_exponentials_by_polynomial(every):
-    """One in four, which a GPU may want; and all, where e4m3 still hides the difference."""
-    variant = ForwardVariant("e4m3", 128, 128, mask="causal", scales="head")
-    unit = variant.unit()
-    defines = (*unit.defines, ("FLASH8_POLYNOMIAL_EVERY", str(every)))
-    compiled = compile_unit(replace(unit, defines=defines, name=f"polynomial {every}"))
-    polynomial = ForwardKernel(device().driver, compiled.ptx.read_bytes() + b"\0")
-    call = dense_call(variant, 1, 100, 700, 2, 1)
-    o, lse = polynomial(call, Schedule())
-    assert not torch.equal(o, launch(variant, call)[0])
-    compare(call, o, lse)
 
 
 # ------------------------------------------------------------------------------ what must not pass
