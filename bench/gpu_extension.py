@@ -16,10 +16,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gpu_steps.pack import ROOT, native_sources
+from gpu_steps.pack import ROOT, native_includes, native_sources
 
 _FLAGS = ("-std=c++17", "-O2", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-pthread")
-_INCLUDES = ("hopper", "cutlass_kernels/quantize", "python/native")
 #: The extension by itself, without torch, which takes seconds to import.
 _LOAD = """
 import importlib.util, sys
@@ -82,8 +81,11 @@ def abi_version() -> str:
 def build(pack: Path, target: Path) -> None:
     """Raises subprocess.CalledProcessError; the compiler has said why."""
     compiler = os.environ.get("CXX") or "g++"
-    includes = [ROOT / name for name in _INCLUDES]
-    includes += [pack / "pybind11" / "include", Path(sysconfig.get_path("include"))]
+    includes = [
+        *native_includes(),
+        pack / "pybind11" / "include",
+        Path(sysconfig.get_path("include")),
+    ]
     flags = [
         *_FLAGS,
         f'-DFLASH8_VERSION="{package_version()}"',

@@ -87,6 +87,15 @@ def gpu_tests(root: Path = ROOT) -> list[Path]:
 
 def native_sources(root: Path = ROOT) -> list[Path]:
     """The sources of the extension, as CMakeLists.txt lists them."""
-    text = (root / "CMakeLists.txt").read_text()
-    listed = text.partition("pybind11_add_module(_native")[2].partition(")")[0].split()
-    return [root / name for name in listed]
+    return _listed(root, "pybind11_add_module(_native")
+
+
+def native_includes(root: Path = ROOT) -> list[Path]:
+    """The folders where they look for headers, likewise."""
+    return _listed(root, "target_include_directories(_native PRIVATE")
+
+
+def _listed(root: Path, command: str) -> list[Path]:
+    found = (root / "CMakeLists.txt").read_text().partition(command)[2].partition(")")[0].split()
+    assert found, f"CMakeLists.txt has no {command!r}"
+    return [root / name for name in found]

@@ -176,6 +176,8 @@ def test_the_extension_of_this_python_loads_and_others_are_told_apart(tmp_path, 
 
 def test_the_extension_is_built_from_all_of_its_sources():
     assert set(pack.native_sources()) == set((ROOT / "python" / "native").rglob("*.cpp"))
+    assert {ROOT / "hopper", ROOT / "python" / "native"} < set(pack.native_includes())
+    assert all(folder.is_dir() for folder in pack.native_includes())
 
 
 @pytest.mark.slow

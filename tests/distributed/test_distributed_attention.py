@@ -113,11 +113,13 @@ def test_ranks_find_what_the_oracle_does(processes, case):
 @pytest.mark.parametrize("case", SIXTEEN, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bits_lose_no_more_than_one_process_does(processes, case, dtype):
+    """But for LSE's last bits: where a CPU has products of 16 bits, torch's exponentials of a part
+    have 20, and only a whole with a sink is made of fp32."""
     case = with_dtype(case, dtype)
     reference = expected(case)
     here = differences(found_by(processes, case), reference)
     there = differences(single(case), reference)
-    assert all(here[name] <= 1.5 * there[name] + 1e-6 for name in here), (here, there)
+    assert all(here[name] <= 1.5 * there[name] + 1e-5 for name in here), (here, there)
 
 
 def test_float64_is_exact(processes):

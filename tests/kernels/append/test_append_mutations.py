@@ -164,7 +164,7 @@ FAULTS = {
     ),
     "lengths before the append": (
         TOKEN,
-        "cache_seqlens[batch] + count",
+        "cache_seqlens[batch] + count_of(params.rows[1], batch)",
         "cache_seqlens[batch]",
         {},
         SLOW,

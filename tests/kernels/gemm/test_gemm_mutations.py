@@ -98,7 +98,7 @@ FAULTS = {
         "epilogue.cuh",
         "row < params.m ? params.n - n0 : 0",
         "params.n - n0",
-        {"n": 48, "out_dtype": BF16},
+        {"m": 100, "n": 48, "out_dtype": BF16},  # the rest of its tile fits the guards
     ),
     "columns not transposed": (
         "epilogue.cuh",
@@ -135,7 +135,7 @@ FAULTS = {
         "tile_walk.cuh",
         "min(params_.band, params_.m_blocks - first)",
         "params_.band",
-        {"m": 400, "n": 270},
+        {"m": 300, "n": 270},
     ),
 }
 
