@@ -11,7 +11,7 @@ from flash8.call.observed import is_autocast_on
 from flash8.fp8 import descale_of
 from flash8.ops.fp8_linear import fp8_linear
 from flash8.ops.quantize_matrix import quantize_matrix
-from flash8.tensors.arguments import describe, require_int, require_tensor
+from flash8.tensors.arguments import describe, require_int, require_shape, require_tensor
 from flash8.tensors.float8 import E4M3
 
 Scaling = Literal["tensor", "delayed", "block"]
@@ -24,7 +24,8 @@ class Fp8Linear(nn.Linear):
 
     The parameters stay bf16, fp16 or fp32, and are quantized in every forward; so is x. With
     "tensor" and "block" the state_dict is that of nn.Linear. With "delayed" it has three tensors
-    more, and loads that of nn.Linear too. Gradients pass straight through the rounding.
+    more, which stay fp32 in every cast of the layer, and loads that of nn.Linear too. Gradients
+    pass straight through the rounding.
 
     Args:
         in_features, out_features, bias, device, dtype: as in nn.Linear. Any sizes: what the product
@@ -133,7 +134,8 @@ class Fp8Linear(nn.Linear):
                 f"x must have shape (..., in_features) = (..., {self.in_features}), got "
                 f"{tuple(x.shape)}"
             )
-        rows = x.reshape(-1, self.in_features)
+        self._check_parameters()
+        rows = x.reshape(x.shape[:-1].numel(), self.in_features)
         by_blocks = self.scaling == "block"
         if by_blocks:
             x8, w8 = quantize_matrix(rows, "1x128"), quantize_matrix(self.weight, "128x128")
@@ -145,6 +147,25 @@ class Fp8Linear(nn.Linear):
             kept8 = quantize_matrix(rows, "128x128") if keeps else x8
         out = fp8_linear(rows, self.weight, self.bias, x8, w8, kept8, by_blocks)
         return out.view(*x.shape[:-1], self.out_features)
+
+    def _check_parameters(self) -> None:
+        """They may have been cast or replaced since, and kernels read what the sizes promise."""
+        n, k = self.out_features, self.in_features
+        require_tensor("weight", self.weight, _DTYPES)
+        require_shape("weight", self.weight, (n, k), "(out_features, in_features)")
+        if self.bias is not None:
+            require_tensor("bias", self.bias, _DTYPES, self.weight)
+            require_shape("bias", self.bias, (n,), "(out_features,)")
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Fp8Linear":
+        """A cast of the layer leaves the scales fp32, as which kernels read and write them."""
+        kept = {name: self.get_buffer(name) for name in _BUFFERS if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, x in kept.items():
+            made = self.get_buffer(name)
+            if made.dtype != torch.float32:
+                self._buffers[name] = x.to(made.device)
+        return self
 
     def _by_tensor(self, index: int, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """x (0) or the weight (1). What is delayed is gathered in training mode only."""
@@ -202,7 +223,8 @@ def to_fp8_linears(
 
 
 def _find_history(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Before a state_dict is loaded: that of nn.Linear has none, and the layer begins anew."""
+    """Before a state_dict is loaded: that of nn.Linear has none, and the layer begins anew. With
+    assign=True what is in it becomes the buffers, which are fp32."""
     assert isinstance(module, Fp8Linear)
     names = [f"{prefix}{name}" for name in _BUFFERS]
     if not any(name in state_dict for name in names):
@@ -210,5 +232,8 @@ def _find_history(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
         for name, own in zip(names, _BUFFERS, strict=True):
             state_dict[name] = module.get_buffer(own).clone()
         return
+    for name in names:
+        if name in state_dict:
+            state_dict[name] = state_dict[name].float()
     history = state_dict.get(names[0])
-    module._has_history = history is not None and bool((history != 0.0).any())
+    module._has_history = history is not None and not history.is_meta and bool(history.any())
