@@ -4,9 +4,9 @@ It is the backend of CPU tensors and the readable form of what the Hopper kernel
 same loop over tiles, the same online softmax, the same roundings of P and dS.
 
 A call is resolved into units (`sequences`), each of which has dense q, k and v of one length;
-torch's compiled attention serves those that it can (`compiled`), and `forward` and `backward` walk
-over the tiles of the others. The two most common calls have shorter ways to torch's attention:
-dense batches (`batch`), and packed sequences with as many keys as queries (`packed`).
+torch's compiled attention (`compiled`) serves those that it can (`grouped`), and `forward` and
+`backward` walk over the tiles of the others. The two most common calls have shorter ways to torch's
+attention: dense batches (`batch`), and packed sequences with as many keys as queries (`packed`).
 """
 
 from flash8.backends.cpu.backward import backward

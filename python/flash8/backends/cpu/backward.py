@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash8.backends.cpu import compiled, packed
+from flash8.backends.cpu import grouped, packed
 from flash8.backends.cpu.mask import Tile
 from flash8.backends.cpu.operands import Operands, heads_first, load, tokens_first
 from flash8.backends.cpu.products import product, select, transposed
@@ -79,14 +79,14 @@ def backward(
         dout = torch.zeros_like(out)
     sink_gradient = None if s_aux is None else s_aux.new_zeros(s_aux.shape, dtype=lse.dtype)
     found = list(units(q, k, options))
-    groups, others = compiled.groups(found, q, k, v, qv, options, of_backward=True)
+    groups, others = grouped.groups(found, q, k, v, qv, options, of_backward=True)
     plain = is_plain_batch(options)  # then there is one group at most, or others
     if others or not plain:
         for gradient in (dq, dk, dv, dqv, ds_aux):
             gradient.zero_()
     given = (dout, dlse, q, k, v, s_aux, out, lse, options)
     for group in groups:
-        if not compiled.backward(group, *given, compiled.Gradients(dq, dk, dv, sink_gradient)):
+        if not grouped.backward(group, *given, grouped.Gradients(dq, dk, dv, sink_gradient)):
             others.extend(group.units)
             if plain:
                 dk.zero_()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash8.backends.cpu import compiled, packed, study
+from flash8.backends.cpu import grouped, packed, study
 from flash8.backends.cpu.accumulator import accumulator_for
 from flash8.backends.cpu.combine import combine_into
 from flash8.backends.cpu.descales import RunningDescale
@@ -84,12 +84,12 @@ def _forward_split(
     """Attention over one of num_splits parts of the keys. The sink belongs to the first part."""
     found = list(units(q, k, options))  # raises what is wrong with them before anything is written
     sink = s_aux if split == 0 else None
-    groups, others = compiled.groups(found, q, k, v, qv, options)
+    groups, others = grouped.groups(found, q, k, v, qv, options)
     if others or not is_plain_batch(options):
         out.zero_()
         lse.fill_(float("-inf"))
     given = (q, k, v, sink, options, out, lse)
-    failed = [group for group in groups if not compiled.forward(group, *given)]
+    failed = [group for group in groups if not grouped.forward(group, *given)]
     others.extend(unit for group in failed for unit in group.units)
     for unit in others:
         if unit.queries.seqlen == 0:
@@ -98,7 +98,7 @@ def _forward_split(
         outputs = _Outputs(unit.queries.tokens(out), unit.queries.rows(lse))
         _forward_unit(unit, operands, options, outputs, split)
     for group in failed:
-        compiled.restore_rows(group, *given)
+        grouped.restore_rows(group, *given)
 
 
 def _forward_unit(
