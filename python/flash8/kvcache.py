@@ -13,7 +13,7 @@ from flash8.call.observed import is_autocast_on
 from flash8.call.options import Arguments, Options
 from flash8.call.unwrap import unwrap
 from flash8.ops import attention as ops
-from flash8.ops import decode_plans, plan_cache
+from flash8.ops import combine, decode_plans, plan_cache
 from flash8.scheduler import num_splits_of
 from flash8.tensors import memory
 from flash8.tensors.arguments import (
@@ -381,7 +381,7 @@ def flash_attn_combine(
                 "out= cannot be combined with tensors that require grad or carry a tangent"
             )
         out_dtype = out.dtype
-    merged, lse = torch.ops.flash8.combine(out_partial, lse_partial, out_dtype)
+    merged, lse = combine.combine(out_partial, lse_partial, out_dtype)
     if out is None:
         return merged, lse
     out.copy_(merged)

@@ -1,7 +1,7 @@
-"""The torch ops: schema, fake, autograd and the backends behind each dispatch key.
+"""The torch ops of attention: schema, fake, autograd and the backends behind each dispatch key.
 
-Every public function ends in one of these ops, so `torch.compile`, `torch.export` and autograd
-see an opaque node with exact shapes. The tail of each attention op's schema is `options.SCHEMA`.
+Every public function ends in a torch op, so `torch.compile`, `torch.export` and autograd see an
+opaque node with exact shapes. The tail of each attention op's schema is `options.SCHEMA`.
 """
 
 import contextvars
@@ -55,17 +55,6 @@ _library.define(
 _library.define(
     "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, "
     "Tensor? cu_seqlens_k_new, Tensor? page_table, Tensor? kv_batch_idx) -> ()"
-)
-_library.define(
-    "combine(Tensor out_partial, Tensor lse_partial, ScalarType? out_dtype) -> (Tensor, Tensor)"
-)
-_library.define(
-    "combine_backward(Tensor? dout, Tensor? dlse, Tensor out_partial, Tensor lse_partial) "
-    "-> (Tensor, Tensor)"
-)
-_library.define(
-    "combine_jvp(Tensor? out_tangent, Tensor? lse_tangent, Tensor out_partial, Tensor lse_partial, "
-    "Tensor out, Tensor lse) -> (Tensor, Tensor)"
 )
 
 
@@ -206,33 +195,6 @@ def _append_kv(k_cache: Tensor, v_cache: Tensor, *rest: Any) -> None:
     backend_for(k_cache).append_kv(k_cache, v_cache, *rest)
 
 
-def _combine(
-    out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    merged: tuple[Tensor, Tensor] = backend_for(out_partial).combine(
-        out_partial, lse_partial, out_dtype
-    )
-    return merged
-
-
-def _combine_backward(
-    dout: Tensor | None, dlse: Tensor | None, out_partial: Tensor, lse_partial: Tensor
-) -> tuple[Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor] = backend_for(out_partial).combine_backward(
-        dout, dlse, out_partial, lse_partial
-    )
-    return gradients
-
-
-def _combine_jvp(
-    out_tangent: Tensor | None, lse_tangent: Tensor | None, *saved: Tensor
-) -> tuple[Tensor, Tensor]:
-    tangents: tuple[Tensor, Tensor] = backend_for(saved[0]).combine_jvp(
-        out_tangent, lse_tangent, *saved
-    )
-    return tangents
-
-
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None, s_aux: Tensor | None, *options: Any
 ) -> ForwardResult:
@@ -285,25 +247,6 @@ def _append_kv_fake(*args: Any) -> None:
     return None
 
 
-def _combine_fake(
-    out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    out = out_partial.new_empty(out_partial.shape[1:], dtype=out_dtype or out_partial.dtype)
-    return out, lse_partial.new_empty(lse_partial.shape[1:])
-
-
-def _combine_backward_fake(
-    dout: Tensor | None, dlse: Tensor | None, out_partial: Tensor, lse_partial: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(out_partial), torch.empty_like(lse_partial)
-
-
-def _combine_jvp_fake(
-    out_tangent: Any, lse_tangent: Any, out_partial: Any, lse_partial: Any, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(out), torch.empty_like(lse)
-
-
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: ForwardResult) -> None:
     q, k, v, qv, s_aux, *rest = inputs
     out, lse, out_partial, lse_partial = output
@@ -322,25 +265,6 @@ def _forward_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor, No
     return (*autograd.tangents(ctx, tangents), None, None)
 
 
-def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    out_partial, lse_partial, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(out_partial, lse_partial)
-    ctx.save_for_forward(out_partial, lse_partial, *output)
-
-
-def _combine_autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
-    if dout is None and dlse is None:
-        return None, None, None
-    return (*torch.ops.flash8.combine_backward(dout, dlse, *ctx.saved_tensors), None)
-
-
-def _combine_tangents(
-    ctx: Any, out_tangent: Tensor | None, lse_tangent: Tensor | None, _: None
-) -> Any:
-    return torch.ops.flash8.combine_jvp(out_tangent, lse_tangent, *ctx.saved_tensors)
-
-
 _WRITES = (
     "flash8 writes in place here (out=, or keys that are appended to a cache), which has no "
     "derivative; leave out=None, detach what is differentiated, or append under torch.no_grad() "
@@ -355,9 +279,6 @@ def _register() -> None:
         "backward": (_backward, _backward_fake),
         "jvp": (_jvp, _jvp_fake),
         "append_kv": (_append_kv, _append_kv_fake),
-        "combine": (_combine, _combine_fake),
-        "combine_backward": (_combine_backward, _combine_backward_fake),
-        "combine_jvp": (_combine_jvp, _combine_jvp_fake),
     }
     for name, (implementation, fake) in implementations.items():
         for key in ("CPU", "CUDA"):
@@ -368,9 +289,6 @@ def _register() -> None:
         ("forward", derivatives.Formulas(_forward_setup, _forward_autograd, _forward_jvp)),
         ("backward", derivatives.NO_SECOND_ORDER),
         ("jvp", derivatives.NO_SECOND_ORDER),
-        ("combine", derivatives.Formulas(_combine_setup, _combine_autograd, _combine_tangents)),
-        ("combine_backward", derivatives.NO_SECOND_ORDER),
-        ("combine_jvp", derivatives.NO_SECOND_ORDER),
     ):
         derivatives.register(_library, name, formulas)
     for name in ("forward_out", "append_kv"):
