@@ -1,11 +1,15 @@
 """Where tensors lie in memory: whether one may be written, and what would be written with it."""
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from flash8.tensors.arguments import require_contiguous_last
+
+#: Of one stride, to be tried. Where it is more than what lies within it spans, two may do.
+_MOST_MULTIPLES = 8
 
 
 def require_writable(name: str, tensor: Tensor) -> None:
@@ -73,13 +77,18 @@ def _elements_meet(a: Tensor, b: Tensor, distance: int) -> bool:
 
 
 def _is_sum_of(distance: int, steps: list[tuple[int, int, int]]) -> bool:
-    """Whether it is a sum of multiples of strides, ascending, each from a least to a most."""
+    """Whether it is a sum of multiples of strides, ascending, each from a least to a most. Assumed
+    where there are many to try, of tensors that overlap themselves."""
     if not steps:
         return distance == 0
+    if distance % math.gcd(*(stride for stride, _, _ in steps)) != 0:
+        return False
     *rest, (stride, least, most) = steps
     low = distance - sum(step * high for step, _, high in rest)
     high = distance - sum(step * low for step, low, _ in rest)
     times = range(max(least, -(-low // stride)), min(most, high // stride) + 1)
+    if len(times) > _MOST_MULTIPLES:
+        return True
     return any(_is_sum_of(distance - n * stride, rest) for n in times)
 
 
