@@ -10,7 +10,7 @@ with zeros. Gradients are products of 16 bits, of the wide x and weight, or of e
     dw = dout8^T kept8    by tensor, or dout8 by 1x128 along M, kept8 = x by 128x128
 """
 
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -74,50 +74,48 @@ def _multiply(
     return found
 
 
-def _backward(
-    dout: Tensor,
-    kept8: Tensor | None,
-    scale_kept: Tensor | None,
-    w8: Tensor | None,
-    scale_w: Tensor | None,
-    out_features: int,
-    in_features: int,
-    by_blocks: bool,
-    x_dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    dx, dw = dout.new_empty((0,), dtype=x_dtype), dout.new_empty((0,), dtype=weight_dtype)
+class _Backward(NamedTuple):
+    """What `flash8::fp8_linear_backward` is given: without w8 no dx is wanted, without kept8 no
+    dw."""
+
+    dout: Tensor
+    kept8: Tensor | None
+    scale_kept: Tensor | None
+    w8: Tensor | None
+    scale_w: Tensor | None
+    out_features: int
+    in_features: int
+    by_blocks: bool
+    x_dtype: torch.dtype
+    weight_dtype: torch.dtype
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = _Backward(*arguments)
+    dout = call.dout
+    dx, dw = dout.new_empty((0,), dtype=call.x_dtype), dout.new_empty((0,), dtype=call.weight_dtype)
     d8 = scale_d = None
-    if w8 is not None and scale_w is not None:
-        d8, scale_d = quantize_matrix(dout, "1x128" if by_blocks else "tensor")
-        dx = _multiply(d8, transposed(w8, in_features), scale_d, scale_w, None, x_dtype)
-    if kept8 is not None and scale_kept is not None:
-        if by_blocks:
+    if call.w8 is not None and call.scale_w is not None:
+        d8, scale_d = quantize_matrix(dout, "1x128" if call.by_blocks else "tensor")
+        w8 = transposed(call.w8, call.in_features)
+        dx = _multiply(d8, w8, scale_d, call.scale_w, None, call.x_dtype)
+    if call.kept8 is not None and call.scale_kept is not None:
+        if call.by_blocks:
             turned, scale_d = quantize_matrix(dout.t().contiguous(), "1x128")
         else:
             if d8 is None or scale_d is None:
                 d8, scale_d = quantize_matrix(dout, "tensor")
-            turned = transposed(d8, out_features)
-        x8 = transposed(kept8, in_features)
-        dw = _multiply(turned, x8, scale_d, scale_kept, None, weight_dtype)
+            turned = transposed(d8, call.out_features)
+        x8 = transposed(call.kept8, call.in_features)
+        dw = _multiply(turned, x8, scale_d, call.scale_kept, None, call.weight_dtype)
     return dx, dw
 
 
-def _backward_fake(
-    dout: Tensor,
-    kept8: Tensor | None,
-    scale_kept: Tensor | None,
-    w8: Tensor | None,
-    scale_w: Tensor | None,
-    out_features: int,
-    in_features: int,
-    by_blocks: bool,
-    x_dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    shape_x = (0,) if w8 is None else (dout.shape[0], in_features)
-    shape_w = (0,) if kept8 is None else (out_features, in_features)
-    return dout.new_empty(shape_x, dtype=x_dtype), dout.new_empty(shape_w, dtype=weight_dtype)
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = _Backward(*arguments)
+    new, n, k = call.dout.new_empty, call.out_features, call.in_features
+    dx = new((0,) if call.w8 is None else (call.dout.shape[0], k), dtype=call.x_dtype)
+    return dx, new((0,) if call.kept8 is None else (n, k), dtype=call.weight_dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
