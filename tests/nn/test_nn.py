@@ -139,6 +139,14 @@ def test_slopes_and_angles_stay_exact_in_a_16_bit_module():
     assert_near(mha(x)[0], reference_mha(mha, x[0]))
 
 
+def test_alibi_slopes_come_back_from_the_meta_device():
+    mha = FlashMHA(96, 3, alibi=True, device="meta").bfloat16()
+    assert mha.alibi_slopes.is_meta and mha.alibi_slopes.dtype == torch.float32
+    mha = mha.to_empty(device="cpu")
+    mha.reset_parameters()
+    assert torch.equal(mha.alibi_slopes, FlashMHA(96, 3, alibi=True).alibi_slopes)
+
+
 def test_mha_compiles():
     mha = make_mha(causal=True, rotary_dim=16, num_heads_kv=2)
     compiled = torch.compile(mha, fullgraph=True, backend="aot_eager")

@@ -5,6 +5,7 @@ Constructor and call follow `flash_attn.modules.mha.FlashSelfAttention` and `Fla
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flash8.attention import Window
@@ -24,8 +25,14 @@ class AlibiModule(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "AlibiModule":
         exact = self.alibi_slopes
         super()._apply(fn, recurse)
-        if exact is not None and self.alibi_slopes is not None:
-            self.alibi_slopes = exact.to(self.alibi_slopes.device)
+        moved = self.alibi_slopes
+        if exact is not None and moved is not None:
+            # What leaves the meta device has no values: to_empty does not ask for them.
+            self.alibi_slopes = (
+                torch.empty_like(moved, dtype=exact.dtype)
+                if exact.is_meta
+                else exact.to(moved.device)
+            )
         return self
 
 

@@ -99,11 +99,14 @@ class FlashMHA(AlibiModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The initial values of `torch.nn.MultiheadAttention`; sinks start at zero."""
+        """The initial values of `torch.nn.MultiheadAttention`; sinks start at zero. ALiBi's slopes
+        are what they always are, after `to_empty` too."""
         nn.init.xavier_uniform_(self.in_proj.weight)
         for bias in (self.in_proj.bias, self.out_proj.bias, self.sinks):
             if bias is not None:
                 nn.init.zeros_(bias)
+        if self.alibi_slopes is not None:
+            self.alibi_slopes.copy_(alibi_slopes(self.num_heads))
 
     def extra_repr(self) -> str:
         return (
