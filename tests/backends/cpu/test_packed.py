@@ -56,6 +56,16 @@ def results(problem, d_out):
     return [out.detach(), lse.detach(), *(x.grad for x in leaves.leaves().values())]
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_few_tokens(causal, watched):
+    """So few rows are looked at one by one."""
+    lengths = {"seqlens_q": (3, 5), "seqlens_k": (3, 5)}
+    problem = build(BASE.with_(dtype=torch.float32, causal=causal, **lengths))
+    check_forward(problem)
+    check_backward(problem, with_lse=False)
+    assert {*watched} == {("forward_run", True), ("backward_run", True)}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
 def test_bits_are_those_of_units(causal, dtype, watched, monkeypatch):

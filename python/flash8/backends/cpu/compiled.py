@@ -17,7 +17,6 @@ not what is expected, nothing is served.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -233,11 +232,7 @@ def _has_scores(lse: Tensor) -> bool:
 def is_told(lse: Tensor) -> bool:
     """Both: `_has_scores`, and a backward may rely on it."""
     if lse.numel() <= _FEW_ROWS:
-        for head in itertools.chain.from_iterable(lse.tolist()):
-            for x in head:
-                if not 0.0 < abs(x) <= _MOST_LSE:
-                    return False
-        return True
+        return all(0.0 < abs(x) <= _MOST_LSE for x in lse.flatten().tolist())
     least, most = (x.item() for x in lse.aminmax())
     if least < 0.0:
         least, most = (x.item() for x in lse.abs().aminmax())
