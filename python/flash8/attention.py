@@ -291,7 +291,7 @@ def attend(
             may_be_cached = False  # a plan points to arguments only
     options = ops.resolve_num_splits(q, geometry, options)
     unseen.keep(key, (q, k, v, s_aux), options)
-    backend = plan_cache.backend_of(q, k, v, qv, options, out)
+    backend = plan_cache.backend_of(q, k, v, qv, s_aux, options, out)
     if may_be_cached:
         done = plan_cache.launch(arguments, options, return_lse, backend)
         if done is None and options.page_table is not None:

@@ -268,7 +268,7 @@ def flash_attn_with_kvcache(
         if done is not None:
             return _with_no_splits(*done) if return_softmax_lse else done[0]
         query, options, appended = call_by(_CACHE_NAMES, new.append, query, options)
-    backend = plan_cache.backend_of(query, keys, values, qv, options, out)
+    backend = plan_cache.backend_of(query, keys, values, qv, s_aux, options, out)
     attended = (query, keys, values, qv, s_aux, out, options, backend)
     if not appends or appended is not None:
         done = call_by(_CACHE_NAMES, decode_plans.launch, given, *attended, appended)

@@ -73,3 +73,31 @@ def test_it_is_asked_once(name, on_fake_driver, monkeypatch):
         monkeypatch.setattr(module, "forward_backend", counted)
     CALLS[name]()
     assert len(asked) == 1
+
+
+class Wide(torch.Tensor):
+    """bf16 to whoever asks, and fp32 in the ops that it calls, as shards have other sizes."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        like = {"dtype": torch.bfloat16, "strides": inner.stride()}
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, **like)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*(x.inner if isinstance(x, Wide) else x for x in args), **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:flash8 has no compiled kernel")
+@pytest.mark.parametrize("seqlen_q", [2, 40])
+@pytest.mark.parametrize("over_cache", [False, True])
+def test_a_subclass_is_served_by_what_its_op_is_given(over_cache, seqlen_q, fake, on_fake_driver):
+    """No kernel takes the fp32 tensors, whatever one says of the outer ones."""
+    inner = [torch.randn(1, n, 2, 64) for n in (seqlen_q, 40, 40)]
+    call = flash_attn_with_kvcache if over_cache else flash_attn_func
+    out = call(*(Wide(x) for x in inner))
+    assert torch.equal(out, call(*inner)) and out.dtype == torch.float32
+    assert not fake.launches

@@ -21,7 +21,7 @@ from torch.autograd.profiler import record_function
 
 from flash8 import backends
 from flash8.backends import index_checks
-from flash8.call.observed import is_observed, is_profiled
+from flash8.call.observed import PLAIN, is_observed, is_profiled
 from flash8.call.options import Arguments, Options, WithoutTensors, without_tensors
 from flash8.ops import planned
 from flash8.ops.autograd import Launched
@@ -66,12 +66,15 @@ def backend_of(
     k: Tensor,
     v: Tensor,
     qv: Tensor | None,
+    s_aux: Tensor | None,
     options: Options,
     out: Tensor | None,
 ) -> "Forward | None":
     """After a miss: the backend that serves the call, which is asked for once. None where the torch
-    op has to find it."""
-    if not may_launch(q):
+    op has to find it: a subclass of Tensor may call the op on other tensors, of its own, and so may
+    who watches."""
+    tensors = [x for x in (q, k, v, qv, s_aux, out, *options) if isinstance(x, Tensor)]
+    if not may_launch(q) or any(type(x) not in PLAIN for x in tensors):
         return None
     with torch.no_grad():
         return backends.forward_backend(q, k, v, qv, options, out)
