@@ -84,16 +84,11 @@ BackwardCache::BackwardCache(TorchTensors::Functions torch, const py::tuple& fie
 
 py::object BackwardCache::run(const BackwardCall& call) const {
     CallKey key = torch_.new_key();
-    if (!read(key, call)) {
+    const std::shared_ptr<const BackwardPlan> found = read(key, call) ? plans_.find(key) : nullptr;
+    if (found == nullptr || !is_aligned(key)) {
         return py::none();
     }
-    const auto found = plans_.find(key.bytes());
-    if (found == plans_.end() || !is_aligned(key)) {
-        return py::none();
-    }
-    // Shared: other threads may drop it while torch's functions, called below, let them run.
-    const std::shared_ptr<const CachedPlan> cached = found->second;
-    const BackwardPlan& plan = cached->plan;
+    const BackwardPlan& plan = *found;
     BackwardParams params = plan.params;
     for (const CallKey::Tensor& tensor : key) {
         put_address(params, tensor.argument->place, tensor.view.address);
@@ -124,19 +119,9 @@ void BackwardCache::insert(const BackwardCall& call, BackwardPlan plan, std::siz
     const bool by_address = read(key, call) && std::all_of(key.begin(), key.end(), [&](const auto& tensor) {
                                 return address_at(plan.params, tensor.argument->place) == tensor.view.address;
                             });
-    if (!by_address) {
-        return;
+    if (by_address) {
+        plans_.insert(key, std::move(plan), call.scope, most_plans);
     }
-    if (plans_.size() >= most_plans) {
-        clear();
-    }
-    auto scope = py::reinterpret_borrow<py::object>(call.scope);
-    plans_[key.bytes()] = std::make_shared<const CachedPlan>(CachedPlan{std::move(plan), std::move(scope)});
-}
-
-void BackwardCache::clear() {
-    // What they hold may run Python code as it goes, which must find the table in order.
-    const auto dropped = std::exchange(plans_, {});
 }
 
 // False: the call has no key.

@@ -7,13 +7,12 @@
 #include <array>
 #include <memory>
 #include <optional>
-#include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "backward/params.h"
 #include "kernels/launch_backward.h"
 #include "plan_cache/launch_arguments.h"
+#include "plan_cache/plan_table.h"
 #include "plan_cache/torch_tensors.h"
 
 namespace flash8 {
@@ -54,22 +53,17 @@ class BackwardCache {
     // launches point to anything but the arguments, to copies of them: there is no plan for such calls.
     void insert(const BackwardCall& call, BackwardPlan plan, std::size_t most_plans);
 
-    void clear();
+    void clear() { plans_.clear(); }
     std::size_t size() const { return plans_.size(); }
 
   private:
-    struct CachedPlan {
-        BackwardPlan plan;
-        pybind11::object scope;  // kept alive: its identity is in the key
-    };
-
     bool read(CallKey& key, const BackwardCall& call) const;
     std::optional<std::size_t> field_of(PyObject* name) const;
 
     TorchTensors torch_;
     std::vector<pybind11::object> field_names_;
     std::vector<const TensorArgument*> fields_;  // null: launches read no such tensor
-    std::unordered_map<std::string, std::shared_ptr<const CachedPlan>> plans_;
+    PlanTable<BackwardPlan> plans_;
 };
 
 }  // namespace flash8

@@ -93,15 +93,12 @@ py::object DecodeCache::run(PyObject* names, PyObject* const* values) {
     }
     const bool grad_enabled = steal(PyObject_CallNoArgs(is_grad_enabled_.ptr())).ptr() == Py_True;
     bool graph = false;
-    const auto found = plans_.find(key.bytes());
-    if (found == plans_.end() || !is_aligned(key) ||
-        !needs_graph(key, torch_.reader(), grad_enabled, graph) || graph || !can_write_out(key) ||
-        (found->second->plan.append && !found->second->plan.append->may_write(key))) {
+    const std::shared_ptr<const DecodePlan> found = plans_.find(key);
+    if (found == nullptr || !is_aligned(key) || !needs_graph(key, torch_.reader(), grad_enabled, graph) ||
+        graph || !can_write_out(key) || (found->append && !found->append->may_write(key))) {
         return py::none();
     }
-    // Shared: other threads may drop it while torch's functions, called below, let them run.
-    const std::shared_ptr<const CachedPlan> cached = found->second;
-    const DecodePlan& plan = cached->plan;
+    const DecodePlan& plan = *found;
     const CallKey::Tensor& q = *key.find(Argument::kGivesDevice);
 
     DecodeParams params = plan.params;
@@ -150,7 +147,7 @@ bool DecodeCache::has_key(const py::dict& call) {
 
 void DecodeCache::insert(const py::dict& call, DecodePlan plan, std::size_t most_plans) {
     CallKey key = torch_.new_key();
-    py::object kernels = scope();
+    const py::object kernels = scope();
     if (!read_call(key, names_, {kernels, call, true}) || (plan.append && !plan.append->learn(key))) {
         return;
     }
@@ -167,15 +164,7 @@ void DecodeCache::insert(const py::dict& call, DecodePlan plan, std::size_t most
     if (!points_to_arguments(key, params) || points_elsewhere(key, params, kTensors)) {
         return;
     }
-    if (plans_.size() >= most_plans) {
-        clear();
-    }
-    plans_[key.bytes()] = std::make_shared<const CachedPlan>(CachedPlan{std::move(plan), std::move(kernels)});
-}
-
-void DecodeCache::clear() {
-    // What they hold may run Python code as it goes, which must find the table in order.
-    const auto dropped = std::exchange(plans_, {});
+    plans_.insert(key, std::move(plan), kernels, most_plans);
 }
 
 }  // namespace flash8

@@ -7,12 +7,11 @@
 
 #include <memory>
 #include <optional>
-#include <string>
-#include <unordered_map>
 
 #include "decode/params.h"
 #include "plan_cache/append_plan.h"
 #include "plan_cache/launch_arguments.h"
+#include "plan_cache/plan_table.h"
 
 namespace flash8 {
 
@@ -50,15 +49,10 @@ class DecodeCache {
     // launch points to anything but the arguments, to copies of them: there is no plan for such calls.
     void insert(const pybind11::dict& call, DecodePlan plan, std::size_t most_plans);
 
-    void clear();
+    void clear() { plans_.clear(); }
     std::size_t size() const { return plans_.size(); }
 
   private:
-    struct CachedPlan {
-        DecodePlan plan;
-        pybind11::object scope;  // kept alive: its identity is in the key
-    };
-
     pybind11::object scope() const;
 
     TorchTensors torch_;
@@ -67,7 +61,7 @@ class DecodeCache {
     pybind11::object is_grad_enabled_;
     ArgumentNames names_;
     StreamMemories workspaces_;
-    std::unordered_map<std::string, std::shared_ptr<const CachedPlan>> plans_;
+    PlanTable<DecodePlan> plans_;
 };
 
 }  // namespace flash8

@@ -34,27 +34,21 @@ GemmCache::GemmCache(TorchTensors::Functions torch) : torch_(std::move(torch)), 
 
 py::object GemmCache::run(const CallArguments& call) {
     CallKey key = torch_.new_key();
-    if (!read_call(key, names_, call)) {
-        return py::none();
-    }
-    const auto found = plans_.find(key.bytes());
+    const std::shared_ptr<const GemmPlan> plan = read_call(key, names_, call) ? plans_.find(key) : nullptr;
     bool graph = false;
-    if (found == plans_.end() || !is_aligned(key) || !needs_graph(key, torch_.reader(), true, graph) ||
+    if (plan == nullptr || !is_aligned(key) || !needs_graph(key, torch_.reader(), true, graph) ||
         !can_write_out(key)) {
         return py::none();
     }
-    // Shared: other threads may drop it while torch's functions, called below, let them run.
-    const std::shared_ptr<const CachedPlan> cached = found->second;
-    const GemmPlan& plan = cached->plan;
 
-    GemmParams params = plan.params;
+    GemmParams params = plan->params;
     put_arguments(key, torch_, false, params);
-    py::object out = make_out(key, torch_, plan.out_like);
+    py::object out = make_out(key, torch_, plan->out_like);
     params.out = reinterpret_cast<void*>(torch_.address_of(out));
     const std::uint64_t stream = torch_.current_stream(*key.find(Argument::kGivesDevice));
     {
         const GilRelease release;
-        launch_gemm(*plan.kernel, plan.device, stream, params);
+        launch_gemm(*plan->kernel, plan->device, stream, params);
     }
     torch_.mark_written(key);
     return out;
@@ -67,20 +61,10 @@ bool GemmCache::has_key(const CallArguments& call) {
 
 void GemmCache::insert(const CallArguments& call, GemmPlan plan, std::size_t most_plans) {
     CallKey key = torch_.new_key();
-    if (!read_call(key, names_, call) || !points_to_arguments(key, plan.params) ||
-        points_elsewhere(key, plan.params, kTensors)) {
-        return;
+    if (read_call(key, names_, call) && points_to_arguments(key, plan.params) &&
+        !points_elsewhere(key, plan.params, kTensors)) {
+        plans_.insert(key, std::move(plan), call.scope, most_plans);
     }
-    if (plans_.size() >= most_plans) {
-        clear();
-    }
-    auto scope = py::reinterpret_borrow<py::object>(call.scope);
-    plans_[key.bytes()] = std::make_shared<const CachedPlan>(CachedPlan{std::move(plan), std::move(scope)});
-}
-
-void GemmCache::clear() {
-    // What they hold may run Python code as it goes, which must find the table in order.
-    const auto dropped = std::exchange(plans_, {});
 }
 
 }  // namespace flash8

@@ -7,11 +7,10 @@
 
 #include <cstddef>
 #include <memory>
-#include <string>
-#include <unordered_map>
 
 #include "gemm_params.h"
 #include "plan_cache/launch_arguments.h"
+#include "plan_cache/plan_table.h"
 
 namespace flash8 {
 
@@ -39,18 +38,13 @@ class GemmCache {
     // launch points to anything but the arguments, to copies of them: there is no plan for such calls.
     void insert(const CallArguments& call, GemmPlan plan, std::size_t most_plans);
 
-    void clear();
+    void clear() { plans_.clear(); }
     std::size_t size() const { return plans_.size(); }
 
   private:
-    struct CachedPlan {
-        GemmPlan plan;
-        pybind11::object scope;  // kept alive: its identity is in the key
-    };
-
     TorchTensors torch_;
     ArgumentNames names_;
-    std::unordered_map<std::string, std::shared_ptr<const CachedPlan>> plans_;
+    PlanTable<GemmPlan> plans_;
 };
 
 }  // namespace flash8

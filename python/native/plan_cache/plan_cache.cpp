@@ -50,14 +50,13 @@ PlanCache::PlanCache(TorchTensors::Functions torch, py::object tile_count)
 
 py::object PlanCache::run(const CallArguments& call, bool want_lse, bool grad_enabled) {
     CallKey key = torch_.new_key();
-    // Shared: other threads may drop it while torch's functions, called below, let them run.
-    const std::shared_ptr<const CachedPlan> cached = read_call(key, names_, call) ? find(key) : nullptr;
+    const std::shared_ptr<const CallPlan> found = read_call(key, names_, call) ? plans_.find(key) : nullptr;
     bool graph = false;
-    if (cached == nullptr || !cached->by_address || !is_aligned(key) ||
+    if (found == nullptr || !found->by_address || !is_aligned(key) ||
         !needs_graph(key, torch_.reader(), grad_enabled, graph) || !can_write_out(key)) {
         return py::none();
     }
-    const CallPlan& plan = cached->plan;
+    const CallPlan& plan = *found;
     const CallKey::Tensor& q = *key.find(Argument::kGivesDevice);
 
     ForwardParams params = plan.params;
@@ -88,27 +87,11 @@ bool PlanCache::has_key(const CallArguments& call) {
 
 void PlanCache::insert(const CallArguments& call, CallPlan plan, std::size_t most_plans) {
     CallKey key = torch_.new_key();
-    if (!read_call(key, names_, call) || find(key) != nullptr) {
+    if (!read_call(key, names_, call) || plans_.find(key) != nullptr) {
         return;
     }
-    const bool by_address =
-        points_to_arguments(key, plan.params) && !points_elsewhere(key, plan.params, kTensors);
-    if (plans_.size() >= most_plans) {
-        clear();
-    }
-    auto scope = py::reinterpret_borrow<py::object>(call.scope);
-    plans_[key.bytes()] =
-        std::make_shared<const CachedPlan>(CachedPlan{std::move(plan), by_address, std::move(scope)});
-}
-
-void PlanCache::clear() {
-    // What they hold may run Python code as it goes, which must find the table in order.
-    const auto dropped = std::exchange(plans_, {});
-}
-
-std::shared_ptr<const PlanCache::CachedPlan> PlanCache::find(const CallKey& key) const {
-    const auto found = plans_.find(key.bytes());
-    return found == plans_.end() ? nullptr : found->second;
+    plan.by_address = points_to_arguments(key, plan.params) && !points_elsewhere(key, plan.params, kTensors);
+    plans_.insert(key, std::move(plan), call.scope, most_plans);
 }
 
 }  // namespace flash8

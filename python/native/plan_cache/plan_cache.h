@@ -5,12 +5,11 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
-#include <string>
-#include <unordered_map>
 
 #include "driver/library.h"
 #include "forward/params.h"
 #include "plan_cache/launch_arguments.h"
+#include "plan_cache/plan_table.h"
 #include "plan_cache/torch_tensors.h"
 
 namespace flash8 {
@@ -26,6 +25,7 @@ struct CallPlan {
     pybind11::object out_like;
     pybind11::object lse_like;
     pybind11::object options;  // come back where autograd has to know of the call
+    bool by_address = true;    // new addresses are all that another launch needs
 };
 
 // The plans of calls. Everything here runs with the GIL, which guards it too, but for the launch itself.
@@ -47,20 +47,13 @@ class PlanCache {
     // will be misses.
     void insert(const CallArguments& call, CallPlan plan, std::size_t most_plans);
 
-    void clear();
+    void clear() { plans_.clear(); }
     std::size_t size() const { return plans_.size(); }
 
   private:
-    struct CachedPlan {
-        CallPlan plan;
-        bool by_address;         // new addresses are all that another launch needs
-        pybind11::object scope;  // kept alive: its identity is in the key
-    };
-
-    std::shared_ptr<const CachedPlan> find(const CallKey& key) const;
     TorchTensors torch_;
     ArgumentNames names_;
-    std::unordered_map<std::string, std::shared_ptr<const CachedPlan>> plans_;
+    PlanTable<CallPlan> plans_;
     StreamMemories counters_;
 };
 
