@@ -81,6 +81,7 @@ runtime = $(shell $(CXX) -print-file-name=$(1))
 NATIVE_TESTS := $(filter-out %/test_driver_api.py,$(wildcard tests/native/test_*.py)) \
 	tests/backends/hopper/test_launch_capture.py tests/backends/hopper/test_trust_troubles.py \
 	$(wildcard tests/ops/test_plan_cache*.py tests/ops/test_decode_plans*.py) tests/ops/test_backward_plans.py \
+	tests/ops/test_gemm_plans.py \
 	tests/api/test_expanded.py tests/api/test_threads.py
 
 sanitize: $(TOOLS) $(SIMULATOR)

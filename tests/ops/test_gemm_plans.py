@@ -1,6 +1,7 @@
 """The plan cache of `scaled_mm`: which calls are hits, and that they launch what a miss does."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fake_driver.cubin import LAYOUT
 from flash8 import gemm
-from flash8.ops import gemm_plans
+from flash8.ops import gemm_plans, planned
 from gemm_cases import assert_same, emulated, make
 from simulated_device import SimulatedDevice, missing_compiler
 
@@ -187,6 +188,31 @@ def test_a_plan_keeps_no_tensor(on_fake_driver):
     found = [x for x in gc.get_objects() if type(x) is torch.Tensor]
     alive = [x for x in found if x.layout is torch.strided and x.device.type == "cpu"]
     assert not {x.untyped_storage()._cdata for x in alive if x.numel()} & {*storages}
+
+
+def test_a_full_cache_begins_anew(on_fake_driver, misses, monkeypatch):
+    monkeypatch.setattr(planned, "MOST_PLANS", 3)
+    product, sizes = make(70, 40, 400, "row"), []
+    for m in (1, 2, 3, 4, 5, 4):
+        gemm.scaled_mm(product.a[:m], product.b, product.scale_a[:1], product.scale_b)
+        sizes.append(len(gemm_plans.cache()))
+    assert sizes == [1, 2, 3, 1, 2, 2] and misses == ["plan"] * 5
+
+
+def test_calls_of_threads_while_others_forget_everything(fake, on_fake_driver):
+    fake.record(False)
+    products = [make(70, 40, 400, "row", seed=thread) for thread in range(4)]
+
+    def work(thread):
+        for m in range(1, 61):
+            product = products[thread]
+            out = gemm.scaled_mm(product.a[:m], product.b, product.scale_a[:1], product.scale_b)
+            if m % 10 == thread:
+                gemm_plans.cache().clear()
+        return out.shape
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(work, range(4))] == [(60, 40)] * 4
 
 
 @pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))

@@ -9,8 +9,9 @@ from torch import Tensor
 
 import flash8
 from cases import cumulative, int32
-from flash8 import fp8, varlen
+from flash8 import fp8, gemm, varlen
 from flash8.fp8 import Rope, Rotation
+from flash8.nn import Fp8Linear
 from fuzz.calls import attention_call, cache_call
 
 Target = tuple[Callable[..., Any], dict[str, Any]]
@@ -89,6 +90,34 @@ def _fp8_attention(rng: random.Random) -> Target:
     return fp8.fp8_attention, arguments | options | {"s_aux": None, "return_attn_probs": True}
 
 
+def _products(rng: random.Random) -> Target:
+    """Matrix products, their operands, and a layer of them."""
+    m, n, k = rng.choice([1, 5, 130]), rng.choice([1, 8, 40]), rng.choice([16, 48, 144])
+    a, b = (randn(rng, rows, k, dtype=rng.choice(WIDE[:3])) for rows in (m, n))
+    of_a, of_b = rng.choice(
+        [("tensor", "tensor"), ("row", "row"), ("1x128", "128x128"), ("128x128", "128x128")]
+    )
+    if rng.random() < 0.2:
+        return gemm.quantize, {"x": a, "granularity": of_a}
+    if rng.random() < 0.2:
+        options = {"scaling": rng.choice(["tensor", "delayed", "block"])}
+        options |= {"grad_dtype": rng.choice([None, torch.float8_e4m3fn])}
+        return Fp8Linear(k, n, **options).forward, {"x": a.requires_grad_(rng.random() < 0.5)}
+    (a8, scale_a), (b8, scale_b) = gemm.quantize(a, of_a), gemm.quantize(b, of_b)
+    out_dtype = rng.choice([None, *WIDE[:3], torch.float8_e4m3fn])
+    arguments = {"a": a8, "b": b8.t(), "scale_a": scale_a, "scale_b": scale_b.t(), "bias": None}
+    if rng.random() < 0.3:
+        arguments["bias"] = randn(rng, n, dtype=rng.choice(WIDE[:3]))
+    narrow = out_dtype == torch.float8_e4m3fn
+    arguments["scale_result"] = torch.ones(1) if narrow and rng.random() < 0.5 else None
+    arguments["out"] = None
+    if rng.random() < 0.3:
+        arguments["out"] = torch.zeros(m, n).to(out_dtype or torch.bfloat16)
+    arguments["use_fast_accum"] = of_b != "128x128" and rng.random() < 0.5
+    arguments["out_dtype"] = out_dtype
+    return torch.no_grad()(gemm.scaled_mm), arguments  # it has no derivative, and says so
+
+
 def _others(rng: random.Random) -> Target:
     lengths = [rng.choice([0, 1, 4]) for _ in range(3)]
     ends = cumulative(lengths)
@@ -136,6 +165,7 @@ DRAWS: list[tuple[int, Callable[[random.Random], Target]]] = [
     (2, _packed),
     (1, _quantize),
     (1, _fp8_attention),
+    (2, _products),
     (3, _others),
 ]
 
