@@ -109,6 +109,15 @@ def missing_disassembler() -> str | None:
     return None if found else "cuobjdump is not installed (compiler.txt)"
 
 
+@cache
+def disassembly(cubin: Path) -> str:
+    """What cuobjdump prints: two lines for an instruction, with its encoding."""
+    environment = {**os.environ, "PATH": _search_path()}
+    command = ["cuobjdump", "-sass", str(cubin)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return run.stdout
+
+
 @dataclass(frozen=True)
 class MachineCode:
     """The disassembly of one cubin."""
@@ -118,10 +127,7 @@ class MachineCode:
     @staticmethod
     @cache
     def of(cubin: Path) -> "MachineCode":
-        environment = {**os.environ, "PATH": _search_path()}
-        command = ["cuobjdump", "-sass", str(cubin)]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        found = (_INSTRUCTION.match(line) for line in run.stdout.splitlines())
+        found = (_INSTRUCTION.match(line) for line in disassembly(cubin).splitlines())
         return MachineCode(tuple((int(m[1], 16), m[2]) for m in found if m))
 
     @property

@@ -15,6 +15,7 @@ def rows_of(text):
     "table, document",
     [
         ("machine_code.md", "forward.md"),
+        ("cycle_model.md", "forward.md"),
         ("machine_code_backward.md", "backward.md"),
         ("quantizer_traffic.md", "fp8.md"),
     ],
