@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missi
 
 CPU = torch.device("cpu")
 OUTER, BLOCK = GemmVariant("outer", 128, 128), GemmVariant("block", 128, 128)
+SMALL_M = GemmVariant("block", 16, 64, small_m=True)
 
 
 def multiply(product, **options):
@@ -26,7 +27,7 @@ def multiply(product, **options):
     return flash8.gemm.scaled_mm(a, b, scale_a, scale_b, bias=bias, **options)
 
 
-@pytest.mark.parametrize("variant", by_default(SHIPPED_GEMMS, [OUTER, BLOCK]))
+@pytest.mark.parametrize("variant", by_default(SHIPPED_GEMMS, [OUTER, BLOCK, SMALL_M]))
 def test_a_sound_kernel_passes(variant, checked):
     with checked():
         assert trust.find_fault(variant, CPU) is None
@@ -42,14 +43,21 @@ def test_what_a_gpu_is_given_walks_many_tiles(variant, monkeypatch):
         assert check.find_fault_of(variant, product) is None
 
 
-@pytest.mark.parametrize("granularity", ["row", "1x128"])
-def test_a_sound_kernel_serves(granularity, checked):
-    product = make(40, 50, 400, granularity, bias=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("granularity", "m", "n", "kernel"),
+    [
+        ("row", 70, 50, "flash8_gemm"),
+        ("1x128", 70, 50, "flash8_gemm"),
+        ("1x128", 9, 50, "flash8_gemm_small_m"),
+    ],
+)
+def test_a_sound_kernel_serves(granularity, m, n, kernel, checked):
+    product = make(m, n, 400, granularity, bias=torch.bfloat16)
     want = emulated(product)
     with checked():
         found, said = told(lambda: multiply(product, out_dtype=torch.float32))
-        assert device().report()["kernel"] == "flash8_gemm"
-        out = torch.zeros(40, 50)
+        assert device().report()["kernel"] == kernel
+        out = torch.zeros(m, n)
         multiply(product, out=out)
     assert not said
     assert_same(found, want)
@@ -72,7 +80,7 @@ WRONG = {
 def test_a_wrong_kernel_fails_and_the_portable_code_serves(name, checked):
     variant, pattern, new = WRONG[name]
     text = changed_text(variant, pattern, new)
-    product = make(40, 50, 400, "1x128" if variant == BLOCK else "row", bias=torch.bfloat16)
+    product = make(70, 50, 400, "1x128" if variant == BLOCK else "row", bias=torch.bfloat16)
     want = multiply(product)
     with checked(lambda _: text):
         have, said = told(lambda: multiply(product))

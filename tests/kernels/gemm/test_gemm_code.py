@@ -19,8 +19,20 @@ LIMITS = {
     "gemm_block_256x128": (128, 72),
     "gemm_outer_fast_128x128": (0, 46),
     "gemm_outer_fast_128x256": (0, 46),
+    "gemm_small_m_outer_16x64": (8, 40),
+    "gemm_small_m_outer_16x128": (8, 40),
+    "gemm_small_m_outer_64x64": (32, 40),
+    "gemm_small_m_outer_64x128": (32, 40),
+    "gemm_small_m_block_16x64": (8, 48),
+    "gemm_small_m_block_16x128": (8, 48),
+    "gemm_small_m_block_64x64": (32, 68),
+    "gemm_small_m_block_64x128": (32, 68),
 }
-KEPT = [GemmVariant("outer", 128, 128), GemmVariant("block", 128, 128)]
+KEPT = [
+    GemmVariant("outer", 128, 128),
+    GemmVariant("block", 128, 128),
+    GemmVariant("block", 16, 64, small_m=True),
+]
 
 
 @pytest.mark.parametrize("variant", by_default(SHIPPED_GEMMS, KEPT))

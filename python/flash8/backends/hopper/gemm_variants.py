@@ -1,4 +1,4 @@
-"""Variants of cutlass_kernels/gemm/kernel.cu: what is chosen when it compiles, and its tiles.
+"""Variants of the kernels of cutlass_kernels/gemm: what is chosen when they compile, and tiles.
 
 Sizes, strides, bias, the output's type and whether a scale is a tensor's or a row's are parameters.
 """
@@ -14,13 +14,14 @@ Scales = Literal["outer", "block"]
 
 @dataclass(frozen=True)
 class GemmVariant:
-    """One compilation of cutlass_kernels/gemm/kernel.cu.
+    """One compilation of cutlass_kernels/gemm/kernel.cu, or with small_m of small_m.cu beside it.
 
     Attributes:
         scales: "outer": of tensors or rows, applied to the sum; "block": of 128 of K.
         block_m, block_n: The tile of the output that a CTA computes at a time.
         fast_accum: The tensor core adds up all of K, in 14 bits; otherwise every 128 of K are added
             to a sum in fp32.
+        small_m: B is the tensor core's first operand, and A, of few rows, its second.
 
     Raises:
         ValueError: A choice is unknown, or no tile of its kind.
@@ -30,13 +31,17 @@ class GemmVariant:
     block_m: int
     block_n: int
     fast_accum: bool = False
+    small_m: bool = False
 
     def __post_init__(self) -> None:
         if self.scales not in get_args(Scales):
             raise ValueError(f"scales is {self.scales!r}; supported are {get_args(Scales)}")
         if self.scales == "block" and self.fast_accum:
             raise ValueError("fast_accum is True; scales of blocks need sums in fp32")
-        tiles = [tile[:2] for tile in TILES[self.scales, self.fast_accum]]
+        if self.small_m and self.fast_accum:
+            raise ValueError("fast_accum is True; the kernel for few rows has sums in fp32")
+        known = SMALL_M_TILES if self.small_m else TILES[self.scales, self.fast_accum]
+        tiles = [tile[:2] for tile in known]
         if (self.block_m, self.block_n) not in tiles:
             raise ValueError(
                 f"block_m and block_n are {self.block_m} and {self.block_n}; supported are {tiles}"
@@ -44,23 +49,27 @@ class GemmVariant:
 
     @cached_property
     def name(self) -> str:
-        """A name that no other variant has: gemm_block_128x128, gemm_outer_fast_128x256."""
+        """A name that no other variant has: gemm_block_128x128, gemm_outer_fast_128x256,
+        gemm_small_m_block_16x64."""
+        small = "small_m_" if self.small_m else ""
         fast = "_fast" if self.fast_accum else ""
-        return f"gemm_{self.scales}{fast}_{self.block_m}x{self.block_n}"
+        return f"gemm_{small}{self.scales}{fast}_{self.block_m}x{self.block_n}"
 
     @property
     def defines(self) -> tuple[tuple[str, str], ...]:
         """The -D options; a choice of words is handed over as the name of an enumerator."""
+        fast = () if self.small_m else (("FLASH8_FAST_ACCUM", str(int(self.fast_accum))),)
         return (
             ("FLASH8_SCALES", enumerator(self.scales)),
-            ("FLASH8_FAST_ACCUM", str(int(self.fast_accum))),
+            *fast,
             ("FLASH8_BLOCK_M", str(self.block_m)),
             ("FLASH8_BLOCK_N", str(self.block_n)),
         )
 
     def unit(self) -> Unit:
         """What the compiler is asked for."""
-        return Unit(cutlass_root() / "gemm" / "kernel.cu", self.defines, self.name)
+        source = "small_m.cu" if self.small_m else "kernel.cu"
+        return Unit(cutlass_root() / "gemm" / source, self.defines, self.name)
 
 
 class Tile(NamedTuple):
@@ -83,11 +92,37 @@ TILES: dict[tuple[Scales, bool], tuple[Tile, ...]] = {
     ("outer", True): (_SMALL, _WIDE),
 }
 
+#: Products of so few rows read B once, and what that takes is their time.
+SMALL_M = 64
+
+
+class SmallMTile(NamedTuple):
+    """A tile for few rows of A: wgmma has 64 rows of B, and as many columns as A has rows."""
+
+    block_m: int
+    block_n: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of A and of B that are read for it: what a multiprocessor waits for."""
+        return self.block_m + self.block_n
+
+
+#: 64 rows of B: twice the tiles to share out. 128: A is read from L2 half as often.
+SMALL_M_TILES = tuple(SmallMTile(m, n) for m in (16, SMALL_M) for n in (64, 128))
+
 #: The variants that release wheels carry.
-SHIPPED_GEMMS = tuple(
-    GemmVariant(scales, tile.block_m, tile.block_n, fast)
-    for (scales, fast), tiles in TILES.items()
-    for tile in tiles
+SHIPPED_GEMMS = (
+    *(
+        GemmVariant(scales, tile.block_m, tile.block_n, fast)
+        for (scales, fast), tiles in TILES.items()
+        for tile in tiles
+    ),
+    *(
+        GemmVariant(scales, tile.block_m, tile.block_n, small_m=True)
+        for scales in get_args(Scales)
+        for tile in SMALL_M_TILES
+    ),
 )
 
 
@@ -95,7 +130,10 @@ SHIPPED_GEMMS = tuple(
 def choose_variant(
     scales: Scales, fast_accum: bool, m: int, n: int, multiprocessors: int
 ) -> GemmVariant:
-    """The tile with which the waves of tiles over all multiprocessors take the fewest cycles."""
+    """The tile with which the waves of tiles over all multiprocessors take the fewest cycles. Few
+    rows have their own kernel, unless the tensor core is to add up all of K."""
+    if m <= SMALL_M and not fast_accum:
+        return _choose_small_m(scales, m, n, multiprocessors)
 
     def cycles(tile: Tile) -> int:
         tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
@@ -103,3 +141,14 @@ def choose_variant(
 
     best = min(TILES[scales, fast_accum], key=cycles)
     return GemmVariant(scales, best.block_m, best.block_n, fast_accum)
+
+
+def _choose_small_m(scales: Scales, m: int, n: int, multiprocessors: int) -> GemmVariant:
+    """The fewest rows of A that fit, and the tile with which the multiprocessors read least."""
+    block_m = min(tile.block_m for tile in SMALL_M_TILES if tile.block_m >= m)
+
+    def rows(tile: SmallMTile) -> int:
+        return -(-n // (tile.block_n * multiprocessors)) * tile.rows
+
+    best = min((tile for tile in SMALL_M_TILES if tile.block_m == block_m), key=rows)
+    return GemmVariant(scales, best.block_m, best.block_n, small_m=True)

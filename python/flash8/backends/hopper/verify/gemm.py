@@ -83,7 +83,8 @@ class Draw:
         multiprocessors."""
         half, bfloat, full = torch.float16, torch.bfloat16, torch.float32
         m, n = self._variant.block_m, self._variant.block_n
-        yield self._product(m + 72, n + 72, 1168, full, None)
+        deep = 3088 if self._variant.small_m else 1168
+        yield self._product(m + 72, n + 72, deep, full, None)
         yield self._product(m + 1, n + 13, 400, bfloat, full)
         yield self._product(1, 136, 16, half, half)
         yield self._product(70, n + 8, 144, E4M3, bfloat)
@@ -99,7 +100,8 @@ class Draw:
         """A product of more tiles than `count`, in 11 rows of them or fewer."""
         rows = min(11, count)
         columns = count // rows + 1
-        m, n = self._variant.block_m * rows - 40, self._variant.block_n * columns - 88
+        m = self._variant.block_m * rows - self._variant.block_m // 3
+        n = self._variant.block_n * columns - self._variant.block_n * 2 // 3
         return self._product(m, n, 272, torch.bfloat16, torch.bfloat16)
 
     def _product(

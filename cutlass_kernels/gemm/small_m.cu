@@ -1,0 +1,76 @@
+// The GEMM kernel for few rows of A: B is wgmma's first operand, whose rows come by 64, and A its second,
+// whose rows come by 8. One variant per compilation; flash8.backends.hopper.gemm_variants says which -D
+// options there are.
+
+#include "small_m_epilogue.cuh"
+#include "small_m_mainloop.cuh"
+#include "small_m_producer.cuh"
+
+namespace flash8::small_m {
+
+constexpr KernelInfo describe() {
+    KernelInfo info{};
+    info.abi_version = kAbiVersion;
+    info.info_bytes = sizeof(KernelInfo);
+    info.params_bytes = sizeof(GemmParams);
+    info.kind = KernelKind::kGemm;
+    constexpr char kEntry[] = "flash8_gemm_small_m";
+    for (unsigned i = 0; i < sizeof(kEntry); ++i) {
+        info.entry[i] = kEntry[i];
+    }
+    info.kBlockM = Config::kBlockM;
+    info.kBlockN = Config::kBlockN;
+    info.kStages = Config::kStages;
+    info.threads = Config::kThreads;
+    info.min_ctas_per_sm = 1;
+    info.cluster[0] = info.cluster[1] = info.cluster[2] = 1;
+    info.shared_bytes = kSharedBytes;
+    info.scale_block = Config::kBlockScales ? kScaleBlock : 0;
+    auto const box = [](unsigned rows) {
+        return TmaBox{4, {Config::kBlockK, rows, 1, 1, 1}, ElementType::kUint8, Swizzle::k128B};
+    };
+    info.tma[0] = box(Config::kBlockM);
+    info.tma[1] = box(Config::kBlockN);
+    return info;
+}
+
+__device__ void consume(GemmParams const& params, SharedStorage& shared, int warpgroup) {
+    Mainloop mainloop(shared, warpgroup);
+    TileWalk tiles(params);
+    int const blocks = k_blocks(params);
+    Tile tile;
+    while (tiles.next(tile)) {
+        Config::Accumulator sum;
+        mainloop.run(blocks, sum);
+        Epilogue::store(params, tile.m0, tile.n0 + warpgroup * Config::kWaveRows, sum);
+    }
+}
+
+}  // namespace flash8::small_m
+
+extern "C" __constant__ flash8::KernelInfo kernel_info = flash8::small_m::describe();
+
+extern "C" __global__ void __launch_bounds__(flash8::small_m::Config::kThreads, 1)
+    flash8_gemm_small_m(flash8::GemmParams const __grid_constant__ params) {
+    using namespace flash8;
+    using namespace flash8::small_m;
+    extern __shared__ __align__(1024) char dynamic_shared[];
+    auto& shared = *reinterpret_cast<SharedStorage*>(dynamic_shared);
+
+    int const warpgroup = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x / 128), 0);
+    if (threadIdx.x == 0) {
+        ptx::prefetch_tensor_map(&params.tma_a);
+        ptx::prefetch_tensor_map(&params.tma_b);
+        shared.init_pipeline();
+        ptx::fence_barrier_init();
+    }
+    __syncthreads();
+
+    if (warpgroup > 0) {
+        consume(params, shared, warpgroup - 1);
+    } else if (threadIdx.x == 0) {
+        load_operands(params, shared);
+    } else if (Config::kBlockScales && threadIdx.x / 32 == 1) {
+        load_scales(params, shared);
+    }
+}
