@@ -5,6 +5,7 @@
 #include "small_m_epilogue.cuh"
 #include "small_m_mainloop.cuh"
 #include "small_m_producer.cuh"
+#include "small_m_quantizer.cuh"
 
 namespace flash8::small_m {
 
@@ -30,6 +31,11 @@ constexpr KernelInfo describe() {
         return TmaBox{4, {Config::kBlockK, rows, 1, 1, 1}, ElementType::kUint8, Swizzle::k128B};
     };
     info.tma[0] = box(Config::kBlockM);
+    if (Config::kQuantizes) {
+        bool const half = Config::kInput == quantize::Input::kFp16;
+        info.tma[0].element_type = half ? ElementType::kFloat16 : ElementType::kBfloat16;
+        info.tma[0].swizzle = Swizzle::kNone;
+    }
     info.tma[1] = box(Config::kBlockN);
     return info;
 }
@@ -66,7 +72,11 @@ extern "C" __global__ void __launch_bounds__(flash8::small_m::Config::kThreads, 
     }
     __syncthreads();
 
-    if (warpgroup > 0) {
+    if (warpgroup > Config::kConsumerWarpgroups) {
+        if constexpr (Config::kQuantizes) {
+            Quantizer::run(params, shared, static_cast<int>(threadIdx.x / 32 % 4));
+        }
+    } else if (warpgroup > 0) {
         consume(params, shared, warpgroup - 1);
     } else if (threadIdx.x == 0) {
         load_operands(params, shared);

@@ -7,6 +7,7 @@
 #include "arch/wgmma.cuh"
 #include "gemm_params.h"
 #include "kernel_info.h"
+#include "quantize/elements.cuh"
 
 #include <cutlass/numeric_types.h>
 #include <cute/arch/mma_sm90.hpp>
@@ -22,6 +23,11 @@ struct Config {
     using Element = cutlass::float_e4m3_t;
     static constexpr bool kBlockScales = Scales::FLASH8_SCALES == Scales::kBlock;
 
+    // A is e4m3 and has scales; or of 16 bits, and the kernel quantizes it by 1x128.
+    static constexpr quantize::Input kInput = quantize::Input::FLASH8_INPUT;
+    static constexpr bool kQuantizes = kInput != quantize::Input::kE4m3;
+    static_assert(kInput != quantize::Input::kFp32 && (!kQuantizes || kBlockScales));
+
     // B's rows are those of wgmma, 64 of a warpgroup. A's rows are its columns, whose number may be small.
     static constexpr int kBlockM = FLASH8_BLOCK_M;
     static constexpr int kBlockN = FLASH8_BLOCK_N;
@@ -33,14 +39,16 @@ struct Config {
     static constexpr int kConsumerWarpgroups = kBlockN / kWaveRows;
     static_assert(kConsumerWarpgroups * kWaveRows == kBlockN);
     static constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
-    static constexpr int kThreads = 128 * (1 + kConsumerWarpgroups);
+    static constexpr int kQuantizerWarps = 4;
+    static constexpr int kThreads = 128 * (1 + kConsumerWarpgroups + (kQuantizes ? 1 : 0));
 
     // As many stages as fit shared memory.
     static constexpr int kBytesA = kBlockM * kBlockK;
     static constexpr int kBytesB = kBlockN * kBlockK;
     static constexpr int kScaleFloats = kBlockScales ? kBlockM + 1 : 0;
-    static constexpr int kBarrierBytes = 16;
-    static constexpr int kStageBytes = kBytesA + kBytesB + 4 * kScaleFloats + kBarrierBytes;
+    static constexpr int kBytesWideA = kQuantizes ? 2 * kBytesA : 0;
+    static constexpr int kBarrierBytes = 24;
+    static constexpr int kStageBytes = kBytesA + kBytesB + kBytesWideA + 4 * kScaleFloats + kBarrierBytes;
     static constexpr int kStages = (227 * 1024 - 1024) / kStageBytes;
 
     using Mma = cute::MMA_Traits<
@@ -55,17 +63,34 @@ struct BlockScales {
     float b;
 };
 
+// A of 16 bits, a stage's rows as they come, and where their arrival is counted. Of e4m3 it has no use.
+struct WideRows {
+    static constexpr int kStages = Config::kQuantizes ? Config::kStages : 1;
+    static constexpr int kElements = Config::kQuantizes ? Config::kBytesA : 8;
+
+    alignas(128) uint16_t a[kStages][kElements];  // (row, k)
+    uint64_t full[kStages];
+};
+
 struct SharedStorage {
     alignas(1024) Config::Element a[Config::kStages][Config::kBytesA];  // (row, k), swizzled
     alignas(1024) Config::Element b[Config::kStages][Config::kBytesB];
     BlockScales scales[Config::kBlockScales ? Config::kStages : 1];
+    WideRows wide;
     Pipeline<Config::kStages> pipeline;
 
     // A stage is full when the TMA of one thread has landed and, with blocks, the scales that the 32 lanes of
-    // a warp copy. It is empty when all consumer warps have released it.
+    // a warp copy, and what the quantizing warps write. It is empty, A of 16 bits too, when all consumer
+    // warps have released it.
     __device__ void init_pipeline() {
         constexpr int kScaleLanes = Config::kBlockScales ? 32 : 0;
-        pipeline.init(Config::kConsumerWarps, 1 + kScaleLanes);
+        constexpr int kQuantizerWarps = Config::kQuantizes ? Config::kQuantizerWarps : 0;
+        pipeline.init(Config::kConsumerWarps, 1 + kScaleLanes + kQuantizerWarps);
+        if constexpr (Config::kQuantizes) {
+            for (uint64_t& barrier : wide.full) {
+                ptx::mbarrier_init(&barrier, 1);
+            }
+        }
     }
 };
 

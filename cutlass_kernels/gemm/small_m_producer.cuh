@@ -1,5 +1,6 @@
 // The warps that fill the stages: one thread brings A and B by TMA, and with scales of blocks a second warp
-// brings these. Both wait for the same empty stage, and the consumers wait for both.
+// brings these. Both wait for the same empty stage, and the consumers wait for both. A of 16 bits has a
+// barrier of its own, where those wait that quantize it and make its scales.
 
 #pragma once
 
@@ -17,10 +18,17 @@ __device__ void load_operands(GemmParams const& params, SharedStorage& shared) {
     while (tiles.next(tile)) {
 #pragma unroll 1
         for (int block = 0; block < blocks; ++block) {
-            uint64_t* const full = shared.pipeline.acquire(state, Config::kBytesA + Config::kBytesB);
+            constexpr int kBytes = Config::kBytesB + (Config::kQuantizes ? 0 : Config::kBytesA);
+            uint64_t* const full = shared.pipeline.acquire(state, kBytes);
             int const k0 = block * Config::kBlockK;
             ptx::tma_load_4d(shared.b[state.stage], &params.tma_b, full, k0, tile.n0, 0, 0);
-            ptx::tma_load_4d(shared.a[state.stage], &params.tma_a, full, k0, tile.m0, 0, 0);
+            if constexpr (Config::kQuantizes) {
+                uint64_t* const wide_full = &shared.wide.full[state.stage];
+                ptx::mbarrier_expect_tx(wide_full, Config::kBytesWideA);
+                ptx::tma_load_4d(shared.wide.a[state.stage], &params.tma_a, wide_full, k0, tile.m0, 0, 0);
+            } else {
+                ptx::tma_load_4d(shared.a[state.stage], &params.tma_a, full, k0, tile.m0, 0, 0);
+            }
             state.advance();
         }
     }
@@ -29,16 +37,17 @@ __device__ void load_operands(GemmParams const& params, SharedStorage& shared) {
 // By all lanes of a warp: scales of any strides, a lane copies those of every 32nd row. Rows beyond A get the
 // scale of its last one; nothing of them is stored.
 __device__ void load_scales(GemmParams const& params, SharedStorage& shared) {
-    constexpr int kRows = (Config::kBlockM + 31) / 32;  // of a lane
+    constexpr int kRows = Config::kQuantizes ? 0 : Config::kBlockM;
+    constexpr int kLaneRows = Config::kQuantizes ? 1 : (kRows + 31) / 32;
     PipelineState<Config::kStages> state;
     TileWalk tiles(params);
     int const blocks = k_blocks(params);
     int const lane = threadIdx.x % 32;
     Tile tile;
     while (tiles.next(tile)) {
-        int64_t rows[kRows];  // of floats from the first row's scales
+        int64_t rows[kLaneRows];  // of floats from the first row's scales
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
+        for (int i = 0; i < kLaneRows; ++i) {
             int const row = min(tile.m0 + 32 * i + lane, params.m - 1) >> params.scale_a_row_shift;
             rows[i] = row * params.scale_a.row_stride;
         }
@@ -49,8 +58,8 @@ __device__ void load_scales(GemmParams const& params, SharedStorage& shared) {
             shared.pipeline.wait_empty(state);
             BlockScales& scales = shared.scales[state.stage];
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) {
-                if (32 * i + lane < Config::kBlockM) {
+            for (int i = 0; i < kLaneRows; ++i) {
+                if (32 * i + lane < kRows) {
                     ptx::copy_async_4(ptx::shared_address(&scales.a[32 * i + lane]), of_rows + rows[i]);
                 }
             }

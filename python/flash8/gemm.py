@@ -29,7 +29,7 @@ _INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def scaled_mm(
     a: Tensor = _MISSING,
     b: Tensor = _MISSING,
-    scale_a: Tensor = _MISSING,
+    scale_a: Tensor | None = _MISSING,
     scale_b: Tensor = _MISSING,
     *,
     bias: Tensor | None = None,
@@ -44,6 +44,9 @@ def scaled_mm(
     An e4m3 output is scale_result times that, rounded to nearest even and saturated: what is beyond
     448, infinity too, becomes 448, NaN stays NaN. As in torch._scaled_mm scale_result multiplies.
     It is the inverse of the descale that the output has as an operand of the next product.
+
+    Where a is of 16 bits, without scale_a, it is quantized by 1x128 in the product: the result has
+    the bits of `scaled_mm` of `quantize(a, "1x128")`. Up to 64 rows that is one kernel.
 
     The scales say by their shapes what has one of its own:
 
@@ -63,9 +66,11 @@ def scaled_mm(
     exact the longer K is.
 
     Args:
-        a: e4m3 (M, K), row-major: K contiguous. K is a multiple of 16.
+        a: e4m3 (M, K), row-major: K contiguous. K is a multiple of 16. Or bf16 or fp16, without
+            scale_a.
         b: e4m3 (K, N), column-major: K contiguous, as `weight.t()` of a weight (N, K).
-        scale_a: fp32, as in the table.
+        scale_a: fp32, as in the table; None or left out with an a of 16 bits, where scale_b is by
+            128x128.
         scale_b: fp32, as in the table.
         bias: (N,), bf16, fp16 or fp32.
         scale_result: fp32, one element, for an e4m3 output only; 1 without it.
@@ -87,6 +92,8 @@ def scaled_mm(
     if torch_names:
         names = _by_own_names(torch_names, a, b, scale_a, scale_b, out_dtype)
         a, b, scale_a, scale_b, out_dtype = names
+    if scale_a is _MISSING and call.is_quantized_inside(a):
+        scale_a = None
     options = bias, scale_result, out_dtype, out, use_fast_accum
     arguments = plans.arguments_of(a, b, scale_a, scale_b, *options)
     if arguments is not None and (found := plans.find(arguments)) is not None:

@@ -121,6 +121,16 @@ def test_rows_share_no_scales_where_a_scale_is_a_rows(fake, driver):
     assert fake.launches == []
 
 
+def test_a_of_16_bits_has_no_scales(fake, driver):
+    kernel = load(driver, "gemm_small_m_block_bf16_16x64")
+    call = product(9)
+    with pytest.raises(ValueError, match="scale_a is given; this kernel makes the scales of a"):
+        _native.launch_gemm(kernel, 0, 0, call)
+    call.scale_a = (0, 0, 0)
+    _native.launch_gemm(kernel, 0, 0, call)
+    assert len(fake.launches) == 1 and launched(fake, "n_blocks") == 9
+
+
 def test_only_a_gemm_kernel_is_launched(driver):
     with pytest.raises(ValueError, match="is not a GEMM kernel"):
         _native.launch_gemm(_native.Library(driver, fake_cubin()).kernel(), 0, 0, product())

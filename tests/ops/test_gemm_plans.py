@@ -89,6 +89,21 @@ def test_a_hit_launches_what_a_miss_does(name, fake, on_fake_driver, misses):
     assert (first.shape, first.dtype, first.stride()) == (again.shape, again.dtype, again.stride())
 
 
+def test_a_hit_of_a_that_is_quantized(fake, on_fake_driver, misses):
+    """Few rows of 16 bits: one kernel, and a plan. Many are quantized before, without one."""
+    for seed in range(2):
+        product = make(9, 40, 400, "1x128", seed=seed)
+        a = product.a.to(BF16)
+        out = gemm.scaled_mm(a, product.b, scale_b=product.scale_b)
+        found = addresses(fake.parameter(seed), "out", "a", "b", "scale_a", "scale_b")
+        want = [out.data_ptr(), a.data_ptr(), product.b.data_ptr(), 0, product.scale_b.data_ptr()]
+        assert found == want
+    assert misses == ["plan"] and len(fake.launches) == 2 and len(gemm_plans.cache()) == 1
+    product = make(70, 40, 400, "1x128")
+    gemm.scaled_mm(product.a.to(BF16), product.b, scale_b=product.scale_b)
+    assert misses == ["plan", "op"] and len(gemm_plans.cache()) == 1
+
+
 CHANGES = {
     "size": lambda p: {"a": p.a[:69], "scale_a": p.scale_a[:69]},
     "strides": lambda p: {"a": p.a.repeat(1, 2)[:, :400]},

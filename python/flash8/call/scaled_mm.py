@@ -22,6 +22,7 @@ from flash8.tensors.memory import is_shared, require_writable
 Granularity = Literal["tensor", "row", "1x128", "128x128"]
 BLOCK = 128
 _WIDE = (torch.bfloat16, torch.float16, torch.float32)
+_QUANTIZED_INSIDE = (torch.bfloat16, torch.float16)
 OUT_DTYPES = (*_WIDE, E4M3)
 _UNIT_K = 16
 _MOST = 2**31 - 2**20
@@ -31,12 +32,13 @@ class Product(NamedTuple):
     """A checked call: out = scale_a * scale_b * (a @ b) + bias, times scale_result if there is one.
 
     a: (M, K), row-major; b: (K, N), column-major. The scales are fp32, and of any strides.
+    scale_a: None where a is of 16 bits, and is to be quantized by 1x128.
     scale_result: one element, for an e4m3 output.
     """
 
     a: Tensor
     b: Tensor
-    scale_a: Tensor
+    scale_a: Tensor | None
     scale_b: Tensor
     bias: Tensor | None
     out_dtype: torch.dtype
@@ -49,16 +51,25 @@ class Product(NamedTuple):
         return self.a.shape[0], self.b.shape[1], self.a.shape[1]
 
     @property
+    def given_scale_a(self) -> Tensor:
+        """That of an e4m3 a."""
+        if self.scale_a is None:
+            raise ValueError("a is not quantized yet, and has no scale")
+        return self.scale_a
+
+    @property
     def has_blocks(self) -> bool:
         """Whether scales change along K, so that they are applied block by block."""
-        return granularity(*self.sizes, self.scale_a.shape, self.scale_b.shape)[0] in (
-            "1x128",
-            "128x128",
-        )
+        if self.scale_a is None:
+            return True
+        found, _ = granularity(*self.sizes, self.scale_a.shape, self.scale_b.shape)
+        return found in ("1x128", "128x128")
 
     @property
     def rows_per_scale(self) -> int:
         """Rows of A that share a scale, or the scales of all blocks of K."""
+        if self.scale_a is None:
+            return 1
         m, n, k = self.sizes
         found, _ = granularity(m, n, k, self.scale_a.shape, self.scale_b.shape)
         return {"tensor": max(1, m), "row": 1, "1x128": 1, "128x128": BLOCK}[found]
@@ -101,6 +112,11 @@ def granularity(
     )
 
 
+def is_quantized_inside(a: Any) -> bool:
+    """Whether a is of 16 bits: without a scale it is to be quantized."""
+    return isinstance(a, Tensor) and a.dtype in _QUANTIZED_INSIDE
+
+
 def check(
     a: Any,
     b: Any,
@@ -113,11 +129,18 @@ def check(
     use_fast_accum: Any,
 ) -> Product:
     """Raises TypeError and ValueError, naming the argument, its value and what is supported."""
-    _check_matrices(a, b)
+    quantizes = scale_a is None and is_quantized_inside(a)
+    _check_matrices(a, b, _QUANTIZED_INSIDE if quantizes else E4M3)
     m, n = a.shape[0], b.shape[1]
-    for name, scale in (("scale_a", scale_a), ("scale_b", scale_b)):
-        require_tensor(name, scale, torch.float32, a)
-    found = granularity(m, n, a.shape[1], scale_a.shape, scale_b.shape)
+    found: tuple[Granularity, Granularity]
+    require_tensor("scale_b", scale_b, torch.float32, a)
+    if quantizes:
+        shape = blocks_of(a.shape[1]), blocks_of(n)
+        require_shape("scale_b", scale_b, shape, "(ceil(K / 128), ceil(N / 128)) without scale_a")
+        found = "1x128", "128x128"
+    else:
+        require_tensor("scale_a", scale_a, torch.float32, a)
+        found = granularity(m, n, a.shape[1], scale_a.shape, scale_b.shape)
     fast = require_bool("use_fast_accum", use_fast_accum)
     if fast and "128x128" in found:
         raise ValueError(
@@ -143,8 +166,8 @@ def check_out(out: Any, product: Product) -> None:
         raise ValueError("out must not share memory with an input")
 
 
-def _check_matrices(a: Any, b: Any) -> None:
-    require_tensor("a", a, E4M3)
+def _check_matrices(a: Any, b: Any, dtypes: torch.dtype | tuple[torch.dtype, ...]) -> None:
+    require_tensor("a", a, dtypes)
     require_tensor("b", b, E4M3, a)
     require_rank("a", a, 2, "(M, K)")
     require_rank("b", b, 2, "(K, N)")

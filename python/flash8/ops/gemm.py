@@ -12,10 +12,11 @@ from flash8.backends.hopper.verify import trust
 from flash8.call import derivatives
 from flash8.call.autocast import unaffected
 from flash8.call.scaled_mm import Product
+from flash8.ops.quantize_matrix import quantize_matrix
 
 _library = torch.library.Library("flash8", "FRAGMENT")
 _ARGUMENTS = (
-    "Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, Tensor? scale_result"
+    "Tensor a, Tensor b, Tensor? scale_a, Tensor scale_b, Tensor? bias, Tensor? scale_result"
 )
 _library.define(f"scaled_mm({_ARGUMENTS}, ScalarType out_dtype, bool fast_accum) -> Tensor")
 _library.define(f"scaled_mm_into(Tensor(a!) out, {_ARGUMENTS}, bool fast_accum) -> ()")
@@ -36,7 +37,7 @@ def scaled_mm(product: Product, out: Tensor | None) -> Tensor:
 def _scaled_mm(
     a: Tensor,
     b: Tensor,
-    scale_a: Tensor,
+    scale_a: Tensor | None,
     scale_b: Tensor,
     bias: Tensor | None,
     scale_result: Tensor | None,
@@ -52,7 +53,7 @@ def _scaled_mm(
 def _scaled_mm_fake(
     a: Tensor,
     b: Tensor,
-    scale_a: Tensor,
+    scale_a: Tensor | None,
     scale_b: Tensor,
     bias: Tensor | None,
     scale_result: Tensor | None,
@@ -66,7 +67,7 @@ def _scaled_mm_into(
     out: Tensor,
     a: Tensor,
     b: Tensor,
-    scale_a: Tensor,
+    scale_a: Tensor | None,
     scale_b: Tensor,
     bias: Tensor | None,
     scale_result: Tensor | None,
@@ -79,7 +80,7 @@ def _scaled_mm_into_fake(
     out: Tensor,
     a: Tensor,
     b: Tensor,
-    scale_a: Tensor,
+    scale_a: Tensor | None,
     scale_b: Tensor,
     bias: Tensor | None,
     scale_result: Tensor | None,
@@ -89,8 +90,13 @@ def _scaled_mm_into_fake(
 
 
 def _fill(out: Tensor, product: Product) -> None:
-    backend = hopper if is_for_kernels(product) else portable
-    backend.scaled_mm(product, out)
+    if is_for_kernels(product):
+        hopper.scaled_mm(product, out)
+    elif product.scale_a is None:
+        a, scale_a = quantize_matrix(product.a, "1x128")
+        _fill(out, product._replace(a=a, scale_a=scale_a))
+    else:
+        portable.scaled_mm(product, out)
 
 
 def empty_out(product: Product) -> Tensor:

@@ -71,7 +71,12 @@ void check_scales(const GemmParams& call, const KernelInfo& info) {
         require(scale.row_stride >= 0 && scale.block_stride >= 0, "gemm: the strides of ", name, " are ",
                 scale.row_stride, " and ", scale.block_stride, "; they must not be negative");
     };
-    check("scale_a", call.scale_a);
+    // A of 16 bits is quantized by the kernel, which makes its scales.
+    if (info.tma[0].element_type == ElementType::kUint8) {
+        check("scale_a", call.scale_a);
+    } else {
+        require(call.scale_a.ptr == nullptr, "gemm: scale_a is given; this kernel makes the scales of a");
+    }
     check("scale_b", call.scale_b);
     const std::int32_t shift = call.scale_a_row_shift;
     require(shift == 0 || (shift == kBlockShift && info.scale_block > 0), "gemm: scale_a_row_shift is ",

@@ -1,5 +1,5 @@
-"""The GEMM kernel for few rows on the simulated device: the emulated tensor core's bits, as the kernel
-for many rows has them."""
+"""The GEMM kernel for few rows on the simulated device: the emulated tensor core's bits, as the
+kernel for many rows has them."""
 
 import pytest
 import torch
@@ -16,7 +16,9 @@ from gemm_cases import GRANULARITIES, assert_same, device, emulated, make, on_ke
 from simulated_device import missing_compiler
 from sparse_tensors import sparse
 
-needs_a_compiler = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+needs_a_compiler = pytest.mark.skipif(
+    missing_compiler() is not None, reason=str(missing_compiler())
+)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 E4M3 = torch.float8_e4m3fn

@@ -203,6 +203,10 @@ def gemm_cubin(variant: str = "gemm_block_128x128", **values: int | str | tuple[
         (4, (128, rows, 1, 1), _native.ElementType.UINT8, _native.Swizzle.B128)
         for rows in (block_m, block_n)
     ]
+    for name, kind in (("_bf16_", "BFLOAT16"), ("_fp16_", "FLOAT16")):
+        if name in variant:
+            wide = getattr(_native.ElementType, kind)
+            boxes[0] = (4, (128, block_m, 1, 1), wide, _native.Swizzle.NONE)
     given: dict[str, int | str | tuple[int, ...]] = {
         "kind": _GEMM,
         "entry": "gemm",

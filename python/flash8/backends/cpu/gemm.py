@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from flash8.backends.cpu import study, tensor_core
+from flash8.backends.cpu.quantize_matrix import quantize_matrix
 from flash8.call.scaled_mm import BLOCK, Product
 from flash8.tensors.float8 import E4M3, saturating_cast, widened
 
 
 def scaled_mm(product: Product, out: Tensor) -> None:
     """Writes out (M, N), of product.out_dtype."""
+    if product.scale_a is None:
+        a8, scale = quantize_matrix(product.a, "1x128")
+        product = product._replace(a=a8, scale_a=scale)
     a, b = widened(product.a), widened(product.b)
     emulates = study.current().accumulation == "hopper"
     total = _by_blocks(product, a, b, emulates) if product.has_blocks else _plain(product, a, b)
@@ -40,7 +44,7 @@ def _plain(product: Product, a: Tensor, b: Tensor) -> Tensor:
                 total += tensor_core.matmul(a[:, block], b[block])
             else:
                 total.addmm_(a[:, block], b[block])
-    scale_a, scale_b = product.scale_a, product.scale_b
+    scale_a, scale_b = product.given_scale_a, product.scale_b
     if scale_a.numel() == 1:
         scale_a = scale_a.reshape(1, 1)
     if scale_b.numel() == 1:
@@ -50,7 +54,7 @@ def _plain(product: Product, a: Tensor, b: Tensor) -> Tensor:
 
 def _by_blocks(product: Product, a: Tensor, b: Tensor, emulates: bool) -> Tensor:
     m, n, k = product.sizes
-    scale_a = product.scale_a
+    scale_a = product.given_scale_a
     if product.rows_per_scale == BLOCK:
         scale_a = scale_a.repeat_interleave(BLOCK, 0)[:m]
     total = a.new_zeros((m, n))

@@ -8,7 +8,12 @@ from torch import Tensor
 
 from flash8 import _native
 from flash8.backends.hopper import kernels, streams
-from flash8.backends.hopper.gemm_variants import GemmVariant, choose_variant
+from flash8.backends.hopper.gemm_variants import (
+    SMALL_M,
+    GemmVariant,
+    InputOfA,
+    choose_variant,
+)
 from flash8.call.scaled_mm import BLOCK, Product
 from flash8.tensors.float8 import E4M3
 
@@ -17,6 +22,12 @@ _TYPES = {
     torch.float16: _native.ElementType.FLOAT16,
     torch.float32: _native.ElementType.FLOAT32,
     E4M3: _native.ElementType.UINT8,
+}
+#: A's type, as variants name it.
+_INPUTS: dict[torch.dtype, InputOfA] = {
+    E4M3: "e4m3",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
 }
 _UNIT = 16  # bytes, of what TMA reads
 _SHIFT = BLOCK.bit_length() - 1
@@ -28,6 +39,8 @@ def refusal(product: Product) -> str | None:
     m, n, k = product.sizes
     if 0 in (m, n, k):
         return f"the product has no element or no sum: M, N and K are {m}, {n} and {k}"
+    if product.scale_a is None and m > SMALL_M:
+        return f"a has {m} rows; one of 16 bits is quantized in the product up to {SMALL_M} rows"
     return None
 
 
@@ -35,7 +48,8 @@ def choose(product: Product) -> GemmVariant:
     """The kernel of a product that is not refused."""
     m, n, _ = product.sizes
     scales = "block" if product.has_blocks else "outer"
-    return choose_variant(scales, product.fast_accum, m, n, multiprocessors(product.a.device))
+    count = multiprocessors(product.a.device)
+    return choose_variant(scales, product.fast_accum, m, n, count, _INPUTS[product.a.dtype])
 
 
 class Launch(NamedTuple):
@@ -83,13 +97,15 @@ def _launch_of(variant: GemmVariant, product: Product, out: Tensor) -> Launch:
         bias = bias.contiguous()
         call.bias, call.bias_type = bias.data_ptr(), _TYPES[bias.dtype]
     if product.has_blocks:
-        by_row, by_block_a = product.scale_a.stride()
-        call.scale_a = (product.scale_a.data_ptr(), by_row, by_block_a)
+        if product.scale_a is not None:
+            by_row, by_block_a = product.scale_a.stride()
+            call.scale_a = (product.scale_a.data_ptr(), by_row, by_block_a)
         by_block, by_column = product.scale_b.stride()
         call.scale_b = (product.scale_b.data_ptr(), by_column, by_block)
         call.scale_a_row_shift = _SHIFT if product.rows_per_scale == BLOCK else 0
     else:
-        call.scale_a = (product.scale_a.data_ptr(), _stride(product.scale_a, 0), 0)
+        scale_a = product.given_scale_a
+        call.scale_a = (scale_a.data_ptr(), _stride(scale_a, 0), 0)
         call.scale_b = (product.scale_b.data_ptr(), _stride(product.scale_b, 1), 0)
     device = product.a.device.index or 0
     return Launch(kernels.kernel(variant), device, call, (a, b, bias))
@@ -108,7 +124,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _has_rows_for_tma(x: Tensor) -> bool:
-    return x.stride(0) % _UNIT == 0 and x.stride(0) >= x.shape[1]
+    return x.stride(0) * x.element_size() % _UNIT == 0 and x.stride(0) >= x.shape[1]
 
 
 @functools.cache

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple, get_args
 from flash8.compiler import Unit, cutlass_root, enumerator
 
 Scales = Literal["outer", "block"]
+#: A's type. Of 16 bits it has no scales: the kernel quantizes it by 1x128.
+InputOfA = Literal["e4m3", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class GemmVariant:
         fast_accum: The tensor core adds up all of K, in 14 bits; otherwise every 128 of K are added
             to a sum in fp32.
         small_m: B is the tensor core's first operand, and A, of few rows, its second.
+        a: A's type.
 
     Raises:
         ValueError: A choice is unknown, or no tile of its kind.
@@ -32,6 +35,7 @@ class GemmVariant:
     block_n: int
     fast_accum: bool = False
     small_m: bool = False
+    a: InputOfA = "e4m3"
 
     def __post_init__(self) -> None:
         if self.scales not in get_args(Scales):
@@ -40,7 +44,11 @@ class GemmVariant:
             raise ValueError("fast_accum is True; scales of blocks need sums in fp32")
         if self.small_m and self.fast_accum:
             raise ValueError("fast_accum is True; the kernel for few rows has sums in fp32")
-        known = SMALL_M_TILES if self.small_m else TILES[self.scales, self.fast_accum]
+        if self.a not in get_args(InputOfA):
+            raise ValueError(f"a is {self.a!r}; supported are {get_args(InputOfA)}")
+        if self.a != "e4m3" and not (self.small_m and self.scales == "block"):
+            raise ValueError(f"a is {self.a!r}; it goes with small_m and scales of blocks")
+        known = small_m_tiles(self.a) if self.small_m else TILES[self.scales, self.fast_accum]
         tiles = [tile[:2] for tile in known]
         if (self.block_m, self.block_n) not in tiles:
             raise ValueError(
@@ -50,18 +58,19 @@ class GemmVariant:
     @cached_property
     def name(self) -> str:
         """A name that no other variant has: gemm_block_128x128, gemm_outer_fast_128x256,
-        gemm_small_m_block_16x64."""
+        gemm_small_m_block_bf16_16x64."""
         small = "small_m_" if self.small_m else ""
         fast = "_fast" if self.fast_accum else ""
-        return f"gemm_{small}{self.scales}{fast}_{self.block_m}x{self.block_n}"
+        wide = "" if self.a == "e4m3" else f"_{self.a}"
+        return f"gemm_{small}{self.scales}{fast}{wide}_{self.block_m}x{self.block_n}"
 
     @property
     def defines(self) -> tuple[tuple[str, str], ...]:
         """The -D options; a choice of words is handed over as the name of an enumerator."""
-        fast = () if self.small_m else (("FLASH8_FAST_ACCUM", str(int(self.fast_accum))),)
+        fast = ("FLASH8_FAST_ACCUM", str(int(self.fast_accum)))
         return (
             ("FLASH8_SCALES", enumerator(self.scales)),
-            *fast,
+            ("FLASH8_INPUT", enumerator(self.a)) if self.small_m else fast,
             ("FLASH8_BLOCK_M", str(self.block_m)),
             ("FLASH8_BLOCK_N", str(self.block_n)),
         )
@@ -111,6 +120,15 @@ class SmallMTile(NamedTuple):
 #: 64 rows of B: twice the tiles to share out. 128: A is read from L2 half as often.
 SMALL_M_TILES = tuple(SmallMTile(m, n) for m in (16, SMALL_M) for n in (64, 128))
 
+
+def small_m_tiles(a: InputOfA) -> tuple[SmallMTile, ...]:
+    """Those of A's type. Where it is quantized, a fourth warpgroup would leave too few registers
+    for the sums of 64 rows."""
+    if a == "e4m3":
+        return SMALL_M_TILES
+    return tuple(tile for tile in SMALL_M_TILES if tile != (SMALL_M, 128))
+
+
 #: The variants that release wheels carry.
 SHIPPED_GEMMS = (
     *(
@@ -123,17 +141,27 @@ SHIPPED_GEMMS = (
         for scales in get_args(Scales)
         for tile in SMALL_M_TILES
     ),
+    *(
+        GemmVariant("block", tile.block_m, tile.block_n, small_m=True, a=a)
+        for a in get_args(InputOfA)[1:]
+        for tile in small_m_tiles(a)
+    ),
 )
 
 
 @lru_cache(maxsize=4096)
 def choose_variant(
-    scales: Scales, fast_accum: bool, m: int, n: int, multiprocessors: int
+    scales: Scales,
+    fast_accum: bool,
+    m: int,
+    n: int,
+    multiprocessors: int,
+    a: InputOfA = "e4m3",
 ) -> GemmVariant:
     """The tile with which the waves of tiles over all multiprocessors take the fewest cycles. Few
     rows have their own kernel, unless the tensor core is to add up all of K."""
     if m <= SMALL_M and not fast_accum:
-        return _choose_small_m(scales, m, n, multiprocessors)
+        return _choose_small_m(scales, m, n, multiprocessors, a)
 
     def cycles(tile: Tile) -> int:
         tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
@@ -143,12 +171,15 @@ def choose_variant(
     return GemmVariant(scales, best.block_m, best.block_n, fast_accum)
 
 
-def _choose_small_m(scales: Scales, m: int, n: int, multiprocessors: int) -> GemmVariant:
+def _choose_small_m(
+    scales: Scales, m: int, n: int, multiprocessors: int, a: InputOfA
+) -> GemmVariant:
     """The fewest rows of A that fit, and the tile with which the multiprocessors read least."""
     block_m = min(tile.block_m for tile in SMALL_M_TILES if tile.block_m >= m)
+    tiles = [tile for tile in small_m_tiles(a) if tile.block_m == block_m]
 
     def rows(tile: SmallMTile) -> int:
         return -(-n // (tile.block_n * multiprocessors)) * tile.rows
 
-    best = min((tile for tile in SMALL_M_TILES if tile.block_m == block_m), key=rows)
-    return GemmVariant(scales, best.block_m, best.block_n, small_m=True)
+    best = min(tiles, key=rows)
+    return GemmVariant(scales, best.block_m, best.block_n, small_m=True, a=a)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from flash8.backends.cpu.quantize_matrix import quantize_matrix
 from flash8.backends.hopper import gemm as hopper
 from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.verify.watchdog import Watchdog
@@ -22,6 +23,8 @@ _ROUNDING = {
     E4M3: 2.0**-4,
 }
 _SMALLEST_E4M3 = 2.0**-9
+#: What a kernel quantizes itself.
+_WIDE_A = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def find_fault(variant: GemmVariant, device: torch.device) -> str | None:
@@ -51,9 +54,12 @@ def find_fault_of(variant: GemmVariant, product: Product) -> str | None:
 
 def _reference(product: Product) -> tuple[Tensor, Tensor]:
     """The product in fp64, and the sums of the magnitudes of what it adds up."""
+    if product.scale_a is None:
+        a8, scale = quantize_matrix(product.a, "1x128")
+        product = product._replace(a=a8, scale_a=scale)
     m, n, k = product.sizes
     a, b = product.a.float().double(), product.b.float().double()
-    scale_a, scale_b = product.scale_a.double(), product.scale_b.double()
+    scale_a, scale_b = product.given_scale_a.double(), product.scale_b.double()
     if product.has_blocks:
         scale_a = scale_a.repeat_interleave(product.rows_per_scale, 0)[:m]
         scale_a = scale_a.repeat_interleave(BLOCK, 1)[:, :k]
@@ -74,6 +80,7 @@ class Draw:
 
     def __init__(self, variant: GemmVariant, device: torch.device) -> None:
         self._variant, self._device = variant, device
+        self._quantizes = variant.a in _WIDE_A
         self._generator = torch.Generator("cpu").manual_seed(1)
 
     def products(self) -> Iterator[Product]:
@@ -114,7 +121,8 @@ class Draw:
         shared: bool = False,
     ) -> Product:
         """`shared`: rows of A share scales, by 128 or all of them."""
-        a = saturating_cast(self._normal(m, k) * 4.0)
+        wide = self._normal(m, k) * 4.0
+        a = wide.to(_WIDE_A[self._variant.a]) if self._quantizes else saturating_cast(wide)
         b = saturating_cast(self._normal(n, k) * 4.0).t()
         scale_a, scale_b = self._scales(m, n, k, shared)
         bias = None if bias_dtype is None else (self._normal(n) * 50.0).to(bias_dtype)
@@ -123,7 +131,8 @@ class Draw:
         if out_dtype == E4M3:
             scale_result = self._scale(1) * (0.1 * MAX[E4M3] / (16.0 * k**0.5))
         fast = self._variant.fast_accum
-        return Product(a, b, scale_a, scale_b, bias, out_dtype, fast, scale_result)
+        given = None if self._quantizes else scale_a
+        return Product(a, b, given, scale_b, bias, out_dtype, fast, scale_result)
 
     def _scales(self, m: int, n: int, k: int, shared: bool) -> tuple[Tensor, Tensor]:
         """A's by column of scales, as some quantizers write them; B's by row."""
