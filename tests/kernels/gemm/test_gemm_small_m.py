@@ -25,7 +25,7 @@ E4M3 = torch.float8_e4m3fn
 SLOW = pytest.mark.slow
 BLOCK = GemmVariant("block", 16, 64, small_m=True)
 OUTER = GemmVariant("outer", 64, 64, small_m=True)
-VARIANTS = [variant for variant in SHIPPED_GEMMS if variant.small_m]
+VARIANTS = [variant for variant in SHIPPED_GEMMS if variant.small_m and variant.a == "e4m3"]
 #: Ends of tiles and of blocks of K; an odd and an even number of blocks.
 SIZES = [(1, 1, 16), (7, 65, 128), (8, 131, 272), (9, 130, 400), (16, 200, 656)]
 MORE_ROWS = [(33, 70, 144), (64, 127, 272)]
@@ -55,9 +55,9 @@ def test_sizes(monkeypatch, granularity, sizes):
 @needs_a_compiler
 @pytest.mark.parametrize("variant", by_default(VARIANTS, [BLOCK, OUTER]), ids=lambda v: v.name)
 def test_more_blocks_than_stages(monkeypatch, variant):
-    """And tiles in turn."""
+    """An odd number, and tiles in turn."""
     granularity = "1x128" if variant.scales == "block" else "row"
-    k = 128 * 27 + 16
+    k = 128 * 26 + 16
     for m, n in ((variant.block_m, 330), (1, 40)):
         check(monkeypatch, make(m, n, k, granularity, out_dtype=BF16), variant, seed=m)
 

@@ -46,6 +46,8 @@ FAMILIES: tuple[Family, ...] = (
     Quantizer("append", AppendVariant("bf16")),
     Quantizer("append_to_e4m3", AppendVariant("bf16", "e4m3")),
     Gemm("gemm_block", GemmVariant("block", 128, 128)),
+    Gemm("gemm_small_m", GemmVariant("block", 16, 64, small_m=True)),
+    Gemm("gemm_quantizing", GemmVariant("block", 16, 64, small_m=True, a="bf16")),
 )
 
 #: Families of the same kernel. A mutant of both has the same synchronizing statements around it,
@@ -57,6 +59,7 @@ FOUNDED_ON = {
     "decode_append": ("decode_fp8",),
     "decode_team": ("decode_fp8",),
     "decode_key_scales": ("decode_fp8", "decode_gather"),
+    "gemm_quantizing": ("gemm_small_m",),
 }
 
 
