@@ -19,6 +19,9 @@ enum class KernelKind : std::uint32_t {
     kQuantizeAppend = 10,
     kDecodeSchedule = 11,
     kGemm = 12,
+    kQuantizeMatrix = 13,
+    kQuantizeRmsNorm = 14,
+    kQuantizeSiluMul = 15,
     kOther = 255,
 };
 

@@ -406,6 +406,25 @@ class QuantizeParams:
     reverse: int
     def copy(self) -> QuantizeParams: ...
 
+class QuantizeMatrixParams:
+    x: int
+    other: int
+    sum: int
+    norm_weight: int
+    out: int
+    scale: int
+    x_stride: int
+    other_stride: int
+    sum_stride: int
+    out_stride: int
+    scale_stride: int
+    rows: int
+    columns: int
+    by_row: int
+    row_threads: int
+    norm_is_fp32: int
+    norm_eps: float
+
 class GemmParams:
     a: int
     b: int
@@ -425,6 +444,9 @@ class GemmParams:
     scale_a_row_shift: int
 
 def launch_gemm(kernel: Kernel, device: int, stream: int, call: GemmParams) -> None: ...
+def launch_quantize_matrix(
+    kernel: Kernel, device: int, stream: int, call: QuantizeMatrixParams
+) -> None: ...
 def launch_quantize(kernel: Kernel, device: int, stream: int, call: QuantizeParams) -> None: ...
 def launch_append(kernel: Kernel, device: int, stream: int, call: AppendParams) -> None: ...
 def launch_forward(

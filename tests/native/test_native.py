@@ -22,6 +22,7 @@ HEADERS = (
     HOPPER / "kernel_info.h",
     HOPPER / "quantize" / "append_params.h",
     ROOT / "cutlass_kernels" / "quantize" / "quantize_params.h",
+    ROOT / "cutlass_kernels" / "quantize" / "matrix_params.h",
     ROOT / "cutlass_kernels" / "gemm" / "gemm_params.h",
 )
 LAYOUT = _native.layout()
@@ -71,10 +72,10 @@ def test_structs_have_no_implicit_padding(name):
     assert end % LAYOUT[name]["align"] == 0
 
 
-def test_layout_of_abi_version_14():
+def test_layout_of_abi_version_15():
     """A change here means that old cubins would be misread: raise kAbiVersion with it."""
     sizes = {name: (struct["size"], struct["align"]) for name, struct in LAYOUT.items()}
-    assert _native.ABI_VERSION == 14
+    assert _native.ABI_VERSION == 15
     assert sizes == {
         "TensorMap": (128, 64),
         "TensorRef": (32, 8),
@@ -100,6 +101,7 @@ def test_layout_of_abi_version_14():
         "TmaBox": (32, 4),
         "KernelInfo": (412, 4),
         "ScheduleParams": (1600, 64),
+        "QuantizeMatrixParams": (120, 8),
     }
 
 

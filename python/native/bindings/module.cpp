@@ -44,6 +44,7 @@ PYBIND11_MODULE(_native, module) {
     bind_backward(module);
     bind_decode(module);
     bind_quantize(module);
+    bind_quantize_matrix(module);
     bind_append(module);
     bind_gemm(module);
     bind_plan_cache(module);

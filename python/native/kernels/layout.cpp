@@ -5,6 +5,7 @@
 #include "forward/params.h"
 #include "gemm_params.h"
 #include "kernel_info.h"
+#include "matrix_params.h"
 #include "quantize/append_params.h"
 #include "quantize_params.h"
 
@@ -264,6 +265,15 @@ StructLayout quantize_params() {
                                         FIELD(reserved)});
 }
 
+StructLayout quantize_matrix_params() {
+    using T = QuantizeMatrixParams;
+    return layout<T>("QuantizeMatrixParams",
+                     {FIELD(x), FIELD(other), FIELD(sum), FIELD(norm_weight), FIELD(out), FIELD(scale),
+                      FIELD(x_stride), FIELD(other_stride), FIELD(sum_stride), FIELD(out_stride),
+                      FIELD(scale_stride), FIELD(rows), FIELD(columns), FIELD(by_row), FIELD(row_threads),
+                      FIELD(norm_is_fp32), FIELD(norm_eps), FIELD(vector_access), FIELD(reserved)});
+}
+
 StructLayout scale_ref() {
     using T = ScaleRef;
     return layout<T>("ScaleRef", {FIELD(ptr), FIELD(row_stride), FIELD(block_stride)});
@@ -322,11 +332,12 @@ StructLayout kernel_info() {
 }  // namespace
 
 std::vector<StructLayout> struct_layouts() {
-    return {tensor_map(),      tensor_ref(),      descale_ref(),   row_ref(),        channel_ref(),
-            sequence_params(), page_params(),     score_params(),  dropout_params(), scheduler_params(),
-            forward_params(),  backward_params(), decode_params(), group_ref(),      quantize_params(),
-            appended_rows(),   rotary_params(),   place_params(),  append_params(),  scale_ref(),
-            gemm_params(),     tma_box(),         kernel_info(),   schedule_params()};
+    return {
+        tensor_map(),      tensor_ref(),      descale_ref(),   row_ref(),         channel_ref(),
+        sequence_params(), page_params(),     score_params(),  dropout_params(),  scheduler_params(),
+        forward_params(),  backward_params(), decode_params(), group_ref(),       quantize_params(),
+        appended_rows(),   rotary_params(),   place_params(),  append_params(),   scale_ref(),
+        gemm_params(),     tma_box(),         kernel_info(),   schedule_params(), quantize_matrix_params()};
 }
 
 }  // namespace flash8

@@ -169,6 +169,7 @@ def decode_cubin(
 
 _JOBS = {"cast": 6, "amax": 7, "mean": 8, "mean_finish": 9}
 _APPEND, _SCHEDULE, _GEMM = 10, 11, 12
+_PROLOGUES = {"rms_norm": 14, "silu_mul": 15}
 
 
 def quantize_cubin(variant: str) -> bytes:
@@ -177,6 +178,15 @@ def quantize_cubin(variant: str) -> bytes:
     size = LAYOUT["QuantizeParams"]["size"]
     return fake_cubin(
         kind=_JOBS[job], entry=job, params_bytes=size, threads=256, shared_bytes=0, kBlockM=128
+    )
+
+
+def quantize_matrix_cubin(variant: str = "quantize_matrix_bf16") -> bytes:
+    """A kernel for the calls of the variant of this name that makes operands of products."""
+    kind = next((kind for name, kind in _PROLOGUES.items() if variant.endswith(name)), 13)
+    size = LAYOUT["QuantizeMatrixParams"]["size"]
+    return fake_cubin(
+        kind=kind, entry="quantize_matrix", params_bytes=size, threads=256, shared_bytes=0
     )
 
 
@@ -221,6 +231,8 @@ def gemm_cubin(variant: str = "gemm_block_128x128", **values: int | str | tuple[
 
 def any_cubin(variant: str, kind: str = "cubin") -> bytes:
     """A kernel for the calls of any variant; a Registry asks for it so."""
+    if variant.startswith("quantize_matrix_"):
+        return quantize_matrix_cubin(variant)
     if variant.startswith("quantize_"):
         return quantize_cubin(variant)
     if variant.startswith("append_"):
