@@ -24,6 +24,7 @@ from flash8.backends.hopper.append_variants import AppendVariant
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.gemm_variants import GemmVariant
+from flash8.backends.hopper.quantize_matrix_variants import QuantizeMatrixVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.backends.hopper.verify import trust
@@ -140,6 +141,21 @@ def multiplied(
         return flash8.gemm.scaled_mm(a, b.t(), *scales, bias=given, **options)
 
     return call
+
+
+def operand(granularity: str) -> Call:
+    """An operand of a product, from a matrix."""
+    return lambda: flash8.gemm.quantize(torch.ones(32, 144), granularity)
+
+
+def operand_of_norm(granularity: str, **options: Any) -> Call:
+    x, weight = torch.ones(32, 144), torch.ones(144)
+    return lambda: flash8.gemm.quantize_rms_norm(x, weight, granularity=granularity, **options)
+
+
+def operand_of_silu(granularity: str) -> Call:
+    x = torch.ones(32, 144)
+    return lambda: flash8.gemm.quantize_silu_mul(x, x, granularity=granularity)
 
 
 def quantize(granularity: str, dim: int = 64, **options: Any) -> Call:
@@ -344,6 +360,15 @@ ROWS = (
             *(appended(E4M3, **per_head()), appended(E4M3, **per_head(), **rotary())),
             appended(E4M3, **per_head(), page_table=ints([[0]]), k_mean=torch.zeros(2, 64)),
             appended(E4M3, **per_head(), **norms()),
+        ],
+    ),
+    Row(
+        "`gemm.quantize`, `quantize_rms_norm` and `quantize_silu_mul`: scales by row and 1x128",
+        QuantizeMatrixVariant,
+        [
+            *(operand("row"), operand("1x128")),
+            *(operand_of_norm("row"), operand_of_norm("1x128", residual=torch.ones(32, 144))),
+            *(operand_of_silu("row"), operand_of_silu("1x128")),
         ],
     ),
     Row(

@@ -26,6 +26,7 @@ from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.kernels import Variant, kernels_of, shipped
+from flash8.backends.hopper.quantize_matrix_variants import QuantizeMatrixVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.schedule_variants import ScheduleVariant
 from flash8.backends.hopper.variants import ForwardVariant
@@ -108,7 +109,7 @@ def _call(
 def _of_tests() -> Iterator[Variant]:
     """Those of the GPU tests, which run on the CPU for it (tests/support/gpu_recorder.py)."""
     attention = (ForwardVariant, BackwardVariant, DecodeVariant)
-    others = (QuantizeVariant, AppendVariant, ScheduleVariant, GemmVariant)
+    others = (QuantizeVariant, AppendVariant, ScheduleVariant, GemmVariant, QuantizeMatrixVariant)
     kinds = {kind.__name__: kind for kind in (*attention, *others)}
     with tempfile.TemporaryDirectory() as folder:
         recorded = Path(folder) / "recorded.json"

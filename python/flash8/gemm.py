@@ -1,18 +1,24 @@
-"""FP8 matrix products with scales: `scaled_mm`, and `quantize` for its operands: docs/gemm.md."""
+"""FP8 matrix products with scales: `scaled_mm`, and what makes its operands: docs/gemm.md."""
 
-from typing import Any, get_args
+from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor
 
-from flash8.backends.cpu.quantize_matrix import MatrixGranularity
 from flash8.call import scaled_mm as call
+from flash8.call.request import MatrixRequest
 from flash8.ops import gemm as ops
 from flash8.ops import gemm_plans as plans
-from flash8.ops.quantize_matrix import quantize_matrix
-from flash8.tensors.arguments import require_rank, require_tensor
+from flash8.ops import quantize_matrix as quantizer
+from flash8.tensors.arguments import (
+    require_float,
+    require_rank,
+    require_shape,
+    require_tensor,
+)
+from flash8.tensors.rms_norm import Norm
 
-__all__ = ["quantize", "scaled_mm"]
+__all__ = ["quantize", "quantize_rms_norm", "quantize_silu_mul", "scaled_mm"]
 
 #: What torch._scaled_mm and torch.nn.functional.scaled_mm call the same.
 _ALIASES = {
@@ -145,9 +151,96 @@ def quantize(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, Tensor]:
     Raises:
         TypeError, ValueError: naming the argument, its value and what is supported.
     """
-    require_tensor("x", x, _INPUT_DTYPES)
-    require_rank("x", x, 2, "(M, K)")
-    names = get_args(MatrixGranularity)
+    _check_matrix("x", x)
+    names = get_args(call.Granularity)
     if granularity not in names:
         raise ValueError(f"granularity must be one of {names}, got {granularity!r}")
-    return quantize_matrix(x, granularity)  # type: ignore[arg-type]
+    return quantizer.quantize_matrix(x, granularity)  # type: ignore[arg-type]
+
+
+@overload
+def quantize_rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float = ..., granularity: str = ..., residual: None = None
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def quantize_rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float = ..., granularity: str = ..., residual: Tensor
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def quantize_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    granularity: str = "1x128",
+    residual: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """`quantize` of RMSNorm of the rows of x: h * (1 / sqrt(mean(h^2) + eps)) * weight.
+
+    h is x, or with a residual x + residual, rounded to x's dtype. All else is fp32: what is
+    normalised is not rounded to x's dtype before it is quantized.
+
+    Args:
+        x: (M, K), bf16, fp16 or fp32.
+        weight: (K,), bf16, fp16 or fp32.
+        eps: a finite number.
+        granularity: what has a scale of its own: "row" or "1x128".
+        residual: as x.
+
+    Returns:
+        data, scale: as of `quantize`.
+        h: as x, a tensor of its own; only with a residual.
+        All without a derivative.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is supported.
+    """
+    _check_matrix("x", x)
+    require_tensor("weight", weight, _INPUT_DTYPES, x)
+    require_shape("weight", weight, x.shape[1:], "(K,)")
+    if residual is not None:
+        _check_as("residual", residual, x)
+    norm = Norm(weight, require_float("eps", eps))
+    request = MatrixRequest(x, _checked(granularity), norm=norm, residual=residual)
+    data, scale, summed = quantizer.quantize(request)
+    return (data, scale) if residual is None else (data, scale, summed)
+
+
+def quantize_silu_mul(
+    gate: Tensor, up: Tensor, *, granularity: str = "1x128"
+) -> tuple[Tensor, Tensor]:
+    """`quantize` of silu(gate) * up, in fp32: not rounded to gate's dtype before it is quantized.
+
+    Both may be halves of one matrix: `quantize_silu_mul(*gate_up.chunk(2, -1))` copies nothing.
+
+    Args:
+        gate: (M, K), bf16, fp16 or fp32.
+        up: as gate.
+        granularity: what has a scale of its own: "row" or "1x128".
+
+    Returns:
+        data, scale: as of `quantize`, without a derivative. A kernel's exponential is approximate:
+            what is quantized is off by up to 2^-16 of it.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is supported.
+    """
+    _check_matrix("gate", gate)
+    _check_as("up", up, gate)
+    data, scale, _ = quantizer.quantize(MatrixRequest(gate, _checked(granularity), up=up))
+    return data, scale
+
+
+def _check_matrix(name: str, x: Tensor) -> None:
+    require_tensor(name, x, _INPUT_DTYPES)
+    require_rank(name, x, 2, "(M, K)")
+
+
+def _check_as(name: str, other: Tensor, x: Tensor) -> None:
+    require_tensor(name, other, x.dtype, x)
+    require_shape(name, other, x.shape, "(M, K)")
+
+
+def _checked(granularity: str) -> Any:
+    if granularity not in ("row", "1x128"):
+        raise ValueError(f"granularity must be 'row' or '1x128', got {granularity!r}")
+    return granularity

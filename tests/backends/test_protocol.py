@@ -11,7 +11,16 @@ from flash8.backends import cpu, protocol
 from flash8.backends.cpu import append as cpu_append
 from flash8.backends.cpu import gemm as cpu_gemm
 from flash8.backends.cpu import quantize as cpu_quantize
-from flash8.backends.hopper import append, backward, decode, forward, gemm, quantize
+from flash8.backends.cpu import quantize_matrix as cpu_quantize_matrix
+from flash8.backends.hopper import (
+    append,
+    backward,
+    decode,
+    forward,
+    gemm,
+    quantize,
+    quantize_matrix,
+)
 
 IMPLEMENTATIONS = (
     (protocol.Forward, cpu),
@@ -29,6 +38,9 @@ IMPLEMENTATIONS = (
     (protocol.KernelQuantizer, quantize),
     (protocol.Append, append),
     (protocol.KernelAppend, append),
+    (protocol.MatrixQuantizer, cpu_quantize_matrix),
+    (protocol.MatrixQuantizer, quantize_matrix),
+    (protocol.KernelMatrixQuantizer, quantize_matrix),
     (protocol.Gemm, cpu_gemm),
     (protocol.Gemm, gemm),
     (protocol.KernelGemm, gemm),

@@ -14,7 +14,8 @@ from flash8.backends.hopper import decode as hopper_decode
 from flash8.backends.hopper import forward as hopper
 from flash8.backends.hopper import gemm as hopper_gemm
 from flash8.backends.hopper import quantize as quantizer
-from flash8.call.request import Appended, Queries, Request
+from flash8.backends.hopper import quantize_matrix as matrix_quantizer
+from flash8.call.request import Appended, MatrixRequest, Queries, Request
 
 #: On either side, and more than a row of any test.
 GUARD_BYTES = 4096
@@ -125,6 +126,8 @@ def guard_outputs(patch: Any, device: Any) -> Iterator[None]:
 
 def _guard_calls(patch: Any, device: Any, guards: Guards) -> None:
     patch.setattr(quantizer, "quantize", functools.partial(_quantize, quantizer.quantize, guards))
+    made = functools.partial(_quantize_matrix, matrix_quantizer.quantize_matrix, guards)
+    patch.setattr(matrix_quantizer, "quantize_matrix", made)
     patch.setattr(appender, "append", functools.partial(_append, appender.append, guards, device))
     launch = functools.partial(_launch, hopper.plan_and_launch, device)
     patch.setattr(hopper, "plan_and_launch", launch)
@@ -141,6 +144,17 @@ def _quantize(
 ) -> tuple[Tensor, ...]:
     try:
         return tuple(x.clone() for x in quantize(request))
+    finally:
+        guards.forget()
+
+
+def _quantize_matrix(
+    quantize: Callable[[MatrixRequest], tuple[Tensor, ...]], guards: Guards, request: MatrixRequest
+) -> tuple[Tensor, ...]:
+    try:
+        filled = quantize(request)
+        guards.check()
+        return tuple(x.clone() for x in filled)
     finally:
         guards.forget()
 

@@ -15,20 +15,23 @@ if TYPE_CHECKING:
     from flash8.backends.cpu import append as _cpu_append
     from flash8.backends.cpu import gemm as _cpu_gemm
     from flash8.backends.cpu import quantize as _cpu_quantize
+    from flash8.backends.cpu import quantize_matrix as _cpu_quantize_matrix
     from flash8.backends.hopper import append as _hopper_append
     from flash8.backends.hopper import backward as _hopper_backward
     from flash8.backends.hopper import decode as _hopper_decode
     from flash8.backends.hopper import forward as _hopper_forward
     from flash8.backends.hopper import gemm as _hopper_gemm
     from flash8.backends.hopper import quantize as _hopper_quantize
+    from flash8.backends.hopper import quantize_matrix as _hopper_quantize_matrix
     from flash8.backends.hopper.append_variants import AppendVariant
     from flash8.backends.hopper.backward_variants import BackwardVariant
     from flash8.backends.hopper.decode_variants import DecodeVariant
     from flash8.backends.hopper.gemm_variants import GemmVariant
+    from flash8.backends.hopper.quantize_matrix_variants import QuantizeMatrixVariant
     from flash8.backends.hopper.quantize_variants import QuantizeVariant
     from flash8.backends.hopper.variants import ForwardVariant
     from flash8.call.options import Options
-    from flash8.call.request import Appended, Queries, Request
+    from flash8.call.request import Appended, MatrixRequest, Queries, Request
     from flash8.call.scaled_mm import Product
 
 
@@ -242,6 +245,23 @@ class KernelAppend(Append, Protocol):
         """The kernels of rows which are not refused, in the order of their launches."""
 
 
+class MatrixQuantizer(Protocol):
+    """Serves `gemm.quantize` and its kin."""
+
+    def quantize_matrix(self, request: "MatrixRequest") -> tuple[Tensor, Tensor, Tensor]:
+        """Data, scales, and x + residual, empty without a residual."""
+
+
+class KernelMatrixQuantizer(MatrixQuantizer, Protocol):
+    """The same on a compiled kernel."""
+
+    def refusal(self, request: "MatrixRequest") -> str | None:
+        """Why no kernel serves this call, or None."""
+
+    def variant(self, request: "MatrixRequest") -> "QuantizeMatrixVariant":
+        """The kernel of a call that is not refused."""
+
+
 class Gemm(Protocol):
     """Serves `gemm.scaled_mm`."""
 
@@ -268,5 +288,7 @@ if TYPE_CHECKING:
     _kernel_quantizers: tuple[KernelQuantizer, ...] = (_hopper_quantize,)
     _appends: tuple[Append, ...] = (_cpu_append,)
     _kernel_appends: tuple[KernelAppend, ...] = (_hopper_append,)
+    _matrix_quantizers: tuple[MatrixQuantizer, ...] = (_cpu_quantize_matrix,)
+    _kernel_matrix_quantizers: tuple[KernelMatrixQuantizer, ...] = (_hopper_quantize_matrix,)
     _gemms: tuple[Gemm, ...] = (_cpu_gemm,)
     _kernel_gemms: tuple[KernelGemm, ...] = (_hopper_gemm,)

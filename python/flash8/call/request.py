@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash8.call.scaled_mm import UNIT_K, Granularity, blocks_of
 from flash8.tensors.descales import num_blocks, num_packed_blocks
 from flash8.tensors.float8 import E4M3
 from flash8.tensors.hadamard import Rotation
@@ -73,6 +74,40 @@ class Request(NamedTuple):
         if self.mean is None or self.rotation is None:
             return (0,)
         return tuple(self.mean.shape)
+
+
+class MatrixRequest(NamedTuple):
+    """One checked call that makes an operand of `gemm.scaled_mm`: who serves it returns its data,
+    its scales, and x + residual, empty without a residual."""
+
+    x: Tensor  # (M, K)
+    granularity: Granularity
+    scale: Tensor | None = None  # a given one of the tensor
+    amax: Tensor | None = None  # fp32 (), raised to the largest finite |x|
+    up: Tensor | None = None  # as x: silu(x) * up is quantized
+    norm: Norm | None = None  # RMSNorm of x, or of x + residual, is
+    residual: Tensor | None = None  # as x, with a norm
+
+    @property
+    def data_shape(self) -> tuple[int, int]:
+        """(M, K filled up)."""
+        m, k = self.x.shape
+        return m, k + -k % UNIT_K
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        """By row, or by 128 of a row."""
+        m, k = self.x.shape
+        return m, 1 if self.granularity == "row" else blocks_of(k)
+
+    @property
+    def row_threads(self) -> int:
+        """Threads of the kernel that share a row: as few as hold it, at 64 columns each, from 8 to
+        256. Each adds up squares by 16 columns at a time: that is the order of a norm's sum."""
+        threads = 8
+        while threads < 256 and 64 * threads < self.x.shape[1]:
+            threads *= 2
+        return threads
 
 
 class Appended(NamedTuple):

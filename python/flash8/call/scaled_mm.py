@@ -24,7 +24,7 @@ BLOCK = 128
 _WIDE = (torch.bfloat16, torch.float16, torch.float32)
 _QUANTIZED_INSIDE = (torch.bfloat16, torch.float16)
 OUT_DTYPES = (*_WIDE, E4M3)
-_UNIT_K = 16
+UNIT_K = 16  # K of a product is a multiple of it
 _MOST = 2**31 - 2**20
 
 
@@ -176,8 +176,8 @@ def _check_matrices(a: Any, b: Any, dtypes: torch.dtype | tuple[torch.dtype, ...
         raise ValueError(
             f"b must have as many rows as a has columns, K = {k}, got shape {tuple(b.shape)}"
         )
-    if k % _UNIT_K != 0:
-        raise ValueError(f"K, the columns of a, must be a multiple of {_UNIT_K}, got {k}")
+    if k % UNIT_K != 0:
+        raise ValueError(f"K, the columns of a, must be a multiple of {UNIT_K}, got {k}")
     if any(is_known(size > _MOST) for size in (*a.shape, *b.shape)):
         raise ValueError(
             f"M, N and K must be at most {_MOST}, got {a.shape[0]}, {b.shape[1]} and {k}"

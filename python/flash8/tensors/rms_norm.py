@@ -23,15 +23,15 @@ def norm_of(weight: Tensor | None, eps: float) -> Norm | None:
     return None if weight is None else Norm(weight, eps)
 
 
-def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+def rms_norm(x: Tensor, norm: Norm, group: int = _GROUP) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, of the last dimension, in fp32 (fp64 for fp64 x).
 
-    The sum is that of the appending kernel, to the bit: of every eighth channel in turn, then by
-    pairs.
+    The sum is that of the kernels, to the bit: of every `group`-th channel in turn, then by pairs.
+    `group` is a power of two, by default that of the appending kernel.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, channels = x.to(compute), x.shape[-1]
-    squares = torch.nn.functional.pad(x * x, (0, -channels % _GROUP)).unflatten(-1, (-1, _GROUP))
+    squares = torch.nn.functional.pad(x * x, (0, -channels % group)).unflatten(-1, (-1, group))
     total = squares[..., 0, :]
     for i in range(1, squares.shape[-2]):
         total = total + squares[..., i, :]

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from flash8.backends.hopper.quantize_matrix_variants import QuantizeMatrixVariant
 from flash8.backends.hopper.quantize_variants import (
     SHIPPED_QUANTIZERS,
     QuantizeVariant,
@@ -57,3 +58,20 @@ def test_a_head_gets_the_smallest_tile():
 
 def test_shipped_rows_are_distinct():
     assert len(set(SHIPPED_QUANTIZERS)) == len(SHIPPED_QUANTIZERS)
+
+
+def test_variants_of_operands_of_products():
+    variants = [
+        QuantizeMatrixVariant(dtype, prologue)
+        for dtype in ("fp16", "bf16", "fp32")
+        for prologue in ("none", "rms_norm", "silu_mul")
+    ]
+    assert len({variant.name for variant in variants}) == len(variants)
+    assert len({variant.unit() for variant in variants}) == len(variants)
+    one = QuantizeMatrixVariant("bf16", "rms_norm")
+    assert one.name == "quantize_matrix_bf16_rms_norm"
+    assert dict(one.defines) == {"FLASH8_DTYPE": "kBf16", "FLASH8_PROLOGUE": "kRmsNorm"}
+    with pytest.raises(ValueError, match="dtype is 'e4m3'; supported are"):
+        QuantizeMatrixVariant("e4m3")
+    with pytest.raises(ValueError, match="prologue is 'gelu'; supported are"):
+        QuantizeMatrixVariant("bf16", "gelu")

@@ -9,6 +9,8 @@ import bench_quantize
 import gpu_timing
 import machine_code
 import quantizer_traffic
+from defaults import by_default
+from flash8.backends.hopper.quantize_matrix_variants import SHIPPED_MATRIX_QUANTIZERS
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
 from flash8.compiler import compile_unit
 from quantizer_device import device
@@ -38,6 +40,21 @@ def test_lean(variant):
     assert cost.registers * threads * (512 // threads) <= _REGISTERS, "512 threads at a time"
     bytes_per_thread = 64 * (4 if variant.dtype == "fp32" else 2)
     assert loads_in_flight(code) >= bytes_per_thread // 16, "a load waits for another"
+
+
+@pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+@pytest.mark.skipif(_NO_DISASSEMBLER is not None, reason=str(_NO_DISASSEMBLER))
+@pytest.mark.parametrize(
+    "variant", by_default(SHIPPED_MATRIX_QUANTIZERS, SHIPPED_MATRIX_QUANTIZERS[:3])
+)
+def test_lean_operands_of_products(variant):
+    compiled = compile_unit(variant.unit())
+    assert compiled.report.problems() == []
+    code = machine_code.MachineCode.of(compiled.cubin)
+    assert code.local_accesses == 0, "spills or local arrays"
+    (cost,) = compiled.report.kernels
+    assert cost.registers * 512 <= _REGISTERS, "512 threads at a time"
+    assert loads_in_flight(code) >= 8, "fewer than 128 bytes of a thread on their way"
 
 
 def loads_in_flight(code: machine_code.MachineCode) -> int:

@@ -12,6 +12,10 @@ from flash8.backends.hopper.backward_variants import (
 )
 from flash8.backends.hopper.decode_variants import SHIPPED_DECODERS, DecodeVariant
 from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS, GemmVariant
+from flash8.backends.hopper.quantize_matrix_variants import (
+    SHIPPED_MATRIX_QUANTIZERS,
+    QuantizeMatrixVariant,
+)
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS, QuantizeVariant
 from flash8.backends.hopper.schedule_variants import SCHEDULE, ScheduleVariant
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
@@ -24,7 +28,8 @@ from flash8.compiler import (
 
 #: What serves a call. A backward takes three kernels.
 Attention = ForwardVariant | DecodeVariant | BackwardVariant
-Variant = Attention | QuantizeVariant | AppendVariant | ScheduleVariant | GemmVariant
+Quantizer = QuantizeVariant | QuantizeMatrixVariant
+Variant = Attention | Quantizer | AppendVariant | ScheduleVariant | GemmVariant
 #: What is compiled and loaded.
 KernelVariant = Variant | BackwardStep
 
@@ -57,7 +62,7 @@ def shipped() -> tuple[Variant, ...]:
     """What a release compiles, and `flash8 check` checks."""
     attention: tuple[Variant, ...] = (*SHIPPED, *SHIPPED_DECODERS, *SHIPPED_BACKWARDS)
     others: tuple[Variant, ...] = (*SHIPPED_QUANTIZERS, *SHIPPED_APPENDS, SCHEDULE)
-    return (*attention, *others, *SHIPPED_GEMMS)
+    return (*attention, *others, *SHIPPED_GEMMS, *SHIPPED_MATRIX_QUANTIZERS)
 
 
 def kernels_of(variant: Variant) -> tuple[KernelVariant, ...]:

@@ -2,7 +2,7 @@
 
 A kernel is checked once per process and device, when a call first wants it: small problems are run
 by it and by the portable code, and the results compared (`forward`, `decode`, `backward`,
-`quantize`, `append`, `schedule`, `gemm`).
+`quantize`, `append`, `schedule`, `gemm`, `quantize_matrix`).
 A kernel that fails, or that no compiler makes, is left alone from then on, and a warning says why.
 What may pass (no memory, no room for the cache, a compiler that took too long) says nothing of the
 kernel: the portable code serves for a while, and then the check is tried again. With
@@ -28,6 +28,7 @@ from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.kernels import Variant
+from flash8.backends.hopper.quantize_matrix_variants import QuantizeMatrixVariant
 from flash8.backends.hopper.schedule_variants import ScheduleVariant
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.backends.hopper.verify import watchdog
@@ -114,6 +115,7 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
     from flash8.backends.hopper.verify import forward as check_forward
     from flash8.backends.hopper.verify import gemm as check_gemm
     from flash8.backends.hopper.verify import quantize as check_quantizer
+    from flash8.backends.hopper.verify import quantize_matrix as check_matrix_quantizer
     from flash8.backends.hopper.verify import schedule as check_schedule
 
     with _undisturbed(device):
@@ -132,6 +134,8 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
                 return check_schedule.find_fault(variant, device)
             if isinstance(variant, GemmVariant):
                 return check_gemm.find_fault(variant, device)
+            if isinstance(variant, QuantizeMatrixVariant):
+                return check_matrix_quantizer.find_fault(variant, device)
             return check_quantizer.find_fault(variant, device)
         except Exception as error:
             if not _lasts(error):
