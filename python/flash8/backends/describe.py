@@ -74,6 +74,6 @@ def _describe_cuda(name: str) -> list[Service]:
         Service("CUDA tensors, prefill, fp16 / bf16 / e4m3, pages", "hopper", kernel),
         Service("CUDA tensors, decode over 16-bit and e4m3 caches", "hopper", kernel),
         Service("CUDA tensors, fp8.quantize, append to a KV cache", "hopper", kernel),
-        Service("CUDA tensors, gemm.scaled_mm of e4m3", "hopper", kernel),
+        Service("CUDA tensors, gemm.scaled_mm of e4m3, and its operands", "hopper", kernel),
         Service("CUDA tensors, every other call", "cpu", portable),
     ]
