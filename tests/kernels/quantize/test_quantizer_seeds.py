@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flash8 import fp8
+from mutation_families.quantizers import OPERANDS, operand
 from quantizer_cases import draw, raw
 from quantizer_device import device, kernels
 from simulated_device import missing_compiler
@@ -46,3 +47,8 @@ def test_no_false_alarm_in_200_seeds(monkeypatch):
 
     check_same(run)
     assert launched == {"flash8_quantize_cast"}
+
+
+@pytest.mark.parametrize("shape", OPERANDS)
+def test_operands_of_products_in_200_seeds(shape):
+    check_same(lambda seed: operand(shape, seed))

@@ -9,6 +9,7 @@ from flash8.backends.hopper.append_variants import AppendVariant
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.gemm_variants import GemmVariant
+from flash8.backends.hopper.quantize_matrix_variants import QuantizeMatrixVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8_sim.mutate import Mutation, mutations
@@ -45,6 +46,7 @@ FAMILIES: tuple[Family, ...] = (
     Quantizer("quantize_mean_finish", QuantizeVariant("mean_finish", "fp32", 64)),
     Quantizer("append", AppendVariant("bf16")),
     Quantizer("append_to_e4m3", AppendVariant("bf16", "e4m3")),
+    Quantizer("quantize_matrix", QuantizeMatrixVariant("bf16", "rms_norm")),
     Gemm("gemm_block", GemmVariant("block", 128, 128)),
     Gemm("gemm_small_m", GemmVariant("block", 16, 64, small_m=True)),
     Gemm("gemm_quantizing", GemmVariant("block", 16, 64, small_m=True, a="bf16")),

@@ -12,8 +12,10 @@ import flash8
 from flash8 import _native, fp8
 from flash8.backends.hopper.append_variants import AppendVariant
 from flash8.backends.hopper.kernels import variant_of
+from flash8.backends.hopper.quantize_matrix_variants import QuantizeMatrixVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from forward_cases import int32
+from matrix_quantizer_cases import draw, on_kernel, raw, request
 from quantizer_device import device, kernels
 
 from .runs import Run, image_of, text_of
@@ -89,12 +91,26 @@ def appended(cache: torch.dtype, seed: int) -> list[Tensor]:
     return [x.view(torch.uint8).clone() for x in caches]
 
 
+#: Rows of a part of a warp, of several warps of a CTA, and longer than their threads hold.
+OPERANDS = ((5, 136), (3, 4096), (2, 16400))
+
+
+def operand(shape: tuple[int, int], seed: int) -> list[Tensor]:
+    """Data, scales and x + residual of a norm by row."""
+    given = request("rms_norm", draw(*shape), "row", other=draw(*shape, seed=1))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            return [raw(x) for x in on_kernel(patch, given, seed=seed)]
+    except RuntimeError as error:
+        raise AssertionError(f"seed {seed}: {device().last_error()}") from error
+
+
 @dataclass(frozen=True)
 class Quantizer:
     """A variant of a quantizer kernel; others that a call takes stay what they are."""
 
     name: str
-    variant: QuantizeVariant | AppendVariant
+    variant: QuantizeVariant | AppendVariant | QuantizeMatrixVariant
 
     def ptx(self) -> str:
         return text_of(device().ptx(self.variant))
@@ -119,6 +135,8 @@ class Quantizer:
             quantizes = self.variant.cache == "e4m3"
             cache = torch.float8_e4m3fn if quantizes else torch.bfloat16
             return [functools.partial(appended, cache)]
+        if isinstance(self.variant, QuantizeMatrixVariant):
+            return [functools.partial(operand, shape) for shape in OPERANDS]
         row = QUANTIZER_CALLS["v_colmajor" if self.variant.v_colmajor else self.variant.job]
         return [
             lambda seed, make=make, layout=layout: quantized(make(), layout, seed)
