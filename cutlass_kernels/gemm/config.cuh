@@ -26,6 +26,8 @@ struct Config {
     // of them is promoted: added to a sum in fp32.
     static constexpr bool kFastAccum = FLASH8_FAST_ACCUM;
     static_assert(!kBlockScales || !kFastAccum, "scales of blocks are applied when a block is promoted");
+    // Rows of A belong to groups, each with a B of its own (grouped_walk.cuh).
+    static constexpr bool kGrouped = FLASH8_GROUPED;
 
     static constexpr int kBlockM = FLASH8_BLOCK_M;
     static constexpr int kBlockN = FLASH8_BLOCK_N;
@@ -40,6 +42,8 @@ struct Config {
     static_assert(kWaves * kWaveRows * kConsumerWarpgroups == kBlockM);
     using Registers = RegisterBudget<kConsumerWarpgroups, 40>;
     static_assert(Registers::kThreads == kThreads);
+    // Of the warp that brings A and B: one lane does it, but only a whole warp finds the tiles of groups.
+    static constexpr int kWalkingLanes = kGrouped ? 32 : 1;
     static_assert(kWaves * kBlockN / 2 + (kFastAccum ? 0 : kBlockN / 2) <= 192,
                   "sums and products do not fit the registers");
 

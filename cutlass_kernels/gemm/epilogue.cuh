@@ -11,7 +11,7 @@
 #include "arch/convert.cuh"
 #include "arch/quad.cuh"
 #include "arch/wgmma.cuh"
-#include "config.cuh"
+#include "tile.cuh"
 
 namespace flash8::gemm {
 
@@ -22,22 +22,24 @@ class Epilogue {
     static_assert(Config::kBlockN % (8 * kGroups) == 0);
 
   public:
-    // 64 rows of the tile that begins at column n0; first_row is this thread's first row of out.
-    __device__ static void store(GemmParams const& params, int first_row, int n0, Config::Accumulator& sum) {
+    // 64 rows of the tile; first_row is this thread's first row of out.
+    __device__ static void store(GemmParams const& params, Tile const& tile, int first_row,
+                                 Config::Accumulator& sum) {
         auto const sums = rows_of(sum);
+        float const* const scale_b = params.scale_b.ptr + tile.group * params.scale_b_group_stride;
         float const result = params.scale_result != nullptr ? *params.scale_result : 1.0f;
         Row rows[kRows];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            rows[r] = row_of(params, first_row + 8 * r, n0);
+            rows[r] = row_of(params, tile, first_row + 8 * r);
         }
 #pragma unroll
         for (int first = 0; first < Config::kBlockN; first += 8 * kGroups) {
             float values[kRows][kColumns];
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
-                int const column = min(n0 + first + column_of(i), params.n - 1);
-                float const scale = Config::kBlockScales ? 1.0f : scale_of(params.scale_b, column);
+                int const column = min(tile.n0 + first + column_of(i), params.n - 1);
+                float const scale = Config::kBlockScales ? 1.0f : scale_b[column * params.scale_b.row_stride];
                 float const bias = params.bias != nullptr ? bias_of(params, column) : 0.0f;
 #pragma unroll
                 for (int r = 0; r < kRows; ++r) {
@@ -65,17 +67,19 @@ class Epilogue {
   private:
     struct Row {
         int64_t offset;  // of the tile's first column in out
-        int columns;     // that there are from there on; none of rows beyond out
+        int columns;     // that there are from there on; none of rows beyond out, or beyond the tile's group
         float scale;
     };
 
-    __device__ __forceinline__ static Row row_of(GemmParams const& params, int row, int n0) {
-        float const scale = Config::kBlockScales ? 1.0f : scale_of(params.scale_a, min(row, params.m - 1));
-        return {row * params.out_stride + n0, row < params.m ? params.n - n0 : 0, scale};
+    __device__ __forceinline__ static Row row_of(GemmParams const& params, Tile const& tile, int row) {
+        float const scale =
+            Config::kBlockScales ? 1.0f : scale_of_row(params, tile, min(row, tile.m_end - 1));
+        return {row * params.out_stride + tile.n0, row < tile.m_end ? params.n - tile.n0 : 0, scale};
     }
 
-    __device__ __forceinline__ static float scale_of(ScaleRef const& scale, int row) {
-        return scale.ptr[row * scale.row_stride];
+    __device__ __forceinline__ static float scale_of_row(GemmParams const& params, Tile const& tile,
+                                                         int row) {
+        return params.scale_a.ptr[row * params.scale_a.row_stride + tile.group * params.scale_a_group_stride];
     }
 
     // Where value i of this thread lies in its groups.

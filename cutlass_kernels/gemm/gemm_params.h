@@ -4,12 +4,17 @@
 //     out = round(scale_result * (scale_a * scale_b * (A B^T) + bias))    e4m3, saturated at 448
 //
 // A (m, k) and B (n, k) are e4m3, both contiguous along k. B is the transpose of what users call mat2.
+//
+// Grouped: rows of A, and so of out, belong to groups, and group g has B[g] (n, k) and the scales of it.
 
 #pragma once
 
 #include "params.h"
 
 namespace flash8 {
+
+// The map of B has this many dimensions in a kernel that knows groups, (k, n, 1, 1, groups); else 4.
+inline constexpr std::uint32_t kGroupedRank = 5;
 
 // fp32 scales of the rows of an operand. A row stride of zero is one scale for the tensor.
 struct ScaleRef {
@@ -46,7 +51,17 @@ struct GemmParams {
     std::int32_t n_blocks;
     std::int32_t band;
     std::int32_t vector_stores;  // 1: rows of out are written by 16 bytes
-    std::int32_t reserved[10];   // zero
+
+    // Zero without groups. Groups lie one after another: group_rows[g] is where the rows of group g end. Or
+    // they are rows_per_group rows apart, m in all: then group_rows[g] is how many group g has. The device
+    // clamps both.
+    const std::int32_t* group_rows;  // (groups)
+    std::int64_t b_group_stride;     // from B[g] to B[g + 1]
+    // Scales of row r of A, counted over all groups, are those at r * row_stride + g * scale_a_group_stride.
+    std::int64_t scale_a_group_stride;
+    std::int64_t scale_b_group_stride;
+    std::int32_t groups;
+    std::int32_t rows_per_group;  // 0: one after another
 };
 
 static_assert(kIsPlain<GemmParams> && alignof(GemmParams) == 64);

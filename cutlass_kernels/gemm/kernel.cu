@@ -27,11 +27,11 @@ constexpr KernelInfo describe() {
     info.producer_registers = Config::Registers::kProducer;
     info.consumer_registers = Config::Registers::kConsumer;
     info.scale_block = Config::kBlockScales ? kScaleBlock : 0;
-    auto const box = [](unsigned rows) {
-        return TmaBox{4, {Config::kBlockK, rows, 1, 1, 1}, ElementType::kUint8, Swizzle::k128B};
+    auto const box = [](unsigned rank, unsigned rows) {
+        return TmaBox{rank, {Config::kBlockK, rows, 1, 1, 1}, ElementType::kUint8, Swizzle::k128B};
     };
-    info.tma[0] = box(Config::kBlockM);
-    info.tma[1] = box(Config::kBlockN);
+    info.tma[0] = box(4, Config::kBlockM);
+    info.tma[1] = box(Config::kGrouped ? kGroupedRank : 4, Config::kBlockN);
     return info;
 }
 
@@ -46,7 +46,7 @@ __device__ void consume(GemmParams const& params, SharedStorage& shared, int war
 #pragma unroll
         for (int wave = 0; wave < Config::kWaves; ++wave) {
             int const row = tile.m0 + mainloop.first_row() + wave * Config::kWaveRows;
-            Epilogue::store(params, row, tile.n0, sum[wave]);
+            Epilogue::store(params, tile, row, sum[wave]);
         }
     }
 }
@@ -73,12 +73,17 @@ extern "C" __global__ void __launch_bounds__(flash8::gemm::Config::kThreads, 1)
 
     if (warpgroup == 0) {
         ptx::release_registers<Config::Registers::kProducer>();
-        if (threadIdx.x == 0) {
+        if (threadIdx.x < Config::kWalkingLanes) {
             load_operands(params, shared);
         }
         if constexpr (Config::kBlockScales) {
             if (threadIdx.x / 32 == 1) {
                 load_scales(params, shared);
+            }
+        }
+        if constexpr (Config::kGrouped) {
+            if (threadIdx.x / 32 == 2) {
+                clear_rows_of_no_group(params);
             }
         }
     } else {

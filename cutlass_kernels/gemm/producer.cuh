@@ -8,27 +8,37 @@
 
 namespace flash8::gemm {
 
-// By one thread.
+// By one thread. With groups by a warp, whose first lane does it: the others help to find the tile, and wait
+// for the first one at the next.
 __device__ void load_operands(GemmParams const& params, SharedStorage& shared) {
     PipelineState<Config::kStages> state;
     TileWalk tiles(params);
     int const blocks = k_blocks(params);
     Tile tile;
     while (tiles.next(tile)) {
+        if (Config::kGrouped && threadIdx.x != 0) {
+            continue;
+        }
 #pragma unroll 1
         for (int block = 0; block < blocks; ++block) {
             uint64_t* const full = shared.pipeline.acquire(state, Config::kBytesA + Config::kBytesB);
             int const k0 = block * Config::kBlockK;
             ptx::tma_load_4d(shared.a[state.stage], &params.tma_a, full, k0, tile.m0, 0, 0);
-            ptx::tma_load_4d(shared.b[state.stage], &params.tma_b, full, k0, tile.n0, 0, 0);
+            if constexpr (Config::kGrouped) {
+                ptx::tma_load_5d(shared.b[state.stage], &params.tma_b, full, k0, tile.n0, 0, 0, tile.group);
+            } else {
+                ptx::tma_load_4d(shared.b[state.stage], &params.tma_b, full, k0, tile.n0, 0, 0);
+            }
             state.advance();
         }
     }
-    shared.pipeline.drain(state);
+    if (!Config::kGrouped || threadIdx.x == 0) {
+        shared.pipeline.drain(state);
+    }
 }
 
-// By all lanes of a warp: scales of any strides, a lane copies those of every 32nd row. Rows beyond A get the
-// scale of its last one; nothing of them is stored.
+// By all lanes of a warp: scales of any strides, a lane copies those of every 32nd row. Rows beyond A, or
+// beyond the tile's group, get the scale of the last one; nothing of them is stored.
 __device__ void load_scales(GemmParams const& params, SharedStorage& shared) {
     constexpr int kRows = Config::kBlockM / 32;  // of a lane
     PipelineState<Config::kStages> state;
@@ -40,10 +50,11 @@ __device__ void load_scales(GemmParams const& params, SharedStorage& shared) {
         int rows[kRows];  // not offsets, which would not fit this warp's registers
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-            rows[i] = min(tile.m0 + 32 * i + lane, params.m - 1) >> params.scale_a_row_shift;
+            rows[i] = min(tile.m0 + 32 * i + lane, tile.m_end - 1) >> params.scale_a_row_shift;
         }
-        float const* of_rows = params.scale_a.ptr;
-        float const* of_columns = params.scale_b.ptr + tile.n0 / kScaleBlock * params.scale_b.row_stride;
+        float const* of_rows = params.scale_a.ptr + tile.group * params.scale_a_group_stride;
+        float const* of_columns = params.scale_b.ptr + tile.n0 / kScaleBlock * params.scale_b.row_stride +
+                                  tile.group * params.scale_b_group_stride;
 #pragma unroll 1
         for (int block = 0; block < blocks; ++block) {
             shared.pipeline.wait_empty(state);

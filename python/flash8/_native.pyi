@@ -442,6 +442,12 @@ class GemmParams:
     out_type: ElementType
     bias_type: ElementType
     scale_a_row_shift: int
+    group_rows: int
+    b_group_stride: int
+    scale_a_group_stride: int
+    scale_b_group_stride: int
+    groups: int
+    rows_per_group: int
 
 def launch_gemm(kernel: Kernel, device: int, stream: int, call: GemmParams) -> None: ...
 def launch_quantize_matrix(

@@ -34,6 +34,7 @@ void bind_gemm(py::module_& module) {
     def_scale(type, "scale_a", &P::scale_a);
     def_scale(type, "scale_b", &P::scale_b);
     def_address(type, "scale_result", &P::scale_result);
+    def_address(type, "group_rows", &P::group_rows);
     type.def_readwrite("a_stride", &P::a_stride)
         .def_readwrite("b_stride", &P::b_stride)
         .def_readwrite("out_stride", &P::out_stride)
@@ -42,7 +43,12 @@ void bind_gemm(py::module_& module) {
         .def_readwrite("k", &P::k)
         .def_readwrite("out_type", &P::out_type)
         .def_readwrite("bias_type", &P::bias_type)
-        .def_readwrite("scale_a_row_shift", &P::scale_a_row_shift);
+        .def_readwrite("scale_a_row_shift", &P::scale_a_row_shift)
+        .def_readwrite("b_group_stride", &P::b_group_stride)
+        .def_readwrite("scale_a_group_stride", &P::scale_a_group_stride)
+        .def_readwrite("scale_b_group_stride", &P::scale_b_group_stride)
+        .def_readwrite("groups", &P::groups)
+        .def_readwrite("rows_per_group", &P::rows_per_group);
     module.def("launch_gemm", &launch_gemm, py::arg("kernel"), py::arg("device"), py::arg("stream"),
                py::arg("call"), ReleaseGil(),
                "Enqueue a matrix product on a stream. Raises ValueError for sizes, strides or addresses that "

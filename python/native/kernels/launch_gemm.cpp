@@ -83,18 +83,55 @@ void check_scales(const GemmParams& call, const KernelInfo& info) {
             shift, info.scale_block > 0 ? "; it must be 0 or 7" : "; this kernel has a scale per row");
 }
 
-// (rows, k), contiguous along k.
+bool is_grouped(const KernelInfo& info) {
+    return info.tma[1].rank == kGroupedRank;
+}
+
+void check_groups(const GemmParams& call, const KernelInfo& info) {
+    require(is_grouped(info) ? call.groups >= 1 : call.groups == 0, "gemm: groups is ", call.groups,
+            is_grouped(info) ? "; this kernel takes 1 or more" : "; this kernel knows no groups");
+    if (call.groups == 0) {
+        return;
+    }
+    require(call.groups <= kMostRows, "gemm: groups is ", call.groups, "; supported are 1 to 2^31 - 2^20");
+    check_aligned("group_rows", call.group_rows, sizeof(std::int32_t));
+    require(call.rows_per_group == 0 ||
+                (call.rows_per_group > 0 && std::int64_t{call.rows_per_group} * call.groups == call.m),
+            "gemm: rows_per_group is ", call.rows_per_group, "; it must be 0, or those of ", call.groups,
+            " groups be m = ", call.m);
+    require(call.scale_a_row_shift == 0, "gemm: scale_a_row_shift is ", call.scale_a_row_shift,
+            "; rows of groups share no scales");
+    require(call.bias == nullptr, "gemm: bias is given; products of groups have none");
+    require(is_wide(call.out_type), "gemm: out_type is ", static_cast<std::uint32_t>(call.out_type),
+            "; supported with groups are FLOAT16, BFLOAT16 and FLOAT32");
+}
+
+// (rows, k), contiguous along k; of a map with groups (groups, rows, k).
 TensorMap encode(const Driver& driver, const void* matrix, std::int64_t rows, std::int64_t k,
-                 std::int64_t stride, const TmaBox& box) {
+                 std::int64_t stride, const TmaBox& box, std::int64_t groups = 1,
+                 std::int64_t group_stride = 0) {
     const std::int64_t row = rows == 1 ? 0 : stride_in_bytes(stride, box.element_type);
     TiledTensor tensor{
         box.element_type, reinterpret_cast<std::uintptr_t>(matrix), {k, rows, 1, 1}, {row, row, row}};
+    if (box.rank == kGroupedRank) {
+        tensor.dims.push_back(groups);
+        tensor.strides.push_back(groups == 1 ? 0 : stride_in_bytes(group_stride, box.element_type));
+    }
     settle_strides(tensor);
     return encode_tensor_map(driver, tensor, box);
 }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
     return (a + b - 1) / b;
+}
+
+// The most blocks of rows that there may be: each group may end with a block that it does not fill.
+std::int64_t most_m_blocks(const GemmParams& call, std::int64_t rows_of_block) {
+    if (call.rows_per_group > 0) {
+        return call.groups * ceil_div(call.rows_per_group, rows_of_block);
+    }
+    const std::int64_t partial = std::max(0, call.groups - 1);
+    return std::min<std::int64_t>(call.m, ceil_div(call.m, rows_of_block) + partial);
 }
 
 // The rows of a band: the tiles that run at a time are then about a square of out, whose operands are the
@@ -122,14 +159,16 @@ void launch_gemm(Kernel& kernel, int device, std::uint64_t stream, const GemmPar
     }
     check_out(call);
     check_scales(call, info);
-    const std::int64_t m_blocks = ceil_div(call.m, info.kBlockM);
+    check_groups(call, info);
+    const std::int64_t m_blocks = most_m_blocks(call, info.kBlockM);
     const std::int64_t n_blocks = ceil_div(call.n, info.kBlockN);
     require(m_blocks <= kMostRows / n_blocks, "gemm: out has ", m_blocks, " by ", n_blocks,
             " tiles; supported are less than 2^31 - 2^20");
 
     GemmParams params = call;
     params.tma_a = encode(kernel.driver(), call.a, call.m, call.k, call.a_stride, info.tma[0]);
-    params.tma_b = encode(kernel.driver(), call.b, call.n, call.k, call.b_stride, info.tma[1]);
+    params.tma_b = encode(kernel.driver(), call.b, call.n, call.k, call.b_stride, info.tma[1], call.groups,
+                          call.b_group_stride);
     const std::int64_t ctas =
         std::min<std::int64_t>(m_blocks * n_blocks, kernel.driver().primary(device).multiprocessors);
     params.m_blocks = static_cast<std::int32_t>(m_blocks);

@@ -11,7 +11,8 @@ namespace flash8 {
 
 // Enqueues a kernel of cutlass_kernels/gemm. The caller fills in the matrices, scales, bias and sizes of
 // `call`; tensor maps, the blocks of out and how they are walked and stored follow from these and from the
-// kernel. Nothing is enqueued when out has no element.
+// kernel. Nothing is enqueued when out has no element. How many rows a group has is not read here: with
+// groups there are CTAs for the most tiles that there may be.
 //
 // Throws std::invalid_argument for sizes, strides or addresses that the kernel cannot take.
 void launch_gemm(Kernel& kernel, int device, std::uint64_t stream, const GemmParams& call);

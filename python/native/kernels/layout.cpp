@@ -281,18 +281,34 @@ StructLayout scale_ref() {
 
 StructLayout gemm_params() {
     using T = GemmParams;
-    return layout<T>("GemmParams", {FIELD(tma_a),      FIELD(tma_b),
-                                    FIELD(a),          FIELD(b),
-                                    FIELD(out),        FIELD(bias),
-                                    FIELD(a_stride),   FIELD(b_stride),
-                                    FIELD(out_stride), FIELD(scale_a),
-                                    FIELD(scale_b),    FIELD(scale_result),
-                                    FIELD(m),          FIELD(n),
-                                    FIELD(k),          FIELD(out_type),
-                                    FIELD(bias_type),  FIELD(scale_a_row_shift),
-                                    FIELD(m_blocks),   FIELD(n_blocks),
-                                    FIELD(band),       FIELD(vector_stores),
-                                    FIELD(reserved)});
+    return layout<T>("GemmParams", {FIELD(tma_a),
+                                    FIELD(tma_b),
+                                    FIELD(a),
+                                    FIELD(b),
+                                    FIELD(out),
+                                    FIELD(bias),
+                                    FIELD(a_stride),
+                                    FIELD(b_stride),
+                                    FIELD(out_stride),
+                                    FIELD(scale_a),
+                                    FIELD(scale_b),
+                                    FIELD(scale_result),
+                                    FIELD(m),
+                                    FIELD(n),
+                                    FIELD(k),
+                                    FIELD(out_type),
+                                    FIELD(bias_type),
+                                    FIELD(scale_a_row_shift),
+                                    FIELD(m_blocks),
+                                    FIELD(n_blocks),
+                                    FIELD(band),
+                                    FIELD(vector_stores),
+                                    FIELD(group_rows),
+                                    FIELD(b_group_stride),
+                                    FIELD(scale_a_group_stride),
+                                    FIELD(scale_b_group_stride),
+                                    FIELD(groups),
+                                    FIELD(rows_per_group)});
 }
 
 StructLayout tma_box() {

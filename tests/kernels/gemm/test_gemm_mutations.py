@@ -90,14 +90,14 @@ FAULTS = {
     ),
     "bias of a neighbour": (
         "epilogue.cuh",
-        "min(n0 + first + column_of(i), params.n - 1)",
-        "min(n0 + first + column_of(i & 6), params.n - 1)",
+        "min(tile.n0 + first + column_of(i), params.n - 1)",
+        "min(tile.n0 + first + column_of(i & 6), params.n - 1)",
         {"bias": BF16},
     ),
     "a row beyond the last": (
         "epilogue.cuh",
-        "row < params.m ? params.n - n0 : 0",
-        "params.n - n0",
+        "row < tile.m_end ? params.n - tile.n0 : 0",
+        "params.n - tile.n0",
         {"m": 100, "n": 48, "out_dtype": BF16},  # the rest of its tile fits the guards
     ),
     "columns not transposed": (
@@ -132,9 +132,9 @@ FAULTS = {
         {"n": 48, "out_dtype": E4M3},
     ),
     "bands of another height": (
-        "tile_walk.cuh",
-        "min(params_.band, params_.m_blocks - first)",
-        "params_.band",
+        "tile.cuh",
+        "min(params.band, m_blocks - first)",
+        "params.band",
         {"m": 300, "n": 270},
     ),
 }

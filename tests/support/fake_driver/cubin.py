@@ -209,9 +209,10 @@ def schedule_cubin() -> bytes:
 def gemm_cubin(variant: str = "gemm_block_128x128", **values: int | str | tuple[int, ...]) -> bytes:
     """A kernel for the calls of the GEMM variant of this name."""
     block_m, block_n = (int(size) for size in variant.rpartition("_")[2].split("x"))
+    extra = (1,) if "_grouped_" in variant else ()  # of B, the groups
     boxes = [
-        (4, (128, rows, 1, 1), _native.ElementType.UINT8, _native.Swizzle.B128)
-        for rows in (block_m, block_n)
+        (len(box), box, _native.ElementType.UINT8, _native.Swizzle.B128)
+        for box in ((128, block_m, 1, 1), (128, block_n, 1, 1, *extra))
     ]
     for name, kind in (("_bf16_", "BFLOAT16"), ("_fp16_", "FLOAT16")):
         if name in variant:

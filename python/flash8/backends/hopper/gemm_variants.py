@@ -25,6 +25,7 @@ class GemmVariant:
             to a sum in fp32.
         small_m: B is the tensor core's first operand, and A, of few rows, its second.
         a: A's type.
+        grouped: Rows of A belong to groups, each with a B of its own.
 
     Raises:
         ValueError: A choice is unknown, or no tile of its kind.
@@ -36,6 +37,7 @@ class GemmVariant:
     fast_accum: bool = False
     small_m: bool = False
     a: InputOfA = "e4m3"
+    grouped: bool = False
 
     def __post_init__(self) -> None:
         if self.scales not in get_args(Scales):
@@ -44,35 +46,45 @@ class GemmVariant:
             raise ValueError("fast_accum is True; scales of blocks need sums in fp32")
         if self.small_m and self.fast_accum:
             raise ValueError("fast_accum is True; the kernel for few rows has sums in fp32")
+        if self.small_m and self.grouped:
+            raise ValueError("grouped is True; the kernel for few rows has one B")
         if self.a not in get_args(InputOfA):
             raise ValueError(f"a is {self.a!r}; supported are {get_args(InputOfA)}")
         if self.a != "e4m3" and not (self.small_m and self.scales == "block"):
             raise ValueError(f"a is {self.a!r}; it goes with small_m and scales of blocks")
-        known = small_m_tiles(self.a) if self.small_m else TILES[self.scales, self.fast_accum]
-        tiles = [tile[:2] for tile in known]
+        tiles = self._known_tiles()
         if (self.block_m, self.block_n) not in tiles:
             raise ValueError(
                 f"block_m and block_n are {self.block_m} and {self.block_n}; supported are {tiles}"
             )
 
+    def _known_tiles(self) -> list[tuple[int, int]]:
+        if self.small_m:
+            return [tile[:2] for tile in small_m_tiles(self.a)]
+        known = (_SMALL,) if self.grouped else TILES[self.scales, self.fast_accum]
+        return [tile[:2] for tile in known]
+
     @cached_property
     def name(self) -> str:
         """A name that no other variant has: gemm_block_128x128, gemm_outer_fast_128x256,
-        gemm_small_m_block_bf16_16x64."""
-        small = "small_m_" if self.small_m else ""
+        gemm_small_m_block_bf16_16x64, gemm_grouped_block_128x128."""
+        kind = "small_m_" if self.small_m else "grouped_" if self.grouped else ""
         fast = "_fast" if self.fast_accum else ""
         wide = "" if self.a == "e4m3" else f"_{self.a}"
-        return f"gemm_{small}{self.scales}{fast}{wide}_{self.block_m}x{self.block_n}"
+        return f"gemm_{kind}{self.scales}{fast}{wide}_{self.block_m}x{self.block_n}"
 
     @property
     def defines(self) -> tuple[tuple[str, str], ...]:
         """The -D options; a choice of words is handed over as the name of an enumerator."""
-        fast = ("FLASH8_FAST_ACCUM", str(int(self.fast_accum)))
+        kind: tuple[tuple[str, str], ...] = (("FLASH8_INPUT", enumerator(self.a)),)
+        if not self.small_m:
+            flags = {"FAST_ACCUM": self.fast_accum, "GROUPED": self.grouped}
+            kind = tuple((f"FLASH8_{name}", str(int(flag))) for name, flag in flags.items())
         return (
             ("FLASH8_SCALES", enumerator(self.scales)),
-            ("FLASH8_INPUT", enumerator(self.a)) if self.small_m else fast,
             ("FLASH8_BLOCK_M", str(self.block_m)),
             ("FLASH8_BLOCK_N", str(self.block_n)),
+            *kind,
         )
 
     def unit(self) -> Unit:
@@ -129,7 +141,7 @@ def small_m_tiles(a: InputOfA) -> tuple[SmallMTile, ...]:
     return tuple(tile for tile in SMALL_M_TILES if tile != (SMALL_M, 128))
 
 
-#: The variants that release wheels carry.
+#: The variants that release wheels carry, of one B: of many rows, of few, and of few of 16 bits.
 SHIPPED_GEMMS = (
     *(
         GemmVariant(scales, tile.block_m, tile.block_n, fast)
@@ -146,6 +158,12 @@ SHIPPED_GEMMS = (
         for a in get_args(InputOfA)[1:]
         for tile in small_m_tiles(a)
     ),
+)
+#: Groups have the small tile: few of them fill another, and 256 x 128 with scales of blocks has no
+#: registers left for the walk over groups.
+SHIPPED_GROUPED_GEMMS = tuple(
+    GemmVariant(scales, _SMALL.block_m, _SMALL.block_n, fast, grouped=True)
+    for scales, fast in TILES
 )
 
 
