@@ -9,7 +9,7 @@ Static counts, no measurement.
 import re
 from dataclasses import dataclass
 
-from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS, GemmVariant
+from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS, SHIPPED_GROUPED_GEMMS, GemmVariant
 from flash8.compiler import compile_unit
 from machine_code import MachineCode
 
@@ -71,4 +71,4 @@ def table(loops: list[Loop]) -> str:
 
 
 if __name__ == "__main__":
-    print(table([loop(variant) for variant in SHIPPED_GEMMS]))
+    print(table([loop(variant) for variant in (*SHIPPED_GEMMS, *SHIPPED_GROUPED_GEMMS)]))

@@ -158,6 +158,22 @@ def operand_of_silu(granularity: str) -> Call:
     return lambda: flash8.gemm.quantize_silu_mul(x, x, granularity=granularity)
 
 
+def multiplied_in_groups(
+    shape_a: tuple[int, ...], shape_b: tuple[int, ...], apart: bool = False, **options: Any
+) -> Call:
+    """Products of two groups of 16 rows with scales of these shapes."""
+
+    def call() -> Any:
+        a, b = torch.ones(32, 144).to(E4M3), torch.ones(2, 48, 144).to(E4M3)
+        scales = (torch.ones(shape) for shape in (shape_a, shape_b))
+        if apart:
+            options["masked_m"] = ints([16, 3])
+            return flash8.gemm.grouped_scaled_mm(a.view(2, 16, 144), b.mT, *scales, **options)
+        return flash8.gemm.grouped_scaled_mm(a, b.mT, *scales, ints([16, 32]), **options)
+
+    return call
+
+
 def quantize(granularity: str, dim: int = 64, **options: Any) -> Call:
     return lambda: fp8.quantize(tensors(dim=dim)[1], granularity, **options)
 
@@ -379,6 +395,16 @@ ROWS = (
             *(multiplied((32, 2), (2, 1)), multiplied((1, 2), (2, 1), out_dtype=FP32)),
             multiplied((1, 1), (1, 1), use_fast_accum=True),
             multiplied((1, 1), (1, 1), out_dtype=E4M3, scale_result=torch.ones(1)),
+        ],
+    ),
+    Row(
+        "`gemm.grouped_scaled_mm`: groups of rows; scales by tensor, group, row, 1x128 by 128x128",
+        GemmVariant,
+        [
+            multiplied_in_groups((1,), (1,), use_fast_accum=True),
+            multiplied_in_groups((2, 1, 1), (2, 48), out_dtype=FP32),
+            multiplied_in_groups((32, 2), (2, 2, 1)),
+            multiplied_in_groups((2, 16, 2), (2, 2, 1), apart=True),
         ],
     ),
 )

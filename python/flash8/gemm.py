@@ -1,14 +1,17 @@
-"""FP8 matrix products with scales: `scaled_mm`, and what makes its operands: docs/gemm.md."""
+"""FP8 matrix products with scales: `scaled_mm`, `grouped_scaled_mm` of groups of rows, and what makes
+their operands: docs/gemm.md."""
 
 from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor
 
+from flash8.call import grouped_scaled_mm as grouped_call
 from flash8.call import scaled_mm as call
 from flash8.call.request import MatrixRequest
 from flash8.ops import gemm as ops
 from flash8.ops import gemm_plans as plans
+from flash8.ops import grouped_gemm as grouped_ops
 from flash8.ops import quantize_matrix as quantizer
 from flash8.tensors.arguments import (
     require_float,
@@ -18,9 +21,16 @@ from flash8.tensors.arguments import (
 )
 from flash8.tensors.rms_norm import Norm
 
-__all__ = ["quantize", "quantize_rms_norm", "quantize_silu_mul", "scaled_mm"]
+__all__ = [
+    "grouped_scaled_mm",
+    "quantize",
+    "quantize_rms_norm",
+    "quantize_silu_mul",
+    "scaled_mm",
+]
 
-#: What torch._scaled_mm and torch.nn.functional.scaled_mm call the same.
+#: What torch's functions call the same: _scaled_mm, _scaled_grouped_mm, and those of
+#: torch.nn.functional.
 _ALIASES = {
     "input": "a",
     "mat_a": "a",
@@ -96,17 +106,14 @@ def scaled_mm(
         RuntimeError: An input requires grad, or a CUDA graph is captured before the kernel's check.
     """
     if torch_names:
-        names = _by_own_names(torch_names, a, b, scale_a, scale_b, out_dtype)
-        a, b, scale_a, scale_b, out_dtype = names
+        a, b, out_dtype = _by_own_names("scaled_mm", torch_names, a, b, out_dtype)
     if scale_a is _MISSING and call.is_quantized_inside(a):
         scale_a = None
     options = bias, scale_result, out_dtype, out, use_fast_accum
     arguments = plans.arguments_of(a, b, scale_a, scale_b, *options)
     if arguments is not None and (found := plans.find(arguments)) is not None:
         return found
-    for name, value in (("a", a), ("b", b), ("scale_a", scale_a), ("scale_b", scale_b)):
-        if value is _MISSING:
-            raise TypeError(f"scaled_mm() is missing the argument {name!r}")
+    _require_given("scaled_mm", a=a, b=b, scale_a=scale_a, scale_b=scale_b)
     product = call.check(a, b, scale_a, scale_b, *options)
     if out is not None:
         call.check_out(out, product)
@@ -115,21 +122,102 @@ def scaled_mm(
     return ops.scaled_mm(product, out)
 
 
+def grouped_scaled_mm(
+    a: Tensor = _MISSING,
+    b: Tensor = _MISSING,
+    scale_a: Tensor = _MISSING,
+    scale_b: Tensor = _MISSING,
+    offs: Tensor | None = None,
+    *,
+    masked_m: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    use_fast_accum: bool = False,
+    **torch_names: Any,
+) -> Tensor:
+    """out = scale_a * scale_b * (a @ b of the row's group): a layer of a mixture of experts.
+
+    How many rows a group has stays on the device: nobody waits for it. A row's bits are those that
+    `scaled_mm` of its group gives. With G groups, rows lie
+
+    | | a, out | group g has the rows |
+    |---|---|---|
+    | one group after another | (M, K), (M, N) | offs[g - 1] (of the first group 0) up to offs[g] |
+    | apart, each with room for `rows` | (G, rows, K), (G, rows, N) | 0 up to masked_m[g] of a[g] |
+
+    Groups have any number of rows, none too. Rows of `out` from the last offset on are zeros. Of
+    groups that lie apart the rows that they do not have are not computed: in `out` they are left as
+    they are, in a new tensor they are undefined.
+
+    The indices are not looked at before they are used. One below zero or beyond the rows counts as
+    the nearest that there is, and an offset below one before it counts as the largest of these.
+
+    | scales by | scale_a | scale_b |
+    |---|---|---|
+    | tensor | one element | one element |
+    | group | (G, 1, 1) | (G, 1, 1) |
+    | row of a, column of b | (M,), (M, 1); (G, rows), (G, rows, 1) | (G, N), (G, 1, N) |
+    | 1x128 by 128x128 | (M, k); (G, rows, k) | (G, k, ceil(N / 128)) |
+
+    k is ceil(K / 128). The first three go with one another. Scales may have any strides, and any
+    values.
+
+    Args:
+        a: e4m3, row-major: K contiguous. K is a multiple of 16.
+        b: e4m3 (G, K, N), column-major: K contiguous, as `weights.transpose(1, 2)` of (G, N, K).
+        scale_a: fp32, as in the table.
+        scale_b: fp32, as in the table.
+        offs: int32 or int64 (G,), with `a` of 2 dimensions: where the rows of each group end.
+        masked_m: int32 or int64 (G,), with `a` of 3 dimensions: how many rows each group has.
+        out_dtype: torch.bfloat16 (the default), float16 or float32; that of `out` if it is given.
+        out: Written and returned. Its rows are contiguous; with masked_m all of it is.
+        use_fast_accum: As in `scaled_mm`; not with scales of blocks.
+        torch_names: `input`, `mat_a`, `mat2`, `mat_b`, `output_dtype`: torch's names for a, b and
+            out_dtype. `bias` and `scale_result` may be None.
+
+    Returns:
+        (M, N) or (G, rows, N), of out_dtype. Without a derivative.
+
+    Raises:
+        TypeError: A dtype is not supported, or an argument is missing, unknown or given twice.
+        ValueError: A shape, stride or device is not supported.
+        RuntimeError: An input requires grad, or a CUDA graph is captured before the kernel's check.
+    """
+    for name in ("bias", "scale_result"):
+        if torch_names.pop(name, None) is not None:
+            raise ValueError(f"{name} must be None: grouped products have none")
+    if torch_names:
+        a, b, out_dtype = _by_own_names("grouped_scaled_mm", torch_names, a, b, out_dtype)
+    _require_given("grouped_scaled_mm", a=a, b=b, scale_a=scale_a, scale_b=scale_b)
+    product = grouped_call.check(
+        a, b, scale_a, scale_b, offs, masked_m, out_dtype, out, use_fast_accum
+    )
+    if out is not None:
+        grouped_call.check_out(out, product)
+    return grouped_ops.grouped_scaled_mm(product, out)
+
+
 def _by_own_names(
-    torch_names: dict[str, Any], a: Any, b: Any, scale_a: Any, scale_b: Any, out_dtype: Any
-) -> tuple[Any, Any, Any, Any, Any]:
-    """a, b, scale_a, scale_b and out_dtype."""
-    given: dict[str, Any] = {"a": a, "b": b, "scale_a": scale_a, "scale_b": scale_b}
+    function: str, torch_names: dict[str, Any], a: Any, b: Any, out_dtype: Any
+) -> tuple[Any, Any, Any]:
+    """a, b and out_dtype."""
+    given: dict[str, Any] = {"a": a, "b": b}
     given["out_dtype"] = _MISSING if out_dtype is None else out_dtype
     for name, value in torch_names.items():
         meant = _ALIASES.get(name)
         if meant is None:
-            raise TypeError(f"scaled_mm() got an unexpected keyword argument {name!r}")
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
         if given[meant] is not _MISSING:
             raise TypeError(f"{meant} and {name} are one argument: give one of them, not both")
         given[meant] = value
     wanted = None if given["out_dtype"] is _MISSING else given["out_dtype"]
-    return given["a"], given["b"], given["scale_a"], given["scale_b"], wanted
+    return given["a"], given["b"], wanted
+
+
+def _require_given(function: str, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is _MISSING:
+            raise TypeError(f"{function}() is missing the argument {name!r}")
 
 
 def quantize(x: Tensor, granularity: str = "tensor") -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from flash8 import backends
 from flash8.backends import cpu, protocol
 from flash8.backends.cpu import append as cpu_append
 from flash8.backends.cpu import gemm as cpu_gemm
+from flash8.backends.cpu import grouped_gemm as cpu_grouped_gemm
 from flash8.backends.cpu import quantize as cpu_quantize
 from flash8.backends.cpu import quantize_matrix as cpu_quantize_matrix
 from flash8.backends.hopper import (
@@ -18,6 +19,7 @@ from flash8.backends.hopper import (
     decode,
     forward,
     gemm,
+    grouped_gemm,
     quantize,
     quantize_matrix,
 )
@@ -44,6 +46,9 @@ IMPLEMENTATIONS = (
     (protocol.Gemm, cpu_gemm),
     (protocol.Gemm, gemm),
     (protocol.KernelGemm, gemm),
+    (protocol.GroupedGemm, cpu_grouped_gemm),
+    (protocol.GroupedGemm, grouped_gemm),
+    (protocol.KernelGroupedGemm, grouped_gemm),
 )
 
 

@@ -4,6 +4,8 @@ With FLASH8_KERNELS=off the portable code serves them, with on the kernels; with
 where they pass their check.
 """
 
+import os
+
 import pytest
 import torch
 
@@ -84,3 +86,47 @@ def test_few_rows_against_fp64(m):
     of_bf16 = flash8.gemm.scaled_mm(x.bfloat16().cuda(), b, scale_b=scale_b)
     for found in (of_e4m3, of_bf16):
         assert (found.cpu().double() - want).norm() / want.norm() < 4e-3
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("granularity", ["row", "block"])
+def test_groups_against_their_products(granularity, apart):
+    """Counts that the host does not know; with kernels a graph that is replayed with others."""
+    sizes, others = [0, 133, 1, 40], [50, 0, 70, 54]
+    a = draw(4, 174, K, seed=1).mul(4.0) if apart else draw(174, K, seed=1).mul(4.0)
+    a = a.to(torch.float8_e4m3fn).cuda()
+    b = draw(4, N, K, seed=2).mul(4.0).to(torch.float8_e4m3fn).cuda().mT
+    of_a = (BLOCKS,) if granularity == "block" else (1,)
+    of_b = (4, BLOCKS, 3) if granularity == "block" else (4, N)
+    scale_a = torch.exp2(draw(*a.shape[:-1], *of_a, seed=3)).cuda()
+    scale_b = torch.exp2(draw(*of_b, seed=4)).cuda()
+    index = torch.zeros(4, dtype=torch.int32, device="cuda")
+    name = {"masked_m" if apart else "offs": index}
+    out = torch.zeros(*a.shape[:-1], N, device="cuda")
+
+    def call():
+        flash8.gemm.grouped_scaled_mm(a, b, scale_a, scale_b, out=out, **name)
+
+    call()
+    run = call
+    if os.environ.get("FLASH8_KERNELS") != "off":  # without them the counts are read
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        run = graph.replay
+    for counts in (sizes, others):
+        given = torch.tensor(counts)
+        index.copy_(given if apart else given.cumsum(0))
+        run()
+        begin = 0
+        for group, count in enumerate(counts):
+            rows = slice(0, count) if apart else slice(begin, begin + count)
+            begin += count
+            if count:
+                part = (group, rows) if apart else (rows,)
+                of_group = scale_b[group] if granularity == "block" else scale_b[group][None]
+                want = flash8.gemm.scaled_mm(
+                    a[part], b[group], scale_a[part], of_group, out_dtype=torch.float32
+                )
+                assert (out[part] - want).norm() <= 1e-5 * want.norm()

@@ -13,6 +13,7 @@ from flash8.backends.hopper import backward as hopper_backward
 from flash8.backends.hopper import decode as hopper_decode
 from flash8.backends.hopper import forward as hopper
 from flash8.backends.hopper import gemm as hopper_gemm
+from flash8.backends.hopper import grouped_gemm as hopper_grouped_gemm
 from flash8.backends.hopper import quantize as quantizer
 from flash8.backends.hopper import quantize_matrix as matrix_quantizer
 from flash8.call.request import Appended, MatrixRequest, Queries, Request
@@ -133,8 +134,8 @@ def _guard_calls(patch: Any, device: Any, guards: Guards) -> None:
     patch.setattr(hopper, "plan_and_launch", launch)
     decode = functools.partial(_decode, hopper_decode.forward, device)
     patch.setattr(hopper_decode, "forward", decode)
-    multiply = functools.partial(_multiply, hopper_gemm.launch, device)
-    patch.setattr(hopper_gemm, "launch", multiply)
+    for gemm in (hopper_gemm, hopper_grouped_gemm):
+        patch.setattr(gemm, "launch", functools.partial(_multiply, gemm.launch, device))
     backward = functools.partial(_backward, hopper_backward.backward, patch, device)
     patch.setattr(hopper_backward, "backward", backward)
 

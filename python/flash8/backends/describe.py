@@ -37,7 +37,9 @@ def describe() -> list[Service]:
         Service("CPU tensors, training, fp64, FP8 (fp8_attention)", "cpu", portable),
         Service("CPU tensors, prefill and decode over 16-bit caches", "cpu", compiled),
         Service("CPU tensors, prefill and decode over e4m3 caches", "cpu", portable),
-        Service("CPU tensors, gemm.scaled_mm of e4m3", "cpu", "products of torch in fp32"),
+        Service(
+            "CPU tensors, gemm.scaled_mm of e4m3, grouped too", "cpu", "products of torch in fp32"
+        ),
     ]
     if torch.cuda.is_available():
         rows += _describe_cuda(torch.cuda.get_device_name())
@@ -74,6 +76,8 @@ def _describe_cuda(name: str) -> list[Service]:
         Service("CUDA tensors, prefill, fp16 / bf16 / e4m3, pages", "hopper", kernel),
         Service("CUDA tensors, decode over 16-bit and e4m3 caches", "hopper", kernel),
         Service("CUDA tensors, fp8.quantize, append to a KV cache", "hopper", kernel),
-        Service("CUDA tensors, gemm.scaled_mm of e4m3, and its operands", "hopper", kernel),
+        Service(
+            "CUDA tensors, gemm.scaled_mm of e4m3, grouped too, and operands", "hopper", kernel
+        ),
         Service("CUDA tensors, every other call", "cpu", portable),
     ]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flash8.backends import cpu as _cpu
     from flash8.backends.cpu import append as _cpu_append
     from flash8.backends.cpu import gemm as _cpu_gemm
+    from flash8.backends.cpu import grouped_gemm as _cpu_grouped_gemm
     from flash8.backends.cpu import quantize as _cpu_quantize
     from flash8.backends.cpu import quantize_matrix as _cpu_quantize_matrix
     from flash8.backends.hopper import append as _hopper_append
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from flash8.backends.hopper import decode as _hopper_decode
     from flash8.backends.hopper import forward as _hopper_forward
     from flash8.backends.hopper import gemm as _hopper_gemm
+    from flash8.backends.hopper import grouped_gemm as _hopper_grouped_gemm
     from flash8.backends.hopper import quantize as _hopper_quantize
     from flash8.backends.hopper import quantize_matrix as _hopper_quantize_matrix
     from flash8.backends.hopper.append_variants import AppendVariant
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from flash8.backends.hopper.quantize_matrix_variants import QuantizeMatrixVariant
     from flash8.backends.hopper.quantize_variants import QuantizeVariant
     from flash8.backends.hopper.variants import ForwardVariant
+    from flash8.call.grouped_scaled_mm import GroupedProduct
     from flash8.call.options import Options
     from flash8.call.request import Appended, MatrixRequest, Queries, Request
     from flash8.call.scaled_mm import Product
@@ -279,6 +282,23 @@ class KernelGemm(Gemm, Protocol):
         """The kernel of a product that is not refused."""
 
 
+class GroupedGemm(Protocol):
+    """Serves `gemm.grouped_scaled_mm`."""
+
+    def grouped_scaled_mm(self, product: "GroupedProduct", out: Tensor) -> None:
+        """Writes out, of product.out_shape and product.out_dtype."""
+
+
+class KernelGroupedGemm(GroupedGemm, Protocol):
+    """The same on a compiled kernel."""
+
+    def refusal(self, product: "GroupedProduct") -> str | None:
+        """Why no kernel serves the product, or None."""
+
+    def choose(self, product: "GroupedProduct") -> "GemmVariant":
+        """The kernel of a product that is not refused."""
+
+
 # mypy's cache does not notice when an implementation changes; a run with a fresh cache does.
 if TYPE_CHECKING:
     _backends: tuple[Backend, ...] = (_cpu,)
@@ -292,3 +312,5 @@ if TYPE_CHECKING:
     _kernel_matrix_quantizers: tuple[KernelMatrixQuantizer, ...] = (_hopper_quantize_matrix,)
     _gemms: tuple[Gemm, ...] = (_cpu_gemm,)
     _kernel_gemms: tuple[KernelGemm, ...] = (_hopper_gemm,)
+    _grouped_gemms: tuple[GroupedGemm, ...] = (_cpu_grouped_gemm,)
+    _kernel_grouped_gemms: tuple[KernelGroupedGemm, ...] = (_hopper_grouped_gemm,)

@@ -21,11 +21,11 @@ from flash8.tensors.memory import is_shared, require_writable
 #: 128 of K of 128 rows of A or columns of B.
 Granularity = Literal["tensor", "row", "1x128", "128x128"]
 BLOCK = 128
-_WIDE = (torch.bfloat16, torch.float16, torch.float32)
+WIDE = (torch.bfloat16, torch.float16, torch.float32)
 _QUANTIZED_INSIDE = (torch.bfloat16, torch.float16)
-OUT_DTYPES = (*_WIDE, E4M3)
+OUT_DTYPES = (*WIDE, E4M3)
 UNIT_K = 16  # K of a product is a multiple of it
-_MOST = 2**31 - 2**20
+MOST = 2**31 - 2**20
 
 
 class Product(NamedTuple):
@@ -148,7 +148,7 @@ def check(
             "is added to the sum"
         )
     if bias is not None:
-        require_tensor("bias", bias, _WIDE, a)
+        require_tensor("bias", bias, WIDE, a)
         require_shape("bias", bias, (n,), "(N,)")
     dtype = _out_dtype(out_dtype, out)
     if scale_result is not None:
@@ -178,9 +178,9 @@ def _check_matrices(a: Any, b: Any, dtypes: torch.dtype | tuple[torch.dtype, ...
         )
     if k % UNIT_K != 0:
         raise ValueError(f"K, the columns of a, must be a multiple of {UNIT_K}, got {k}")
-    if any(is_known(size > _MOST) for size in (*a.shape, *b.shape)):
+    if any(is_known(size > MOST) for size in (*a.shape, *b.shape)):
         raise ValueError(
-            f"M, N and K must be at most {_MOST}, got {a.shape[0]}, {b.shape[1]} and {k}"
+            f"M, N and K must be at most {MOST}, got {a.shape[0]}, {b.shape[1]} and {k}"
         )
     if k > 1 and a.stride(1) != 1:
         raise ValueError(

@@ -3,7 +3,7 @@
 import pytest
 
 from defaults import by_default
-from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS, GemmVariant
+from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS, SHIPPED_GROUPED_GEMMS, GemmVariant
 from flash8.compiler import compile_unit
 from machine_code import missing_disassembler
 from simulated_device import missing_compiler
@@ -33,15 +33,22 @@ LIMITS = {
     "gemm_small_m_block_fp16_16x64": (8, 53),
     "gemm_small_m_block_fp16_16x128": (8, 53),
     "gemm_small_m_block_fp16_64x64": (32, 78),
+    "gemm_grouped_outer_128x128": (64, 68),
+    "gemm_grouped_block_128x128": (64, 68),
+    "gemm_grouped_outer_fast_128x128": (0, 60),
 }
+VARIANTS = (*SHIPPED_GEMMS, *SHIPPED_GROUPED_GEMMS)
 KEPT = [
-    GemmVariant("outer", 128, 128),
-    GemmVariant("block", 128, 128),
+    *(
+        GemmVariant(scales, 128, 128, grouped=grouped)
+        for scales in ("outer", "block")
+        for grouped in (False, True)
+    ),
     GemmVariant("block", 16, 64, small_m=True),
 ]
 
 
-@pytest.mark.parametrize("variant", by_default(SHIPPED_GEMMS, KEPT))
+@pytest.mark.parametrize("variant", by_default(VARIANTS, KEPT))
 def test_nothing_spills(variant):
     report = compile_unit(variant.unit()).report
     assert report.problems() == []
@@ -49,7 +56,7 @@ def test_nothing_spills(variant):
 
 
 @pytest.mark.skipif(_NO_DISASSEMBLER is not None, reason=str(_NO_DISASSEMBLER))
-@pytest.mark.parametrize("variant", by_default(SHIPPED_GEMMS, KEPT))
+@pytest.mark.parametrize("variant", by_default(VARIANTS, KEPT))
 def test_instructions_of_a_block(variant):
     import gemm_code
 

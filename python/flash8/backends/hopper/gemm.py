@@ -17,7 +17,7 @@ from flash8.backends.hopper.gemm_variants import (
 from flash8.call.scaled_mm import BLOCK, Product
 from flash8.tensors.float8 import E4M3
 
-_TYPES = {
+ELEMENT_TYPES = {
     torch.bfloat16: _native.ElementType.BFLOAT16,
     torch.float16: _native.ElementType.FLOAT16,
     torch.float32: _native.ElementType.FLOAT32,
@@ -83,19 +83,19 @@ def plan_and_launch(variant: GemmVariant, product: Product, out: Tensor) -> Laun
 
 def _launch_of(variant: GemmVariant, product: Product, out: Tensor) -> Launch:
     m, n, k = product.sizes
-    a, b = _readable(product.a), _readable(product.b.t())
+    a, b = readable(product.a), readable(product.b.t())
     call = _native.GemmParams()
     call.m, call.n, call.k = m, n, k
     call.a, call.a_stride = a.data_ptr(), a.stride(0)
     call.b, call.b_stride = b.data_ptr(), b.stride(0)
     call.out, call.out_stride = out.data_ptr(), out.stride(0)
-    call.out_type = _TYPES[out.dtype]
+    call.out_type = ELEMENT_TYPES[out.dtype]
     if product.scale_result is not None:
         call.scale_result = product.scale_result.data_ptr()
     bias = product.bias
     if bias is not None:
         bias = bias.contiguous()
-        call.bias, call.bias_type = bias.data_ptr(), _TYPES[bias.dtype]
+        call.bias, call.bias_type = bias.data_ptr(), ELEMENT_TYPES[bias.dtype]
     if product.has_blocks:
         if product.scale_a is not None:
             by_row, by_block_a = product.scale_a.stride()
@@ -116,15 +116,14 @@ def _stride(scale: Tensor, dim: int) -> int:
     return 0 if scale.numel() == 1 else scale.stride(dim)
 
 
-def _readable(x: Tensor) -> Tensor:
-    """(rows, K), contiguous along K: as it lies, or a copy."""
-    if x.data_ptr() % _UNIT == 0 and (x.shape[0] == 1 or _has_rows_for_tma(x)):
+def readable(x: Tensor) -> Tensor:
+    """(rows, K) or (groups, rows, K), contiguous along K: as it lies, or a copy."""
+    strides = [x.stride(i) for i in range(x.dim() - 1) if x.shape[i] > 1]
+    size = x.element_size()
+    fits = all(step * size % _UNIT == 0 and step >= x.shape[-1] for step in strides)
+    if x.data_ptr() % _UNIT == 0 and fits:
         return x
     return x.clone(memory_format=torch.contiguous_format)
-
-
-def _has_rows_for_tma(x: Tensor) -> bool:
-    return x.stride(0) * x.element_size() % _UNIT == 0 and x.stride(0) >= x.shape[1]
 
 
 @functools.cache

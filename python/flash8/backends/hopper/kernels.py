@@ -11,7 +11,11 @@ from flash8.backends.hopper.backward_variants import (
     BackwardVariant,
 )
 from flash8.backends.hopper.decode_variants import SHIPPED_DECODERS, DecodeVariant
-from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS, GemmVariant
+from flash8.backends.hopper.gemm_variants import (
+    SHIPPED_GEMMS,
+    SHIPPED_GROUPED_GEMMS,
+    GemmVariant,
+)
 from flash8.backends.hopper.quantize_matrix_variants import (
     SHIPPED_MATRIX_QUANTIZERS,
     QuantizeMatrixVariant,
@@ -62,7 +66,8 @@ def shipped() -> tuple[Variant, ...]:
     """What a release compiles, and `flash8 check` checks."""
     attention: tuple[Variant, ...] = (*SHIPPED, *SHIPPED_DECODERS, *SHIPPED_BACKWARDS)
     others: tuple[Variant, ...] = (*SHIPPED_QUANTIZERS, *SHIPPED_APPENDS, SCHEDULE)
-    return (*attention, *others, *SHIPPED_GEMMS, *SHIPPED_MATRIX_QUANTIZERS)
+    products: tuple[Variant, ...] = (*SHIPPED_GEMMS, *SHIPPED_GROUPED_GEMMS)
+    return (*attention, *others, *products, *SHIPPED_MATRIX_QUANTIZERS)
 
 
 def kernels_of(variant: Variant) -> tuple[KernelVariant, ...]:

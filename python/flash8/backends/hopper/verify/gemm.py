@@ -43,13 +43,17 @@ def find_fault_of(variant: GemmVariant, product: Product) -> str | None:
     watchdog = Watchdog(out.device)
     hopper.launch(variant, product, out)
     watchdog.wait()
+    count = int(differ(out, product).sum())
+    return None if count == 0 else f"{count} of {m} x {n} elements of the product differ"
+
+
+def differ(out: Tensor, product: Product) -> Tensor:
+    """Where `out` is none that a sound kernel may write."""
     want, magnitude = _reference(product)
     bound = _TOLERANCE * magnitude + _ROUNDING[out.dtype] * want.abs()
     if out.dtype == E4M3:
         bound, want = bound + _SMALLEST_E4M3, want.clamp(-MAX[E4M3], MAX[E4M3])
-    wrong = ~((out.double() - want).abs() <= bound)  # NaN is wrong
-    count = int(wrong.sum())
-    return None if count == 0 else f"{count} of {m} x {n} elements of the product differ"
+    return ~((out.double() - want).abs() <= bound)  # NaN is wrong
 
 
 def _reference(product: Product) -> tuple[Tensor, Tensor]:
@@ -79,7 +83,7 @@ class Draw:
     """Random products for a variant. They are drawn on the CPU: the same on every device."""
 
     def __init__(self, variant: GemmVariant, device: torch.device) -> None:
-        self._variant, self._device = variant, device
+        self.variant, self.device = variant, device
         self._quantizes = variant.a in _WIDE_A
         self._generator = torch.Generator("cpu").manual_seed(1)
 
@@ -89,26 +93,26 @@ class Draw:
         GPU CTAs that go on to a second tile: a simulated device would take minutes for all of its
         multiprocessors."""
         half, bfloat, full = torch.float16, torch.bfloat16, torch.float32
-        m, n = self._variant.block_m, self._variant.block_n
-        deep = 3088 if self._variant.small_m else 1168
+        m, n = self.variant.block_m, self.variant.block_n
+        deep = 3088 if self.variant.small_m else 1168
         yield self._product(m + 72, n + 72, deep, full, None)
         yield self._product(m + 1, n + 13, 400, bfloat, full)
         yield self._product(1, 136, 16, half, half)
         yield self._product(70, n + 8, 144, E4M3, bfloat)
         yield self._product(70, 48, 144, E4M3, None)
-        if self._variant.scales == "block":
+        if self.variant.scales == "block":
             yield self._product(m + 130, 48, 272, bfloat, bfloat, shared=True)
         else:
             yield self._product(130, 48, 272, bfloat, bfloat, shared=True)
-        if self._device.type == "cuda":
-            yield self.of_more_tiles(hopper.multiprocessors(self._device))
+        if self.device.type == "cuda":
+            yield self.of_more_tiles(hopper.multiprocessors(self.device))
 
     def of_more_tiles(self, count: int) -> Product:
         """A product of more tiles than `count`, in 11 rows of them or fewer."""
         rows = min(11, count)
         columns = count // rows + 1
-        m = self._variant.block_m * rows - self._variant.block_m // 3
-        n = self._variant.block_n * columns - self._variant.block_n * 2 // 3
+        m = self.variant.block_m * rows - self.variant.block_m // 3
+        n = self.variant.block_n * columns - self.variant.block_n * 2 // 3
         return self._product(m, n, 272, torch.bfloat16, torch.bfloat16)
 
     def _product(
@@ -121,31 +125,31 @@ class Draw:
         shared: bool = False,
     ) -> Product:
         """`shared`: rows of A share scales, by 128 or all of them."""
-        wide = self._normal(m, k) * 4.0
-        a = wide.to(_WIDE_A[self._variant.a]) if self._quantizes else saturating_cast(wide)
-        b = saturating_cast(self._normal(n, k) * 4.0).t()
+        wide = self.normal(m, k) * 4.0
+        a = wide.to(_WIDE_A[self.variant.a]) if self._quantizes else saturating_cast(wide)
+        b = saturating_cast(self.normal(n, k) * 4.0).t()
         scale_a, scale_b = self._scales(m, n, k, shared)
-        bias = None if bias_dtype is None else (self._normal(n) * 50.0).to(bias_dtype)
+        bias = None if bias_dtype is None else (self.normal(n) * 50.0).to(bias_dtype)
         # Most of an e4m3 output lies within the range, and some of it does not.
         scale_result = None
         if out_dtype == E4M3:
-            scale_result = self._scale(1) * (0.1 * MAX[E4M3] / (16.0 * k**0.5))
-        fast = self._variant.fast_accum
+            scale_result = self.scale(1) * (0.1 * MAX[E4M3] / (16.0 * k**0.5))
+        fast = self.variant.fast_accum
         given = None if self._quantizes else scale_a
         return Product(a, b, given, scale_b, bias, out_dtype, fast, scale_result)
 
     def _scales(self, m: int, n: int, k: int, shared: bool) -> tuple[Tensor, Tensor]:
         """A's by column of scales, as some quantizers write them; B's by row."""
-        if self._variant.scales == "block":
+        if self.variant.scales == "block":
             rows = blocks_of(m) if shared else m
-            return self._scale(blocks_of(k), rows).t(), self._scale(blocks_of(k), blocks_of(n))
+            return self.scale(blocks_of(k), rows).t(), self.scale(blocks_of(k), blocks_of(n))
         if shared:
-            return self._scale(1, 1), self._scale(1, 1)
-        return self._scale(m, 2)[:, :1], self._scale(1, n)
+            return self.scale(1, 1), self.scale(1, 1)
+        return self.scale(m, 2)[:, :1], self.scale(1, n)
 
-    def _scale(self, *shape: int) -> Tensor:
-        return torch.exp2(self._normal(*shape))
+    def scale(self, *shape: int) -> Tensor:
+        return torch.exp2(self.normal(*shape))
 
-    def _normal(self, *shape: int) -> Tensor:
+    def normal(self, *shape: int) -> Tensor:
         x = torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu")
-        return x.to(self._device)
+        return x.to(self.device)

@@ -114,6 +114,7 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
     from flash8.backends.hopper.verify import decode_append as check_decode_append
     from flash8.backends.hopper.verify import forward as check_forward
     from flash8.backends.hopper.verify import gemm as check_gemm
+    from flash8.backends.hopper.verify import grouped_gemm as check_grouped_gemm
     from flash8.backends.hopper.verify import quantize as check_quantizer
     from flash8.backends.hopper.verify import quantize_matrix as check_matrix_quantizer
     from flash8.backends.hopper.verify import schedule as check_schedule
@@ -133,6 +134,8 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
             if isinstance(variant, ScheduleVariant):
                 return check_schedule.find_fault(variant, device)
             if isinstance(variant, GemmVariant):
+                if variant.grouped:
+                    return check_grouped_gemm.find_fault(variant, device)
                 return check_gemm.find_fault(variant, device)
             if isinstance(variant, QuantizeMatrixVariant):
                 return check_matrix_quantizer.find_fault(variant, device)
