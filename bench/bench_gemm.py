@@ -53,7 +53,7 @@ ROWS = {"cuda": (1, 16, 64, 4096, 8192), "cpu": (1, 64)}
 GRANULARITIES = ("tensor", "row", "1x128")
 #: Of the product of e4m3, relative to its fp32 reference from the same operands.
 TOLERANCE = 5e-3
-_REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError)
+REFUSALS = (ImportError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def measure(case: Case, device: str, time_call: Callable[..., Any]) -> Iterator[
                 row["error"] = error
                 row |= time_call(call)
                 row["tflops"] = case.flops / row["median_ms"] * 1e-9
-        except _REFUSALS as refusal:
+        except REFUSALS as refusal:
             row["refused"] = f"{type(refusal).__name__}: {refusal}".splitlines()[0][:200]
         yield row
 
