@@ -23,6 +23,7 @@ from matrix_quantizer_cases import (
 )
 from quantizer_device import device
 from simulated_device import missing_compiler
+from sparse_tensors import sparse
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 both = pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -82,6 +83,14 @@ def test_strides_and_addresses(monkeypatch, prologue):
         other = None if prologue == "none" else draw(*x.shape, seed=3)
         check(monkeypatch, request(prologue, x, "row", other=other))
     check(monkeypatch, request("silu_mul", parts[0], other=parts[1]))
+
+
+def test_rows_beyond_32_bits(monkeypatch):
+    """Of both inputs, in sparse memory: the last ones begin beyond 2^32 elements."""
+    far = [sparse((70, 136), (2**26 + 256, 1), BF16) for _ in range(2)]
+    for seed, x in enumerate(far):
+        x.copy_(draw(70, 136, seed=seed))
+    check(monkeypatch, request("silu_mul", far[0], "row", other=far[1]))
 
 
 SPECIAL = {

@@ -12,6 +12,7 @@ from flash8.backends.hopper.verify.quantize_matrix import silu_fault
 from matrix_quantizer_cases import draw, raw, request
 from quantizer_device import changed_kernels, device
 from simulated_device import missing_compiler
+from sparse_tensors import sparse
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
 
@@ -57,6 +58,10 @@ MUTATIONS = {
     ),
     "no sigmoid": (ROW, "return multiply(gate, sigmoid)", "return gate", "silu_mul", SHORT, "row"),
     "elements swapped": (CHUNK, "0x3254 : 0x5410", "0x5410 : 0x3254", "none", RAGGED, "row"),
+    "rows by 32 bits": (
+        *(ROW, "index * stride * X::kBytes", "uint32_t(index * stride * X::kBytes)"),
+        *("far", (70, 136), "row"),
+    ),
     "one vector too many": (
         *(CHUNK, "raw = source[i];", "raw = source[i + 1];", "none", SHORT, "row"),
     ),
@@ -69,6 +74,9 @@ def made(prologue: str, shape: tuple[int, int], granularity: str):
     """With a row of NaN, and zeros of both signs."""
     x = draw(*shape)
     x[0, 3], x[-1, 5], x[-1, 6] = math.nan if shape[0] > 1 else 1.0, -0.0, 0.0
+    if prologue == "far":
+        far = sparse(shape, (2**26 + 256, 1), x.dtype)
+        return request("none", far.copy_(draw(*shape)), granularity)
     if prologue == "residual":
         return request("rms_norm", draw(*shape), granularity, other=draw(*shape, seed=4))
     if prologue == "silu_mul":
