@@ -1,5 +1,5 @@
-"""FP8 matrix products with scales: `scaled_mm`, `grouped_scaled_mm` of groups of rows, and what makes
-their operands: docs/gemm.md."""
+"""FP8 matrix products with scales: `scaled_mm`, `grouped_scaled_mm` of groups of rows, and their
+operands: docs/gemm.md."""
 
 from typing import Any, get_args, overload
 
