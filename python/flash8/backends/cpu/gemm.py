@@ -11,15 +11,14 @@ from torch import Tensor
 
 from flash8.backends.cpu import study, tensor_core
 from flash8.backends.cpu.quantize_matrix import quantize_matrix
+from flash8.call.request import MatrixRequest
 from flash8.call.scaled_mm import BLOCK, Product
 from flash8.tensors.float8 import E4M3, saturating_cast, widened
 
 
 def scaled_mm(product: Product, out: Tensor) -> None:
     """Writes out (M, N), of product.out_dtype."""
-    if product.scale_a is None:
-        a8, scale = quantize_matrix(product.a, "1x128")
-        product = product._replace(a=a8, scale_a=scale)
+    product = with_quantized_a(product)
     a, b = widened(product.a), widened(product.b)
     emulates = study.current().accumulation == "hopper"
     total = _by_blocks(product, a, b, emulates) if product.has_blocks else _plain(product, a, b)
@@ -28,6 +27,14 @@ def scaled_mm(product: Product, out: Tensor) -> None:
     if product.scale_result is not None:
         total = total * product.scale_result.reshape(1, 1)
     out.copy_(saturating_cast(total) if out.dtype == E4M3 else total)
+
+
+def with_quantized_a(product: Product) -> Product:
+    """The same with an A of e4m3, whose scales are by 1x128 where it is of 16 bits."""
+    if product.scale_a is not None:
+        return product
+    a8, scale, _ = quantize_matrix(MatrixRequest(product.a, "1x128"))
+    return product._replace(a=a8, scale_a=scale)
 
 
 def _plain(product: Product, a: Tensor, b: Tensor) -> Tensor:

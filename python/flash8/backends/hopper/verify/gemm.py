@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flash8.backends.cpu.quantize_matrix import quantize_matrix
+from flash8.backends.cpu.gemm import with_quantized_a
 from flash8.backends.hopper import gemm as hopper
 from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.verify.watchdog import Watchdog
@@ -58,9 +58,7 @@ def differ(out: Tensor, product: Product) -> Tensor:
 
 def _reference(product: Product) -> tuple[Tensor, Tensor]:
     """The product in fp64, and the sums of the magnitudes of what it adds up."""
-    if product.scale_a is None:
-        a8, scale = quantize_matrix(product.a, "1x128")
-        product = product._replace(a=a8, scale_a=scale)
+    product = with_quantized_a(product)
     m, n, k = product.sizes
     a, b = product.a.float().double(), product.b.float().double()
     scale_a, scale_b = product.given_scale_a.double(), product.scale_b.double()
