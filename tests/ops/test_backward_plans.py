@@ -48,16 +48,18 @@ CALLS = {
 
 
 @pytest.fixture
-def missed(monkeypatch):
-    """A list that grows with every backward that is planned."""
+def missed():
+    """A list that grows with every backward that is planned. Patched by itself: the device has
+    patched the same function, and takes that back before `monkeypatch` would."""
     seen = []
 
     def backward(*args):
         seen.append(args[9])
         return BACKWARD(*args)
 
-    monkeypatch.setattr(hopper, "backward", backward)
-    return seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hopper, "backward", backward)
+        yield seen
 
 
 def step(call, seed=0, **sizes):
