@@ -163,24 +163,32 @@ def cases(device: str, rows: tuple[int, ...]) -> Iterator[Case]:
                     yield Case(model, layer, m, n, k, granularity)
 
 
+def widened(granularity: str, data: Tensor, scale: Tensor) -> Tensor:
+    """A quantized operand, (rows, K), in fp32."""
+    if granularity == "1x128":
+        if scale.shape[0] < data.shape[0]:
+            scale = scale.repeat_interleave(128, 0)[: data.shape[0]]
+        scale = scale.repeat_interleave(128, 1)[:, : data.shape[1]]
+    return data.float() * scale
+
+
 def reference(case: Case, given: Operands) -> Tensor:
     """In fp32, of the quantized operands."""
-
-    def widened(data: Tensor, scale: Tensor) -> Tensor:
-        if case.granularity == "1x128":
-            if scale.shape[0] < data.shape[0]:
-                scale = scale.repeat_interleave(128, 0)[: data.shape[0]]
-            scale = scale.repeat_interleave(128, 1)[:, : data.shape[1]]
-        return data.float() * scale
-
-    return widened(*given.a) @ widened(*given.b).t()
+    a, b = (widened(case.granularity, *x) for x in (given.a, given.b))
+    return a @ b.t()
 
 
 @torch.no_grad()
 def measure(case: Case, device: str, time_call: Callable[..., Any]) -> Iterator[dict[str, Any]]:
     given = operands(case, device)
-    want = reference(case, given)
-    for name, prepare in PEERS.items():
+    yield from compare(case, given, reference(case, given), PEERS, time_call)
+
+
+def compare(
+    case: Any, given: Any, want: Tensor, peers: dict[str, Any], time_call: Callable[..., Any]
+) -> Iterator[dict[str, Any]]:
+    """A row for each of the peers: what it takes, or why not. What is wrong is not timed."""
+    for name, prepare in peers.items():
         row: dict[str, Any] = {**asdict(case), "peer": name}
         try:
             call = prepare(case, given)

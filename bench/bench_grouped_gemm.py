@@ -12,14 +12,14 @@ usage: python bench/bench_grouped_gemm.py [--device cpu]
 import argparse
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import environment
-from bench_gemm import REFUSALS, RESULTS, TOLERANCE, clock
+from bench_gemm import RESULTS, clock, compare, widened
 from flash8 import gemm
 from partial import while_there_is_time, write_json
 
@@ -149,17 +149,10 @@ def cases(device: str) -> Iterator[Case]:
 
 def reference(case: Case, given: Operands) -> Tensor:
     """In fp32, of the quantized operands."""
-
-    def widened(data: Tensor, scale: Tensor) -> Tensor:
-        if case.granularity == "1x128":
-            if scale.shape[0] < data.shape[0]:
-                scale = scale.repeat_interleave(128, 0)[: data.shape[0]]
-            scale = scale.repeat_interleave(128, 1)[:, : data.shape[1]]
-        return data.float() * scale
-
-    a = widened(given.a, given.scale_a)
+    a = widened(case.granularity, given.a, given.scale_a)
     products = [
-        a[rows] @ widened(given.b[group], given.scale_b[group]).t() for group, rows in parts(case)
+        a[rows] @ widened(case.granularity, given.b[group], given.scale_b[group]).t()
+        for group, rows in parts(case)
     ]
     return torch.cat(products)
 
@@ -167,21 +160,7 @@ def reference(case: Case, given: Operands) -> Tensor:
 @torch.no_grad()
 def measure(case: Case, device: str, time_call: Callable[..., Any]) -> Iterator[dict[str, Any]]:
     given = operands(case, device)
-    want = reference(case, given)
-    for name, prepare in PEERS.items():
-        row: dict[str, Any] = {**asdict(case), "peer": name}
-        try:
-            call = prepare(case, given)
-            error = ((call().float() - want).norm() / want.norm()).item()
-            if not error <= TOLERANCE:
-                row["refused"] = f"wrong: relative error {error:.2g}, above {TOLERANCE}"
-            else:
-                row["error"] = error
-                row |= time_call(call)
-                row["tflops"] = case.flops / row["median_ms"] * 1e-9
-        except REFUSALS as refusal:
-            row["refused"] = f"{type(refusal).__name__}: {refusal}".splitlines()[0][:200]
-        yield row
+    yield from compare(case, given, reference(case, given), PEERS, time_call)
 
 
 def main() -> None:
