@@ -22,11 +22,11 @@ enum class ScaleChoice { kHead, kKey };  // what a descale of K or V belongs to
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// The lane. With a large O it is asked for anew every time, so that no address made of it takes a register
-// over a whole loop.
+// The lane. Where registers are short it is asked for anew every time, so that no address made of it takes
+// one over a whole loop.
 template <class Config>
 __device__ __forceinline__ int lane_index() {
-    if constexpr (Config::kTeamWarps == 1) {
+    if constexpr (!Config::kRegistersAreShort) {
         return threadIdx.x % 32;
     } else {
         int lane;
@@ -82,6 +82,9 @@ struct DecodeConfig {
     static constexpr int kTeams = kWarps / kTeamWarps;
     static constexpr int kWarpChannelsV = kHeadDimV / kTeamWarps;
     static constexpr int kWarpChannelsK = warp_channels_k(kHeadDim, kHeadDimV, kQv);
+    // Beside O of 128 channels in 32 rows: addresses of gathered rows, and what modifies scores.
+    static constexpr bool kRegistersAreShort =
+        kTeamWarps > 1 || (kBlockM == 32 && kHeadDimV >= 128 && kFp8 && kGather && kScoreMod);
     static constexpr int kWarpsOfK = kQv ? kHeadDim / kWarpChannelsK : kTeamWarps;
     static_assert(!kQv || kTeamWarps > 1);
     static_assert(!kKeyScales || kTeamWarps == 1);

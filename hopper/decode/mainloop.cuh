@@ -51,7 +51,7 @@ class Mainloop {
             ring_.template wait<Config::kKeyScales>();
             if constexpr (Config::kAppend) {
                 if (edge) {
-                    ring_.template patch<false>(params_, walk, position);
+                    ring_.patch(params_, walk, position);
                 }
             }
             Product::template scores<false, false>(s, ring_.address(),
@@ -79,9 +79,6 @@ class Mainloop {
             weigh(s, p, scales, change_of_unit, sums);
             ring_.wait();
             if (edge) {
-                if constexpr (Config::kAppend) {
-                    ring_.template patch<true>(params_, walk, position);
-                }
                 ring_.clear_hidden(sequence, position);
             }
             Product::out(sums.o, ring_.address(), p);

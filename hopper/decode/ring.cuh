@@ -53,12 +53,20 @@ class Ring {
         state_.advance();
     }
 
-    // Writes the new keys of a tile, or their values, over what has been loaded of them.
-    template <bool kV>
+    // Writes new keys and their values over what has been loaded of them, in the tile of K that is next and
+    // in that of V behind it, for which it waits.
     __device__ __forceinline__ void patch(DecodeParams const& params, Walk<Config> const& walk,
                                           int position) {
-        NewKeys<Config>::template patch<kV>(params, shared_.slots[warp_][state_.stage], walk.segment,
-                                            walk.sequence, position);
+        PipelineState<Config::kSlots> next = state_;
+        next.advance();
+        if constexpr (Config::kGather) {
+            ptx::copy_async_wait<Config::kSlots - 2>();
+            __syncwarp();  // the other lanes' copies
+        } else {
+            ptx::mbarrier_wait(&shared_.full[warp_][next.stage], next.parity);
+        }
+        NewKeys<Config>::patch(params, shared_.slots[warp_][state_.stage], shared_.slots[warp_][next.stage],
+                               walk.segment, walk.sequence, position);
     }
 
     // Zeroes the rows of V that no query sees: P is zero there, but 0 * NaN is NaN. By gather they are not

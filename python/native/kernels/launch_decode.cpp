@@ -226,7 +226,7 @@ void check_new_keys(const DecodeParams& call, const KernelInfo& info) {
             "decode: there are ", k.tokens, " new rows in ", call.sequences.batch, " dense sequences of ",
             k.seqlen);
     check_append(call.append);
-    const std::int64_t eights = std::max(k.head_dim, v.head_dim) / 8;
+    const std::int64_t eights = (k.head_dim + v.head_dim) / 8;
     require(k.tokens * eights * call.heads_kv <= kMaxUnits,
             "decode: there are more than 2^30 eights of channels of new keys");
 }

@@ -24,27 +24,22 @@ NEW, KERNEL, LOOP = "decode/new_keys.cuh", "decode/kernel.cu", "decode/mainloop.
 WORK, RING, ROWS = "decode/work.cuh", "decode/ring.cuh", "decode/rows.cuh"
 
 FAULTS = (
+    Fault("not_patched", E8, (LOOP, "ring_.patch(params_, walk, position);", "")),
+    Fault("values_not_patched", B8, (NEW, "item < of_k + of_v", "item < of_k")),
     Fault(
-        "keys_not_patched", E8, (LOOP, "ring_.template patch<false>(params_, walk, position);", "")
-    ),
-    Fault(
-        "values_not_patched", B8, (LOOP, "ring_.template patch<true>(params_, walk, position);", "")
-    ),
-    Fault(
-        "values_patched_over_cleared_ones",
-        B8,
+        "values_over_hidden_ones",
+        replace(B8, load="gather"),
         (NEW, "if (key >= sequence.begin && key < sequence.end) {", "{"),
-        more=(
-            (
-                LOOP,
-                "ring_.template patch<true>(params_, walk, position);\n                }\n"
-                "                ring_.clear_hidden(sequence, position);",
-                "}\n                ring_.clear_hidden(sequence, position);\n"
-                "                if constexpr (Config::kAppend) {\n"
-                "                    ring_.template patch<true>(params_, walk, position);\n"
-                "                }",
-            ),
-        ),
+    ),
+    Fault(
+        "values_not_there_yet",
+        E8,
+        (RING, "ptx::mbarrier_wait(&shared_.full[warp_][next.stage], next.parity);", ""),
+    ),
+    Fault(
+        "gathered_values_not_there_yet",
+        replace(B8, load="gather"),
+        (RING, "copy_async_wait<Config::kSlots - 2>", "copy_async_wait<Config::kSlots - 1>"),
     ),
     Fault(
         "lengths_without_new_keys",
@@ -98,14 +93,19 @@ FAULTS = (
         (NEW, "NewToken::at(segment.batch, at.query)", "NewToken::at(segment.batch, 0)"),
     ),
     Fault("the_first_key_of_all", E8, (NEW, "key - start, segment.head);", "0, segment.head);")),
-    Fault("head_of_another", B8, (NEW, "item % of_token / groups);", "0);")),
+    Fault("head_of_another", B8, (NEW, "item / groups % heads);", "0);")),
     Fault(
         "a_row_further",
         E8,
-        (NEW, "Tile::offset(key - position, channel", "Tile::offset((key - position) ^ 1, channel"),
+        (NEW, "TileK::offset(key - position, byte)", "TileK::offset((key - position) ^ 1, byte)"),
+    ),
+    Fault(
+        "a_value_further",
+        B8,
+        (NEW, "TileV::offset(key - position, byte)", "TileV::offset((key - position) ^ 1, byte)"),
     ),
 )
-DEFAULT = ("keys_not_patched", "lengths_without_new_keys", "stored_only_if_seen", "stored_by_two")
+DEFAULT = ("not_patched", "lengths_without_new_keys", "stored_only_if_seen", "stored_by_two")
 
 
 @functools.cache
