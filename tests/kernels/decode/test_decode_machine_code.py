@@ -59,3 +59,9 @@ def test_instructions_for_a_byte(variant):
     assert found.per_byte <= LIMITS[variant], found
     # A way that left out a product or a load would be shorter than its products alone.
     assert found.instructions > 200
+
+
+def test_the_append_is_there_three_times():
+    """Each copy of the norm and the rotation costs half a second of compilation."""
+    ptx = compile_unit(DecodeVariant("bf16", "e4m3", 128, 128, 8, append=True).unit()).ptx
+    assert ptx.read_text().count("sqrt.rn.f32") == 3
