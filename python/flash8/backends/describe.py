@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flash8.backends import torch_gemm
 from flash8.backends.hopper import mode
 
 
@@ -41,6 +42,9 @@ def describe() -> list[Service]:
             "CPU tensors, gemm.scaled_mm of e4m3, grouped too", "cpu", "products of torch in fp32"
         ),
     ]
+    if torch_gemm.choice() == "torch":
+        reason = "FLASH8_GEMM=torch: torch._scaled_mm, checked once per process"
+        rows.append(Service("CPU tensors, gemm.scaled_mm by tensor or row", "torch", reason))
     if torch.cuda.is_available():
         rows += _describe_cuda(torch.cuda.get_device_name())
     else:
@@ -64,7 +68,8 @@ def _describe_cuda(name: str) -> list[Service]:
     index, chosen = torch.cuda.current_device(), mode.kernels_mode()
     reason = mode.why_not(index)
     if reason is not None:
-        return [Service("CUDA tensors, every call", "cpu", f"{portable}; {reason}")]
+        every = Service("CUDA tensors, every call", "cpu", f"{portable}; {reason}")
+        return [*_describe_torch_gemm(index), every]
     if chosen == "require" and (missing := mode.unfit(index)) is not None:
         needs = f"FLASH8_KERNELS=require: an error, since {missing}"
         return [Service("CUDA tensors, training, prefill and decode", "none", needs)]
@@ -79,5 +84,12 @@ def _describe_cuda(name: str) -> list[Service]:
         Service(
             "CUDA tensors, gemm.scaled_mm of e4m3, grouped too, and operands", "hopper", kernel
         ),
+        *_describe_torch_gemm(index),
         Service("CUDA tensors, every other call", "cpu", portable),
     ]
+
+
+def _describe_torch_gemm(index: int) -> list[Service]:
+    reason = torch_gemm.describe(index)
+    call = "CUDA tensors, gemm.scaled_mm by tensor or row"
+    return [] if reason is None else [Service(call, "torch", reason)]

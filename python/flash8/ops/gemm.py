@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flash8 import backends
+from flash8.backends import torch_gemm
 from flash8.backends.cpu import gemm as portable
 from flash8.backends.hopper import gemm as hopper
 from flash8.backends.hopper.verify import trust
@@ -92,6 +93,8 @@ def _scaled_mm_into_fake(
 def _fill(out: Tensor, product: Product) -> None:
     if is_for_kernels(product):
         hopper.scaled_mm(product, out)
+    elif torch_gemm.may_serve(product):
+        torch_gemm.scaled_mm(product, out)
     elif product.scale_a is None:
         a, scale_a = quantize_matrix(product.a, "1x128")
         _fill(out, product._replace(a=a, scale_a=scale_a))
@@ -106,8 +109,11 @@ def empty_out(product: Product) -> Tensor:
 
 def is_for_kernels(product: Product) -> bool:
     """Whether a kernel serves it."""
+    if torch_gemm.comes_first(product):
+        return False
     if not backends.kernels_wanted(product.a):
-        backends.backend_for(product.a)  # which tells about CUDA tensors that have no kernel
+        if not torch_gemm.may_serve(product):
+            backends.backend_for(product.a)  # which tells about CUDA tensors that have no kernel
         return False
     reason = hopper.refusal(product)
     if reason is not None:

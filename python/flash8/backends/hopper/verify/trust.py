@@ -119,7 +119,7 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
     from flash8.backends.hopper.verify import quantize_matrix as check_matrix_quantizer
     from flash8.backends.hopper.verify import schedule as check_schedule
 
-    with _undisturbed(device):
+    with undisturbed(device):
         try:
             if isinstance(variant, ForwardVariant):
                 return check_forward.find_fault(variant, device)
@@ -255,7 +255,7 @@ def _warn(text: str) -> None:
 
 
 @contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
+def undisturbed(device: torch.device) -> Iterator[None]:
     """Inside, what the caller has set for its own operations has no effect."""
     with (
         torch.no_grad(),
