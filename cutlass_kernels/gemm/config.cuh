@@ -6,6 +6,7 @@
 #include "arch/pipeline.cuh"
 #include "arch/registers.cuh"
 #include "arch/wgmma.cuh"
+#include "arch/wgmma_shapes.cuh"
 #include "gemm_params.h"
 #include "kernel_info.h"
 
@@ -32,7 +33,11 @@ struct Config {
     static constexpr int kBlockM = FLASH8_BLOCK_M;
     static constexpr int kBlockN = FLASH8_BLOCK_N;
     static constexpr int kBlockK = 128;  // e4m3: a row of the 128-byte swizzle
-    static_assert(!kBlockScales || kBlockN == kScaleBlock, "a tile's columns share a scale of B");
+    // Columns of a tile that share a scale of B wherever the tile begins, and how many scales it may have.
+    static constexpr int kSharingColumns = cute::gcd(kBlockN, kScaleBlock);
+    static constexpr int kColumnScales = kBlockN == kScaleBlock ? 1 : 2;
+    static_assert(!kBlockScales || kBlockN - kSharingColumns <= kScaleBlock,
+                  "no tile has a third scale of B");
 
     static constexpr int kConsumerWarpgroups = 2;
     static constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
@@ -50,20 +55,18 @@ struct Config {
     // As many stages as fit shared memory.
     static constexpr int kBytesA = kBlockM * kBlockK;
     static constexpr int kBytesB = kBlockN * kBlockK;
-    static constexpr int kScaleFloats = kBlockScales ? kBlockM + 1 : 0;
+    static constexpr int kScaleFloats = kBlockScales ? kBlockM + kColumnScales : 0;
     static constexpr int kStageBytes = kBytesA + kBytesB + 4 * kScaleFloats;
     static constexpr int kStages = (227 * 1024 - 1024) / kStageBytes;
 
-    using Mma = cute::MMA_Traits<
-        decltype(cute::GMMA::ss_op_selector<
-                 Element, Element, float, cute::Shape<cute::_64, cute::Int<kBlockN>, cute::Int<kBlockK>>>())>;
+    using Mma = cute::MMA_Traits<decltype(k_major_mma<Element, kBlockN, kBlockK>())>;
     using Accumulator = decltype(cute::make_tensor<float>(LayoutC<kBlockN>{}));
 };
 
 // Scales of a stage: of kBlockM rows of A, and of the tile's columns of B.
 struct BlockScales {
     float a[Config::kBlockM];
-    float b;
+    float b[Config::kColumnScales];
 };
 
 struct SharedStorage {

@@ -42,7 +42,7 @@ __device__ void consume(GemmParams const& params, SharedStorage& shared, int war
     Tile tile;
     while (tiles.next(tile)) {
         Config::Accumulator sum[Config::kWaves];
-        mainloop.run(blocks, sum);
+        mainloop.run(blocks, tile.n0, sum);
 #pragma unroll
         for (int wave = 0; wave < Config::kWaves; ++wave) {
             int const row = tile.m0 + mainloop.first_row() + wave * Config::kWaveRows;

@@ -30,11 +30,12 @@ class Mainloop {
     // The first of the two rows of a wave, 8 apart, that this thread has; of the warpgroup's first wave.
     __device__ __forceinline__ int first_row() const { return first_row_; }
 
-    __device__ __forceinline__ void run(int blocks, Accumulator (&sum)[kWaves]) {
+    // Of a tile whose first column is n0.
+    __device__ __forceinline__ void run(int blocks, int n0, Accumulator (&sum)[kWaves]) {
         if constexpr (Config::kFastAccum) {
             run_fast(blocks, sum);
         } else {
-            run_promoted(blocks, sum);
+            run_promoted(blocks, columns_of_first_scale(n0), sum);
         }
     }
 
@@ -55,43 +56,63 @@ class Mainloop {
                                                  b_ + stage * kStageB, t);
     }
 
-    // The scales of this thread's rows in a stage: by wave, and by row.
-    struct RowScales {
-        float values[kWaves][2];
+    // Of the tile's columns, those with the first of its scales of B.
+    __device__ __forceinline__ static int columns_of_first_scale(int n0) {
+        return kScaleBlock - n0 % kScaleBlock;
+    }
+
+    // The scales of this thread's sums in a stage: by wave, row, and columns that share one.
+    struct Scales {
+        static constexpr int kParts = Config::kBlockScales ? Config::kBlockN / Config::kSharingColumns : 1;
+        float values[kWaves][2][kParts];
     };
 
-    __device__ __forceinline__ RowScales scales_of(int stage) const {
-        RowScales scales;
+    __device__ __forceinline__ Scales scales_of(int stage, int first_columns) const {
+        Scales scales;
         if constexpr (Config::kBlockScales) {
             BlockScales const& given = shared_.scales[stage];
-            float const of_columns = given.b;
+            float of_columns[Config::kColumnScales];
+#pragma unroll
+            for (int i = 0; i < Config::kColumnScales; ++i) {
+                of_columns[i] = given.b[i];
+            }
 #pragma unroll
             for (int wave = 0; wave < kWaves; ++wave) {
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    scales.values[wave][r] =
-                        __fmul_rn(given.a[first_row_ + wave * Config::kWaveRows + 8 * r], of_columns);
+                    float const of_row = given.a[first_row_ + wave * Config::kWaveRows + 8 * r];
+                    float const first = __fmul_rn(of_row, of_columns[0]);
+                    float const last = __fmul_rn(of_row, of_columns[Config::kColumnScales - 1]);
+#pragma unroll
+                    for (int part = 0; part < Scales::kParts; ++part) {
+                        int const column = part * Config::kSharingColumns;
+                        bool const is_first = part == 0 || (column < kScaleBlock && column < first_columns);
+                        scales.values[wave][r][part] = is_first ? first : last;
+                    }
                 }
             }
         }
         return scales;
     }
 
-    __device__ __forceinline__ static void promote(Accumulator& t, float const (&scale)[2],
+    __device__ __forceinline__ static void promote(Accumulator& t, float const (&scale)[2][Scales::kParts],
                                                    Accumulator& sum) {
+        constexpr int kValues = Config::kBlockN / 4;  // of a row
         auto const from = rows_of(t);
         auto to = rows_of(sum);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
 #pragma unroll
-            for (int i = 0; i < Config::kBlockN / 4; ++i) {
+            for (int i = 0; i < kValues; ++i) {
                 float const x = from(r, i);
-                to(r, i) = Config::kBlockScales ? __fmaf_rn(scale[r], x, to(r, i)) : __fadd_rn(to(r, i), x);
+                to(r, i) = Config::kBlockScales
+                               ? __fmaf_rn(scale[r][i * Scales::kParts / kValues], x, to(r, i))
+                               : __fadd_rn(to(r, i), x);
             }
         }
     }
 
-    __device__ __forceinline__ void run_promoted(int blocks, Accumulator (&sum)[kWaves]) {
+    __device__ __forceinline__ void run_promoted(int blocks, int first_columns, Accumulator (&sum)[kWaves]) {
         Accumulator t;
 #pragma unroll
         for (int wave = 0; wave < kWaves; ++wave) {
@@ -100,7 +121,7 @@ class Mainloop {
 #pragma unroll 1
         for (int block = 0; block < blocks; ++block) {
             shared_.pipeline.wait(state_);
-            RowScales const scales = scales_of(state_.stage);
+            Scales const scales = scales_of(state_.stage, first_columns);
 #pragma unroll
             for (int wave = 0; wave < kWaves; ++wave) {
                 cute::warpgroup_fence_operand(t);

@@ -53,7 +53,9 @@ __device__ void load_scales(GemmParams const& params, SharedStorage& shared) {
             rows[i] = min(tile.m0 + 32 * i + lane, tile.m_end - 1) >> params.scale_a_row_shift;
         }
         float const* of_rows = params.scale_a.ptr + tile.group * params.scale_a_group_stride;
-        float const* of_columns = params.scale_b.ptr + tile.n0 / kScaleBlock * params.scale_b.row_stride +
+        int const columns =
+            min(tile.n0 / kScaleBlock + lane % Config::kColumnScales, (params.n - 1) / kScaleBlock);
+        float const* of_columns = params.scale_b.ptr + columns * params.scale_b.row_stride +
                                   tile.group * params.scale_b_group_stride;
 #pragma unroll 1
         for (int block = 0; block < blocks; ++block) {
@@ -64,8 +66,8 @@ __device__ void load_scales(GemmParams const& params, SharedStorage& shared) {
                 ptx::copy_async_4(ptx::shared_address(&scales.a[32 * i + lane]),
                                   of_rows + rows[i] * params.scale_a.row_stride);
             }
-            if (lane == 0) {
-                ptx::copy_async_4(ptx::shared_address(&scales.b), of_columns);
+            if (lane < Config::kColumnScales) {
+                ptx::copy_async_4(ptx::shared_address(&scales.b[lane]), of_columns);
             }
             ptx::copy_async_arrive(&shared.pipeline.full[state.stage]);
             of_rows += params.scale_a.block_stride;

@@ -140,7 +140,7 @@ struct ForwardConfig {
     // since O and a whole T do not fit the registers.
     static constexpr int kColumnsPV = kFp8 && kHeadDimV > 192 ? 64 : kHeadDimV;
     static constexpr auto kMajorV = kFp8 ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
-    using MmaQK = cute::MMA_Traits<decltype(scores_mma<Element, kBlockN, kHeadDim>())>;
+    using MmaQK = cute::MMA_Traits<decltype(k_major_mma<Element, kBlockN, kHeadDim>())>;
     using MmaPV = cute::MMA_Traits<
         decltype(cute::GMMA::rs_op_selector<Element, Element, float,
                                             cute::Shape<cute::_64, cute::Int<kColumnsPV>, cute::Int<kBlockN>>,

@@ -14,8 +14,12 @@ _NO_DISASSEMBLER = missing_disassembler()
 #: FFMA or FADD, and other instructions.
 LIMITS = {
     "gemm_outer_128x128": (64, 53),
+    "gemm_outer_128x160": (80, 60),
+    "gemm_outer_128x192": (96, 60),
     "gemm_outer_256x128": (128, 72),
     "gemm_block_128x128": (64, 53),
+    "gemm_block_128x160": (80, 60),
+    "gemm_block_128x192": (96, 60),
     "gemm_block_256x128": (128, 72),
     "gemm_outer_fast_128x128": (0, 46),
     "gemm_outer_fast_128x256": (0, 46),

@@ -170,6 +170,14 @@ def test_no_false_alarm_in_100_seeds(monkeypatch, kernel):
         assert_same(on_kernel(monkeypatch, product, kernel, seed=seed), want)
 
 
+@pytest.mark.parametrize("granularity", ["1x128", "128x128"])
+@pytest.mark.parametrize("block_n", [160, pytest.param(192, marks=SLOW)])
+def test_columns_of_a_tile_with_two_scales(monkeypatch, block_n, granularity):
+    """Tiles that begin at every place between two scales of B; the last has one, and one column."""
+    product = make(70, 641, 272, granularity)
+    check(monkeypatch, product, variant(product, block_n=block_n), seed=3)
+
+
 @pytest.mark.parametrize("granularity", ["row", "1x128"])
 def test_a_cta_walks_many_tiles(monkeypatch, granularity):
     """3 x 5 tiles of five CTAs: a band of two rows of tiles, and one of one."""

@@ -32,9 +32,27 @@ FAULTS = {
     ),
     "scales of B of the first column": (
         "producer.cuh",
-        "tile.n0 / kScaleBlock * params.scale_b.row_stride",
+        "columns * params.scale_b.row_stride",
         "0 * params.scale_b.row_stride",
         {"n": 140},
+    ),
+    "the first scale of B for all columns": (
+        "mainloop.cuh",
+        "part == 0 || (column < kScaleBlock && column < first_columns)",
+        "true",
+        {"n": 140, "block_n": 160},
+    ),
+    "a second scale of B where the first tile has it": (
+        "mainloop.cuh",
+        "kScaleBlock - n0 % kScaleBlock",
+        "kScaleBlock",
+        {"n": 320, "block_n": 160},
+    ),
+    "a second scale of B that nobody brings": (
+        "producer.cuh",
+        "lane < Config::kColumnScales",
+        "lane == 0",
+        {"n": 140, "block_n": 160},
     ),
     "rows that share no scale": (
         "producer.cuh",
@@ -44,8 +62,8 @@ FAULTS = {
     ),
     "scales of all K in one": (
         "mainloop.cuh",
-        "RowScales const scales = scales_of(state_.stage);",
-        "RowScales const scales = scales_of(0);",
+        "Scales const scales = scales_of(state_.stage, first_columns);",
+        "Scales const scales = scales_of(0, first_columns);",
         {},
     ),
     "rows with the scale of the one 8 above": (
@@ -142,6 +160,7 @@ FAULTS = {
 
 def product_of(options):
     sizes = {"m": 70, "n": 40, "k": 400} | options
+    sizes.pop("block_n", None)
     return make(sizes.pop("m"), sizes.pop("n"), sizes.pop("k"), **sizes)
 
 
@@ -150,11 +169,12 @@ def product_of(options):
 def test_is_caught(monkeypatch, tmp_path, name):
     file, old, new, options = FAULTS[name]
     product = product_of(options)
+    kernel = variant(product, block_n=options.get("block_n", 128))
     want = emulated(product)
-    assert_same(on_kernel(monkeypatch, product), want)
+    assert_same(on_kernel(monkeypatch, product, kernel), want)
     monkeypatch.setenv("FLASH8_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(device(), "_registry", changed_kernel(tmp_path, file, old, new))
-    assert is_caught(lambda seed: on_kernel(monkeypatch, product, seed=seed), want)
+    assert is_caught(lambda seed: on_kernel(monkeypatch, product, kernel, seed=seed), want)
 
 
 BLOCK = GemmVariant("block", 128, 128)
