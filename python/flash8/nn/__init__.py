@@ -10,6 +10,7 @@ from flash8.nn.cache import (
     PagedKVCache,
 )
 from flash8.nn.core import FlashCrossAttention, FlashSelfAttention
+from flash8.nn.frozen_linear import FrozenFp8Linear
 from flash8.nn.linear import Fp8Linear, to_fp8_linears
 from flash8.nn.mha import FlashMHA
 from flash8.nn.rotary import RotaryEmbedding
@@ -21,6 +22,7 @@ __all__ = [
     "FlashMHA",
     "FlashSelfAttention",
     "Fp8Linear",
+    "FrozenFp8Linear",
     "LayerCache",
     "OutOfPagesError",
     "PageAllocator",

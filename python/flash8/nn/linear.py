@@ -1,7 +1,7 @@
 """Linear layers in FP8."""
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,16 @@ from torch import Tensor, nn
 from flash8.call.autocast import cast_for_autocast
 from flash8.call.observed import is_autocast_on
 from flash8.fp8 import descale_of
+from flash8.nn.frozen_linear import FrozenFp8Linear
 from flash8.ops.fp8_linear import fp8_linear
 from flash8.ops.quantize_matrix import quantize_matrix
-from flash8.tensors.arguments import describe, require_int, require_shape, require_tensor
+from flash8.tensors.arguments import (
+    describe,
+    require_bool,
+    require_int,
+    require_shape,
+    require_tensor,
+)
 from flash8.tensors.float8 import E4M3
 
 Scaling = Literal["tensor", "delayed", "block"]
@@ -197,28 +204,38 @@ class Fp8Linear(nn.Linear):
 def to_fp8_linears(
     module: nn.Module,
     module_filter: Callable[[str, nn.Linear], bool] | None = None,
+    *,
+    frozen: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """Puts an `Fp8Linear` of the same parameters in the place of every nn.Linear of a module.
+    """Puts an `Fp8Linear` of the same parameters in the place of every nn.Linear of a module, or
+    for inference a `FrozenFp8Linear`, which keeps its weight in e4m3 only.
 
     Args:
         module: changed in place. Subclasses of nn.Linear are left alone.
         module_filter: (name, linear) -> whether it is replaced; usually not the last layer.
-        options: of `Fp8Linear.from_linear`.
+        frozen: a `FrozenFp8Linear`, in the place of every `Fp8Linear` too.
+        options: of `from_linear` of the layer.
 
     Returns:
         The module, or the new layer where it is an nn.Linear itself.
     """
-    if type(module) is nn.Linear:
-        return Fp8Linear.from_linear(module, **options)
-    made: dict[nn.Linear, Fp8Linear] = {}  # a layer that is shared stays shared
+    require_bool("frozen", frozen)
+    replaced = (nn.Linear, Fp8Linear) if frozen else (nn.Linear,)
+    make = FrozenFp8Linear.from_linear if frozen else Fp8Linear.from_linear
+    if type(module) in replaced:
+        return make(cast(nn.Linear, module), **options)
+    made: dict[nn.Linear, nn.Module] = {}  # a layer that is shared stays shared
     for prefix, parent in [*module.named_modules()]:
         for name, child in [*parent._modules.items()]:
             full = f"{prefix}.{name}" if prefix else name
-            if type(child) is nn.Linear and (module_filter is None or module_filter(full, child)):
-                if child not in made:
-                    made[child] = Fp8Linear.from_linear(child, **options)
-                setattr(parent, name, made[child])
+            if type(child) not in replaced:
+                continue
+            linear = cast(nn.Linear, child)
+            if module_filter is None or module_filter(full, linear):
+                if linear not in made:
+                    made[linear] = make(linear, **options)
+                setattr(parent, name, made[linear])
     return module
 
 
