@@ -108,6 +108,17 @@ def test_rows_of_a_wider_output(monkeypatch, out_dtype, n):
     assert not wide[:, :8].any() and not wide[:, 8 + n :].any()
 
 
+@pytest.mark.parametrize("n", [48, 41])
+def test_a_stride_of_one_row_means_nothing(monkeypatch, n):
+    """torch calls an output contiguous whatever the stride of a dimension of one is."""
+    product = make([1, 0, 1], n, 144, "row", room=1, out_dtype=BF16)
+    out = torch.zeros(1, 3, n, dtype=BF16).transpose(0, 1)
+    assert out.is_contiguous() and out.stride(1) == 3 * n
+    with device().serving_cpu_tensors(monkeypatch):
+        hopper.grouped_scaled_mm(product, out)
+    assert_same(out, emulated(product))
+
+
 @pytest.mark.parametrize("room", [None, 12])
 def test_parts_of_wider_tensors(monkeypatch, room):
     """Groups of B and rows of A that are parts of others, whose rest is NaN; one B for all."""

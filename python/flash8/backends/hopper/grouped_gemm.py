@@ -50,7 +50,8 @@ def _launch_of(variant: GemmVariant, product: GroupedProduct, out: Tensor) -> La
     call.m, call.n, call.k = a.shape[0], n, k
     call.a, call.a_stride = a.data_ptr(), a.stride(0)
     call.b, call.b_stride, call.b_group_stride = b.data_ptr(), b.stride(1), b.stride(0)
-    call.out, call.out_stride = out.data_ptr(), out.stride(-2)
+    # Groups apart are contiguous; of a dimension of one that says nothing about its stride.
+    call.out, call.out_stride = out.data_ptr(), out.view(-1, n).stride(0)
     call.out_type = ELEMENT_TYPES[out.dtype]
     call.groups, call.group_rows = groups, group_rows.data_ptr()
     call.scale_a = (scale_a.data_ptr(), scale_a.stride(1), scale_a.stride(2))
