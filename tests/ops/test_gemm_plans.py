@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import grouped_gemm_cases
 from fake_driver.cubin import LAYOUT
-from flash8 import gemm
+from flash8 import flash_attn_func, gemm
 from flash8.ops import gemm_plans, planned
 from gemm_cases import assert_same, emulated, make
 from simulated_device import SimulatedDevice, missing_compiler
@@ -179,6 +180,27 @@ def test_a_version_counts_what_is_written(on_fake_driver):
     for count in (1, 2, 3):
         assert gemm.scaled_mm(**given(product), out=out) is out
         assert out._version == count
+
+
+class PassesOn(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_version_counts_what_an_op_writes(on_fake_driver, misses):
+    """Whoever has saved `out` for a backward is told, where there is no plan too."""
+    product, out = make(70, 40, 400, "row"), torch.zeros(70, 40, dtype=BF16)
+    with PassesOn():
+        gemm.scaled_mm(**given(product), out=out)
+    assert misses == ["op"] and out._version == 1
+    grouped = grouped_gemm_cases.make([30, 40], 40, 144, "row")
+    scales = grouped.scale_a, grouped.scale_b
+    gemm.grouped_scaled_mm(grouped.a, grouped.b, *scales, grouped.group_rows, out=out)
+    assert out._version == 2
+    q, out = torch.zeros(1, 9, 2, 64, dtype=BF16), torch.zeros(1, 9, 2, 64, dtype=BF16)
+    with PassesOn():
+        flash_attn_func(q, q, q, out=out)
+    assert out._version == 1
 
 
 def test_a_mode_sees_the_op(on_fake_driver, misses):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from flash8 import backends
 from flash8.backends import (
@@ -133,6 +134,7 @@ def _forward_out(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     opts = Options(*options)
+    increment_version((out,))  # a kernel writes past torch
     lse, out_partial, lse_partial = empty_lse_and_partials(q, v, opts)
     backend = _backend_of(q, k, v, qv, opts, out)
     backend.forward(q, k, v, qv, s_aux, opts, out, lse, out_partial, lse_partial)

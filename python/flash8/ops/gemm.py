@@ -4,6 +4,7 @@ They are traced as they are; which kernel is trusted is asked when they run."""
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from flash8 import backends
 from flash8.backends import torch_gemm
@@ -74,6 +75,7 @@ def _scaled_mm_into(
     scale_result: Tensor | None,
     fast_accum: bool,
 ) -> None:
+    increment_version((out,))  # a kernel writes past torch
     _fill(out, Product(a, b, scale_a, scale_b, bias, out.dtype, fast_accum, scale_result))
 
 

@@ -4,6 +4,7 @@ They are traced as they are; which kernel is trusted is asked when they run."""
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from flash8 import backends
 from flash8.backends.cpu import grouped_gemm as portable
@@ -65,6 +66,7 @@ def _grouped_scaled_mm_into(
     group_rows: Tensor,
     fast_accum: bool,
 ) -> None:
+    increment_version((out,))  # a kernel writes past torch
     _fill(out, GroupedProduct(a, b, scale_a, scale_b, group_rows, out.dtype, fast_accum))
 
 
