@@ -138,6 +138,17 @@ def test_names_of_torch_are_the_same_call(on_fake_driver, misses):
     assert misses == ["plan"]
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_parameter_is_a_hit_where_no_gradient_is_recorded(on_fake_driver, misses, context):
+    product, bias = make(70, 40, 400, "row"), torch.nn.Parameter(torch.ones(40))
+    for _ in range(2):
+        with context():
+            gemm.scaled_mm(**given(product), bias=bias)
+    assert misses == ["plan"]
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        gemm.scaled_mm(**given(product), bias=bias)
+
+
 def test_copies_leave_no_plan(on_fake_driver, misses):
     """The copy is of this call."""
     product = make(70, 40, 400, "row")

@@ -43,6 +43,8 @@ def arguments_of(
     """Those of a call, by name; None where it is not for plans."""
     if not planned.may_launch(a):
         return None
+    if isinstance(bias, Tensor) and bias.requires_grad and not torch.is_grad_enabled():
+        bias = bias.detach()  # a layer's parameter
     number = None
     if out_dtype is not None:
         number = _DTYPES.get(out_dtype) if isinstance(out_dtype, torch.dtype) else None
@@ -72,11 +74,13 @@ def find(arguments: Arguments) -> Tensor | None:
 
 def launch(arguments: Arguments, product: Product, out: Tensor | None) -> Tensor | None:
     """After a miss: plans the call, launches it, keeps the plan and gives the output. `product` is
-    the call, checked. None where no kernel serves it, or a tensor requires grad, and nothing was
-    done."""
+    the call, checked. None where no kernel serves it, or a gradient would be recorded, and nothing
+    was done."""
     hopper = planned.hopper()
     registry = hopper.kernels.registry()
-    if any(isinstance(x, Tensor) and x.requires_grad for x in (*product, out)):
+    if torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in (*product, out)
+    ):
         return None
     if not cache().has_key(registry, arguments) or not gemm.is_for_kernels(product):
         return None
