@@ -241,7 +241,23 @@ def calls_of_products() -> Calls:
         gemm_plans.cache().clear()
         return gemm.scaled_mm(a, b, one, one)
 
+    experts = b.t().expand(4, 256, 512).contiguous().mT
+    of_experts = torch.ones(64), torch.ones(4, 256)
+    blocks_of_experts = blocks[0], torch.ones(4, 4, 2)
+    ends = torch.tensor([16, 20, 20, 64], dtype=torch.int32)
+    counts = torch.tensor([4, 0, 16, 16], dtype=torch.int32)
+    apart, out_apart = a.view(4, 16, 512), out.view(4, 16, 256)
+
     return {
+        "grouped_scaled_mm, scales by row": lambda: gemm.grouped_scaled_mm(
+            a, experts, *of_experts, ends
+        ),
+        "grouped_scaled_mm, scales by blocks": lambda: gemm.grouped_scaled_mm(
+            a, experts, *blocks_of_experts, ends
+        ),
+        "grouped_scaled_mm, apart, out=": lambda: gemm.grouped_scaled_mm(
+            apart, experts, one, one, masked_m=counts, out=out_apart
+        ),
         "scaled_mm, scales by tensor": lambda: gemm.scaled_mm(a, b, one, one),
         "scaled_mm, scales by blocks, bias": lambda: gemm.scaled_mm(a, b, *blocks, bias=bias),
         "scaled_mm, out=": lambda: gemm.scaled_mm(a, b, one, one, out=out),

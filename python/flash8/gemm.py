@@ -12,6 +12,7 @@ from flash8.call.request import MatrixRequest
 from flash8.ops import gemm as ops
 from flash8.ops import gemm_plans as plans
 from flash8.ops import grouped_gemm as grouped_ops
+from flash8.ops import grouped_gemm_plans as grouped_plans
 from flash8.ops import quantize_matrix as quantizer
 from flash8.tensors.arguments import (
     require_float,
@@ -188,12 +189,18 @@ def grouped_scaled_mm(
             raise ValueError(f"{name} must be None: grouped products have none")
     if torch_names:
         a, b, out_dtype = _by_own_names("grouped_scaled_mm", torch_names, a, b, out_dtype)
+    options = offs, masked_m, out_dtype, out, use_fast_accum
+    arguments = grouped_plans.arguments_of(a, b, scale_a, scale_b, *options)
+    if arguments is not None and (found := grouped_plans.find(arguments)) is not None:
+        return found
     _require_given("grouped_scaled_mm", a=a, b=b, scale_a=scale_a, scale_b=scale_b)
-    product = grouped_call.check(
-        a, b, scale_a, scale_b, offs, masked_m, out_dtype, out, use_fast_accum
-    )
+    product = grouped_call.check(a, b, scale_a, scale_b, *options)
     if out is not None:
         grouped_call.check_out(out, product)
+    if arguments is not None:
+        found = grouped_plans.launch(arguments, product, out)
+        if found is not None:
+            return found
     return grouped_ops.grouped_scaled_mm(product, out)
 
 

@@ -40,7 +40,7 @@ def _grouped_scaled_mm(
     fast_accum: bool,
 ) -> Tensor:
     product = GroupedProduct(a, b, scale_a, scale_b, group_rows, out_dtype, fast_accum)
-    out = a.new_empty(product.out_shape, dtype=out_dtype)
+    out = empty_out(product)
     _fill(out, product)
     return out
 
@@ -83,11 +83,15 @@ def _grouped_scaled_mm_into_fake(
 
 
 def _fill(out: Tensor, product: GroupedProduct) -> None:
-    backend = hopper if _is_for_kernels(product) else portable
+    backend = hopper if is_for_kernels(product) else portable
     backend.grouped_scaled_mm(product, out)
 
 
-def _is_for_kernels(product: GroupedProduct) -> bool:
+def empty_out(product: GroupedProduct) -> Tensor:
+    return product.a.new_empty(product.out_shape, dtype=product.out_dtype)
+
+
+def is_for_kernels(product: GroupedProduct) -> bool:
     """Whether a kernel serves it."""
     if not backends.kernels_wanted(product.a):
         backends.backend_for(product.a)  # which tells about CUDA tensors that have no kernel

@@ -15,7 +15,8 @@ namespace {
 
 using Argument = TensorArgument;
 
-// Every tensor that a launch points to, by scaled_mm's names. None is differentiable.
+// Every tensor that a launch points to, by the names of scaled_mm and of grouped_scaled_mm, whose group_rows are
+// its offs or masked_m. None is differentiable.
 constexpr Argument kTensors[] = {
     {"a", offsetof(GemmParams, a), Argument::kGivesDevice | Argument::kAligned},
     {"b", offsetof(GemmParams, b), Argument::kAligned},
@@ -23,6 +24,7 @@ constexpr Argument kTensors[] = {
     {"scale_b", offsetof(GemmParams, scale_b.ptr)},
     {"bias", offsetof(GemmParams, bias)},
     {"scale_result", offsetof(GemmParams, scale_result)},
+    {"group_rows", offsetof(GemmParams, group_rows)},
     {"out", offsetof(GemmParams, out), Argument::kWritten},
 };
 

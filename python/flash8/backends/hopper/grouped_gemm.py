@@ -38,7 +38,14 @@ def grouped_scaled_mm(product: GroupedProduct, out: Tensor) -> None:
 
 def launch(variant: GemmVariant, product: GroupedProduct, out: Tensor) -> None:
     """The same, on this kernel."""
-    _launch_of(variant, product, out).enqueue(streams.current_stream(product.a))
+    plan_and_launch(variant, product, out)
+
+
+def plan_and_launch(variant: GemmVariant, product: GroupedProduct, out: Tensor) -> Launch:
+    """The same. Gives what it has enqueued."""
+    found = _launch_of(variant, product, out)
+    found.enqueue(streams.current_stream(product.a))
+    return found
 
 
 def _launch_of(variant: GemmVariant, product: GroupedProduct, out: Tensor) -> Launch:
