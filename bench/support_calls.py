@@ -142,6 +142,17 @@ def multiplied_in_groups(
     return call
 
 
+def multiplied_along_k(shape_a: tuple[int, ...], shape_b: tuple[int, ...], **options: Any) -> Call:
+    """Products of two groups along K, of 32 rows and 48 columns, with scales of these shapes."""
+
+    def call() -> Any:
+        a, b = torch.ones(32, 144).to(E4M3), torch.ones(48, 144).to(E4M3)
+        scales = (torch.ones(shape) for shape in (shape_a, shape_b))
+        return flash8.gemm.grouped_scaled_mm(a, b.t(), *scales, ints([40, 144]), **options)
+
+    return call
+
+
 def quantize(granularity: str, dim: int = 64, **options: Any) -> Call:
     return lambda: fp8.quantize(tensors(dim=dim)[1], granularity, **options)
 

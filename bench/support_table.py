@@ -40,6 +40,7 @@ from support_calls import (
     ints,
     latent,
     multiplied,
+    multiplied_along_k,
     multiplied_in_groups,
     norms,
     operand,
@@ -249,6 +250,15 @@ ROWS = (
             multiplied_in_groups((2, 1, 1), (2, 48), out_dtype=FP32),
             multiplied_in_groups((32, 2), (2, 2, 1)),
             multiplied_in_groups((2, 16, 2), (2, 2, 1), apart=True),
+        ],
+    ),
+    Row(
+        "`gemm.grouped_scaled_mm`: groups along K (gradients of their weights); the same scales",
+        GemmVariant,
+        [
+            multiplied_along_k((1,), (1,), use_fast_accum=True),
+            multiplied_along_k((64,), (96,), out_dtype=FP32),
+            multiplied_along_k((32, 2), (2, 1)),
         ],
     ),
 )

@@ -22,6 +22,7 @@ enum class KernelKind : std::uint32_t {
     kQuantizeMatrix = 13,
     kQuantizeRmsNorm = 14,
     kQuantizeSiluMul = 15,
+    kGemmGroupedK = 16,
     kOther = 255,
 };
 

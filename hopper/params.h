@@ -13,7 +13,7 @@
 
 namespace flash8 {
 
-inline constexpr std::uint32_t kAbiVersion = 15;
+inline constexpr std::uint32_t kAbiVersion = 16;
 
 // Tokens that share a descale of granularity block. Sequences of column-major V start with such a block, too.
 inline constexpr int kScaleBlock = 128;

@@ -29,6 +29,10 @@ struct Config {
     static_assert(!kBlockScales || !kFastAccum, "scales of blocks are applied when a block is promoted");
     // Rows of A belong to groups, each with a B of its own (grouped_walk.cuh).
     static constexpr bool kGrouped = FLASH8_GROUPED;
+    // K belongs to groups, each with an out of its own (k_range.cuh).
+    static constexpr bool kGroupedK = FLASH8_GROUPED_K;
+    static_assert(!kGrouped || !kGroupedK);
+    static constexpr bool kHasGroups = kGrouped || kGroupedK;
 
     static constexpr int kBlockM = FLASH8_BLOCK_M;
     static constexpr int kBlockN = FLASH8_BLOCK_N;
@@ -48,7 +52,7 @@ struct Config {
     using Registers = RegisterBudget<kConsumerWarpgroups, 40>;
     static_assert(Registers::kThreads == kThreads);
     // Of the warp that brings A and B: one lane does it, but only a whole warp finds the tiles of groups.
-    static constexpr int kWalkingLanes = kGrouped ? 32 : 1;
+    static constexpr int kWalkingLanes = kHasGroups ? 32 : 1;
     static_assert(kWaves * kBlockN / 2 + (kFastAccum ? 0 : kBlockN / 2) <= 192,
                   "sums and products do not fit the registers");
 
@@ -74,12 +78,19 @@ struct SharedStorage {
     alignas(1024) Config::Element b[Config::kStages][Config::kBytesB];
     BlockScales scales[Config::kBlockScales ? Config::kStages : 1];
     Pipeline<Config::kStages> pipeline;
+    uint64_t landed[Config::kGroupedK ? Config::kStages : 1];  // TMA of stages that are cut (k_range.cuh)
 
     // A stage is full when the TMA of one thread has landed and, with blocks, the scales that the 32 lanes of
-    // a warp copy. It is empty when all consumer warps have released it.
+    // a warp copy. One that is cut is full when the warp that cuts it has done so. It is empty when all
+    // consumer warps have released it.
     __device__ void init_pipeline() {
         constexpr int kScaleLanes = Config::kBlockScales ? 32 : 0;
         pipeline.init(Config::kConsumerWarps, 1 + kScaleLanes);
+        if constexpr (Config::kGroupedK) {
+            for (uint64_t& barrier : landed) {
+                ptx::mbarrier_init(&barrier, 1);
+            }
+        }
     }
 };
 

@@ -74,7 +74,8 @@ class Epilogue {
     __device__ __forceinline__ static Row row_of(GemmParams const& params, Tile const& tile, int row) {
         float const scale =
             Config::kBlockScales ? 1.0f : scale_of_row(params, tile, min(row, tile.m_end - 1));
-        return {row * params.out_stride + tile.n0, row < tile.m_end ? params.n - tile.n0 : 0, scale};
+        int64_t const out_row = Config::kGroupedK ? int64_t{tile.group} * params.m + row : row;
+        return {out_row * params.out_stride + tile.n0, row < tile.m_end ? params.n - tile.n0 : 0, scale};
     }
 
     __device__ __forceinline__ static float scale_of_row(GemmParams const& params, Tile const& tile,

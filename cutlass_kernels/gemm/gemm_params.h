@@ -6,6 +6,7 @@
 // A (m, k) and B (n, k) are e4m3, both contiguous along k. B is the transpose of what users call mat2.
 //
 // Grouped: rows of A, and so of out, belong to groups, and group g has B[g] (n, k) and the scales of it.
+// Grouped along k: out is (groups, m, n), and out[g] = A B^T over the part of k that group g has.
 
 #pragma once
 
@@ -53,11 +54,12 @@ struct GemmParams {
     std::int32_t vector_stores;  // 1: rows of out are written by 16 bytes
 
     // Zero without groups. Groups lie one after another: group_rows[g] is where the rows of group g end. Or
-    // they are rows_per_group rows apart, m in all: then group_rows[g] is how many group g has. The device
-    // clamps both.
+    // they are rows_per_group rows apart, m in all: then group_rows[g] is how many group g has. Along k,
+    // group_rows[g] is where the part of group g ends. The device clamps them all.
     const std::int32_t* group_rows;  // (groups)
     std::int64_t b_group_stride;     // from B[g] to B[g + 1]
     // Scales of row r of A, counted over all groups, are those at r * row_stride + g * scale_a_group_stride.
+    // Along k, scales of blocks are those of all of k, and the groups' strides are zero with them.
     std::int64_t scale_a_group_stride;
     std::int64_t scale_b_group_stride;
     std::int32_t groups;

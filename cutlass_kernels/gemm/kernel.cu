@@ -12,7 +12,7 @@ constexpr KernelInfo describe() {
     info.abi_version = kAbiVersion;
     info.info_bytes = sizeof(KernelInfo);
     info.params_bytes = sizeof(GemmParams);
-    info.kind = KernelKind::kGemm;
+    info.kind = Config::kGroupedK ? KernelKind::kGemmGroupedK : KernelKind::kGemm;
     constexpr char kEntry[] = "flash8_gemm";
     for (unsigned i = 0; i < sizeof(kEntry); ++i) {
         info.entry[i] = kEntry[i];
@@ -38,11 +38,11 @@ constexpr KernelInfo describe() {
 __device__ void consume(GemmParams const& params, SharedStorage& shared, int warpgroup) {
     Mainloop mainloop(shared, warpgroup);
     TileWalk tiles(params);
-    int const blocks = k_blocks(params);
+    int const all_blocks = k_blocks(params);
     Tile tile;
     while (tiles.next(tile)) {
         Config::Accumulator sum[Config::kWaves];
-        mainloop.run(blocks, tile.n0, sum);
+        mainloop.run(k_blocks_of(tile, all_blocks), tile.n0, sum);
 #pragma unroll
         for (int wave = 0; wave < Config::kWaves; ++wave) {
             int const row = tile.m0 + mainloop.first_row() + wave * Config::kWaveRows;
@@ -84,6 +84,13 @@ extern "C" __global__ void __launch_bounds__(flash8::gemm::Config::kThreads, 1)
         if constexpr (Config::kGrouped) {
             if (threadIdx.x / 32 == 2) {
                 clear_rows_of_no_group(params);
+            }
+        }
+        if constexpr (Config::kGroupedK) {
+            if (threadIdx.x / 32 == 2) {
+                cut_stages(params, shared);
+            } else if (threadIdx.x / 32 == 3) {
+                clear_groups_without_k(params);
             }
         }
     } else {

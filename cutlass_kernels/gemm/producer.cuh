@@ -4,6 +4,7 @@
 #pragma once
 
 #include "arch/copy_async.cuh"
+#include "k_range.cuh"
 #include "tile_walk.cuh"
 
 namespace flash8::gemm {
@@ -13,16 +14,17 @@ namespace flash8::gemm {
 __device__ void load_operands(GemmParams const& params, SharedStorage& shared) {
     PipelineState<Config::kStages> state;
     TileWalk tiles(params);
-    int const blocks = k_blocks(params);
+    int const all_blocks = k_blocks(params);
     Tile tile;
     while (tiles.next(tile)) {
-        if (Config::kGrouped && threadIdx.x != 0) {
+        if (Config::kHasGroups && threadIdx.x != 0) {
             continue;
         }
+        int const blocks = k_blocks_of(tile, all_blocks);
 #pragma unroll 1
         for (int block = 0; block < blocks; ++block) {
-            uint64_t* const full = shared.pipeline.acquire(state, Config::kBytesA + Config::kBytesB);
-            int const k0 = block * Config::kBlockK;
+            int const k0 = (Config::kGroupedK ? first_k(tile) : 0) + block * Config::kBlockK;
+            uint64_t* const full = acquire(shared, state, tile, k0);
             ptx::tma_load_4d(shared.a[state.stage], &params.tma_a, full, k0, tile.m0, 0, 0);
             if constexpr (Config::kGrouped) {
                 ptx::tma_load_5d(shared.b[state.stage], &params.tma_b, full, k0, tile.n0, 0, 0, tile.group);
@@ -32,7 +34,7 @@ __device__ void load_operands(GemmParams const& params, SharedStorage& shared) {
             state.advance();
         }
     }
-    if (!Config::kGrouped || threadIdx.x == 0) {
+    if (!Config::kHasGroups || threadIdx.x == 0) {
         shared.pipeline.drain(state);
     }
 }
@@ -43,10 +45,11 @@ __device__ void load_scales(GemmParams const& params, SharedStorage& shared) {
     constexpr int kRows = Config::kBlockM / 32;  // of a lane
     PipelineState<Config::kStages> state;
     TileWalk tiles(params);
-    int const blocks = k_blocks(params);
+    int const all_blocks = k_blocks(params);
     int const lane = threadIdx.x % 32;
     Tile tile;
     while (tiles.next(tile)) {
+        int const blocks = k_blocks_of(tile, all_blocks);
         int rows[kRows];  // not offsets, which would not fit this warp's registers
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
@@ -57,6 +60,11 @@ __device__ void load_scales(GemmParams const& params, SharedStorage& shared) {
             min(tile.n0 / kScaleBlock + lane % Config::kColumnScales, (params.n - 1) / kScaleBlock);
         float const* of_columns = params.scale_b.ptr + columns * params.scale_b.row_stride +
                                   tile.group * params.scale_b_group_stride;
+        if constexpr (Config::kGroupedK) {
+            int const first = first_k(tile) / Config::kBlockK;
+            of_rows += first * params.scale_a.block_stride;
+            of_columns += first * params.scale_b.block_stride;
+        }
 #pragma unroll 1
         for (int block = 0; block < blocks; ++block) {
             shared.pipeline.wait_empty(state);

@@ -11,6 +11,8 @@ struct Tile {
     int n0;
     int m_end;  // where the rows of its group end; without groups those of out
     int group;
+    int k_begin;  // of its group; used with groups along K only
+    int k_end;
 };
 
 // Tile number `index` of m_blocks by params.n_blocks: by bands of rows, inside a band column by column.
@@ -20,7 +22,7 @@ __device__ __forceinline__ Tile tile_in_bands(GemmParams const& params, int inde
     int const inside = index - first * params.n_blocks;
     int const rows = min(params.band, m_blocks - first);
     int const column = inside / rows;
-    return {(first + inside - column * rows) * Config::kBlockM, column * Config::kBlockN, 0, 0};
+    return {(first + inside - column * rows) * Config::kBlockM, column * Config::kBlockN, 0, 0, 0, 0};
 }
 
 }  // namespace flash8::gemm

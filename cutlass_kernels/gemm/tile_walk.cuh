@@ -31,11 +31,22 @@ class DenseTileWalk {
     int count_;
 };
 
-using TileWalk = std::conditional_t<Config::kGrouped, GroupedTileWalk, DenseTileWalk>;
+using TileWalk = std::conditional_t<Config::kHasGroups, GroupedTileWalk, DenseTileWalk>;
 
 // Blocks of kBlockK; TMA fills the end of the last one with zeros.
 __device__ __forceinline__ int k_blocks(GemmParams const& params) {
     return (params.k + Config::kBlockK - 1) / Config::kBlockK;
+}
+
+// Where the first block of a tile begins, with groups along K. Scales are of blocks of all of K, whatever its
+// groups: with them the first block of a group may begin before the group.
+__device__ __forceinline__ int first_k(Tile const& tile) {
+    return Config::kBlockScales ? tile.k_begin / Config::kBlockK * Config::kBlockK : tile.k_begin;
+}
+
+// The blocks of a tile. `all`: k_blocks of all of K, which without groups along K are those of every tile.
+__device__ __forceinline__ int k_blocks_of(Tile const& tile, int all) {
+    return Config::kGroupedK ? (tile.k_end - first_k(tile) + Config::kBlockK - 1) / Config::kBlockK : all;
 }
 
 }  // namespace flash8::gemm

@@ -1,5 +1,5 @@
-"""FP8 matrix products with scales: `scaled_mm`, `grouped_scaled_mm` of groups of rows, and their
-operands: docs/gemm.md."""
+"""FP8 matrix products with scales: `scaled_mm`, `grouped_scaled_mm` of groups of rows or along K,
+and their operands: docs/gemm.md."""
 
 from typing import Any, get_args, overload
 
@@ -136,48 +136,54 @@ def grouped_scaled_mm(
     use_fast_accum: bool = False,
     **torch_names: Any,
 ) -> Tensor:
-    """out = scale_a * scale_b * (a @ b of the row's group): a layer of a mixture of experts.
+    """out = scale_a * scale_b * (a @ b of the row's group): a layer of a mixture of experts. Or,
+    with groups along K, out[g] = scale_a * scale_b * (a @ b over the group's K): the gradients of
+    its weights.
 
-    How many rows a group has stays on the device: nobody waits for it. A row's bits are those that
-    `scaled_mm` of its group gives. With G groups, rows lie
+    How much a group has stays on the device: nobody waits for it. Its bits are those that
+    `scaled_mm` of the group gives. With G groups there are
 
-    | | a, out | group g has the rows |
+    | | a, b, out | group g has |
     |---|---|---|
-    | one group after another | (M, K), (M, N) | offs[g - 1] (of the first group 0) up to offs[g] |
-    | apart, each with room for `rows` | (G, rows, K), (G, rows, N) | 0 up to masked_m[g] of a[g] |
+    | rows, one group after another | (M, K), (G, K, N), (M, N) | rows offs[g - 1] up to offs[g] |
+    | rows, apart | (G, rows, K), (G, K, N), (G, rows, N) | rows 0 up to masked_m[g] of a[g] |
+    | K, one group after another | (M, K), (K, N), (G, M, N) | of K, offs[g - 1] up to offs[g] |
 
-    Groups have any number of rows, none too. Rows of `out` from the last offset on are zeros. Of
-    groups that lie apart the rows that they do not have are not computed: in `out` they are left as
-    they are, in a new tensor they are undefined.
+    The first group begins at 0. Groups have any number of rows, or any part of K, none too. Rows of
+    `out` from the last offset on are zeros, and so is out[g] without any K. Of groups that lie
+    apart the rows that they do not have are not computed: in `out` they are left as they are, in a
+    new tensor they are undefined.
 
-    The indices are not looked at before they are used. One below zero or beyond the rows counts as
-    the nearest that there is, and an offset below one before it counts as the largest of these.
+    The indices are not looked at before they are used. One below zero or beyond the rows, or K,
+    counts as the nearest that there is, and an offset below one before it as the largest of these.
 
     | scales by | scale_a | scale_b |
     |---|---|---|
     | tensor | one element | one element |
     | group | (G, 1, 1) | (G, 1, 1) |
     | row of a, column of b | (M,), (M, 1); (G, rows), (G, rows, 1) | (G, N), (G, 1, N) |
+    | the same along K | (G * M,), (G, M, 1) | (G * N,), (G, 1, N) |
     | 1x128 by 128x128 | (M, k); (G, rows, k) | (G, k, ceil(N / 128)) |
+    | the same along K | (M, k) | (k, ceil(N / 128)) |
 
-    k is ceil(K / 128). The first three go with one another. Scales may have any strides, and any
-    values.
+    k is ceil(K / 128). Those by tensor, group, row and column go with one another. Along K blocks
+    are those of all of K, wherever groups begin. Scales may have any strides, and any values.
 
     Args:
         a: e4m3, row-major: K contiguous. K is a multiple of 16.
-        b: e4m3 (G, K, N), column-major: K contiguous, as `weights.transpose(1, 2)` of (G, N, K).
+        b: e4m3, column-major: K contiguous, as `weights.transpose(1, 2)` of (G, N, K).
         scale_a: fp32, as in the table.
         scale_b: fp32, as in the table.
-        offs: int32 or int64 (G,), with `a` of 2 dimensions: where the rows of each group end.
+        offs: int32 or int64 (G,), with `a` of 2 dimensions: where the rows, or K, of groups end.
         masked_m: int32 or int64 (G,), with `a` of 3 dimensions: how many rows each group has.
         out_dtype: torch.bfloat16 (the default), float16 or float32; that of `out` if it is given.
-        out: Written and returned. Its rows are contiguous; with masked_m all of it is.
+        out: Written and returned. Its rows are contiguous; with masked_m or along K all of it is.
         use_fast_accum: As in `scaled_mm`; not with scales of blocks.
         torch_names: `input`, `mat_a`, `mat2`, `mat_b`, `output_dtype`: torch's names for a, b and
             out_dtype. `bias` and `scale_result` may be None.
 
     Returns:
-        (M, N) or (G, rows, N), of out_dtype. Without a derivative.
+        (M, N), (G, rows, N) or (G, M, N), of out_dtype. Without a derivative.
 
     Raises:
         TypeError: A dtype is not supported, or an argument is missing, unknown or given twice.

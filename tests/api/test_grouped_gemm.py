@@ -6,7 +6,7 @@ import torch
 import flash8
 from flash8.call.grouped_scaled_mm import granularity
 from gemm_cases import values
-from grouped_gemm_cases import GRANULARITIES, make
+from grouped_gemm_cases import GRANULARITIES, make, make_along_k
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 E4M3 = torch.float8_e4m3fn
@@ -52,7 +52,7 @@ def test_a_group_is_a_product_of_its_own(name, room):
 )
 def test_granularities(shape_a, shape_b, found):
     a, b = torch.empty(20, 272), torch.empty(3, 272, 140)
-    assert granularity(a, b, torch.Size(shape_a), torch.Size(shape_b)) == found
+    assert granularity(a, b, torch.Size(shape_a), torch.Size(shape_b), 3) == found
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_granularities(shape_a, shape_b, found):
 def test_granularities_of_groups_apart(shape, name):
     a, b = torch.empty(3, 7, 272), torch.empty(3, 272, 140)
     of_b = (3, 140) if name == "row" else (3, 3, 2)
-    assert granularity(a, b, torch.Size(shape), torch.Size(of_b))[0] == name
+    assert granularity(a, b, torch.Size(shape), torch.Size(of_b), 3)[0] == name
 
 
 def test_agrees_with_torchs_grouped_product_of_wide_types():
@@ -99,6 +99,51 @@ def test_offsets_of_64_bits():
     assert torch.equal(call(product, offs=wide), call(product))
 
 
+@pytest.mark.parametrize("name", GRANULARITIES)
+def test_a_group_of_k_is_a_product_of_its_own(name):
+    """As scaled_mm of what it has of K; with scales of blocks where it begins with one."""
+    sizes = [128, 0, 256, 48]
+    product = make_along_k(sizes, 20, 140, name)
+    found, begin = call(product, out_dtype=FP32), 0
+    assert found.shape == (4, 20, 140)
+    scale_a, scale_b = product.scales()
+    for group, count in enumerate(sizes):
+        part = slice(begin, begin + count)
+        blocks = slice(begin // 128, -(-part.stop // 128)) if name == "block" else slice(None)
+        if count:
+            want = flash8.gemm.scaled_mm(
+                product.a[:, part],
+                product.b[part],
+                scale_a[group, :, blocks],
+                scale_b[group, blocks],
+                out_dtype=FP32,
+            )
+            assert torch.equal(found[group], want)
+        else:
+            assert not found[group].any()
+        begin += count
+
+
+def test_along_k_as_torch_is_called():
+    """Scales of one dimension, groups one after another."""
+    product = make_along_k([16, 0, 16], 12, 32, "row", out_dtype=BF16)
+    a, b, scale_a, scale_b, offs, *_ = product
+    scales = scale_a, scale_b.reshape(-1)
+    found = flash8.gemm.grouped_scaled_mm(a, b, *scales, offs, out_dtype=BF16, use_fast_accum=True)
+    assert torch.equal(found, call(product, use_fast_accum=True))
+    out = torch.full((3, 12, 32), 7.0, dtype=BF16)
+    assert call(product, use_fast_accum=True, out=out) is out and torch.equal(out, found)
+    assert torch.equal(call(product, offs=offs.long()), call(product))
+
+
+@pytest.mark.parametrize(("groups", "m", "n", "k"), [(0, 4, 5, 32), (2, 0, 5, 32), (2, 4, 0, 32)])
+def test_sizes_of_zero_along_k(groups, m, n, k):
+    offs = torch.zeros(groups, dtype=torch.int32)
+    for given in ((e4m3(m, k), e4m3(n, k).t()), (e4m3(4, 0), e4m3(5, 0).t())):
+        found = flash8.gemm.grouped_scaled_mm(*given, torch.ones(1), torch.ones(1), offs)
+        assert found.shape == (groups, given[0].shape[0], given[1].shape[1]) and not found.any()
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_out(dtype):
     product = make([4, 0, 3], 32, 160, beyond=1)
@@ -122,7 +167,12 @@ REFUSALS = [
     (TypeError, "a must have dtype torch.float8_e4m3fn", {"a": torch.ones(5, 32)}),
     (TypeError, "b must have dtype torch.float8_e4m3fn", {"b": torch.ones(2, 32, 6)}),
     (ValueError, "a must have 2 dimensions .* or 3 dimensions", {"a": e4m3(32)}),
-    (ValueError, r"b must have 3 dimensions \(G, K, N\)", {"b": e4m3(6, 32).t()}),
+    (ValueError, r"b must have 3 dimensions \(G, K, N\) or", {"b": e4m3(32)}),
+    (
+        ValueError,
+        r"b must have 3 dimensions \(G, K, N\) or",
+        {"a": e4m3(2, 5, 32), "b": e4m3(6, 32).t()},
+    ),
     (ValueError, "b must have as many rows as a has columns, K = 32", {"b": e4m3(2, 6, 48).mT}),
     (ValueError, "must have as many groups", {"a": e4m3(3, 5, 32), "offs": None, "masked_m": OFFS}),
     (
@@ -171,6 +221,47 @@ def test_refusals(error, match, changes):
         flash8.gemm.grouped_scaled_mm(**{**given, **changes})
 
 
+REFUSALS_ALONG_K = [
+    (ValueError, "b must have as many rows as a has columns, K = 32", {"b": e4m3(6, 48).t()}),
+    (ValueError, "K, the columns of a, must be a multiple of 16", {"a": e4m3(5, 8)}),
+    (ValueError, r"b must be column-major.* pass x.t\(\)", {"b": e4m3(32, 6)}),
+    (ValueError, r"scale_a must have .*\(10,\) or \(2, 5, 1\)", {"scale_a": torch.ones(5)}),
+    # By 1x128 of both.
+    (
+        ValueError,
+        r"by blocks of 128, \(5, 1\) and \(1, 1\)",
+        {"scale_a": torch.ones(5, 1), "scale_b": torch.ones(1, 6)},
+    ),
+    (ValueError, "offs goes with .* offs is None, masked_m None", {"offs": None}),
+    (ValueError, "offs goes with a of 2 dimensions and masked_m", {"masked_m": OFFS}),
+    (ValueError, r"offs must have 1 dimensions? \(G,\)", {"offs": OFFS[None]}),
+    (ValueError, r"out must have shape \(G, M, N\) = \(2, 5, 6\)", {"out": torch.ones(5, 6)}),
+    (
+        ValueError,
+        "out must be contiguous with masked_m and with groups along K",
+        {"out": torch.ones(2, 5, 8)[..., :6]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "match", "changes"), REFUSALS_ALONG_K)
+def test_refusals_along_k(error, match, changes):
+    given = {
+        "a": e4m3(5, 32),
+        "b": e4m3(6, 32).t(),
+        "scale_a": torch.ones(10),
+        "scale_b": torch.ones(12),
+        "offs": OFFS,
+    }
+    if "out" in changes:
+        given["out_dtype"] = FP32
+    flash8.gemm.grouped_scaled_mm(**given)
+    if changes.get("a") is not None:
+        given["b"] = e4m3(6, 8).t()
+    with pytest.raises(error, match=match):
+        flash8.gemm.grouped_scaled_mm(**{**given, **changes})
+
+
 def test_other_refusals():
     product = make([5, 2], 6, 160, room=5)
     with pytest.raises(ValueError, match="out must be contiguous with masked_m"):
@@ -202,10 +293,13 @@ def test_rows_without_any_group_are_zeros():
     assert torch.equal(call(none._replace(a=e4m3(4, 32))), torch.zeros(4, 5, dtype=BF16))
 
 
-@pytest.mark.parametrize("room", [None, 9])
+@pytest.mark.parametrize("room", [None, 9, "along K"])
 @pytest.mark.parametrize("name", ["row", "block"])
 def test_compiles_without_a_break(name, room):
-    product = make([5, 0, 9], 24, 160, name, room=room)
+    if room == "along K":
+        room, product = None, make_along_k([5, 0, 11], 9, 24, name)
+    else:
+        product = make([5, 0, 9], 24, 160, name, room=room)
     index = "offs" if room is None else "masked_m"
 
     def function(out, *tensors, group_rows):
@@ -236,9 +330,12 @@ def test_a_layer_of_experts_compiles():
     assert torch.equal(compiled(*product[:4], experts), function(*product[:4], experts))
 
 
-@pytest.mark.parametrize("room", [None, 5])
+@pytest.mark.parametrize("room", [None, 5, "along K"])
 def test_opcheck(room):
-    product = make([5, 2], 6, 160, room=room, out_dtype=BF16)
+    if room == "along K":
+        product = make_along_k([5, 2], 6, 7, out_dtype=BF16)
+    else:
+        product = make([5, 2], 6, 160, room=room, out_dtype=BF16)
     # The other checks of opcheck compare float8 tensors, which torch cannot.
     torch.library.opcheck(
         torch.ops.flash8.grouped_scaled_mm, tuple(product), test_utils="test_faketensor"

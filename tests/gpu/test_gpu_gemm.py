@@ -130,3 +130,30 @@ def test_groups_against_their_products(granularity, apart):
                     a[part], b[group], scale_a[part], of_group, out_dtype=torch.float32
                 )
                 assert (out[part] - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("granularity", ["row", "block"])
+def test_groups_along_k_against_their_products(granularity):
+    """Groups that end anywhere, beside NaN; the first of them begins with a block."""
+    ends, m, n, k = [140, 140, 1003, 2000], 200, 136, 2048
+    a, b = (draw(rows, k, seed=rows).mul(4.0).to(torch.float8_e4m3fn) for rows in (m, n))
+    for x in (a, b):
+        x.view(torch.uint8)[:, 140:1003] = 0x7F
+    a, b = a.cuda(), b.cuda().t()
+    of_a, of_b = ((m, k // 128), (k // 128, 2)) if granularity == "block" else ((4 * m,), (4 * n,))
+    scale_a, scale_b = (torch.exp2(draw(*shape, seed=len(shape))).cuda() for shape in (of_a, of_b))
+    offs = torch.tensor(ends, dtype=torch.int32, device="cuda")
+    out_dtype = torch.float32
+    found = flash8.gemm.grouped_scaled_mm(a, b, scale_a, scale_b, offs, out_dtype=out_dtype)
+    assert not found[1].any() and found[2].isnan().all()
+    for group, begin, end in ((0, 0, 140), (3, 1003, 2000)):
+        wide_a, wide_b = a[:, begin:end].double(), b[begin:end].double()
+        if granularity == "block":
+            of_k = torch.arange(begin, end) // 128
+            wide_a = wide_a * scale_a.double()[:, of_k]
+            wide_b = wide_b * scale_b.double()[of_k].repeat_interleave(128, 1)[:, :n]
+        else:
+            wide_a = wide_a * scale_a.double()[group * m :][:m, None]
+            wide_b = wide_b * scale_b.double()[group * n :][:n]
+        want = wide_a @ wide_b
+        assert (found[group].double() - want).norm() <= 4e-3 * want.norm()

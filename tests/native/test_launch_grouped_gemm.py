@@ -9,6 +9,7 @@ from flash8 import _native
 
 pytest_plugins = ["driver_fixtures"]
 BLOCK = "gemm_grouped_block_128x128"
+ALONG_K = "gemm_grouped_k_block_128x128"
 
 
 def load(driver, variant=BLOCK) -> _native.Kernel:
@@ -85,6 +86,50 @@ def test_what_the_kernel_cannot_take_is_refused(fake, driver, changes, message):
         setattr(call, name, value)
     with pytest.raises(ValueError, match=message):
         _native.launch_gemm(load(driver), 0, 0, call)
+    assert fake.launches == []
+
+
+@pytest.mark.parametrize(
+    ("options", "grid"),
+    [({}, 60), ({"m": 3}, 20), ({"groups": 1}, 15), ({"groups": 100}, 132)],
+)
+def test_along_k_a_cta_for_every_tile_of_every_group(fake, driver, options, grid):
+    _native.launch_gemm(load(driver, ALONG_K), 0, 99, product(**options))
+    (launch,) = fake.launches
+    assert launch.startswith(f"gemm device=0 grid={grid},1,1 block=384,1,1 ")
+    m_blocks = -(-options.get("m", 300) // 128)
+    assert (launched(fake, "m_blocks"), launched(fake, "n_blocks")) == (m_blocks, 5)
+    assert launched(fake, "groups") == options.get("groups", 4)
+
+
+def test_along_k_one_row_of_many_groups_is_stored_as_rows(fake, driver):
+    """By 16 bytes only where the next group's row is aligned, too."""
+    for stride, vector_stores in ((520, 1), (521, 0)):
+        call = product(m=1)
+        call.out_stride = stride
+        _native.launch_gemm(load(driver, ALONG_K), 0, 0, call)
+        offset, _ = LAYOUT["GemmParams"]["fields"]["vector_stores"]
+        (found,) = struct.unpack_from("<i", fake.parameter(len(fake.launches) - 1), offset)
+        assert found == vector_stores
+
+
+BAD_ALONG_K = [
+    ({"groups": 0}, "groups is 0; this kernel takes 1 or more"),
+    ({"rows_per_group": 75}, "rows_per_group is 75; it must be 0, since this kernel's groups lie"),
+    ({"groups": 2**20, "m": 2**20}, "out has 1099511627776 rows; supported are 0 to"),
+    ({"m": 1, "out_stride": 519}, "out_stride is 519 elements, less than a row of 520"),
+    ({"n": 2**24, "out_stride": 2**24, "groups": 2**14}, "out has .* tiles; supported"),
+    ({"out_type": _native.ElementType.UINT8}, "out_type is 0; supported with groups are FLOAT16"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_ALONG_K)
+def test_what_the_kernel_along_k_cannot_take_is_refused(fake, driver, changes, message):
+    call = product()
+    for name, value in changes.items():
+        setattr(call, name, value)
+    with pytest.raises(ValueError, match=message):
+        _native.launch_gemm(load(driver, ALONG_K), 0, 0, call)
     assert fake.launches == []
 
 

@@ -72,10 +72,10 @@ def test_structs_have_no_implicit_padding(name):
     assert end % LAYOUT[name]["align"] == 0
 
 
-def test_layout_of_abi_version_15():
+def test_layout_of_abi_version_16():
     """A change here means that old cubins would be misread: raise kAbiVersion with it."""
     sizes = {name: (struct["size"], struct["align"]) for name, struct in LAYOUT.items()}
-    assert _native.ABI_VERSION == 15
+    assert _native.ABI_VERSION == 16
     assert sizes == {
         "TensorMap": (128, 64),
         "TensorRef": (32, 8),

@@ -6,7 +6,7 @@ import torch
 from fake_driver.cubin import LAYOUT
 from flash8 import gemm
 from flash8.ops import gemm_plans, grouped_gemm_plans
-from grouped_gemm_cases import GRANULARITIES, assert_same, emulated, make
+from grouped_gemm_cases import GRANULARITIES, assert_same, emulated, make, make_along_k
 from simulated_device import SimulatedDevice, missing_compiler
 
 pytest_plugins = ["driver_fixtures", "plan_cache_fixtures"]
@@ -71,6 +71,17 @@ def test_a_hit_launches_what_a_miss_does(name, room, fake, on_fake_driver, misse
     assert misses == ["plan"] and len(fake.launches) == 2 and len(gemm_plans.cache()) == 1
     assert fake.launches[0] == fake.launches[1]
     assert without_addresses(fake.parameter(0)) == without_addresses(fake.parameter(1))
+
+
+@pytest.mark.parametrize("name", GRANULARITIES)
+def test_a_hit_along_k(name, fake, on_fake_driver, misses):
+    for seed, sizes in enumerate((SIZES, [0, 50, 20, 0])):
+        product = make_along_k(sizes, 40, 48, name, seed=seed)
+        out = gemm.grouped_scaled_mm(**given(product))
+        tensors = product.a, product.b, out, product.scale_a, product.scale_b, product.group_rows
+        assert addresses(fake.parameter(seed)) == [x.data_ptr() for x in tensors]
+        assert out.shape == (4, 40, 48)
+    assert misses == ["plan"] and len(fake.launches) == 2
 
 
 CHANGES = {

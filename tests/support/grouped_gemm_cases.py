@@ -48,12 +48,59 @@ def make(
     rows = torch.tensor(ends, dtype=torch.int32)
     product = GroupedProduct(a, b, scale_a, scale_b, rows, out_dtype, fast)
     unused = torch.ones(shape, dtype=torch.bool)
-    for group, used in portable.row_ranges(product):
+    for group, used in portable.ranges(product):
         unused[(used,) if room is None else (group, used)] = False
     a.view(torch.uint8)[unused] = 0x7F
     if granularity in ("row", "block"):
         scale_a[unused] = torch.nan
     return product
+
+
+def make_along_k(
+    sizes: list[int],
+    m: int,
+    n: int,
+    granularity: str = "block",
+    *,
+    beyond: int | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    fast: bool = False,
+    seed: int = 0,
+) -> GroupedProduct:
+    """Groups with so much of K, one after another and then `beyond` of none, or as little as fills
+    K up to a multiple of 16. K of no group is NaN, and so are scales that no group needs."""
+    groups, used = len(sizes), sum(sizes)
+    k = used + (-used % 16 if beyond is None else beyond)
+    a, b = (
+        saturating_cast(values(rows, k, seed=seed + i, scale=8.0)) for i, rows in ((0, m), (1, n))
+    )
+    shape_a, shape_b = {
+        "tensor": ((1,), (1, 1, 1)),
+        "group": ((groups, 1, 1), (groups, 1, 1)),
+        "row": ((groups * m,), (groups, 1, n)),
+        "block": ((m, blocks_of(k)), (blocks_of(k), blocks_of(n))),
+    }[granularity]
+    scale_a, scale_b = strided(shape_a, seed=seed + 2), strided(shape_b, seed=seed + 3)
+    for x in (a, b):
+        x.view(torch.uint8)[:, used:] = 0x7F
+    ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    product = GroupedProduct(a, b.t(), scale_a, scale_b, ends, out_dtype, fast)
+    if granularity == "block":
+        scale_a[:, blocks_of(used) :], scale_b[blocks_of(used) :] = torch.nan, torch.nan
+    elif granularity == "row":
+        empty = torch.tensor(sizes) == 0
+        scale_a.view(groups, m)[empty] = torch.nan
+        scale_b[empty] = torch.nan
+    return product
+
+
+def poison(product: GroupedProduct, group: int) -> GroupedProduct:
+    """The same, but that a group of K holds NaN in both operands."""
+    part = dict(portable.ranges(product))[group]
+    a, b = product.a.clone(), product.b.t().clone()
+    for x in (a, b):
+        x.view(torch.uint8)[:, part] = 0x7F
+    return product._replace(a=a, b=b.t())
 
 
 def strided(shape: tuple[int, ...], *, seed: int) -> Tensor:
@@ -66,7 +113,8 @@ def strided(shape: tuple[int, ...], *, seed: int) -> Tensor:
 
 def variant(product: GroupedProduct, block_m: int = 128, block_n: int = 128) -> GemmVariant:
     scales = "block" if product.has_blocks else "outer"
-    return GemmVariant(scales, block_m, block_n, product.fast_accum, grouped=True)
+    of_groups = {"grouped_k" if product.is_along_k else "grouped": True}
+    return GemmVariant(scales, block_m, block_n, product.fast_accum, **of_groups)
 
 
 def on_kernel(

@@ -12,7 +12,7 @@ from flash8.backends.hopper import grouped_gemm as hopper
 from flash8.backends.hopper.verify import trust
 from flash8.call import derivatives
 from flash8.call.autocast import unaffected
-from flash8.call.grouped_scaled_mm import GroupedProduct
+from flash8.call.grouped_scaled_mm import GroupedProduct, out_shape
 
 _library = torch.library.Library("flash8", "FRAGMENT")
 _ARGUMENTS = "Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor group_rows"
@@ -54,7 +54,7 @@ def _grouped_scaled_mm_fake(
     out_dtype: torch.dtype,
     fast_accum: bool,
 ) -> Tensor:
-    return a.new_empty((*a.shape[:-1], b.shape[2]), dtype=out_dtype)
+    return a.new_empty(out_shape(a, b, group_rows), dtype=out_dtype)
 
 
 def _grouped_scaled_mm_into(

@@ -21,7 +21,22 @@ static_assert(1 << kBlockShift == kScaleBlock);
 
 void check_kernel(const Kernel& kernel) {
     require(kernel.info().has_value(), "gemm: ", kernel.name(), " exports no kernel_info");
-    require(kernel.info()->kind == KernelKind::kGemm, "gemm: ", kernel.name(), " is not a GEMM kernel");
+    const KernelKind kind = kernel.info()->kind;
+    require(kind == KernelKind::kGemm || kind == KernelKind::kGemmGroupedK, "gemm: ", kernel.name(),
+            " is not a GEMM kernel");
+}
+
+bool is_grouped_along_k(const KernelInfo& info) {
+    return info.kind == KernelKind::kGemmGroupedK;
+}
+
+bool is_grouped(const KernelInfo& info) {
+    return is_grouped_along_k(info) || info.tma[1].rank == kGroupedRank;
+}
+
+// Along k every group has m of them.
+std::int64_t rows_of_out(const GemmParams& call, const KernelInfo& info) {
+    return std::int64_t{call.m} * (is_grouped_along_k(info) ? call.groups : 1);
 }
 
 void check_sizes(const GemmParams& call) {
@@ -46,14 +61,14 @@ void check_aligned(const char* name, const void* pointer, std::int64_t unit) {
             " is at address ", address, "; it must be a multiple of ", unit, " and not null");
 }
 
-void check_out(const GemmParams& call) {
+void check_out(const GemmParams& call, const KernelInfo& info) {
     const bool is_e4m3 = call.out_type == ElementType::kUint8;
     require(is_e4m3 || is_wide(call.out_type), "gemm: out_type is ",
             static_cast<std::uint32_t>(call.out_type),
             "; supported are FLOAT16, BFLOAT16, FLOAT32, and UINT8 for e4m3");
     check_aligned("out", call.out, element_bytes(call.out_type));
-    require(call.m <= 1 || call.out_stride >= call.n, "gemm: out_stride is ", call.out_stride,
-            " elements, less than a row of ", call.n);
+    require(rows_of_out(call, info) <= 1 || call.out_stride >= call.n, "gemm: out_stride is ",
+            call.out_stride, " elements, less than a row of ", call.n);
     if (call.scale_result != nullptr) {
         require(is_e4m3, "gemm: scale_result is given; it goes with an e4m3 out");
         check_aligned("scale_result", call.scale_result, sizeof(float));
@@ -83,10 +98,6 @@ void check_scales(const GemmParams& call, const KernelInfo& info) {
             shift, info.scale_block > 0 ? "; it must be 0 or 7" : "; this kernel has a scale per row");
 }
 
-bool is_grouped(const KernelInfo& info) {
-    return info.tma[1].rank == kGroupedRank;
-}
-
 void check_groups(const GemmParams& call, const KernelInfo& info) {
     require(is_grouped(info) ? call.groups >= 1 : call.groups == 0, "gemm: groups is ", call.groups,
             is_grouped(info) ? "; this kernel takes 1 or more" : "; this kernel knows no groups");
@@ -95,6 +106,10 @@ void check_groups(const GemmParams& call, const KernelInfo& info) {
     }
     require(call.groups <= kMostRows, "gemm: groups is ", call.groups, "; supported are 1 to 2^31 - 2^20");
     check_aligned("group_rows", call.group_rows, sizeof(std::int32_t));
+    require(!is_grouped_along_k(info) || call.rows_per_group == 0, "gemm: rows_per_group is ",
+            call.rows_per_group, "; it must be 0, since this kernel's groups lie along k");
+    require(rows_of_out(call, info) <= kMostRows, "gemm: out has ", rows_of_out(call, info),
+            " rows; supported are 0 to 2^31 - 2^20");
     require(call.rows_per_group == 0 ||
                 (call.rows_per_group > 0 && std::int64_t{call.rows_per_group} * call.groups == call.m),
             "gemm: rows_per_group is ", call.rows_per_group, "; it must be 0, or those of ", call.groups,
@@ -125,8 +140,13 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
     return (a + b - 1) / b;
 }
 
-// The most blocks of rows that there may be: each group may end with a block that it does not fill.
-std::int64_t most_m_blocks(const GemmParams& call, std::int64_t rows_of_block) {
+// The most blocks of rows that there may be: each group may end with a block that it does not fill. Along k
+// they are those of one group.
+std::int64_t most_m_blocks(const GemmParams& call, const KernelInfo& info) {
+    const std::int64_t rows_of_block = info.kBlockM;
+    if (is_grouped_along_k(info)) {
+        return ceil_div(call.m, rows_of_block);
+    }
     if (call.rows_per_group > 0) {
         return call.groups * ceil_div(call.rows_per_group, rows_of_block);
     }
@@ -141,11 +161,11 @@ std::int32_t band_of(const KernelInfo& info, std::int64_t ctas) {
     return static_cast<std::int32_t>(std::max(1.0, std::round(rows)));
 }
 
-bool has_vector_stores(const GemmParams& call) {
+bool has_vector_stores(const GemmParams& call, const KernelInfo& info) {
     const std::int64_t bytes = element_bytes(call.out_type);
     return reinterpret_cast<std::uintptr_t>(call.out) % kAccessBytes == 0 &&
            call.n * bytes % kAccessBytes == 0 &&
-           (call.m == 1 || call.out_stride % (kAccessBytes / bytes) == 0);
+           (rows_of_out(call, info) == 1 || call.out_stride % (kAccessBytes / bytes) == 0);
 }
 
 }  // namespace
@@ -157,12 +177,13 @@ void launch_gemm(Kernel& kernel, int device, std::uint64_t stream, const GemmPar
     if (call.m == 0 || call.n == 0) {
         return;
     }
-    check_out(call);
-    check_scales(call, info);
     check_groups(call, info);
-    const std::int64_t m_blocks = most_m_blocks(call, info.kBlockM);
+    check_out(call, info);
+    check_scales(call, info);
+    const std::int64_t m_blocks = most_m_blocks(call, info);
     const std::int64_t n_blocks = ceil_div(call.n, info.kBlockN);
-    require(m_blocks <= kMostRows / n_blocks, "gemm: out has ", m_blocks, " by ", n_blocks,
+    const std::int64_t outs = is_grouped_along_k(info) ? call.groups : 1;
+    require(m_blocks * outs <= kMostRows / n_blocks, "gemm: out has ", m_blocks * outs, " by ", n_blocks,
             " tiles; supported are less than 2^31 - 2^20");
 
     GemmParams params = call;
@@ -170,11 +191,11 @@ void launch_gemm(Kernel& kernel, int device, std::uint64_t stream, const GemmPar
     params.tma_b = encode(kernel.driver(), call.b, call.n, call.k, call.b_stride, info.tma[1], call.groups,
                           call.b_group_stride);
     const std::int64_t ctas =
-        std::min<std::int64_t>(m_blocks * n_blocks, kernel.driver().primary(device).multiprocessors);
+        std::min<std::int64_t>(outs * m_blocks * n_blocks, kernel.driver().primary(device).multiprocessors);
     params.m_blocks = static_cast<std::int32_t>(m_blocks);
     params.n_blocks = static_cast<std::int32_t>(n_blocks);
     params.band = static_cast<std::int32_t>(std::min<std::int64_t>(band_of(info, ctas), m_blocks));
-    params.vector_stores = has_vector_stores(call) ? 1 : 0;
+    params.vector_stores = has_vector_stores(call, info) ? 1 : 0;
     launch(kernel, device, stream, shape_of(info, {ctas, 1, 1}), {{&params, sizeof(params)}});
 }
 

@@ -6,7 +6,7 @@ import torch
 from flash8.backends.cpu import gemm as one_product
 from flash8.backends.cpu import grouped_gemm as portable
 from flash8.call.scaled_mm import BLOCK, Product
-from grouped_gemm_cases import GRANULARITIES, make
+from grouped_gemm_cases import GRANULARITIES, make, make_along_k, poison
 from tolerances import rel_l2
 
 FP32 = torch.float32
@@ -96,7 +96,7 @@ def ranges(group_rows, *, rows=70, apart=False):
         a = product.a[:1].expand(rows, -1)
         product = product._replace(a=a)
     index = torch.tensor(group_rows, dtype=torch.int32)
-    found = portable.row_ranges(product._replace(group_rows=index))
+    found = portable.ranges(product._replace(group_rows=index))
     return [(group, part.start, part.stop) for group, part in found]
 
 
@@ -105,6 +105,47 @@ def test_offsets_that_mean_nothing_are_clamped():
     assert ranges([-1, -2, 0]) == []
     assert ranges([71, 80]) == [(0, 0, 70)]
     assert ranges([3, -1, 71, 2], apart=True) == [(0, 0, 3), (2, 0, 70), (3, 0, 2)]
+
+
+def wide(product, group, granularity):
+    """A and B of a group, scaled, in fp64: the scales of each element are looked up one by one."""
+    (m, k), n = product.a.shape, product.b.shape[1]
+    a, b = product.a.float().double(), product.b.t().float().double()
+    if granularity == "block":
+        of_k = torch.arange(k) // BLOCK
+        a = a * product.scale_a.double()[:, of_k]
+        return a, b * product.scale_b.double().t()[torch.arange(n) // BLOCK][:, of_k]
+    of_a, of_b = product.scale_a.double().reshape(-1), product.scale_b.double().reshape(-1)
+    if granularity == "row":
+        of_a, of_b = of_a[group * m :][:m], of_b[group * n :][:n]
+    elif granularity == "group":
+        of_a, of_b = of_a[group], of_b[group]
+    return a * of_a.reshape(-1, 1), b * of_b.reshape(-1, 1)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_groups_along_k(granularity):
+    """Also of K that shares a block with another group, whose operands are NaN."""
+    sizes = [0, 5, 128, 0, 300, 7]
+    product = make_along_k(sizes, 9, 140, granularity)
+    found, begin = multiply(poison(product, 4)), 0
+    for group, count in enumerate(sizes):
+        part = slice(begin, begin + count)
+        a, b = wide(product, group, granularity)
+        if group == 4:
+            assert found[group].isnan().all()
+        elif count:
+            assert rel_l2(found[group], a[:, part] @ b[:, part].t()) < 1e-6
+        else:
+            assert not found[group].any()
+        begin += count
+
+
+def test_offsets_of_k_that_mean_nothing_are_clamped():
+    product = make_along_k([16] * 5, 3, 4, "tensor")
+    index = torch.tensor([50, 20, 60, -5, 2**31 - 1], dtype=torch.int32)
+    found = portable.ranges(product._replace(group_rows=index))
+    assert [(g, p.start, p.stop) for g, p in found] == [(0, 0, 50), (2, 50, 60), (4, 60, 80)]
 
 
 def test_products_without_a_sum_are_zero():

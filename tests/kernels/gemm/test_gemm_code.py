@@ -40,6 +40,9 @@ LIMITS = {
     "gemm_grouped_outer_128x128": (64, 68),
     "gemm_grouped_block_128x128": (64, 68),
     "gemm_grouped_outer_fast_128x128": (0, 60),
+    "gemm_grouped_k_outer_128x128": (64, 68),
+    "gemm_grouped_k_block_128x128": (64, 68),
+    "gemm_grouped_k_outer_fast_128x128": (0, 60),
 }
 VARIANTS = (*SHIPPED_GEMMS, *SHIPPED_GROUPED_GEMMS)
 KEPT = [
@@ -48,6 +51,7 @@ KEPT = [
         for scales in ("outer", "block")
         for grouped in (False, True)
     ),
+    *(GemmVariant(scales, 128, 128, grouped_k=True) for scales in ("outer", "block")),
     GemmVariant("block", 16, 64, small_m=True),
 ]
 

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missi
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 E4M3 = torch.float8_e4m3fn
 SLOW = pytest.mark.slow
+SHIPPED = [variant for variant in SHIPPED_GROUPED_GEMMS if variant.grouped]
 #: Rows of groups, N and K: ends of tiles and of blocks of K, empty groups first, between and last.
 CASES = [
     pytest.param([0, 5, 0, 0, 130, 1, 0], 131, 144, id="empty groups"),
@@ -146,7 +147,7 @@ def test_a_cta_walks_many_tiles_in_any_order(monkeypatch, granularity):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", SHIPPED_GROUPED_GEMMS, ids=lambda v: v.name)
+@pytest.mark.parametrize("kernel", SHIPPED, ids=lambda v: v.name)
 def test_every_shipped_tile(monkeypatch, kernel):
     granularity = "block" if kernel.scales == "block" else "row"
     for sizes in ([1], [300, 0, 5, 263], [0, 513, 0]):
@@ -155,7 +156,7 @@ def test_every_shipped_tile(monkeypatch, kernel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", SHIPPED_GROUPED_GEMMS, ids=lambda v: v.name)
+@pytest.mark.parametrize("kernel", SHIPPED, ids=lambda v: v.name)
 def test_no_false_alarm_in_100_seeds(monkeypatch, kernel):
     granularity = "block" if kernel.scales == "block" else "group"
     product = make([3, 140, 0, 20], 150, 784, granularity, beyond=4, fast=kernel.fast_accum)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gemm_cases import changed_kernel, is_caught
-from grouped_gemm_cases import assert_same, device, emulated, make, on_kernel
+from grouped_gemm_cases import assert_same, device, emulated, make, make_along_k, on_kernel, poison
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
@@ -57,14 +57,14 @@ FAULTS = {
     ),
     "offsets that are not clamped": (
         "grouped_walk.cuh",
-        "clamped(params.group_rows[group], 0, params.m)",
+        "clamped(params.group_rows[group], 0, most)",
         "params.group_rows[group]",
         {"offsets": [5, 90, 175, 130, 170, 171]},
     ),
     "offsets that may decrease": (
         "grouped_walk.cuh",
-        "running_max(max(rows_before, clamped_offset(params_, group)))",
-        "max(rows_before, clamped_offset(params_, group))",
+        "running_max(max(before, clamped_offset(params_, group)))",
+        "max(before, clamped_offset(params_, group))",
         {"offsets": [5, 130, 20, 171, 150, 171]},
     ),
     "counts that are not clamped": (
@@ -81,7 +81,7 @@ FAULTS = {
     ),
     "rows that are counted anew after 32 groups": (
         "grouped_walk.cuh",
-        "hold_groups(first_group_ + 32, __shfl_sync(0xffffffff, row_end_, 31),",
+        "hold_groups(first_group_ + 32, __shfl_sync(0xffffffff, end_, 31),",
         "hold_groups(first_group_ + 32, 0,",
         {"sizes": [1] * 32 + [7]},
     ),
@@ -93,8 +93,8 @@ FAULTS = {
     ),
     "rows of no group that are not written": (
         "grouped_walk.cuh",
-        "row < params.m; row += static_cast<int>(gridDim.x)",
-        "row < params.m - 1; row += static_cast<int>(gridDim.x)",
+        "end + static_cast<int>(blockIdx.x); row < params.m;",
+        "end + static_cast<int>(blockIdx.x); row < params.m - 1;",
         {},
     ),
     "columns of no group that are not written": (
@@ -108,6 +108,102 @@ FAULTS = {
         "if (params.rows_per_group > 0) {\n        return;",
         "if (params.rows_per_group < 0) {\n        return;",
         {"room": 150},
+    ),
+}
+
+
+# The same with groups along K: a stage holds K of up to five of them.
+FAULTS_ALONG_K = {
+    "stages that begin before the group": ("k_range.cuh", "k0 < tile.k_begin || ", "", {}),
+    "stages that end behind the group": (
+        "k_range.cuh",
+        " || k0 + Config::kBlockK > tile.k_end",
+        "",
+        {},
+    ),
+    "A that is not cut": (
+        "k_range.cuh",
+        "keep<Config::kBlockM>(shared.a[state.stage], tile.k_begin - k0, tile.k_end - k0);",
+        "",
+        {"poisoned": 2},
+    ),
+    "B that is not cut": (
+        "k_range.cuh",
+        "keep<Config::kBlockN>(shared.b[state.stage], tile.k_begin - k0, tile.k_end - k0);",
+        "",
+        {"poisoned": 2},
+    ),
+    "the first rows of A alone": (
+        "k_range.cuh",
+        "keep<Config::kBlockM>(",
+        "keep<Config::kBlockM / 4>(",
+        {"poisoned": 2},
+    ),
+    "chunks that stay whole": (
+        "k_range.cuh",
+        "if (begin <= byte && byte + kChunk <= end) {",
+        "if (begin <= byte + 15 && byte < end) {",
+        {},
+    ),
+    "words of a chunk that are cut alike": (
+        "k_range.cuh",
+        "bytes_inside(begin - byte - 8, end - byte - 8)",
+        "bytes_inside(begin - byte - 4, end - byte - 4)",
+        {},
+    ),
+    "rows that are not swizzled": (
+        "k_range.cuh",
+        "tile + Rows::offset(row, byte)",
+        "tile + row * Config::kBlockK + byte",
+        {},
+    ),
+    "a stage that is full before it is cut": (
+        "k_range.cuh",
+        "is_cut(tile, k0) ? &shared.landed[state.stage] : &shared.pipeline.full[state.stage];",
+        "&shared.pipeline.full[state.stage];",
+        {},
+    ),
+    "the phase of another stage": (
+        "k_range.cuh",
+        "parities >> state.stage & 1",
+        "state.parity",
+        {"sizes": [3, 700, 900, 14]},
+    ),
+    "scales of blocks from the group's beginning": (
+        "producer.cuh",
+        "int const first = first_k(tile) / Config::kBlockK;",
+        "int const first = 0;",
+        {},
+    ),
+    "blocks that begin with the group": (
+        "tile_walk.cuh",
+        "return Config::kBlockScales ?",
+        "return Config::kBlockScales && false ?",
+        {},
+    ),
+    "the first group's out": (
+        "epilogue.cuh",
+        "int64_t{tile.group} * params.m + row",
+        "row",
+        {},
+    ),
+    "groups without K that are not written": (
+        "grouped_walk.cuh",
+        "if (end == begin) {",
+        "if (false) {",
+        {},
+    ),
+    "groups that end below the one before": (
+        "grouped_walk.cuh",
+        "int const end = max(begin, clamped_offset(params, group));",
+        "int const end = clamped_offset(params, group);",
+        {"offsets": [5, 130, 20, 171, 150, 176]},
+    ),
+    "all of K of a matrix": (
+        "grouped_walk.cuh",
+        "tile.k_end = end;",
+        "tile.k_end = params_.k;",
+        {},
     ),
 }
 
@@ -127,11 +223,27 @@ def product_of(options):
 @pytest.mark.parametrize("name", FAULTS)
 def test_is_caught(monkeypatch, tmp_path, name):
     file, old, new, options = FAULTS[name]
-    product = product_of(options)
+    expect_caught(monkeypatch, tmp_path, (file, old, new), product_of(options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS_ALONG_K)
+def test_is_caught_along_k(monkeypatch, tmp_path, name):
+    *edit, options = FAULTS_ALONG_K[name]
+    product = make_along_k(options.get("sizes", [5, 0, 130, 1, 0, 40]), 140, 40)
+    if "poisoned" in options:  # of both operands, so that cutting one of them is not enough
+        product = poison(product, options["poisoned"])
+    if "offsets" in options:
+        index = torch.tensor(options["offsets"], dtype=torch.int32)
+        product = product._replace(group_rows=index)
+    expect_caught(monkeypatch, tmp_path, edit, product)
+
+
+def expect_caught(monkeypatch, tmp_path, edit, product):
     want = emulated(product)
     assert_same(on_kernel(monkeypatch, product), want)
     monkeypatch.setenv("FLASH8_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(device(), "_registry", changed_kernel(tmp_path, file, old, new))
+    monkeypatch.setattr(device(), "_registry", changed_kernel(tmp_path, *edit))
     rows = want.flatten(0, -2)
     assert is_caught(
         lambda seed: on_kernel(monkeypatch, product, seed=seed).flatten(0, -2), rows, seeds=4

@@ -168,7 +168,7 @@ def decode_cubin(
 
 
 _JOBS = {"cast": 6, "amax": 7, "mean": 8, "mean_finish": 9}
-_APPEND, _SCHEDULE, _GEMM = 10, 11, 12
+_APPEND, _SCHEDULE, _GEMM, _GEMM_GROUPED_K = 10, 11, 12, 16
 _PROLOGUES = {"rms_norm": 14, "silu_mul": 15}
 
 
@@ -209,7 +209,8 @@ def schedule_cubin() -> bytes:
 def gemm_cubin(variant: str = "gemm_block_128x128", **values: int | str | tuple[int, ...]) -> bytes:
     """A kernel for the calls of the GEMM variant of this name."""
     block_m, block_n = (int(size) for size in variant.rpartition("_")[2].split("x"))
-    extra = (1,) if "_grouped_" in variant else ()  # of B, the groups
+    along_k = "_grouped_k_" in variant
+    extra = (1,) if "_grouped_" in variant and not along_k else ()  # of B, the groups
     boxes = [
         (len(box), box, _native.ElementType.UINT8, _native.Swizzle.B128)
         for box in ((128, block_m, 1, 1), (128, block_n, 1, 1, *extra))
@@ -219,7 +220,7 @@ def gemm_cubin(variant: str = "gemm_block_128x128", **values: int | str | tuple[
             wide = getattr(_native.ElementType, kind)
             boxes[0] = (4, (128, block_m, 1, 1), wide, _native.Swizzle.NONE)
     given: dict[str, int | str | tuple[int, ...]] = {
-        "kind": _GEMM,
+        "kind": _GEMM_GROUPED_K if along_k else _GEMM,
         "entry": "gemm",
         "params_bytes": LAYOUT["GemmParams"]["size"],
         "kBlockM": block_m,

@@ -26,6 +26,7 @@ class GemmVariant:
         small_m: B is the tensor core's first operand, and A, of few rows, its second.
         a: A's type.
         grouped: Rows of A belong to groups, each with a B of its own.
+        grouped_k: K belongs to groups, each with an output of its own.
 
     Raises:
         ValueError: A choice is unknown, or no tile of its kind.
@@ -38,6 +39,7 @@ class GemmVariant:
     small_m: bool = False
     a: InputOfA = "e4m3"
     grouped: bool = False
+    grouped_k: bool = False
 
     def __post_init__(self) -> None:
         if self.scales not in get_args(Scales):
@@ -46,8 +48,10 @@ class GemmVariant:
             raise ValueError("fast_accum is True; scales of blocks need sums in fp32")
         if self.small_m and self.fast_accum:
             raise ValueError("fast_accum is True; the kernel for few rows has sums in fp32")
-        if self.small_m and self.grouped:
-            raise ValueError("grouped is True; the kernel for few rows has one B")
+        if self.small_m and (self.grouped or self.grouped_k):
+            raise ValueError("grouped or grouped_k is True; the kernel for few rows has one B")
+        if self.grouped and self.grouped_k:
+            raise ValueError("grouped and grouped_k are True; groups have rows or K")
         if self.a not in get_args(InputOfA):
             raise ValueError(f"a is {self.a!r}; supported are {get_args(InputOfA)}")
         if self.a != "e4m3" and not (self.small_m and self.scales == "block"):
@@ -61,14 +65,15 @@ class GemmVariant:
     def _known_tiles(self) -> list[tuple[int, int]]:
         if self.small_m:
             return [tile[:2] for tile in small_m_tiles(self.a)]
-        known = (_SMALL,) if self.grouped else TILES[self.scales, self.fast_accum]
+        known = (_SMALL,) if self.grouped or self.grouped_k else TILES[self.scales, self.fast_accum]
         return [tile[:2] for tile in known]
 
     @cached_property
     def name(self) -> str:
         """A name that no other variant has: gemm_block_128x128, gemm_outer_fast_128x256,
-        gemm_small_m_block_bf16_16x64, gemm_grouped_block_128x128."""
+        gemm_small_m_block_bf16_16x64, gemm_grouped_block_128x128, gemm_grouped_k_block_128x128."""
         kind = "small_m_" if self.small_m else "grouped_" if self.grouped else ""
+        kind = "grouped_k_" if self.grouped_k else kind
         fast = "_fast" if self.fast_accum else ""
         wide = "" if self.a == "e4m3" else f"_{self.a}"
         return f"gemm_{kind}{self.scales}{fast}{wide}_{self.block_m}x{self.block_n}"
@@ -78,7 +83,11 @@ class GemmVariant:
         """The -D options; a choice of words is handed over as the name of an enumerator."""
         kind: tuple[tuple[str, str], ...] = (("FLASH8_INPUT", enumerator(self.a)),)
         if not self.small_m:
-            flags = {"FAST_ACCUM": self.fast_accum, "GROUPED": self.grouped}
+            flags = {
+                "FAST_ACCUM": self.fast_accum,
+                "GROUPED": self.grouped,
+                "GROUPED_K": self.grouped_k,
+            }
             kind = tuple((f"FLASH8_{name}", str(int(flag))) for name, flag in flags.items())
         return (
             ("FLASH8_SCALES", enumerator(self.scales)),
@@ -164,7 +173,10 @@ SHIPPED_GEMMS = (
 #: Groups have the small tile: few of them fill another, and 256 x 128 with scales of blocks has no
 #: registers left for the walk over groups.
 SHIPPED_GROUPED_GEMMS = tuple(
-    GemmVariant(scales, _SMALL.block_m, _SMALL.block_n, fast, grouped=True)
+    GemmVariant(
+        scales, _SMALL.block_m, _SMALL.block_n, fast, grouped=not along_k, grouped_k=along_k
+    )
+    for along_k in (False, True)
     for scales, fast in TILES
 )
 

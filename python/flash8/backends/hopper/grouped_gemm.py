@@ -26,7 +26,8 @@ def choose(product: GroupedProduct) -> GemmVariant:
     return next(
         variant
         for variant in SHIPPED_GROUPED_GEMMS
-        if (variant.scales == "block") == product.has_blocks
+        if variant.grouped_k == product.is_along_k
+        and (variant.scales == "block") == product.has_blocks
         and variant.fast_accum == product.fast_accum
     )
 
@@ -50,13 +51,14 @@ def plan_and_launch(variant: GemmVariant, product: GroupedProduct, out: Tensor) 
 
 def _launch_of(variant: GemmVariant, product: GroupedProduct, out: Tensor) -> Launch:
     groups, rows, n, k = product.sizes
-    a, b = readable(product.a.reshape(-1, k)), readable(product.b.transpose(1, 2))
+    a, b = readable(product.a.reshape(-1, k)), readable(product.b.mT)
     group_rows = product.group_rows.contiguous()
     scale_a, scale_b = product.scales()
     call = _native.GemmParams()
     call.m, call.n, call.k = a.shape[0], n, k
     call.a, call.a_stride = a.data_ptr(), a.stride(0)
-    call.b, call.b_stride, call.b_group_stride = b.data_ptr(), b.stride(1), b.stride(0)
+    call.b, call.b_stride = b.data_ptr(), b.stride(-2)
+    call.b_group_stride = 0 if product.is_along_k else b.stride(0)
     # Groups apart are contiguous; of a dimension of one that says nothing about its stride.
     call.out, call.out_stride = out.data_ptr(), out.view(-1, n).stride(0)
     call.out_type = ELEMENT_TYPES[out.dtype]

@@ -1,12 +1,12 @@
 """A grouped GEMM kernel against the products of its groups in fp64: groups of all sizes, one after
-another and apart, and indices that mean nothing."""
+another, apart and along K, and indices that mean nothing."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from flash8.backends.cpu.grouped_gemm import row_ranges
+from flash8.backends.cpu.grouped_gemm import along_k, ranges
 from flash8.backends.hopper import grouped_gemm as hopper
 from flash8.backends.hopper.gemm import multiprocessors
 from flash8.backends.hopper.gemm_variants import GemmVariant
@@ -39,10 +39,14 @@ def find_fault_of(variant: GemmVariant, product: GroupedProduct) -> str | None:
 
 def _differ(out: Tensor, product: GroupedProduct) -> Tensor:
     """Where `out`, which was NaN, is wrong: a product, what is left alone or, where no group has
-    the row, zero."""
+    the row or a group no K, zero."""
     wrong = ~out.isnan() if product.is_apart else out != 0.0
+    if product.is_along_k:
+        for group, part in ranges(product):
+            wrong[group] = gemm.differ(out[group], along_k(product, group, part))
+        return wrong
     scale_a, scale_b = product.scales()
-    for group, rows in row_ranges(product):
+    for group, rows in ranges(product):
         index = (group, rows) if product.is_apart else (rows,)
         scales = scale_a[group, rows], scale_b[group]
         of_group = Product(product.a[index], product.b[group], *scales, None, out.dtype)
@@ -57,6 +61,9 @@ class Draw(gemm.Draw):
         """A group of more than a tile between groups of a row and of none, and rows of no group;
         more groups than a warp has lanes; offsets that decrease or lie outside; groups apart. On a
         GPU CTAs that go on to a second tile."""
+        if self.variant.grouped_k:
+            yield from self._products_along_k()
+            return
         half, bfloat, full = torch.float16, torch.bfloat16, torch.float32
         m, n = self.variant.block_m, self.variant.block_n
         yield self._product([0, m + 5, m + 5, m + 6, m + 70], m + 79, n + 72, 1168, full)
@@ -74,6 +81,37 @@ class Draw(gemm.Draw):
         ends = [rows * (group + 1) for group in range(groups)]
         n = self.variant.block_n * columns - 88
         return self._product(ends, rows * groups, n, 272, torch.bfloat16)
+
+    def _products_along_k(self) -> Iterator[GroupedProduct]:
+        """Groups that end anywhere in a stage of K, several in one, and of more K than stages hold;
+        without any K; K of no group. More groups than a warp has lanes, offsets that decrease or
+        lie outside. On a GPU CTAs that go on to a second tile."""
+        half, bfloat, full = torch.float16, torch.bfloat16, torch.float32
+        m, n = self.variant.block_m, self.variant.block_n
+        ends = [0, 5, 128, 128, 171, 1300, 1301]
+        yield self._along_k(ends, m + 5, n + 72, 1312, full)
+        yield self._along_k([i * i // 20 for i in range(70)], 20, 13, 256, bfloat)
+        yield self._along_k([60, -7, 30, 190, 2**31 - 1, 0], 1, 48, 272, half)
+        if self.device.type == "cuda":
+            rows = m * (multiprocessors(self.device) // 2)
+            yield self._along_k([7, 300, 300, 700], rows, n + 8, 720, bfloat)
+
+    def _along_k(
+        self, ends: list[int], m: int, n: int, k: int, out_dtype: torch.dtype
+    ) -> GroupedProduct:
+        """What no group has of K is NaN, which must not show."""
+        groups = len(ends)
+        a, b = (saturating_cast(self.normal(rows, k) * 4.0) for rows in (m, n))
+        for x in (a, b):
+            x.view(torch.uint8)[:, min(k, max(ends)) :] = 0x7F
+        if self.variant.scales == "block":
+            scale_a = self.scale(blocks_of(k), m).t()
+            scale_b = self.scale(blocks_of(k), blocks_of(n))
+        else:
+            scale_a, scale_b = self.scale(groups * m), self.scale(groups * n)
+        index = torch.tensor(ends, dtype=torch.int32).to(self.device)
+        fast = self.variant.fast_accum
+        return GroupedProduct(a, b.t(), scale_a, scale_b, index, out_dtype, fast)
 
     def _product(  # type: ignore[override]
         self,

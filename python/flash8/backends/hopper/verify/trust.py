@@ -134,7 +134,7 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
             if isinstance(variant, ScheduleVariant):
                 return check_schedule.find_fault(variant, device)
             if isinstance(variant, GemmVariant):
-                if variant.grouped:
+                if variant.grouped or variant.grouped_k:
                     return check_grouped_gemm.find_fault(variant, device)
                 return check_gemm.find_fault(variant, device)
             if isinstance(variant, QuantizeMatrixVariant):
