@@ -74,6 +74,7 @@ struct KernelInfo {
     PageChoice paged;          // whether K and V lie in pages
     std::int32_t qv;           // 1: scores are q . k + qv . v
     std::int32_t appends;      // 1: the kernel writes new keys into the cache that it reads
+    std::int32_t out_e4m3;     // 1: the kernel writes O as e4m3
     TmaBox tma[kMaxTmaBoxes];  // in the order in which the params struct names its maps
 };
 

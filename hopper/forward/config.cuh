@@ -34,6 +34,8 @@ namespace flash8 {
 enum class ElementChoice { kFp16, kBf16, kE4m3 };
 // The type of k and v: q's, or e4m3 under a q of 16 bits, which the producer widens to q's.
 enum class CacheChoice { kSame, kE4m3 };
+// The type of O: 16 bits, or e4m3 with scales (OutScaleRef).
+enum class OutChoice { kWide, kE4m3 };
 
 struct ForwardConfig {
     static constexpr auto kElement = ElementChoice::FLASH8_DTYPE;
@@ -43,6 +45,8 @@ struct ForwardConfig {
         std::conditional_t<kElement == ElementChoice::kFp16, cutlass::half_t, cutlass::bfloat16_t>>;
     static constexpr bool kWidens = CacheChoice::FLASH8_CACHE == CacheChoice::kE4m3;
     static constexpr bool kHasDescales = kFp8 || kWidens;
+    static constexpr bool kOutE4m3 = OutChoice::FLASH8_OUT == OutChoice::kE4m3;
+    using Stored = std::conditional_t<kOutE4m3, uint8_t, uint16_t>;  // an element of O
     static constexpr int kHeadDim = FLASH8_HEAD_DIM;
     static constexpr int kHeadDimV = FLASH8_HEAD_DIM_V;
     static constexpr auto kMask = MaskMode::FLASH8_MASK;
@@ -78,6 +82,8 @@ struct ForwardConfig {
                   "pages are loaded by one CTA, by token, and number no keys of a whole sequence");
     static_assert(kFp8 == (kScales != ScaleGranularity::kNone), "e4m3 has descales, 16-bit types have none");
     static_assert(kFp8 || !kVColMajor, "16-bit products take V as it is");
+    static_assert(!kOutE4m3 || (kHeadDimV % kOutScaleChannels == 0 && !kDropout),
+                  "a row of a head is whole groups of channels that share a scale, of inference");
     static_assert(kHeadDim % 32 == 0 && kHeadDimV % 32 == 0,
                   "tiles are made of panels of at least 32 columns");
 

@@ -39,7 +39,7 @@ class Consumer {
             Turns::finish(warpgroup_);
         }
         int const warp = static_cast<int>(threadIdx.x / 32) - 4;
-        zero_unused_rows(params_, tile.offset_q, blockIdx.x * Config::kConsumerWarps + warp,
+        zero_unused_rows<Config>(params_, tile.offset_q, blockIdx.x * Config::kConsumerWarps + warp,
                          gridDim.x * Config::kConsumerWarps);
     }
 

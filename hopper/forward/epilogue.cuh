@@ -9,6 +9,7 @@
 #include "../attention/tile_scheduler.cuh"
 #include "../clamp.cuh"
 #include "config.cuh"
+#include "e4m3_row.cuh"
 
 namespace flash8 {
 
@@ -21,6 +22,7 @@ struct EpilogueScales {
 template <class Config>
 class Epilogue {
     using Element = typename Config::Element;
+    using Stored = typename Config::Stored;
 
   public:
     // Writes every row of the sequence in this tile: zero if the row is unused or has seen no key.
@@ -37,18 +39,22 @@ class Epilogue {
             sinks[r] = sink ? params.scores.sinks[rows[r].head] - scales.score_shift[r] : -INFINITY;
         }
         RowStatistics const statistics = softmax.finish(sinks);
-        uint16_t* const out = static_cast<uint16_t*>(params.o.ptr) + info.batch_q * params.o.batch_stride;
+        Stored* const out = static_cast<Stored*>(params.o.ptr) + info.batch_q * params.o.batch_stride;
         float* const out_lse = params.lse.ptr + info.batch_q * params.lse.batch_stride;
 #pragma unroll
         for (int r = 0; r < kRowsPerThread; ++r) {
             bool const used = rows[r].query < info.seqlen_q;
             bool const inside = rows[r].query < info.rows_q;
             int64_t const target = info.offset_q + static_cast<int64_t>(rows[r].query);
-            uint16_t* const out_row =
+            Stored* const out_row =
                 out + target * params.o.row_stride + rows[r].head * params.o.head_stride;
             RowFactors const factors{used ? statistics.normalise[r] * scales.v_scale : 0.0f,
                                      used ? statistics.weight[r] : 0.0f};
-            if constexpr (Config::kFp8) {
+            if constexpr (Config::kOutE4m3) {
+                finish_row(o, r, factors, Channels(params, tile));
+                E4m3Row<Config>::store(params.out_scale, o, r, inside, out_row,
+                                       scales_of(params, info.batch_q, target, rows[r].head));
+            } else if constexpr (Config::kFp8) {
                 store_interleaved_row(out_row, inside, o, r, factors, Channels(params, tile));
             } else {
                 store_row(out_row, inside, o, r, factors.normalise, params.head_dim_v);
@@ -69,6 +75,13 @@ class Epilogue {
     // A factor of 0 gives 0, even if the accumulator holds NaN.
     __device__ __forceinline__ static float scaled(float x, float factor) {
         return factor == 0.0f ? 0.0f : x * factor;
+    }
+
+    // Where the scales of a row of a head are.
+    __device__ __forceinline__ static float* scales_of(ForwardParams const& params, int batch, int64_t row,
+                                                       int head) {
+        int64_t const query = int64_t{batch} * params.sequences.max_seqlen_q + row;
+        return params.out_scale.ptr + query * params.out_scale.row_stride + head * E4m3Row<Config>::kScales;
     }
 
     // FP8: applies a channel's descale and mean, if the call has them, and rounds to O's type.
@@ -110,6 +123,25 @@ class Epilogue {
         float const* descale_;
         float const* mean_;
     };
+
+    // O in fp32, in the place of the accumulators.
+    template <class Accumulator>
+    __device__ __forceinline__ static void finish_row(Accumulator& o, int r, RowFactors const& factors,
+                                                      Channels const& channels) {
+        using Row = E4m3Row<Config>;
+#pragma unroll
+        for (int i = 0; i < Row::kChunks; ++i) {
+#pragma unroll
+            for (int j = 0; j < Row::kValues; ++j) {
+                float& x = o(Row::index(i, r, j));
+                if constexpr (Config::kFp8) {
+                    x = channels.restore(x, Row::first_channel(i) + j, factors);
+                } else {
+                    x = scaled(x, factors.normalise);
+                }
+            }
+        }
+    }
 
     // A quad holds a row: lane q has columns 8 i + 2 q and 8 i + 2 q + 1. Four neighbouring column groups are
     // transposed within the quad, so that lane q stores all eight columns of group 4 g + q: 16 bytes.

@@ -52,6 +52,7 @@ constexpr KernelInfo describe() {
     info.tma[2] = box(Config::kPanelV, Config::kBlockN / Config::kClusterM, Config::TileV::kSwizzle);
     info.v_colmajor = Config::kVColMajor;
     info.paged = Config::kPages;
+    info.out_e4m3 = Config::kOutE4m3;
     if (Config::kGather || Config::kWidens) {
         info.tma[1] = info.tma[2] = TmaBox{};
     }

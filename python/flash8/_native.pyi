@@ -124,6 +124,8 @@ class KernelInfo:
     @property
     def appends(self) -> bool: ...
     @property
+    def out_e4m3(self) -> bool: ...
+    @property
     def threads(self) -> int: ...
     @property
     def cluster(self) -> tuple[int, int, int]: ...
@@ -219,6 +221,7 @@ class ForwardParams:
     head_dim_v: int
     o_type: ElementType
     heads_per_q_descale: int
+    out_scale: tuple[int, int, int]
     @property
     def pages(self) -> PageParams: ...
     @property

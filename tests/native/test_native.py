@@ -87,6 +87,7 @@ def test_layout_of_abi_version_16():
         "ScoreParams": (48, 8),
         "DropoutParams": (16, 8),
         "SchedulerParams": (24, 8),
+        "OutScaleRef": (24, 8),
         "ForwardParams": (960, 64),
         "BackwardParams": (1280, 64),
         "DecodeParams": (1536, 64),
@@ -99,7 +100,7 @@ def test_layout_of_abi_version_16():
         "ScaleRef": (24, 8),
         "GemmParams": (448, 64),
         "TmaBox": (32, 4),
-        "KernelInfo": (412, 4),
+        "KernelInfo": (416, 4),
         "ScheduleParams": (1600, 64),
         "QuantizeMatrixParams": (120, 8),
     }

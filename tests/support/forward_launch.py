@@ -168,24 +168,40 @@ class ForwardKernel:
         """O and LSE. Every element of both was NaN before the launch, and the counter of tiles is
         zero after it."""
         given = Launch(self._driver)
-        params = _native.ForwardParams()
-        rows, heads = call.q.shape[-3:-1]
+        params = self.describe(given, call)
         o_dtype = call.out_dtype if call.q.element_size() == 1 else call.q.dtype
         params.o_type = _TYPES[o_dtype]
         o = torch.full((*call.q.shape[:-1], call.v.shape[-1]), float("nan"), dtype=o_dtype)
+        o_memory = given.tensor(params, "o", o)
+        lse, lse_memory = self.lse(given, params, call)
+        self.run(given, params, schedule)
+        return o_memory.read(o), lse_memory.read(lse)
+
+    def lse(self, given: Launch, params: Any, call: Call) -> tuple[Tensor, Uploaded]:
+        """NaN in the shape of LSE, and where it is written."""
+        rows, heads = call.q.shape[-3:-1]
         lse = torch.full((*call.q.shape[:-3], heads, rows), float("nan"), dtype=torch.float32)
+        memory = given.upload(lse)
+        params.lse = (memory.address, heads * rows, rows)
+        return lse, memory
+
+    def describe(self, given: Launch, call: Call) -> Any:
+        """The parameters of a call, but for what is written."""
+        params = _native.ForwardParams()
         for name in ("q", "k"):
             given.tensor(params, name, getattr(call, name))
         given.tensor(params, "v", _colmajor(call) if self.info.v_colmajor else call.v)
-        o_memory, lse_memory = given.tensor(params, "o", o), given.upload(lse)
-        params.lse = (lse_memory.address, heads * rows, rows)
-        params.heads_q, params.heads_kv = heads, call.k.shape[-2]
+        params.heads_q, params.heads_kv = call.q.shape[-2], call.k.shape[-2]
         params.head_dim, params.head_dim_v = call.q.shape[-1], call.v.shape[-1]
         given.sequences(params.sequences, call)
         given.pages(params.pages, call)
         given.scores(params.scores, call)
         given.dropout(params.dropout, call)
         descales(given, params, call)
+        return params
+
+    def run(self, given: Launch, params: Any, schedule: Schedule) -> None:
+        """Launches it and waits, and looks at what the kernel leaves behind."""
         counter = given.upload(torch.tensor([schedule.first_draw, 0], dtype=torch.int32))
         params.scheduler.tile_count = counter.address if schedule.dynamic else 0
         params.scheduler.heads_per_section = schedule.heads_per_section
@@ -195,7 +211,6 @@ class ForwardKernel:
         given.check()
         left = counter.read(torch.zeros(2, dtype=torch.int32)).tolist()
         assert left == [0, 0], f"the counters are left at {left}"
-        return o_memory.read(o), lse_memory.read(lse)
 
 
 def descales(given: Launch, params: Any, call: Call) -> None:

@@ -65,6 +65,9 @@ void bind_scheduler(py::module_& module) {
     type.def_readwrite("heads_per_section", &S::heads_per_section);
 }
 
+// Addresses of the scales that are written and of the one that is given, and the row stride.
+using OutScaleTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t>;
+
 void bind_forward(py::module_& module) {
     using P = ForwardParams;
     py::class_<P> type(module, "ForwardParams", "A forward call. What is not set is zero.");
@@ -82,6 +85,17 @@ void bind_forward(py::module_& module) {
     def_rows(type, "v_channel_descale", &P::v_channel_descale);
     def_call(type);
     type.def_property_readonly("pages", [](P& self) { return &self.pages; });
+    type.def_property(
+        "out_scale",
+        [](const P& self) {
+            const OutScaleRef& ref = self.out_scale;
+            return OutScaleTuple(reinterpret_cast<std::uintptr_t>(ref.ptr),
+                                 reinterpret_cast<std::uintptr_t>(ref.given), ref.row_stride);
+        },
+        [](P& self, const OutScaleTuple& values) {
+            const auto& [address, given, row] = values;
+            self.out_scale = {reinterpret_cast<float*>(address), reinterpret_cast<const float*>(given), row};
+        });
     type.def_readwrite("o_type", &P::o_type).def_readwrite("heads_per_q_descale", &P::heads_per_q_descale);
     module.def("launch_forward", &launch_forward, py::arg("kernel"), py::arg("device"), py::arg("stream"),
                py::arg("call"), py::arg("sm_margin") = 0, ReleaseGil(),

@@ -64,6 +64,7 @@ void bind_kernel_info(py::module_& module) {
                                [](const KernelInfo& self) { return self.paged != PageChoice::kNone; })
         .def_property_readonly("qv", [](const KernelInfo& self) { return self.qv != 0; })
         .def_property_readonly("appends", [](const KernelInfo& self) { return self.appends != 0; })
+        .def_property_readonly("out_e4m3", [](const KernelInfo& self) { return self.out_e4m3 != 0; })
         .def_readonly("threads", &KernelInfo::threads)
         .def_property_readonly("cluster",
                                [](const KernelInfo& self) {

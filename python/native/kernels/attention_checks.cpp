@@ -9,7 +9,6 @@ namespace flash8 {
 namespace {
 
 constexpr std::int64_t kAccessBytes = 16;
-constexpr std::int64_t kRowUnit = kAccessBytes / 2;  // in elements
 
 }  // namespace
 
@@ -36,18 +35,19 @@ void check_sequences(const char* call, const SequenceParams& sequences) {
     check("total_k", sequences.total_k);
 }
 
-void check_row_unit(const char* call, const char* name, std::int64_t value) {
-    require(value % kRowUnit == 0, call, ": ", name, " is ", value, " elements; it must be a multiple of ",
-            kAccessBytes, " bytes");
+void check_row_unit(const char* call, const char* name, std::int64_t value, int element_bytes) {
+    require(value % (kAccessBytes / element_bytes) == 0, call, ": ", name, " is ", value,
+            " elements; it must be a multiple of ", kAccessBytes, " bytes");
 }
 
-void check_rows_of(const char* call, const char* name, const TensorRef& tensor) {
+void check_rows_of(const char* call, const char* name, const TensorRef& tensor, int element_bytes) {
     const auto address = reinterpret_cast<std::uintptr_t>(tensor.ptr);
     require(address != 0 && address % kAccessBytes == 0, call, ": ", name, " is at address ", address,
             "; it must be a multiple of ", kAccessBytes, " and not null");
     const auto check = [&](const char* which, std::int64_t stride) {
-        if (stride % kRowUnit != 0) {
-            check_row_unit(call, (std::string("the ") + which + " stride of " + name).c_str(), stride);
+        if (stride % (kAccessBytes / element_bytes) != 0) {
+            check_row_unit(call, (std::string("the ") + which + " stride of " + name).c_str(), stride,
+                           element_bytes);
         }
     };
     check("batch", tensor.batch_stride);

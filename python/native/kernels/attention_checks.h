@@ -31,11 +31,11 @@ struct HeadCounts {
 void check_heads(const char* call, const HeadCounts& heads, const KernelInfo& info);
 void check_sequences(const char* call, const SequenceParams& sequences);
 
-// `value`, named `name`, is a multiple of the 16 bytes in which kernels access rows of 16-bit elements.
-void check_row_unit(const char* call, const char* name, std::int64_t value);
+// `value`, named `name`, counts elements: it is a multiple of the 16 bytes in which kernels access rows.
+void check_row_unit(const char* call, const char* name, std::int64_t value, int element_bytes = 2);
 
 // The same of a tensor's address and strides.
-void check_rows_of(const char* call, const char* name, const TensorRef& tensor);
+void check_rows_of(const char* call, const char* name, const TensorRef& tensor, int element_bytes = 2);
 
 // position / page_size by a multiplication: exact for positions below 2^31.
 void divide_by_page_size(PageParams& pages);

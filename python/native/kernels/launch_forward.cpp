@@ -45,9 +45,6 @@ void check_descales(const ForwardParams& call, const KernelInfo& info) {
     if (element_bytes(info.tma[0].element_type) != 1) {
         return;
     }
-    require(call.o_type == ElementType::kFloat16 || call.o_type == ElementType::kBfloat16,
-            "forward: o_type is ", static_cast<std::uint32_t>(call.o_type),
-            "; supported are FLOAT16 and BFLOAT16");
     const std::int32_t group = call.heads_q / call.heads_kv;
     require(call.heads_per_q_descale == 1 || call.heads_per_q_descale == group,
             "forward: heads_per_q_descale is ", call.heads_per_q_descale, "; supported are 1 and ", group,
@@ -57,6 +54,33 @@ void check_descales(const ForwardParams& call, const KernelInfo& info) {
     require(!blocks || info.scale_block > 0, "forward: this kernel has one descale per head, not per block");
     require((info.scale_block == 0 && info.v_colmajor == 0) || call.sequences.leftpad_k == nullptr,
             "forward: leftpad_k is not supported with descales per block or transposed v");
+}
+
+// O, of 16 bits or e4m3 with scales.
+void check_output(const ForwardParams& call, const KernelInfo& info) {
+    const OutScaleRef& scale = call.out_scale;
+    const bool scaled = info.out_e4m3 != 0;
+    check_rows_of(kCall, "o", call.o, scaled ? 1 : 2);
+    check_row_unit(kCall, "head_dim_v", call.head_dim_v);
+    if (!scaled) {
+        require(element_bytes(info.tma[0].element_type) != 1 || call.o_type == ElementType::kFloat16 ||
+                    call.o_type == ElementType::kBfloat16,
+                "forward: o_type is ", static_cast<std::uint32_t>(call.o_type),
+                "; supported are FLOAT16 and BFLOAT16");
+        require(scale.ptr == nullptr && scale.given == nullptr,
+                "forward: out_scale is given; this kernel writes o of 16 bits");
+        return;
+    }
+    require(call.o_type == ElementType::kUint8, "forward: o_type is ",
+            static_cast<std::uint32_t>(call.o_type), "; this kernel writes e4m3, UINT8");
+    require(call.head_dim_v == info.kHeadDimV, "forward: head_dim_v is ", call.head_dim_v,
+            "; this kernel writes e4m3 with a head_dim_v of ", info.kHeadDimV);
+    require((scale.ptr == nullptr) != (scale.given == nullptr),
+            "forward: out_scale has ", scale.ptr == nullptr ? "neither" : "both",
+            " a place for scales and a given one; o of e4m3 needs one of them");
+    const std::int64_t scales = std::int64_t{call.heads_q} * (call.head_dim_v / kOutScaleChannels);
+    require(scale.ptr == nullptr || scale.row_stride >= scales, "forward: the row stride of out_scale is ",
+            scale.row_stride, "; a row has ", scales, " scales");
 }
 
 // What TMA would be told of these pages: lanes copy 16 bytes of a row at a time.
@@ -238,8 +262,7 @@ void launch_forward(Kernel& kernel, int device, std::uint64_t stream, const Forw
     }
     check_rows(call, info);
     const TileCounts counts = count_tiles(call, info);
-    check_rows_of(kCall, "o", call.o);
-    check_row_unit(kCall, "head_dim_v", call.head_dim_v);
+    check_output(call, info);
     check_descales(call, info);
 
     ForwardParams params = call;

@@ -42,6 +42,11 @@ StructLayout row_ref() {
     return layout<T>("RowRef", {FIELD(ptr), FIELD(batch_stride), FIELD(head_stride)});
 }
 
+StructLayout out_scale_ref() {
+    using T = OutScaleRef;
+    return layout<T>("OutScaleRef", {FIELD(ptr), FIELD(given), FIELD(row_stride)});
+}
+
 StructLayout channel_ref() {
     using T = ChannelRef;
     return layout<T>("ChannelRef", {FIELD(ptr), FIELD(batch_stride), FIELD(head_stride)});
@@ -107,7 +112,7 @@ StructLayout forward_params() {
                                        FIELD(heads_per_q_descale),
                                        FIELD(dropout),
                                        FIELD(pages),
-                                       FIELD(reserved)});
+                                       FIELD(out_scale)});
 }
 
 StructLayout backward_params() {
@@ -340,6 +345,7 @@ StructLayout kernel_info() {
                                     FIELD(paged),
                                     FIELD(qv),
                                     FIELD(appends),
+                                    FIELD(out_e4m3),
                                     FIELD(tma)});
 }
 
@@ -349,11 +355,12 @@ StructLayout kernel_info() {
 
 std::vector<StructLayout> struct_layouts() {
     return {
-        tensor_map(),      tensor_ref(),      descale_ref(),   row_ref(),         channel_ref(),
-        sequence_params(), page_params(),     score_params(),  dropout_params(),  scheduler_params(),
-        forward_params(),  backward_params(), decode_params(), group_ref(),       quantize_params(),
-        appended_rows(),   rotary_params(),   place_params(),  append_params(),   scale_ref(),
-        gemm_params(),     tma_box(),         kernel_info(),   schedule_params(), quantize_matrix_params()};
+        tensor_map(),      tensor_ref(),       descale_ref(),     row_ref(),         channel_ref(),
+        sequence_params(), page_params(),      score_params(),    dropout_params(),  scheduler_params(),
+        out_scale_ref(),   forward_params(),   backward_params(), decode_params(),   group_ref(),
+        quantize_params(), appended_rows(),    rotary_params(),   place_params(),    append_params(),
+        scale_ref(),       gemm_params(),      tma_box(),         kernel_info(),     schedule_params(),
+        quantize_matrix_params()};
 }
 
 }  // namespace flash8

@@ -21,6 +21,8 @@ def every_variant():
         ):
             choices = (dtype, *dims, mask, softcap, pack_gqa, scales, alibi)
             yield ForwardVariant(*choices, dropout=dropout)
+            if not dropout and dims[1] == 128:
+                yield ForwardVariant(*choices, out="e4m3")
             if not dropout and scales != "block":
                 yield ForwardVariant(*choices, paged=True)
                 yield ForwardVariant(*choices, paged=True, gather=True)
@@ -55,6 +57,7 @@ def test_names_and_defines_of_one():
         "FLASH8_PAGED": "0",
         "FLASH8_GATHER": "0",
         "FLASH8_CACHE": "kSame",
+        "FLASH8_OUT": "kWide",
     }
     assert variant.unit().label == variant.name
 
@@ -72,6 +75,9 @@ def test_names_and_defines_of_one():
         ({"paged": True, "dropout": True}, "paged is True with cluster, dropout, v_colmajor or"),
         ({"gather": True}, "gather is True without paged"),
         ({"cache": "bf16"}, "cache is 'bf16'; supported are"),
+        ({"out": "fp8"}, "out is 'fp8'; supported are"),
+        ({"out": "e4m3", "head_dim_v": 64}, "out is 'e4m3' with head_dim_v 64 and dropout False"),
+        ({"out": "e4m3", "dropout": True}, "out is 'e4m3' with head_dim_v 128 and dropout True"),
         ({"cache": "e4m3", "paged": True}, "cache is 'e4m3' with dtype 'bf16'"),
         ({"cache": "e4m3", "dtype": "e4m3", "scales": "head"}, "cache is 'e4m3' with dtype 'e4m3'"),
         ({"scales": "head"}, "scales is 'head' with dtype 'bf16'"),

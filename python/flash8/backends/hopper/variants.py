@@ -14,9 +14,11 @@ Element = Literal["fp16", "bf16", "e4m3"]
 Mask = Literal["none", "causal", "local"]
 Scales = Literal["none", "head", "block"]
 Cache = Literal["same", "e4m3"]
+Out = Literal["wide", "e4m3"]
 
-_CHOICES = {"dtype": Element, "cache": Cache, "mask": Mask, "scales": Scales}
+_CHOICES = {"dtype": Element, "cache": Cache, "mask": Mask, "scales": Scales, "out": Out}
 MAX_HEAD_DIM = 512
+OUT_SCALE_CHANNELS = 128  # of an e4m3 output, that share a scale
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class ForwardVariant:
             of 8 keys.
         cache: Element type of k and v: q's, or e4m3 under a q of 16 bits, with one descale per
             head. Such k and v are dense, packed, or pages of any size.
+        out: The output: of 16 bits, or e4m3 with a scale for each 128 channels of a row, or one
+            that is given.
 
     Raises:
         ValueError: A choice is unknown, or the choices exclude each other.
@@ -60,6 +64,7 @@ class ForwardVariant:
     paged: bool = False
     gather: bool = False
     cache: Cache = "same"
+    out: Out = "wide"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -98,6 +103,11 @@ class ForwardVariant:
                 f"{self.dropout} and paged {self.paged}; supported are the 16-bit types without "
                 "them: any k and v are read, pages too"
             )
+        if self.out == "e4m3" and (self.dropout or self.head_dim_v % OUT_SCALE_CHANNELS != 0):
+            raise ValueError(
+                f"out is 'e4m3' with head_dim_v {self.head_dim_v} and dropout {self.dropout}; "
+                f"supported are the multiples of {OUT_SCALE_CHANNELS}, without dropout"
+            )
         if self.gather and not self.paged:
             raise ValueError("gather is True without paged; what is gathered are pages")
 
@@ -117,6 +127,7 @@ class ForwardVariant:
         parts += ["paged"] if self.paged else []
         parts += ["gather"] if self.gather else []
         parts += [f"{self.scales}scales"] if self.scales != "none" else []
+        parts += ["oute4m3"] if self.out == "e4m3" else []
         return "_".join(["forward", *parts])
 
     @property
@@ -157,6 +168,7 @@ SHIPPED: tuple[ForwardVariant, ...] = (
     ForwardVariant("bf16", 128, 128, mask="causal", cache="e4m3"),
     ForwardVariant("bf16", 128, 128, mask="causal", pack_gqa=True, cache="e4m3"),
     ForwardVariant("bf16", 128, 128, mask="local", cache="e4m3"),
+    ForwardVariant("bf16", 128, 128, mask="causal", out="e4m3"),
     ForwardVariant("bf16", 192, 128, mask="causal"),
     ForwardVariant("fp16", 192, 192, mask="local"),
     ForwardVariant("bf16", 256, 256, mask="causal"),
@@ -166,6 +178,7 @@ SHIPPED: tuple[ForwardVariant, ...] = (
     ForwardVariant("e4m3", 96, 96, scales="head"),
     ForwardVariant("e4m3", 128, 128, scales="head"),
     ForwardVariant("e4m3", 128, 128, mask="causal", scales="head"),
+    ForwardVariant("e4m3", 128, 128, mask="causal", scales="head", out="e4m3"),
     ForwardVariant("e4m3", 128, 128, mask="causal", scales="head", paged=True),
     ForwardVariant("e4m3", 128, 128, mask="causal", scales="head", paged=True, gather=True),
     ForwardVariant("e4m3", 128, 128, scales="head", v_colmajor=True),
