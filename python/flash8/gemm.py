@@ -14,6 +14,7 @@ from flash8.ops import gemm_plans as plans
 from flash8.ops import grouped_gemm as grouped_ops
 from flash8.ops import grouped_gemm_plans as grouped_plans
 from flash8.ops import quantize_matrix as quantizer
+from flash8.quantized_attention import quantize_attention
 from flash8.tensors.arguments import (
     require_float,
     require_rank,
@@ -25,6 +26,7 @@ from flash8.tensors.rms_norm import Norm
 __all__ = [
     "grouped_scaled_mm",
     "quantize",
+    "quantize_attention",
     "quantize_rms_norm",
     "quantize_silu_mul",
     "scaled_mm",

@@ -16,7 +16,7 @@ from flash8.backends import cpu
 from flash8.backends.hopper import mode
 
 if TYPE_CHECKING:
-    from flash8.backends.protocol import Backend, Backward, Forward
+    from flash8.backends.protocol import Backend, Backward, Forward, ForwardE4m3
     from flash8.call.geometry import Geometry
     from flash8.call.options import Options
 
@@ -65,6 +65,26 @@ def forward_backend(
         many = over_cache and decode.rows_of_head(q, k, options) > decode.MOST_ROWS
         no_other = options.page_table is not None or over_e4m3 or wide or qv is not None or many
         tell_about_refusal(why_not if why_not is not None and no_other else reason)
+    return cpu
+
+
+def forward_e4m3_backend(q: Tensor, k: Tensor, v: Tensor, options: "Options") -> "ForwardE4m3":
+    """The backend that serves one forward call whose output is e4m3.
+
+    Raises: as `forward_backend`.
+    """
+    if not kernels_wanted(q):
+        return backend_for(q)
+    from flash8.backends import index_checks
+    from flash8.backends.hopper import forward_e4m3 as hopper
+    from flash8.backends.hopper.verify import trust
+
+    index_checks.check_attention(q, k, options)
+    reason = hopper.refusal(q, k, v, options)
+    if reason is not None:
+        tell_about_refusal(reason)
+    elif trust.is_trusted(hopper.choose(q, k, v, options), q.device):
+        return hopper
     return cpu
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flash8.backends.hopper import backward as _hopper_backward
     from flash8.backends.hopper import decode as _hopper_decode
     from flash8.backends.hopper import forward as _hopper_forward
+    from flash8.backends.hopper import forward_e4m3 as _hopper_forward_e4m3
     from flash8.backends.hopper import gemm as _hopper_gemm
     from flash8.backends.hopper import grouped_gemm as _hopper_grouped_gemm
     from flash8.backends.hopper import quantize as _hopper_quantize
@@ -84,7 +85,24 @@ class Backward(Protocol):
         """
 
 
-class Backend(Forward, Backward, Protocol):
+class ForwardE4m3(Protocol):
+    """Serves `gemm.quantize_attention`."""
+
+    def forward_e4m3(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        s_aux: Tensor | None,
+        out_scale: Tensor | None,
+        options: "Options",
+        data: Tensor,
+        scale: Tensor,
+    ) -> None:
+        """Fills data, contiguous and of e4m3. And scale, which is empty if there is out_scale."""
+
+
+class Backend(Forward, Backward, ForwardE4m3, Protocol):
     """Serves every op. The CPU backend does, on the tensors of any device."""
 
     def fp8_backward(
@@ -192,6 +210,16 @@ class KernelForward(Forward, Protocol):
         out: Tensor | None = None,
     ) -> "ForwardVariant | DecodeVariant":
         """The variant that serves a call which is not refused. `out` is the caller's."""
+
+
+class KernelForwardE4m3(ForwardE4m3, Protocol):
+    """The same on compiled kernels."""
+
+    def refusal(self, q: Tensor, k: Tensor, v: Tensor, options: "Options") -> str | None:
+        """Why no kernel serves the call, or None."""
+
+    def choose(self, q: Tensor, k: Tensor, v: Tensor, options: "Options") -> "ForwardVariant":
+        """The variant that serves a call which is not refused."""
 
 
 class KernelBackward(Backward, Protocol):
@@ -303,6 +331,7 @@ class KernelGroupedGemm(GroupedGemm, Protocol):
 if TYPE_CHECKING:
     _backends: tuple[Backend, ...] = (_cpu,)
     _forwards: tuple[KernelForward, ...] = (_hopper_forward, _hopper_decode)
+    _forwards_e4m3: tuple[KernelForwardE4m3, ...] = (_hopper_forward_e4m3,)
     _backwards: tuple[KernelBackward, ...] = (_hopper_backward,)
     _quantizers: tuple[Quantizer, ...] = (_cpu_quantize,)
     _kernel_quantizers: tuple[KernelQuantizer, ...] = (_hopper_quantize,)

@@ -15,6 +15,7 @@ from flash8.backends.cpu.cache import append_kv, check_slots
 from flash8.backends.cpu.combine import combine, combine_backward, combine_jvp
 from flash8.backends.cpu.compiled import Plan
 from flash8.backends.cpu.forward import forward
+from flash8.backends.cpu.forward_e4m3 import forward_e4m3
 from flash8.backends.cpu.fp8_backward import fp8_backward
 from flash8.backends.cpu.jvp import jvp
 from flash8.backends.cpu.sequences import check_indices, check_tokens, check_values
@@ -33,6 +34,7 @@ __all__ = [
     "combine_jvp",
     "forward",
     "forward_batch",
+    "forward_e4m3",
     "forward_planned",
     "fp8_backward",
     "jvp",

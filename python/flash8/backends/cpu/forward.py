@@ -9,6 +9,7 @@ from flash8.backends.cpu import grouped, packed, study
 from flash8.backends.cpu.accumulator import accumulator_for
 from flash8.backends.cpu.combine import combine_into
 from flash8.backends.cpu.descales import RunningDescale
+from flash8.backends.cpu.groups import Group
 from flash8.backends.cpu.mask import Tile
 from flash8.backends.cpu.operands import Operands, load, tokens_first
 from flash8.backends.cpu.scores import Scores
@@ -53,7 +54,7 @@ def forward(
     if options.v_colmajor_tokens is not None:
         v = _by_token(v, options.v_colmajor_tokens, options)
         options = options._replace(v_colmajor_tokens=None)
-    run = packed.run_of(q, k, v, qv, s_aux, options)
+    run = None if _is_wider(out, q) else packed.run_of(q, k, v, qv, s_aux, options)
     if run is not None and packed.forward_run(run, q, k, v, out, lse):
         return
     if options.num_splits == 1:
@@ -64,6 +65,12 @@ def forward(
         partial = out_partial[split].transpose(-2, -3)
         _forward_split(q, k, v, qv, s_aux, options, partial, lse_partial[split], split)
     combine_into(out, lse, out_partial.transpose(-2, -3), lse_partial.transpose(-1, -2))
+
+
+def _is_wider(out: Tensor, q: Tensor) -> bool:
+    """Whether O is to keep what its sums have, which torch's compiled attention may round to q's
+    type."""
+    return out.dtype.itemsize > q.dtype.itemsize
 
 
 def _by_token(v: Tensor, keys: int, options: Options) -> Tensor:
@@ -84,7 +91,10 @@ def _forward_split(
     """Attention over one of num_splits parts of the keys. The sink belongs to the first part."""
     found = list(units(q, k, options))  # raises what is wrong with them before anything is written
     sink = s_aux if split == 0 else None
-    groups, others = grouped.groups(found, q, k, v, qv, options)
+    groups: list[Group] = []
+    others = found
+    if not _is_wider(out, q):
+        groups, others = grouped.groups(found, q, k, v, qv, options)
     if others or not is_plain_batch(options):
         out.zero_()
         lse.fill_(float("-inf"))

@@ -133,12 +133,7 @@ def plan_and_launch(
 ) -> "Plan":
     """Does it, and returns the plan by which it was done."""
     planned = plan(q, k, v, s_aux, options, out, lse)
-    stream = streams.current_stream(q)
-    tile_count = None
-    if planned.dynamic_schedule:
-        captured = planned.kernel.is_captured(planned.device, stream)
-        tile_count = streams.get_tile_count(q.device, stream, captured)
-    launch(planned, stream, tile_count, options.sm_margin)
+    launch_on_stream(planned, q, options.sm_margin)
     # What the call points to may go: freed memory is not reused before the kernel on this stream.
     return planned._replace(held=[])
 
@@ -151,6 +146,16 @@ class Plan(NamedTuple):
     call: _native.ForwardParams
     dynamic_schedule: bool
     held: list[Tensor]  # what `call` points to besides the arguments of `plan`
+
+
+def launch_on_stream(planned: Plan, q: Tensor, sm_margin: int) -> None:
+    """Enqueues it on q's stream, with the counters of that."""
+    stream = streams.current_stream(q)
+    tile_count = None
+    if planned.dynamic_schedule:
+        captured = planned.kernel.is_captured(planned.device, stream)
+        tile_count = streams.get_tile_count(q.device, stream, captured)
+    launch(planned, stream, tile_count, sm_margin)
 
 
 def launch(planned: Plan, stream: int, tile_count: Tensor | None, sm_margin: int = 0) -> None:
@@ -219,10 +224,11 @@ def plan(
     s_aux: Tensor | None,
     options: Options,
     out: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     variant: ForwardVariant | None = None,
 ) -> Plan:
-    """The kernel and the parameters of a call. `variant` is `choose`'s unless given."""
+    """The kernel and the parameters of a call. `variant` is `choose`'s unless given. Without lse
+    the kernel leaves LSE out."""
     variant = choose(q, k, v, options) if variant is None else variant
     if attention_params.overlaps(q):
         q = q.contiguous()
@@ -259,13 +265,14 @@ def _describe(
     indices: dict[str, Tensor],
     options: Options,
     out: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
 ) -> _native.ForwardParams:
     call = _native.ForwardParams()
     tensor_ref = attention_params.tensor_ref
     call.q, call.k, call.o = (tensor_ref(x) for x in (q, k, out))
     call.v = tensor_ref(v if options.v_colmajor_tokens is None else v.transpose(-3, -2))
-    call.lse = attention_params.row_ref(lse)
+    if lse is not None:
+        call.lse = attention_params.row_ref(lse)
     call.head_dim_v = options.head_dim_v(v)
     attention_params.describe(call, q, k, indices, options)
     attention_params.describe_dropout(call, options)

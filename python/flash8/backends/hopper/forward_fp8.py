@@ -8,10 +8,12 @@ from flash8.backends.hopper import attention_params
 from flash8.backends.hopper.variants import Scales
 from flash8.call.options import Options
 from flash8.tensors.descales import is_per_token
+from flash8.tensors.float8 import E4M3
 
 _OUTPUTS = {
     torch.float16: _native.ElementType.FLOAT16,
     torch.bfloat16: _native.ElementType.BFLOAT16,
+    E4M3: _native.ElementType.UINT8,
 }
 _DESCALES = ("q_descale", "k_descale", "v_descale")
 _CHANNELS = ("k_mean", "v_mean", "v_channel_descale")

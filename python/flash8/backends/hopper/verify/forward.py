@@ -50,7 +50,7 @@ def find_fault(variant: ForwardVariant, device: torch.device) -> str | None:
     """What is wrong with the kernel, or None. Raises what loading and launching it raise."""
     for problem in problems(variant, device):
         o, lse, left = _run(variant, problem)
-        fault = compare(o, lse, *_expected(problem), bounds(variant))
+        fault = compare(o, lse, *expected(problem), bounds(variant))
         if fault is None and left != 0:
             fault = f"its counter of tiles is left at {left}"
         if fault is not None:
@@ -83,7 +83,7 @@ def _run(variant: ForwardVariant, problem: Problem) -> tuple[Tensor, Tensor, int
     q, k, v, s_aux, options, _, out_dtype, sm_margin = problem
     shape = (*q.shape[:-1], options.head_dim_v(v))
     out = torch.full(shape, math.nan, dtype=out_dtype, device=q.device)
-    lse = _rows(q, torch.float32)
+    lse = rows_of(q, torch.float32)
     # Its own: a kernel that does not reset the counters must not leave that to the next call.
     tiles = streams.new_tile_count(q.device)
     planned = hopper.plan(q, k, v, s_aux, options, out, lse, variant)
@@ -94,7 +94,7 @@ def _run(variant: ForwardVariant, problem: Problem) -> tuple[Tensor, Tensor, int
     return out, lse, int(tiles.abs().max())
 
 
-def _expected(problem: Problem) -> tuple[Tensor, Tensor]:
+def expected(problem: Problem) -> tuple[Tensor, Tensor]:
     """O and LSE of the portable code, in fp64."""
     device = problem.q.device
     # Where determinism is asked for, matrix products of a GPU may be refused, which the kernel is
@@ -106,12 +106,12 @@ def _expected(problem: Problem) -> tuple[Tensor, Tensor]:
     options = problem.options._replace(v_colmajor_tokens=None, **plain)
     options = Options._make(x.to(where) if isinstance(x, Tensor) else x for x in options)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    lse, nothing = _rows(q, torch.float64), q.new_empty((0,))
+    lse, nothing = rows_of(q, torch.float64), q.new_empty((0,))
     cpu.forward(q, k, v, None, s_aux, options, out, lse, nothing, nothing)
     return out.to(device), lse.to(device)
 
 
-def _rows(q: Tensor, dtype: torch.dtype) -> Tensor:
+def rows_of(q: Tensor, dtype: torch.dtype) -> Tensor:
     """NaN in the shape of LSE."""
     *batch, rows, heads, _ = q.shape
     return torch.full((*batch, heads, rows), math.nan, dtype=dtype, device=q.device)

@@ -113,6 +113,7 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
     from flash8.backends.hopper.verify import decode as check_decode
     from flash8.backends.hopper.verify import decode_append as check_decode_append
     from flash8.backends.hopper.verify import forward as check_forward
+    from flash8.backends.hopper.verify import forward_e4m3 as check_forward_e4m3
     from flash8.backends.hopper.verify import gemm as check_gemm
     from flash8.backends.hopper.verify import grouped_gemm as check_grouped_gemm
     from flash8.backends.hopper.verify import quantize as check_quantizer
@@ -122,6 +123,8 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
     with undisturbed(device):
         try:
             if isinstance(variant, ForwardVariant):
+                if variant.out == "e4m3":
+                    return check_forward_e4m3.find_fault(variant, device)
                 return check_forward.find_fault(variant, device)
             if isinstance(variant, DecodeVariant):
                 if variant.append:
