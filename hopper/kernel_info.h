@@ -75,6 +75,7 @@ struct KernelInfo {
     std::int32_t qv;           // 1: scores are q . k + qv . v
     std::int32_t appends;      // 1: the kernel writes new keys into the cache that it reads
     std::int32_t out_e4m3;     // 1: the kernel writes O as e4m3
+    std::int32_t max_splits;   // CTAs of a cluster that may share the K of a tile; 0: as 1
     TmaBox tma[kMaxTmaBoxes];  // in the order in which the params struct names its maps
 };
 

@@ -64,6 +64,11 @@ struct GemmParams {
     std::int64_t scale_b_group_stride;
     std::int32_t groups;
     std::int32_t rows_per_group;  // 0: one after another
+
+    // 2, 4 or 8: as many CTAs of a cluster share the K of a tile, each a range of its blocks of 128, and add
+    // up what they have in the order of their ranks. 0 and 1: one CTA has all of K.
+    std::int32_t splits;
+    std::int32_t reserved[15];
 };
 
 static_assert(kIsPlain<GemmParams> && alignof(GemmParams) == 64);

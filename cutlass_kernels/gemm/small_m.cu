@@ -6,6 +6,7 @@
 #include "small_m_mainloop.cuh"
 #include "small_m_producer.cuh"
 #include "small_m_quantizer.cuh"
+#include "small_m_split_k.cuh"
 
 namespace flash8::small_m {
 
@@ -27,6 +28,7 @@ constexpr KernelInfo describe() {
     info.cluster[0] = info.cluster[1] = info.cluster[2] = 1;
     info.shared_bytes = kSharedBytes;
     info.scale_block = Config::kBlockScales ? kScaleBlock : 0;
+    info.max_splits = Config::kMaxSplits;
     auto const box = [](unsigned rows) {
         return TmaBox{4, {Config::kBlockK, rows, 1, 1, 1}, ElementType::kUint8, Swizzle::k128B};
     };
@@ -43,12 +45,21 @@ constexpr KernelInfo describe() {
 __device__ void consume(GemmParams const& params, SharedStorage& shared, int warpgroup) {
     Mainloop mainloop(shared, warpgroup);
     TileWalk tiles(params);
-    int const blocks = k_blocks(params);
+    KBlocks const blocks = k_blocks(params);
     Tile tile;
     while (tiles.next(tile)) {
         Config::Accumulator sum;
-        mainloop.run(blocks, sum);
-        Epilogue::store(params, tile.m0, tile.n0 + warpgroup * Config::kWaveRows, sum);
+        mainloop.run(blocks.end - blocks.begin, sum);
+        Rows rows{tile.m0, params.m};
+        if constexpr (Config::kMaxSplits > 1) {
+            if (params.splits > 1) {
+                int const warp = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x / 32 % 4), 0);
+                rows = SplitK::add_up(params, shared.received, tile.m0, warp, sum);
+            }
+        }
+        if (rows.begin < rows.end) {
+            Epilogue::store(params, tile.m0, tile.n0 + warpgroup * Config::kWaveRows, rows, sum);
+        }
     }
 }
 
@@ -64,13 +75,20 @@ extern "C" __global__ void __launch_bounds__(flash8::small_m::Config::kThreads, 
     auto& shared = *reinterpret_cast<SharedStorage*>(dynamic_shared);
 
     int const warpgroup = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x / 128), 0);
+    bool const is_split = splits_of(params) > 1;
     if (threadIdx.x == 0) {
         ptx::prefetch_tensor_map(&params.tma_a);
         ptx::prefetch_tensor_map(&params.tma_b);
         shared.init_pipeline();
+        if (is_split) {
+            SplitK::init(params, shared.received);
+        }
         ptx::fence_barrier_init();
     }
     __syncthreads();
+    if (is_split) {
+        ptx::cluster_arrive_relaxed();  // others may send from here on, and wait for that when they do
+    }
 
     if (warpgroup > Config::kConsumerWarpgroups) {
         if constexpr (Config::kQuantizes) {
@@ -82,5 +100,9 @@ extern "C" __global__ void __launch_bounds__(flash8::small_m::Config::kThreads, 
         load_operands(params, shared);
     } else if (Config::kBlockScales && threadIdx.x / 32 == 1) {
         load_scales(params, shared);
+    }
+    bool const consumes = warpgroup > 0 && warpgroup <= Config::kConsumerWarpgroups;
+    if (is_split && !consumes) {
+        ptx::cluster_wait();  // every thread that arrives waits, too
     }
 }

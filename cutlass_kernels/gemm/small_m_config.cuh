@@ -42,6 +42,18 @@ struct Config {
     static constexpr int kQuantizerWarps = 4;
     static constexpr int kThreads = 128 * (1 + kConsumerWarpgroups + (kQuantizes ? 1 : 0));
 
+    // CTAs of a cluster that may share the K of a tile: where it is narrow, since there are few tiles then.
+    // Each consumer warp's sums are two parts, of half of A's rows, and each part is added up by one of the
+    // CTAs.
+    static constexpr int kMaxSplits = kBlockN == kWaveRows ? 8 : 1;
+    static constexpr int kParts = 2 * kConsumerWarps;
+    static constexpr int kPartFloats = kBlockM / 4;  // of a thread
+    static_assert(kMaxSplits == 1 || kParts % kMaxSplits == 0);
+
+    // Of n CTAs each has kParts / n parts, and gets them from n - 1 others: kParts - kParts / n in all.
+    static constexpr int kReceivedParts = kMaxSplits > 1 ? kParts - kParts / kMaxSplits : 0;
+    static constexpr int kReceivedBytes = kReceivedParts * 32 * kPartFloats * 4 + 8 * kConsumerWarps;
+
     // As many stages as fit shared memory.
     static constexpr int kBytesA = kBlockM * kBlockK;
     static constexpr int kBytesB = kBlockN * kBlockK;
@@ -49,7 +61,7 @@ struct Config {
     static constexpr int kBytesWideA = kQuantizes ? 2 * kBytesA : 0;
     static constexpr int kBarrierBytes = 24;
     static constexpr int kStageBytes = kBytesA + kBytesB + kBytesWideA + 4 * kScaleFloats + kBarrierBytes;
-    static constexpr int kStages = (227 * 1024 - 1024) / kStageBytes;
+    static constexpr int kStages = (227 * 1024 - 1024 - kReceivedBytes) / kStageBytes;
 
     using Mma = cute::MMA_Traits<
         decltype(cute::GMMA::ss_op_selector<
@@ -72,11 +84,21 @@ struct WideRows {
     uint64_t full[kStages];
 };
 
+// What the other CTAs of a cluster have of the parts that this one adds up (small_m_split_k.cuh). Full counts
+// the bytes for a consumer warp.
+struct ReceivedSums {
+    static constexpr int kParts = Config::kMaxSplits > 1 ? Config::kReceivedParts : 1;
+
+    float4 parts[kParts][Config::kPartFloats / 4][32];  // 32 lanes
+    uint64_t full[Config::kConsumerWarps];
+};
+
 struct SharedStorage {
     alignas(1024) Config::Element a[Config::kStages][Config::kBytesA];  // (row, k), swizzled
     alignas(1024) Config::Element b[Config::kStages][Config::kBytesB];
     BlockScales scales[Config::kBlockScales ? Config::kStages : 1];
     WideRows wide;
+    ReceivedSums received;
     Pipeline<Config::kStages> pipeline;
 
     // A stage is full when the TMA of one thread has landed and, with blocks, the scales that the 32 lanes of

@@ -16,24 +16,26 @@ class Epilogue {
     static constexpr int kRows = Config::kBlockM / 4;  // likewise
 
   public:
-    // 64 columns of a tile, from n0 on.
-    __device__ static void store(GemmParams const& params, int m0, int n0, Config::Accumulator& sum) {
+    // 64 columns of a tile whose first row is m0, from n0 on. Of its rows those of `rows` are stored.
+    __device__ static void store(GemmParams const& params, int m0, int n0, Rows const& rows,
+                                 Config::Accumulator& sum) {
         auto sums = rows_of(sum);
         int const column = n0 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
         int const row = m0 + 2 * static_cast<int>(threadIdx.x % 4);
         finish(params, row, column, sums);
         if (params.out_type == ElementType::kFloat32) {
-            write(params, static_cast<float*>(params.out), row, column, sums, [](float x) { return x; });
+            write(params, static_cast<float*>(params.out), row, rows, column, sums,
+                  [](float x) { return x; });
         } else if (params.out_type == ElementType::kUint8) {
             float const result = params.scale_result != nullptr ? *params.scale_result : 1.0f;
-            write(params, static_cast<uint8_t*>(params.out), row, column, sums, [result](float x) {
+            write(params, static_cast<uint8_t*>(params.out), row, rows, column, sums, [result](float x) {
                 return static_cast<uint8_t>(pack_e4m3(__fmul_rn(x, result), 0.0f, 0.0f, 0.0f));
             });
         } else if (params.out_type == ElementType::kFloat16) {
-            write(params, static_cast<uint16_t*>(params.out), row, column, sums,
+            write(params, static_cast<uint16_t*>(params.out), row, rows, column, sums,
                   [](float x) { return static_cast<uint16_t>(pack<cutlass::half_t>(x, 0.0f)); });
         } else {
-            write(params, static_cast<uint16_t*>(params.out), row, column, sums,
+            write(params, static_cast<uint16_t*>(params.out), row, rows, column, sums,
                   [](float x) { return static_cast<uint16_t>(pack<cutlass::bfloat16_t>(x, 0.0f)); });
         }
     }
@@ -77,15 +79,16 @@ class Epilogue {
     }
 
     template <class Element, class Sums, class Round>
-    __device__ __forceinline__ static void write(GemmParams const& params, Element* out, int row, int column,
-                                                 Sums const& sums, Round const& round) {
+    __device__ __forceinline__ static void write(GemmParams const& params, Element* out, int row,
+                                                 Rows const& rows, int column, Sums const& sums,
+                                                 Round const& round) {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
             int const m = row_of(row, i);
             Element* const at = out + m * params.out_stride + column;
 #pragma unroll
             for (int r = 0; r < kColumns; ++r) {
-                if (m < params.m && column + 8 * r < params.n) {
+                if (m >= rows.begin && m < rows.end && column + 8 * r < params.n) {
                     at[8 * r] = round(sums(r, i));
                 }
             }

@@ -13,11 +13,11 @@ namespace flash8::small_m {
 __device__ void load_operands(GemmParams const& params, SharedStorage& shared) {
     PipelineState<Config::kStages> state;
     TileWalk tiles(params);
-    int const blocks = k_blocks(params);
+    KBlocks const blocks = k_blocks(params);
     Tile tile;
     while (tiles.next(tile)) {
 #pragma unroll 1
-        for (int block = 0; block < blocks; ++block) {
+        for (int block = blocks.begin; block < blocks.end; ++block) {
             constexpr int kBytes = Config::kBytesB + (Config::kQuantizes ? 0 : Config::kBytesA);
             uint64_t* const full = shared.pipeline.acquire(state, kBytes);
             int const k0 = block * Config::kBlockK;
@@ -41,7 +41,7 @@ __device__ void load_scales(GemmParams const& params, SharedStorage& shared) {
     constexpr int kLaneRows = Config::kQuantizes ? 1 : (kRows + 31) / 32;
     PipelineState<Config::kStages> state;
     TileWalk tiles(params);
-    int const blocks = k_blocks(params);
+    KBlocks const blocks = k_blocks(params);
     int const lane = threadIdx.x % 32;
     Tile tile;
     while (tiles.next(tile)) {
@@ -49,12 +49,13 @@ __device__ void load_scales(GemmParams const& params, SharedStorage& shared) {
 #pragma unroll
         for (int i = 0; i < kLaneRows; ++i) {
             int const row = min(tile.m0 + 32 * i + lane, params.m - 1) >> params.scale_a_row_shift;
-            rows[i] = row * params.scale_a.row_stride;
+            rows[i] = row * params.scale_a.row_stride + blocks.begin * params.scale_a.block_stride;
         }
         float const* of_rows = params.scale_a.ptr;
-        float const* of_columns = params.scale_b.ptr + tile.n0 / kScaleBlock * params.scale_b.row_stride;
+        float const* of_columns = params.scale_b.ptr + tile.n0 / kScaleBlock * params.scale_b.row_stride +
+                                  blocks.begin * params.scale_b.block_stride;
 #pragma unroll 1
-        for (int block = 0; block < blocks; ++block) {
+        for (int block = blocks.begin; block < blocks.end; ++block) {
             shared.pipeline.wait_empty(state);
             BlockScales& scales = shared.scales[state.stage];
 #pragma unroll

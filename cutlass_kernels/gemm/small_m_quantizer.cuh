@@ -24,12 +24,12 @@ class Quantizer {
     __device__ static void run(GemmParams const& params, SharedStorage& shared, int warp) {
         PipelineState<Config::kStages> state;
         TileWalk tiles(params);
-        int const blocks = k_blocks(params);
+        KBlocks const blocks = k_blocks(params);
         int const lane = threadIdx.x % 32;
         Tile tile;
         while (tiles.next(tile)) {
 #pragma unroll 1
-            for (int block = 0; block < blocks; ++block) {
+            for (int block = blocks.begin; block < blocks.end; ++block) {
                 shared.pipeline.wait_empty(state);
                 ptx::mbarrier_wait(&shared.wide.full[state.stage], state.parity);
 #pragma unroll

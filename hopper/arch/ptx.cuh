@@ -54,6 +54,42 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// The same in two steps, for what has been fenced before: mbarriers that others will count on. Each thread of
+// the cluster takes both.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Stores 16 bytes to another CTA of the cluster, where they count on `barrier`; both are shared::cluster
+// addresses of that CTA. Only a wait on the barrier orders the store: mbarrier_wait_cluster.
+__device__ __forceinline__ void store_async(uint32_t target, uint32_t barrier, float x, float y, float z,
+                                            float w) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::
+            "r"(target),
+        "r"(barrier), "f"(x), "f"(y), "f"(z), "f"(w)
+        : "memory");
+}
+
+// Waits until the phase of this parity has completed, and sees what other CTAs of the cluster have stored.
+__device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "wait:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra ready;\n"
+        "bra wait;\n"
+        "ready:\n"
+        "}\n" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
 // Waits until the phase of this parity has completed.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
     asm volatile(

@@ -451,6 +451,7 @@ class GemmParams:
     scale_b_group_stride: int
     groups: int
     rows_per_group: int
+    splits: int
 
 def launch_gemm(kernel: Kernel, device: int, stream: int, call: GemmParams) -> None: ...
 def launch_quantize_matrix(

@@ -9,6 +9,7 @@ from flash8 import _native
 
 pytest_plugins = ["driver_fixtures"]
 FLOAT32, E4M3 = _native.ElementType.FLOAT32, _native.ElementType.UINT8
+SMALL_M = "gemm_small_m_block_16x64"
 
 
 def load(driver, variant="gemm_block_128x128") -> _native.Kernel:
@@ -135,3 +136,51 @@ def test_a_of_16_bits_has_no_scales(fake, driver):
 def test_only_a_gemm_kernel_is_launched(driver):
     with pytest.raises(ValueError, match="is not a GEMM kernel"):
         _native.launch_gemm(_native.Library(driver, fake_cubin()).kernel(), 0, 0, product())
+
+
+@pytest.mark.parametrize(("splits", "ctas"), [(0, 9), (1, 9), (2, 18), (4, 36), (8, 72)])
+def test_ctas_that_share_k_are_a_cluster(fake, driver, splits, ctas):
+    call = product(9)
+    call.splits = splits
+    _native.launch_gemm(load(driver, SMALL_M), 0, 0, call)
+    (launch,) = fake.launches
+    assert f" grid={ctas},1,1 " in launch
+    assert (f" cluster={splits},1,1 " in launch) == (splits > 1)
+    assert launched(fake, "splits") == max(1, splits)
+
+
+def test_there_is_a_cluster_for_every_tile(fake, driver):
+    """However few multiprocessors there are: a cluster has no second tile."""
+    call = product(9, 64 * 200)
+    call.splits = 8
+    _native.launch_gemm(load(driver, SMALL_M), 0, 0, call)
+    assert " grid=1600,1,1 " in fake.launches[0]
+
+
+@pytest.mark.parametrize(
+    ("splits", "variant", "message"),
+    [
+        (3, SMALL_M, "splits is 3; supported are 1, 2, 4 and 8"),
+        (-1, SMALL_M, "splits is -1; supported are 1, 2, 4 and 8"),
+        (16, SMALL_M, "splits is 16; supported are 1, 2, 4 and 8"),
+        (2, "gemm_block_128x128", "splits is 2; this kernel has at most 1"),
+        (2, "gemm_small_m_block_16x128", "splits is 2; this kernel has at most 1"),
+    ],
+)
+def test_splits_that_a_kernel_has_not(fake, driver, splits, variant, message):
+    call = product(9)
+    call.splits = splits
+    with pytest.raises(ValueError, match=message):
+        _native.launch_gemm(load(driver, variant), 0, 0, call)
+    assert fake.launches == []
+
+
+def test_too_many_ctas_are_refused(fake, driver):
+    call = product(9, 2**30 * 7 // 4)
+    call.b_stride = call.k
+    call.out_stride = call.n
+    call.out_type = E4M3
+    _native.launch_gemm(load(driver, SMALL_M), 0, 0, call)
+    call.m, call.splits = 2**10, 8
+    with pytest.raises(ValueError, match=r"64 by 29360128 tiles; .* over splits, 8"):
+        _native.launch_gemm(load(driver, SMALL_M), 0, 0, call)

@@ -98,7 +98,7 @@ def test_layout_of_abi_version_16():
         "PlaceParams": (48, 8),
         "AppendParams": (648, 8),
         "ScaleRef": (24, 8),
-        "GemmParams": (448, 64),
+        "GemmParams": (512, 64),
         "TmaBox": (32, 4),
         "KernelInfo": (416, 4),
         "ScheduleParams": (1600, 64),

@@ -48,7 +48,8 @@ void bind_gemm(py::module_& module) {
         .def_readwrite("scale_a_group_stride", &P::scale_a_group_stride)
         .def_readwrite("scale_b_group_stride", &P::scale_b_group_stride)
         .def_readwrite("groups", &P::groups)
-        .def_readwrite("rows_per_group", &P::rows_per_group);
+        .def_readwrite("rows_per_group", &P::rows_per_group)
+        .def_readwrite("splits", &P::splits);
     module.def("launch_gemm", &launch_gemm, py::arg("kernel"), py::arg("device"), py::arg("stream"),
                py::arg("call"), ReleaseGil(),
                "Enqueue a matrix product on a stream. Raises ValueError for sizes, strides or addresses that "

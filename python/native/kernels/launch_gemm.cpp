@@ -121,6 +121,16 @@ void check_groups(const GemmParams& call, const KernelInfo& info) {
             "; supported with groups are FLOAT16, BFLOAT16 and FLOAT32");
 }
 
+// Of the CTAs that share the K of a tile. Their clusters are of a size that every device grants.
+void check_splits(const GemmParams& call, const KernelInfo& info) {
+    const std::int32_t splits = call.splits;
+    const bool is_one = splits == 0 || splits == 1;
+    require(is_one || splits == 2 || splits == 4 || splits == 8, "gemm: splits is ", splits,
+            "; supported are 1, 2, 4 and 8");
+    require(is_one || splits <= info.max_splits, "gemm: splits is ", splits, "; this kernel has at most ",
+            std::max(1, info.max_splits));
+}
+
 // (rows, k), contiguous along k; of a map with groups (groups, rows, k).
 TensorMap encode(const Driver& driver, const void* matrix, std::int64_t rows, std::int64_t k,
                  std::int64_t stride, const TmaBox& box, std::int64_t groups = 1,
@@ -180,23 +190,31 @@ void launch_gemm(Kernel& kernel, int device, std::uint64_t stream, const GemmPar
     check_groups(call, info);
     check_out(call, info);
     check_scales(call, info);
+    check_splits(call, info);
+    const std::int64_t splits = std::max(1, call.splits);
     const std::int64_t m_blocks = most_m_blocks(call, info);
     const std::int64_t n_blocks = ceil_div(call.n, info.kBlockN);
     const std::int64_t outs = is_grouped_along_k(info) ? call.groups : 1;
-    require(m_blocks * outs <= kMostRows / n_blocks, "gemm: out has ", m_blocks * outs, " by ", n_blocks,
-            " tiles; supported are less than 2^31 - 2^20");
+    require(m_blocks * outs <= kMostRows / splits / n_blocks, "gemm: out has ", m_blocks * outs, " by ",
+            n_blocks, " tiles; supported are less than 2^31 - 2^20 over splits, ", splits);
 
     GemmParams params = call;
     params.tma_a = encode(kernel.driver(), call.a, call.m, call.k, call.a_stride, info.tma[0]);
     params.tma_b = encode(kernel.driver(), call.b, call.n, call.k, call.b_stride, info.tma[1], call.groups,
                           call.b_group_stride);
+    // CTAs that share K have one tile: what they send each other has no second place.
+    const std::int64_t tiles = outs * m_blocks * n_blocks;
     const std::int64_t ctas =
-        std::min<std::int64_t>(outs * m_blocks * n_blocks, kernel.driver().primary(device).multiprocessors);
+        splits > 1 ? splits * tiles
+                   : std::min<std::int64_t>(tiles, kernel.driver().primary(device).multiprocessors);
     params.m_blocks = static_cast<std::int32_t>(m_blocks);
     params.n_blocks = static_cast<std::int32_t>(n_blocks);
     params.band = static_cast<std::int32_t>(std::min<std::int64_t>(band_of(info, ctas), m_blocks));
     params.vector_stores = has_vector_stores(call, info) ? 1 : 0;
-    launch(kernel, device, stream, shape_of(info, {ctas, 1, 1}), {{&params, sizeof(params)}});
+    params.splits = static_cast<std::int32_t>(splits);
+    LaunchShape shape = shape_of(info, {ctas, 1, 1});
+    shape.cluster = {splits, 1, 1};
+    launch(kernel, device, stream, shape, {{&params, sizeof(params)}});
 }
 
 }  // namespace flash8

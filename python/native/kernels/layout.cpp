@@ -313,7 +313,9 @@ StructLayout gemm_params() {
                                     FIELD(scale_a_group_stride),
                                     FIELD(scale_b_group_stride),
                                     FIELD(groups),
-                                    FIELD(rows_per_group)});
+                                    FIELD(rows_per_group),
+                                    FIELD(splits),
+                                    FIELD(reserved)});
 }
 
 StructLayout tma_box() {
@@ -346,6 +348,7 @@ StructLayout kernel_info() {
                                     FIELD(qv),
                                     FIELD(appends),
                                     FIELD(out_e4m3),
+                                    FIELD(max_splits),
                                     FIELD(tma)});
 }
 

@@ -74,7 +74,7 @@ FAULTS = {
     ),
     "a row beyond the last": (
         OUTER,
-        ("small_m_epilogue.cuh", "m < params.m && column", "column"),
+        ("small_m_epilogue.cuh", "m >= rows.begin && m < rows.end && column", "column"),
         {},
     ),
     "an e4m3 output that is not scaled": (

@@ -226,6 +226,7 @@ def gemm_cubin(variant: str = "gemm_block_128x128", **values: int | str | tuple[
         "kBlockM": block_m,
         "kBlockN": block_n,
         "scale_block": 128 if "_block_" in variant else 0,
+        "max_splits": 8 if "_small_m_" in variant and block_n == 64 else 1,
         "tma": tma_boxes(*boxes),
     }
     return fake_cubin(**{**given, **values})
