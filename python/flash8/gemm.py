@@ -56,6 +56,7 @@ def scaled_mm(
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     use_fast_accum: bool = False,
+    split_k: int = 1,
     **torch_names: Any,
 ) -> Tensor:
     """out = scale_a * scale_b * (a @ b) + bias, of e4m3 matrices with fp32 scales.
@@ -84,6 +85,12 @@ def scaled_mm(
     (arXiv 2412.19437, 3.3.2). `use_fast_accum` leaves all of K to the tensor core: faster, and less
     exact the longer K is.
 
+    `split_k` cuts the K of up to 64 rows into so many ranges, which a kernel multiplies at a time:
+    for an N that is too small to keep the device busy. Partial sums are added in the order of K,
+    so a call has the same bits every time, and a row's do not depend on the other rows. But they
+    are not those of an unsplit sum, which more than 64 rows always have. Without it a row's bits
+    do not depend on M at all.
+
     Args:
         a: e4m3 (M, K), row-major: K contiguous. K is a multiple of 16. Or bf16 or fp16, without
             scale_a.
@@ -97,6 +104,8 @@ def scaled_mm(
             it is given.
         out: (M, N), written and returned. Its rows are contiguous.
         use_fast_accum: As above; not with scales of blocks.
+        split_k: 1, 2, 4 or 8 ranges of K. 0: as many as pay, by N, K and the number of the
+            device's multiprocessors. More than 1 not with use_fast_accum.
         torch_names: `input`, `mat_a`, `mat2`, `mat_b`, `output_dtype`: torch's names for a, b and
             out_dtype.
 
@@ -112,7 +121,7 @@ def scaled_mm(
         a, b, out_dtype = _by_own_names("scaled_mm", torch_names, a, b, out_dtype)
     if scale_a is _MISSING and call.is_quantized_inside(a):
         scale_a = None
-    options = bias, scale_result, out_dtype, out, use_fast_accum
+    options = bias, scale_result, out_dtype, out, use_fast_accum, split_k
     arguments = plans.arguments_of(a, b, scale_a, scale_b, *options)
     if arguments is not None and (found := plans.find(arguments)) is not None:
         return found

@@ -157,6 +157,16 @@ REFUSALS = [
     (ValueError, "out must be contiguous in its last", {"out": torch.ones(6, 5).t()}),
     (ValueError, "out must not be an expanded", {"out": torch.ones(6).expand(5, 6)}),
     (TypeError, "use_fast_accum must be a bool", {"use_fast_accum": 1}),
+    (TypeError, "split_k must be an integer, got True", {"split_k": True}),
+    (TypeError, "split_k must be an integer, got 2.0", {"split_k": 2.0}),
+    (ValueError, r"split_k must be one of \(1, 2, 4, 8\), or 0.*, got 3", {"split_k": 3}),
+    (ValueError, "split_k must be an integer .*, got 16", {"split_k": 16}),
+    (ValueError, "split_k must be an integer .*, got -1", {"split_k": -1}),
+    (
+        ValueError,
+        "split_k must be 0 or 1 with use_fast_accum, .*, got 4",
+        {"split_k": 4, "use_fast_accum": True},
+    ),
     (TypeError, "unexpected keyword argument 'scale_c'", {"scale_c": None}),
     (ValueError, "scale_result goes with .* got torch.bf", {"scale_result": torch.ones(1)}),
     (

@@ -105,6 +105,17 @@ def test_a_hit_of_a_that_is_quantized(fake, on_fake_driver, misses):
     assert misses == ["plan", "op"] and len(gemm_plans.cache()) == 1
 
 
+def test_a_hit_of_a_split_product(fake, on_fake_driver, misses):
+    for seed in range(2):
+        for splits in (1, 4):
+            product = make(9, 40, 1024, "1x128", seed=seed)
+            gemm.scaled_mm(**given(product), split_k=splits)
+    assert misses == ["plan", "plan"] and len(gemm_plans.cache()) == 2
+    assert [" cluster=4,1,1 " in launch for launch in fake.launches] == [False, True] * 2
+    shares = [fake.parameter(i)[_offset("splits")] for i in range(4)]
+    assert shares == [1, 4, 1, 4]
+
+
 CHANGES = {
     "size": lambda p: {"a": p.a[:69], "scale_a": p.scale_a[:69]},
     "strides": lambda p: {"a": p.a.repeat(1, 2)[:, :400]},
@@ -114,6 +125,7 @@ CHANGES = {
     "type, named": lambda p: {"out_dtype": BF16},
     "bias": lambda p: {"bias": torch.zeros(40)},
     "accumulation": lambda p: {"use_fast_accum": True},
+    "split": lambda p: {"split_k": 2},
     "out": lambda p: {"out": torch.zeros(70, 40, dtype=BF16)},
 }
 

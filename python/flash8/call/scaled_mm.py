@@ -10,6 +10,7 @@ from flash8.tensors.arguments import (
     differ,
     is_known,
     require_bool,
+    require_int,
     require_rank,
     require_shape,
     require_tensor,
@@ -24,6 +25,8 @@ BLOCK = 128
 WIDE = (torch.bfloat16, torch.float16, torch.float32)
 _QUANTIZED_INSIDE = (torch.bfloat16, torch.float16)
 OUT_DTYPES = (*WIDE, E4M3)
+#: How many parts K may be cut into.
+SPLITS = (1, 2, 4, 8)
 UNIT_K = 16  # K of a product is a multiple of it
 MOST = 2**31 - 2**20
 
@@ -34,6 +37,8 @@ class Product(NamedTuple):
     a: (M, K), row-major; b: (K, N), column-major. The scales are fp32, and of any strides.
     scale_a: None where a is of 16 bits, and is to be quantized by 1x128.
     scale_result: one element, for an e4m3 output.
+    split_k: how many partial sums there are where a has few rows, 0: as many as pay
+        (`split_k.splits_of`).
     """
 
     a: Tensor
@@ -44,6 +49,7 @@ class Product(NamedTuple):
     out_dtype: torch.dtype
     fast_accum: bool = False
     scale_result: Tensor | None = None
+    split_k: int = 1
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -127,6 +133,7 @@ def check(
     out_dtype: Any,
     out: Any,
     use_fast_accum: Any,
+    split_k: Any,
 ) -> Product:
     """Raises TypeError and ValueError, naming the argument, its value and what is supported."""
     quantizes = scale_a is None and is_quantized_inside(a)
@@ -147,13 +154,14 @@ def check(
             "use_fast_accum must be False with scales of blocks, which are applied when a block "
             "is added to the sum"
         )
+    splits = _check_split_k(split_k, fast)
     if bias is not None:
         require_tensor("bias", bias, WIDE, a)
         require_shape("bias", bias, (n,), "(N,)")
     dtype = _out_dtype(out_dtype, out)
     if scale_result is not None:
         _check_scale_result(scale_result, dtype, a)
-    return Product(a, b, scale_a, scale_b, bias, dtype, fast, scale_result)
+    return Product(a, b, scale_a, scale_b, bias, dtype, fast, scale_result, splits)
 
 
 def check_out(out: Any, product: Product) -> None:
@@ -203,6 +211,18 @@ def _check_scale_result(scale_result: Any, out_dtype: torch.dtype, a: Tensor) ->
         raise ValueError(
             f"scale_result goes with out_dtype={E4M3}, got {out_dtype}: torch would ignore it"
         )
+
+
+def _check_split_k(split_k: Any, fast: bool) -> int:
+    number = require_int("split_k", split_k, minimum=0, maximum=max(SPLITS))
+    if number not in (0, *SPLITS):
+        raise ValueError(f"split_k must be one of {SPLITS}, or 0: as many as pay, got {number}")
+    if fast and number > 1:
+        raise ValueError(
+            f"split_k must be 0 or 1 with use_fast_accum, whose sum is the tensor core's over all "
+            f"of K, got {number}"
+        )
+    return number
 
 
 def _out_dtype(out_dtype: Any, out: Any) -> torch.dtype:

@@ -20,19 +20,22 @@ _library = torch.library.Library("flash8", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor a, Tensor b, Tensor? scale_a, Tensor scale_b, Tensor? bias, Tensor? scale_result"
 )
-_library.define(f"scaled_mm({_ARGUMENTS}, ScalarType out_dtype, bool fast_accum) -> Tensor")
-_library.define(f"scaled_mm_into(Tensor(a!) out, {_ARGUMENTS}, bool fast_accum) -> ()")
+_OPTIONS = "bool fast_accum, int split_k=1"
+_library.define(f"scaled_mm({_ARGUMENTS}, ScalarType out_dtype, {_OPTIONS}) -> Tensor")
+_library.define(f"scaled_mm_into(Tensor(a!) out, {_ARGUMENTS}, {_OPTIONS}) -> ()")
 
 
 def scaled_mm(product: Product, out: Tensor | None) -> Tensor:
     """The product, in `out` where that is given."""
-    a, b, scale_a, scale_b, bias, out_dtype, fast_accum, scale_result = product
+    a, b, scale_a, scale_b, bias, out_dtype, fast_accum, scale_result, split_k = product
     if out is None:
         found: Tensor = torch.ops.flash8.scaled_mm(
-            a, b, scale_a, scale_b, bias, scale_result, out_dtype, fast_accum
+            a, b, scale_a, scale_b, bias, scale_result, out_dtype, fast_accum, split_k
         )
         return found
-    torch.ops.flash8.scaled_mm_into(out, a, b, scale_a, scale_b, bias, scale_result, fast_accum)
+    torch.ops.flash8.scaled_mm_into(
+        out, a, b, scale_a, scale_b, bias, scale_result, fast_accum, split_k
+    )
     return out
 
 
@@ -45,8 +48,9 @@ def _scaled_mm(
     scale_result: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    split_k: int = 1,
 ) -> Tensor:
-    product = Product(a, b, scale_a, scale_b, bias, out_dtype, fast_accum, scale_result)
+    product = Product(a, b, scale_a, scale_b, bias, out_dtype, fast_accum, scale_result, split_k)
     out = empty_out(product)
     _fill(out, product)
     return out
@@ -61,6 +65,7 @@ def _scaled_mm_fake(
     scale_result: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    split_k: int = 1,
 ) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
@@ -74,9 +79,11 @@ def _scaled_mm_into(
     bias: Tensor | None,
     scale_result: Tensor | None,
     fast_accum: bool,
+    split_k: int = 1,
 ) -> None:
     increment_version((out,))  # a kernel writes past torch
-    _fill(out, Product(a, b, scale_a, scale_b, bias, out.dtype, fast_accum, scale_result))
+    given = a, b, scale_a, scale_b, bias, out.dtype, fast_accum, scale_result, split_k
+    _fill(out, Product(*given))
 
 
 def _scaled_mm_into_fake(
@@ -88,6 +95,7 @@ def _scaled_mm_into_fake(
     bias: Tensor | None,
     scale_result: Tensor | None,
     fast_accum: bool,
+    split_k: int = 1,
 ) -> None:
     return None
 

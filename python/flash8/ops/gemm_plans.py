@@ -41,6 +41,7 @@ def arguments_of(
     out_dtype: Any,
     out: Any,
     use_fast_accum: Any,
+    split_k: Any,
 ) -> Arguments | None:
     """Those of a call, by name; None where it is not for plans."""
     if not planned.may_launch(a) or not has_number(out_dtype):
@@ -57,6 +58,7 @@ def arguments_of(
         "out_dtype": number_of(out_dtype),
         "out": out,
         "use_fast_accum": use_fast_accum,
+        "split_k": split_k,
     }
 
 

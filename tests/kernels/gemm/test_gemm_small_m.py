@@ -8,10 +8,10 @@ from defaults import by_default
 from flash8.backends.hopper import gemm as hopper
 from flash8.backends.hopper.gemm_variants import (
     SHIPPED_GEMMS,
-    SMALL_M,
     GemmVariant,
     choose_variant,
 )
+from flash8.call.split_k import SMALL_M
 from gemm_cases import GRANULARITIES, assert_same, device, emulated, make, on_kernel
 from simulated_device import missing_compiler
 from sparse_tensors import sparse
@@ -188,6 +188,13 @@ def test_no_false_alarm_in_100_seeds(monkeypatch, variant):
 )
 def test_which_is_chosen(m, n, fast, name):
     assert choose_variant("outer" if fast else "block", fast, m, n, 132).name == name
+
+
+@pytest.mark.parametrize(("m", "tile"), [(1, "16x64"), (17, "64x64")])
+def test_a_split_product_has_the_narrow_tile(m, tile):
+    for n in (2048, 28672):
+        name = choose_variant("block", False, m, n, 132, splits=2).name
+        assert name == f"gemm_small_m_block_{tile}"
 
 
 def test_the_largest_m_is_a_tile():

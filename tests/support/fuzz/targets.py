@@ -114,6 +114,9 @@ def _products(rng: random.Random) -> Target:
     if rng.random() < 0.3:
         arguments["out"] = torch.zeros(m, n).to(out_dtype or torch.bfloat16)
     arguments["use_fast_accum"] = of_b != "128x128" and rng.random() < 0.5
+    arguments["split_k"] = rng.choice([1, 1, 0, 2, 8])
+    if arguments["use_fast_accum"]:
+        arguments["split_k"] = min(1, arguments["split_k"])
     arguments["out_dtype"] = out_dtype
     return torch.no_grad()(gemm.scaled_mm), arguments  # it has no derivative, and says so
 

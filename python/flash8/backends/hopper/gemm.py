@@ -1,6 +1,5 @@
 """The scaled product of e4m3 matrices on a compiled kernel."""
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -9,12 +8,12 @@ from torch import Tensor
 from flash8 import _native
 from flash8.backends.hopper import kernels, streams
 from flash8.backends.hopper.gemm_variants import (
-    SMALL_M,
     GemmVariant,
     InputOfA,
     choose_variant,
 )
 from flash8.call.scaled_mm import BLOCK, Product
+from flash8.call.split_k import SMALL_M, multiprocessors, splits_of
 from flash8.tensors.float8 import E4M3
 
 ELEMENT_TYPES = {
@@ -31,7 +30,6 @@ _INPUTS: dict[torch.dtype, InputOfA] = {
 }
 _UNIT = 16  # bytes, of what TMA reads
 _SHIFT = BLOCK.bit_length() - 1
-_MULTIPROCESSORS = 132  # of an H200
 
 
 def refusal(product: Product) -> str | None:
@@ -49,7 +47,8 @@ def choose(product: Product) -> GemmVariant:
     m, n, _ = product.sizes
     scales = "block" if product.has_blocks else "outer"
     count = multiprocessors(product.a.device)
-    return choose_variant(scales, product.fast_accum, m, n, count, _INPUTS[product.a.dtype])
+    options = _INPUTS[product.a.dtype], splits_of(product)
+    return choose_variant(scales, product.fast_accum, m, n, count, *options)
 
 
 class Launch(NamedTuple):
@@ -107,6 +106,7 @@ def _launch_of(variant: GemmVariant, product: Product, out: Tensor) -> Launch:
         scale_a = product.given_scale_a
         call.scale_a = (scale_a.data_ptr(), _stride(scale_a, 0), 0)
         call.scale_b = (product.scale_b.data_ptr(), _stride(product.scale_b, 1), 0)
+    call.splits = splits_of(product)
     device = product.a.device.index or 0
     return Launch(kernels.kernel(variant), device, call, (a, b, bias))
 
@@ -124,11 +124,3 @@ def readable(x: Tensor) -> Tensor:
     if x.data_ptr() % _UNIT == 0 and fits:
         return x
     return x.clone(memory_format=torch.contiguous_format)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of the device, or of an H200 where CPU tensors are served."""
-    if device.type != "cuda":
-        return _MULTIPROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple, get_args
 
+from flash8.call.split_k import SMALL_M
 from flash8.compiler import Unit, cutlass_root, enumerator
 
 Scales = Literal["outer", "block"]
@@ -68,6 +69,11 @@ class GemmVariant:
         known = (_SMALL,) if self.grouped or self.grouped_k else TILES[self.scales, self.fast_accum]
         return [tile[:2] for tile in known]
 
+    @property
+    def splits(self) -> bool:
+        """Whether the CTAs of a cluster may share the K of a tile."""
+        return self.small_m and SmallMTile(self.block_m, self.block_n).splits
+
     @cached_property
     def name(self) -> str:
         """A name that no other variant has: gemm_block_128x128, gemm_outer_fast_128x256,
@@ -124,9 +130,6 @@ TILES: dict[tuple[Scales, bool], tuple[Tile, ...]] = {
     ("outer", True): (_SMALL, _WIDE),
 }
 
-#: Products of so few rows read B once, and what that takes is their time.
-SMALL_M = 64
-
 
 class SmallMTile(NamedTuple):
     """A tile for few rows of A: wgmma has 64 rows of B, and as many columns as A has rows."""
@@ -138,6 +141,12 @@ class SmallMTile(NamedTuple):
     def rows(self) -> int:
         """Rows of A and of B that are read for it: what a multiprocessor waits for."""
         return self.block_m + self.block_n
+
+    @property
+    def splits(self) -> bool:
+        """Whether the CTAs of a cluster may share its K: where it has the most tiles, or too few
+        of them."""
+        return self.block_n == 64
 
 
 #: 64 rows of B: twice the tiles to share out. 128: A is read from L2 half as often.
@@ -189,11 +198,13 @@ def choose_variant(
     n: int,
     multiprocessors: int,
     a: InputOfA = "e4m3",
+    splits: int = 1,
 ) -> GemmVariant:
     """The tile with which the waves of tiles over all multiprocessors take the fewest cycles. Few
-    rows have their own kernel, unless the tensor core is to add up all of K."""
+    rows have their own kernel, unless the tensor core is to add up all of K; and of them K may be
+    split."""
     if m <= SMALL_M and not fast_accum:
-        return _choose_small_m(scales, m, n, multiprocessors, a)
+        return _choose_small_m(scales, m, n, multiprocessors, a, splits)
 
     def cycles(tile: Tile) -> int:
         tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
@@ -204,11 +215,12 @@ def choose_variant(
 
 
 def _choose_small_m(
-    scales: Scales, m: int, n: int, multiprocessors: int, a: InputOfA
+    scales: Scales, m: int, n: int, multiprocessors: int, a: InputOfA, splits: int
 ) -> GemmVariant:
     """The fewest rows of A that fit, and the tile with which the multiprocessors read least."""
     block_m = min(tile.block_m for tile in SMALL_M_TILES if tile.block_m >= m)
-    tiles = [tile for tile in small_m_tiles(a) if tile.block_m == block_m]
+    fits = [tile for tile in small_m_tiles(a) if tile.block_m == block_m]
+    tiles = [tile for tile in fits if tile.splits or splits == 1]
 
     def rows(tile: SmallMTile) -> int:
         return -(-n // (tile.block_n * multiprocessors)) * tile.rows

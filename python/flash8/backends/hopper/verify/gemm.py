@@ -10,6 +10,7 @@ from flash8.backends.hopper import gemm as hopper
 from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.verify.watchdog import Watchdog
 from flash8.call.scaled_mm import BLOCK, Product, blocks_of
+from flash8.call.split_k import multiprocessors
 from flash8.tensors.float8 import E4M3, MAX, saturating_cast
 
 #: Of an element, relative to the sum of the magnitudes of its products: what the tensor core's 14
@@ -98,12 +99,17 @@ class Draw:
         yield self._product(1, 136, 16, half, half)
         yield self._product(70, n + 8, 144, E4M3, bfloat)
         yield self._product(70, 48, 144, E4M3, None)
+        if self.variant.splits:
+            # CTAs that share K: equal ranges and unequal ones, a part of a warp's sums each.
+            for splits, rows, k in ((2, m, 1040), (4, m - 1, 3088), (8, m, 1168)):
+                split = self._product(rows, n + 13, k, bfloat, full)
+                yield split._replace(split_k=splits)
         if self.variant.scales == "block":
             yield self._product(m + 130, 48, 272, bfloat, bfloat, shared=True)
         else:
             yield self._product(130, 48, 272, bfloat, bfloat, shared=True)
         if self.device.type == "cuda":
-            yield self.of_more_tiles(hopper.multiprocessors(self.device))
+            yield self.of_more_tiles(multiprocessors(self.device))
 
     def of_more_tiles(self, count: int) -> Product:
         """A product of more tiles than `count`, in 11 rows of them or fewer."""

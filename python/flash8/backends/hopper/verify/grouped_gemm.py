@@ -8,12 +8,12 @@ from torch import Tensor
 
 from flash8.backends.cpu.grouped_gemm import along_k, ranges
 from flash8.backends.hopper import grouped_gemm as hopper
-from flash8.backends.hopper.gemm import multiprocessors
 from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.verify import gemm
 from flash8.backends.hopper.verify.watchdog import Watchdog
 from flash8.call.grouped_scaled_mm import GroupedProduct
 from flash8.call.scaled_mm import Product, blocks_of
+from flash8.call.split_k import multiprocessors
 from flash8.tensors.float8 import saturating_cast
 
 
