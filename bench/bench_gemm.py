@@ -21,6 +21,7 @@ from torch import Tensor
 
 import environment
 from flash8 import gemm
+from flash8.call.split_k import SMALL_M
 from partial import while_there_is_time, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -95,6 +96,13 @@ def _flash8(case: Case, given: Operands) -> Callable[[], Tensor]:
     return lambda: gemm.scaled_mm(a, b.t(), scale_a, scale_b.t())
 
 
+def _flash8_split(case: Case, given: Operands) -> Callable[[], Tensor]:
+    if case.m > SMALL_M:
+        raise ValueError(f"K is split up to {SMALL_M} rows")
+    (a, scale_a), (b, scale_b) = given.a, given.b
+    return lambda: gemm.scaled_mm(a, b.t(), scale_a, scale_b.t(), split_k=0)
+
+
 def _flash8_quantizing(case: Case, given: Operands) -> Callable[[], Tensor]:
     b, scale_b = given.b
 
@@ -147,6 +155,7 @@ def _fbgemm(case: Case, given: Operands) -> Callable[[], Tensor]:
 
 PEERS = {
     "flash8": _flash8,
+    "flash8, split_k=0": _flash8_split,
     "flash8, quantizing x": _flash8_quantizing,
     "torch._scaled_mm": _torch,
     "DeepGEMM": _deep_gemm,

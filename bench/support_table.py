@@ -233,12 +233,14 @@ ROWS = (
         ],
     ),
     Row(
-        "`gemm.scaled_mm`: scales by tensor, row, 1x128 and 128x128 by 128x128; bias; e4m3 output",
+        "`gemm.scaled_mm`: scales by tensor, row, 1x128 and 128x128 by 128x128; bias; e4m3 output; "
+        "split K",
         GemmVariant,
         [
             *(multiplied((1, 1), (1, 1)), multiplied((32, 1), (1, 48), bias=True)),
             *(multiplied((32, 2), (2, 1)), multiplied((1, 2), (2, 1), out_dtype=FP32)),
             multiplied((1, 1), (1, 1), use_fast_accum=True),
+            multiplied((32, 2), (2, 1), split_k=2),
             multiplied((1, 1), (1, 1), out_dtype=E4M3, scale_result=torch.ones(1)),
         ],
     ),
