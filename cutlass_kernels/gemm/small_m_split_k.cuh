@@ -41,14 +41,10 @@ class SplitK {
             }
         }
         Rows rows{m0 + kPartRows, m0 + kPartRows};
-        bool waited = false;
+        ptx::mbarrier_wait_cluster(&received.full[warp], 0);  // without a part of its own it expects nothing
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             if (here.is_own(2 * warp + half)) {
-                if (!waited) {
-                    ptx::mbarrier_wait_cluster(&received.full[warp], 0);
-                    waited = true;
-                }
                 here.add_part(received, warp, half, sum);
                 (half == 0 ? rows.begin : rows.end) += half == 0 ? -kPartRows : kPartRows;
             }

@@ -32,7 +32,7 @@ def products_of_few_rows(quantizes: bool) -> tuple[Product, ...]:
     blocks, and comes back to the stages of all of them. And one whose K is split."""
     found = (
         gemm_cases.make(9, 30, 16),
-        gemm_cases.make(11, 140, 1296)._replace(split_k=4),
+        gemm_cases.make(11, 140, 1296)._replace(split_k=8),
         gemm_cases.make(20, 600, 1040, bias=torch.bfloat16),
         gemm_cases.make(11, 40, 11280, "1x128" if quantizes else "128x128"),
     )
