@@ -110,7 +110,7 @@ class _Replay:
         if x.kind is Kind.TAKE_TURN:
             return max(time, warp.turn[0] if warp.turn else _NEVER)
         if x.kind is Kind.WAIT_PRODUCTS:
-            over = warp.groups[: len(warp.groups) - x.pending]
+            over = warp.groups[: max(0, len(warp.groups) - x.pending)]
             return max(time, *(end + self.machine.product_latency for end in over), 0.0)
         if x.kind is Kind.PRODUCT:
             return max(time, warp.begins[0] if self._is_full(warp) else 0.0)
@@ -133,7 +133,7 @@ class _Replay:
         if x.kind is Kind.PRODUCT:
             self._product(warp, x, begin, end)
         elif x.kind is Kind.WAIT_PRODUCTS:
-            warp.groups = warp.groups[len(warp.groups) - x.pending :] if x.pending else []
+            warp.groups = warp.groups[-x.pending :] if x.pending else []
         elif x.kind is Kind.TAKE_TURN:
             warp.turn.popleft()
         elif x.kind is Kind.PASS_TURN:

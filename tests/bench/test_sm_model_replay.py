@@ -104,6 +104,11 @@ def test_products_in_flight_over_the_back_edge():
     assert cycles([product(100), wait(1), *[ISSUE] * 150], 1) == 152
 
 
+def test_a_wait_that_leaves_more_groups_than_there_are_waits_for_none():
+    loop = [product(100), product(100), wait(3), *[ISSUE] * 150, wait()]
+    assert cycles(loop, 1) == 200 + 1
+
+
 def test_a_warp_that_has_a_product_waiting_cannot_issue_another():
     three = [product(100, closes=False), product(100, closes=False), product(100)]
     # The third is issued when the second begins, at 100, and 250 slots follow.
