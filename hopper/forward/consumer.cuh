@@ -40,7 +40,7 @@ class Consumer {
         }
         int const warp = static_cast<int>(threadIdx.x / 32) - 4;
         zero_unused_rows<Config>(params_, tile.offset_q, blockIdx.x * Config::kConsumerWarps + warp,
-                         gridDim.x * Config::kConsumerWarps);
+                                 gridDim.x * Config::kConsumerWarps);
     }
 
   private:

@@ -103,10 +103,9 @@ class E4m3Row {
             return make_uint4(words[0], words[1], words[2], words[3]);
         } else {
             constexpr uint32_t kLowHalves = 0x5410, kHighHalves = 0x7632;
-            return make_uint4(__byte_perm(words[0], words[1], kLowHalves),
-                              __byte_perm(words[2], words[3], kLowHalves),
-                              __byte_perm(words[0], words[1], kHighHalves),
-                              __byte_perm(words[2], words[3], kHighHalves));
+            return make_uint4(
+                __byte_perm(words[0], words[1], kLowHalves), __byte_perm(words[2], words[3], kLowHalves),
+                __byte_perm(words[0], words[1], kHighHalves), __byte_perm(words[2], words[3], kHighHalves));
         }
     }
 };

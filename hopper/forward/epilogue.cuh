@@ -46,8 +46,7 @@ class Epilogue {
             bool const used = rows[r].query < info.seqlen_q;
             bool const inside = rows[r].query < info.rows_q;
             int64_t const target = info.offset_q + static_cast<int64_t>(rows[r].query);
-            Stored* const out_row =
-                out + target * params.o.row_stride + rows[r].head * params.o.head_stride;
+            Stored* const out_row = out + target * params.o.row_stride + rows[r].head * params.o.head_stride;
             RowFactors const factors{used ? statistics.normalise[r] * scales.v_scale : 0.0f,
                                      used ? statistics.weight[r] : 0.0f};
             if constexpr (Config::kOutE4m3) {

@@ -48,7 +48,7 @@ struct ForwardParams {
     ElementType o_type;  // of FP8 inputs kFloat16 or kBfloat16; with KernelInfo::out_e4m3 kUint8
     std::int32_t heads_per_q_descale;  // query heads that share a descale: 1, or heads_q / heads_kv
     DropoutParams dropout;
-    PageParams pages;  // of a kernel that reads pages; sequences.batch_k is the rows of page_table
+    PageParams pages;       // of a kernel that reads pages; sequences.batch_k is the rows of page_table
     OutScaleRef out_scale;  // with KernelInfo::out_e4m3
 };
 

@@ -95,10 +95,10 @@ def quantize_attention(
         "sm_margin": sm_margin,
     }
     arguments.update(unwrap(arguments))
-    q, k, v = arguments["q"], arguments["k"], arguments["v"]
+    tensors = arguments["q"], arguments["k"], arguments["v"]
     window_left, window_right = checks.window(window_size)
     options = Options.of(arguments)._replace(window_left=window_left, window_right=window_right)
-    geometry, options = checks.attention(q, k, v, None, s_aux, None, options)
-    e4m3_output.check(q, geometry, out_scale)
-    data, scale = ops.forward_e4m3(q, k, v, s_aux, out_scale, options)
+    geometry, options = checks.attention(*tensors, None, s_aux, None, options)
+    e4m3_output.check(tensors[0], geometry, out_scale)
+    data, scale = ops.forward_e4m3(*tensors, s_aux, out_scale, options)
     return data, scale if out_scale is None else out_scale.view(1, 1)

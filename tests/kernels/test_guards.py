@@ -7,7 +7,7 @@ import torch
 
 import flash8
 from cases import int32
-from flash8 import _native, fp8
+from flash8 import _native, fp8, gemm
 from flash8.backends.hopper import append as appender
 from flash8.backends.hopper.quantize_variants import SHIPPED_QUANTIZERS
 from flash8.backends.hopper.variants import ForwardVariant
@@ -32,6 +32,7 @@ CAUSAL = ForwardVariant("bf16", 128, 128, mask="causal")
 STEPS = {
     "o": 16,
     "lse": 4,
+    "out_scale": 4,
     "out": 16,
     "descale": 4,
     "mean": 16,
@@ -94,6 +95,16 @@ def test_forward_between_rows_of_out(monkeypatch):
     beside = pytest.raises(AssertionError, match="beside")
     with device().serving_cpu_tensors(monkeypatch), beside:
         flash8.flash_attn_func(call.q, call.k, call.v, causal=True, out=out[:, :, ::2])
+
+
+@BOTH_SIDES
+@pytest.mark.parametrize("name", ["o", "out_scale"])
+def test_forward_into_e4m3(monkeypatch, name, side):
+    call = forward_call()
+    moved(monkeypatch, "launch_forward", name, side)
+    beside = pytest.raises(AssertionError, match="beside")
+    with device().serving_cpu_tensors(monkeypatch), beside:
+        gemm.quantize_attention(call.q, call.k, call.v, causal=True, pack_gqa=False)
 
 
 QUANTIZED = {

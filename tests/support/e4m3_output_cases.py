@@ -22,6 +22,11 @@ BF16 = ForwardVariant("bf16", 128, 128, mask="causal", out="e4m3")
 ROW = "forward/e4m3_row.cuh"
 EPILOGUE = "forward/epilogue.cuh"
 
+#: An edit of the PTX: the last maximum of a quad, from which the scale is made.
+LARGEST_OF_TWO_LANES = (
+    rb"max\.u32\s+(%r\d+), (%r\d+), %r\d+;(\s+mov\.b32\s+%f\d+, \1;)",
+    rb"mov.u32 \1, \2;\3",
+)
 #: A kernel that writes O in fp32 to where its scales would be, (rows, heads, head_dim_v).
 IN_FP32 = (
     (EPILOGUE, "head * E4m3Row<Config>::kScales;", "head * Config::kHeadDimV;"),

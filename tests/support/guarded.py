@@ -12,6 +12,7 @@ from flash8.backends.hopper import append as appender
 from flash8.backends.hopper import backward as hopper_backward
 from flash8.backends.hopper import decode as hopper_decode
 from flash8.backends.hopper import forward as hopper
+from flash8.backends.hopper import forward_e4m3 as hopper_e4m3
 from flash8.backends.hopper import gemm as hopper_gemm
 from flash8.backends.hopper import grouped_gemm as hopper_grouped_gemm
 from flash8.backends.hopper import quantize as quantizer
@@ -132,6 +133,8 @@ def _guard_calls(patch: Any, device: Any, guards: Guards) -> None:
     patch.setattr(appender, "append", functools.partial(_append, appender.append, guards, device))
     launch = functools.partial(_launch, hopper.plan_and_launch, device)
     patch.setattr(hopper, "plan_and_launch", launch)
+    narrow = functools.partial(_forward_e4m3, hopper_e4m3.forward_e4m3, device)
+    patch.setattr(hopper_e4m3, "forward_e4m3", narrow)
     decode = functools.partial(_decode, hopper_decode.forward, device)
     patch.setattr(hopper_decode, "forward", decode)
     for gemm in (hopper_gemm, hopper_grouped_gemm):
@@ -202,6 +205,16 @@ def _launch(
     plan.call.o = (out.data_ptr(), *plan.call.o[1:])  # of which the plan cache will hear
     plan.call.lse = (lse.data_ptr(), *plan.call.lse[1:])
     return plan
+
+
+def _forward_e4m3(forward: Callable[..., None], device: Any, *given: Any) -> None:
+    *inputs, data, scale = given
+    with Guards(device) as guards:
+        bytes_, scales = guards.add(Guarded.like(data)), guards.add(Guarded.like(scale))
+        forward(*inputs, bytes_, scales)
+        guards.check()
+    _assign(data, bytes_)
+    _assign(scale, scales)
 
 
 def _decode(forward: Callable[..., None], device: Any, *given: Any) -> None:

@@ -28,8 +28,8 @@ from flash8.tensors.tokens import Tokens
 _Variant = ForwardVariant | BackwardVariant
 #: The backward of an FP8 forward reads operands that no call of flash_attn_func has.
 _BACKWARDS = tuple(variant for variant in SHIPPED_BACKWARDS if not variant.fp8)
-#: Pages change only where the producer's loads come from.
-_FORWARDS = tuple(variant for variant in SHIPPED if not variant.paged)
+#: Pages change only where the producer's loads come from, and e4m3 outputs only the last stores.
+_FORWARDS = tuple(variant for variant in SHIPPED if not variant.paged and variant.out == "wide")
 _VARIANTS: tuple[_Variant, ...] = (*_FORWARDS, *_BACKWARDS)
 _GROUP = "flash8.commands"
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}

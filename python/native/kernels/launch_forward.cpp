@@ -75,8 +75,8 @@ void check_output(const ForwardParams& call, const KernelInfo& info) {
             static_cast<std::uint32_t>(call.o_type), "; this kernel writes e4m3, UINT8");
     require(call.head_dim_v == info.kHeadDimV, "forward: head_dim_v is ", call.head_dim_v,
             "; this kernel writes e4m3 with a head_dim_v of ", info.kHeadDimV);
-    require((scale.ptr == nullptr) != (scale.given == nullptr),
-            "forward: out_scale has ", scale.ptr == nullptr ? "neither" : "both",
+    require((scale.ptr == nullptr) != (scale.given == nullptr), "forward: out_scale has ",
+            scale.ptr == nullptr ? "neither" : "both",
             " a place for scales and a given one; o of e4m3 needs one of them");
     const std::int64_t scales = std::int64_t{call.heads_q} * (call.head_dim_v / kOutScaleChannels);
     require(scale.ptr == nullptr || scale.row_stride >= scales, "forward: the row stride of out_scale is ",

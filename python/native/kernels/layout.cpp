@@ -357,13 +357,19 @@ StructLayout kernel_info() {
 }  // namespace
 
 std::vector<StructLayout> struct_layouts() {
-    return {
-        tensor_map(),      tensor_ref(),       descale_ref(),     row_ref(),         channel_ref(),
-        sequence_params(), page_params(),      score_params(),    dropout_params(),  scheduler_params(),
-        out_scale_ref(),   forward_params(),   backward_params(), decode_params(),   group_ref(),
-        quantize_params(), appended_rows(),    rotary_params(),   place_params(),    append_params(),
-        scale_ref(),       gemm_params(),      tma_box(),         kernel_info(),     schedule_params(),
-        quantize_matrix_params()};
+    return {tensor_map(),      tensor_ref(),
+            descale_ref(),     row_ref(),
+            channel_ref(),     sequence_params(),
+            page_params(),     score_params(),
+            dropout_params(),  scheduler_params(),
+            out_scale_ref(),   forward_params(),
+            backward_params(), decode_params(),
+            group_ref(),       quantize_params(),
+            appended_rows(),   rotary_params(),
+            place_params(),    append_params(),
+            scale_ref(),       gemm_params(),
+            tma_box(),         kernel_info(),
+            schedule_params(), quantize_matrix_params()};
 }
 
 }  // namespace flash8

@@ -13,7 +13,9 @@ from e4m3_output_cases import (
     EPILOGUE,
     FP8,
     IN_FP32,
+    LARGEST_OF_TWO_LANES,
     ROW,
+    E4m3Kernel,
     as_bits,
     changed,
     check,
@@ -27,9 +29,10 @@ from e4m3_output_cases import (
     wide,
 )
 from flash8.backends.hopper.variants import ForwardVariant
-from forward_cases import draw, int32, masks, packed, real, sequences
+from forward_cases import device, draw, int32, masks, packed, real, sequences
 from forward_cases import launch as launch_wide
 from forward_launch import Call, Schedule
+from fp8_forward_cases import changed_ptx
 from simulated_device import missing_compiler
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
@@ -242,7 +245,6 @@ def test_given_scale_of_packed_sequences():
     check(FP8, packed_call(FP8), out_scale=0.01)
 
 
-SECOND = "max(largest, __shfl_xor_sync(0xffffffff, largest, 2))"
 FIRST = "largest = max(largest, __shfl_xor_sync(0xffffffff, largest, 1));"
 SCALES = "head * E4m3Row<Config>::kScales"
 SEQUENCE = "int64_t{batch} * params.sequences.max_seqlen_q"
@@ -252,7 +254,6 @@ GIVEN = "checked_descale(*out_scale.given)"
 NO_SEQUENCE = "forward/zero_unused_rows.cuh"
 #: What is wrong: the variant, and an edit of its sources.
 MUTATIONS = {
-    "the largest of two lanes": (FP8, (ROW, SECOND, "largest")),
     "the largest of the other two lanes": (FP8, (ROW, FIRST, "")),
     "scales of the first head": (FP8, (EPILOGUE, SCALES, f"0 * {SCALES}")),
     "scales of the first sequence": (FP8, (EPILOGUE, SEQUENCE, "0")),
@@ -272,7 +273,6 @@ MUTATIONS = {
     "the given scale multiplies": (FP8, (ROW, f"quantize::reciprocal({GIVEN})", GIVEN)),
     "any given scale": (FP8, (ROW, GIVEN, "*out_scale.given")),
 }
-KEPT = ["the largest of two lanes"]
 
 
 def everything(variant: ForwardVariant, run) -> None:
@@ -298,11 +298,18 @@ def test_a_sound_kernel_passes_them(variant):
     everything(variant, lambda call, **given: launch(variant, call, **given))
 
 
-@pytest.mark.parametrize("name", by_default(MUTATIONS, KEPT))
+@pytest.mark.parametrize("name", by_default(MUTATIONS, []))
 def test_a_wrong_kernel_is_found(name, tmp_path):
     variant, edit = MUTATIONS[name]
     wrong = changed(tmp_path, variant, edit)
     with pytest.raises((AssertionError, RuntimeError)):
+        everything(variant, wrong.quantize)
+
+
+@pytest.mark.parametrize("variant", [FP8, BF16], ids=lambda v: v.name)
+def test_the_largest_of_two_lanes_is_found(variant):
+    wrong = E4m3Kernel(device().driver, changed_ptx(variant, *LARGEST_OF_TWO_LANES))
+    with pytest.raises(AssertionError):
         everything(variant, wrong.quantize)
 
 
