@@ -20,8 +20,9 @@ struct BlockRange {
 
     __device__ BlockRange(QuantizeParams const& params, int batch) {
         if (params.cu_seqlens != nullptr) {
-            begin = first_block(offset_of(params, batch), batch);
-            end = first_block(offset_of(params, batch + 1), batch + 1);
+            PackedOffsets const offsets = offsets_of(params);
+            begin = first_block(offsets[batch], batch);
+            end = first_block(offsets[batch + 1], batch + 1);
         } else {
             int const blocks = max(1, (params.seqlen + Config::kTokens - 1) / Config::kTokens);
             begin = batch * blocks;

@@ -4,18 +4,14 @@
 
 #include "clamp.cuh"
 #include "config.cuh"
+#include "packed_block.cuh"
 
 namespace flash8::quantize {
 
-// cu_seqlens[i], brought into range.
-__device__ __forceinline__ int offset_of(QuantizeParams const& params, int i) {
-    return clamped(params.cu_seqlens[i], 0, static_cast<int>(params.total));
-}
+static_assert(Config::kTokens == kScaleBlock, "a tile is a block of the descales");
 
-// The first block of packed sequence `batch`, which starts at row `offset`. One past the last sequence it is
-// the number of blocks at most.
-__device__ __forceinline__ int first_block(int offset, int batch) {
-    return offset / Config::kTokens + batch;
+__device__ __forceinline__ PackedOffsets offsets_of(QuantizeParams const& params) {
+    return {params.cu_seqlens, params.batch, static_cast<int>(params.total)};
 }
 
 struct TokenTile {
@@ -61,44 +57,14 @@ struct TokenTile {
     }
 
   private:
-    // A bisection for the last sequence whose first block is not past this one. It also gives the rows of
-    // the sequence, from the offsets that it compares: the largest one at or before the sequence and the
-    // smallest one after it. Those are the sequence's own two if the offsets never decrease. If they do,
-    // still no row has two sequences: any two of them part at one of these offsets, where the rows of one
-    // end at the latest and those of the other begin at the earliest.
-    //
-    // Rows past the last sequence are cast with it and do not count. Blocks before the first sequence, and
-    // those that no sequence reaches because offsets decrease, are empty.
     __device__ void find_packed(QuantizeParams const& params, int packed_block) {
-        int low = 0;
-        int high = params.batch - 1;
-        int begin = offset_of(params, 0);
-        int end = static_cast<int>(params.total);
-        int low_block = first_block(begin, 0);
-        while (low < high) {
-            int const middle = (low + high + 1) / 2;
-            int const middle_begin = offset_of(params, middle);
-            int const middle_block = first_block(middle_begin, middle);
-            if (middle_block <= packed_block) {
-                low = middle;
-                low_block = middle_block;
-                begin = max(begin, middle_begin);
-            } else {
-                high = middle - 1;
-                end = min(end, middle_begin);
-            }
-        }
-        batch = low;
+        PackedBlock const found = PackedBlock::find(offsets_of(params), packed_block);
+        batch = found.batch;
         block = packed_block;
-        offset = begin;
-        first = max(packed_block - low_block, 0) * Config::kTokens;
-        if (packed_block < low_block) {
-            capacity = counted = 0;
-            return;
-        }
-        bool const last = low + 1 == params.batch;
-        capacity = max(end - begin, 0);
-        counted = last ? max(offset_of(params, low + 1) - begin, 0) : capacity;
+        offset = found.offset;
+        first = found.first;
+        capacity = found.capacity;
+        counted = found.counted;
     }
 };
 

@@ -55,11 +55,11 @@ def test_more_sequences_than_threads(monkeypatch, steps):
 #: A bound of a sequence's rows that is left out, and offsets that need it.
 BOUNDS = {
     "begin": (
-        ("tokens.cuh", "begin = max(begin, middle_begin);", "begin = middle_begin;"),
+        ("packed_block.cuh", "begin = max(begin, middle_begin);", "begin = middle_begin;"),
         [0, 150, 180, 60, 200],
     ),
     "end": (
-        ("tokens.cuh", "end = min(end, middle_begin);", "end = middle_begin;"),
+        ("packed_block.cuh", "end = min(end, middle_begin);", "end = middle_begin;"),
         [0, 130, 20, 133, 200],
     ),
 }
