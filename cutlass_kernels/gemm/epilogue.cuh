@@ -11,6 +11,7 @@
 #include "arch/convert.cuh"
 #include "arch/quad.cuh"
 #include "arch/wgmma.cuh"
+#include "bias.cuh"
 #include "tile.cuh"
 
 namespace flash8::gemm {
@@ -86,18 +87,6 @@ class Epilogue {
     // Where value i of this thread lies in its groups.
     __device__ __forceinline__ static int column_of(int i) {
         return 8 * (i / 2) + 2 * static_cast<int>(threadIdx.x % 4) + i % 2;
-    }
-
-    // Without branches: a tile has many.
-    __device__ __forceinline__ static float bias_of(GemmParams const& params, int column) {
-        bool const wide = params.bias_type == ElementType::kFloat32;
-        char const* const at = static_cast<char const*>(params.bias) + int64_t{column} * (wide ? 4 : 2);
-        uint32_t const word =
-            wide ? *reinterpret_cast<uint32_t const*>(at) : *reinterpret_cast<uint16_t const*>(at);
-        cutlass::half_t const half = cutlass::half_t::bitcast(static_cast<uint16_t>(word));
-        float const as_half = static_cast<float>(half);
-        float const as_other = __uint_as_float(wide ? word : word << 16);
-        return params.bias_type == ElementType::kFloat16 ? as_half : as_other;
     }
 
     __device__ __forceinline__ static void scale(float (&values)[kColumns], float by) {

@@ -74,11 +74,11 @@ extern "C" __global__ void __launch_bounds__(flash8::gemm::Config::kThreads, 1)
     if (warpgroup == 0) {
         ptx::release_registers<Config::Registers::kProducer>();
         if (threadIdx.x < Config::kWalkingLanes) {
-            load_operands(params, shared);
+            load_operands(params, shared, TileWalk(params));
         }
         if constexpr (Config::kBlockScales) {
             if (threadIdx.x / 32 == 1) {
-                load_scales(params, shared);
+                load_scales(params, shared, TileWalk(params));
             }
         }
         if constexpr (Config::kGrouped) {

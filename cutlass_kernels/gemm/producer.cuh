@@ -11,9 +11,9 @@ namespace flash8::gemm {
 
 // By one thread. With groups by a warp, whose first lane does it: the others help to find the tile, and wait
 // for the first one at the next.
-__device__ void load_operands(GemmParams const& params, SharedStorage& shared) {
+template <class Walk>
+__device__ void load_operands(GemmParams const& params, SharedStorage& shared, Walk tiles) {
     PipelineState<Config::kStages> state;
-    TileWalk tiles(params);
     int const all_blocks = k_blocks(params);
     Tile tile;
     while (tiles.next(tile)) {
@@ -41,10 +41,10 @@ __device__ void load_operands(GemmParams const& params, SharedStorage& shared) {
 
 // By all lanes of a warp: scales of any strides, a lane copies those of every 32nd row. Rows beyond A, or
 // beyond the tile's group, get the scale of the last one; nothing of them is stored.
-__device__ void load_scales(GemmParams const& params, SharedStorage& shared) {
+template <class Walk>
+__device__ void load_scales(GemmParams const& params, SharedStorage& shared, Walk tiles) {
     constexpr int kRows = Config::kBlockM / 32;  // of a lane
     PipelineState<Config::kStages> state;
-    TileWalk tiles(params);
     int const all_blocks = k_blocks(params);
     int const lane = threadIdx.x % 32;
     Tile tile;

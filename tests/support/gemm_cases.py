@@ -132,9 +132,9 @@ def is_caught(run: Callable[[int], Tensor], want: Tensor, seeds: int = 6) -> boo
 
 
 def changed_kernel(folder: Path, file: str, old: str, new: str) -> _native.Registry:
-    """GEMM kernels compiled from sources with an edit."""
-    root = folder / "gemm"
-    shutil.copytree(cutlass_root() / "gemm", root)
+    """GEMM kernels compiled from sources with an edit; a file is named as gemm/ sees it."""
+    shutil.copytree(cutlass_root(), folder / "sources")
+    root = folder / "sources" / "gemm"
     text = (root / file).read_text()
     assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}"
     (root / file).write_text(text.replace(old, new))

@@ -96,4 +96,20 @@ void def_descale(py::class_<Struct>& type, const char* name, DescaleRef Struct::
         });
 }
 
+// A GroupRef is (address, batch stride, head stride, block stride).
+template <class Struct, class Ref>
+void def_group(py::class_<Struct>& type, const char* name, Ref Struct::* member) {
+    type.def_property(
+        name,
+        [member](const Struct& self) {
+            const Ref& ref = self.*member;
+            return DescaleTuple(reinterpret_cast<std::uintptr_t>(ref.ptr), ref.batch_stride, ref.head_stride,
+                                ref.block_stride);
+        },
+        [member](Struct& self, const DescaleTuple& given) {
+            const auto& [address, batch, head, block] = given;
+            self.*member = {reinterpret_cast<float*>(address), batch, head, block};
+        });
+}
+
 }  // namespace flash8

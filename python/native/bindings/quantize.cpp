@@ -10,22 +10,7 @@ namespace flash8 {
 
 namespace {
 
-using GroupTuple = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
 using Signs = std::array<std::uint32_t, 8>;
-
-void def_group(py::class_<QuantizeParams>& type, const char* name, GroupRef QuantizeParams::* member) {
-    type.def_property(
-        name,
-        [member](const QuantizeParams& self) {
-            const GroupRef& ref = self.*member;
-            return GroupTuple(reinterpret_cast<std::uintptr_t>(ref.ptr), ref.batch_stride, ref.head_stride,
-                              ref.block_stride);
-        },
-        [member](QuantizeParams& self, const GroupTuple& given) {
-            const auto& [address, batch, head, block] = given;
-            self.*member = {reinterpret_cast<float*>(address), batch, head, block};
-        });
-}
 
 void def_sizes(py::class_<QuantizeParams>& type) {
     using P = QuantizeParams;

@@ -73,6 +73,9 @@ void check_out(const GemmParams& call, const KernelInfo& info) {
         require(is_e4m3, "gemm: scale_result is given; it goes with an e4m3 out");
         check_aligned("scale_result", call.scale_result, sizeof(float));
     }
+}
+
+void check_bias(const GemmParams& call) {
     if (call.bias != nullptr) {
         require(is_wide(call.bias_type), "gemm: bias_type is ", static_cast<std::uint32_t>(call.bias_type),
                 "; supported are FLOAT16, BFLOAT16 and FLOAT32");
@@ -180,6 +183,33 @@ bool has_vector_stores(const GemmParams& call, const KernelInfo& info) {
 
 }  // namespace
 
+void check_gemm_operands(const GemmParams& call, const KernelInfo& info) {
+    check_sizes(call);
+    check_bias(call);
+    check_scales(call, info);
+}
+
+std::int64_t prepare_gemm_tiles(Kernel& kernel, int device, std::int64_t m_blocks, std::int64_t n_blocks,
+                                GemmParams& params) {
+    const KernelInfo& info = *kernel.info();
+    const std::int64_t outs = is_grouped_along_k(info) ? params.groups : 1;
+    const std::int64_t splits = std::max(1, params.splits);
+    require(m_blocks * outs <= kMostRows / splits / n_blocks, "gemm: out has ", m_blocks * outs, " by ",
+            n_blocks, " tiles; supported are less than 2^31 - 2^20 over splits, ", splits);
+    params.tma_a = encode(kernel.driver(), params.a, params.m, params.k, params.a_stride, info.tma[0]);
+    params.tma_b = encode(kernel.driver(), params.b, params.n, params.k, params.b_stride, info.tma[1],
+                          params.groups, params.b_group_stride);
+    // CTAs that share K have one tile: what they send each other has no second place.
+    const std::int64_t tiles = outs * m_blocks * n_blocks;
+    const std::int64_t ctas =
+        splits > 1 ? splits * tiles
+                   : std::min<std::int64_t>(tiles, kernel.driver().primary(device).multiprocessors);
+    params.m_blocks = static_cast<std::int32_t>(m_blocks);
+    params.n_blocks = static_cast<std::int32_t>(n_blocks);
+    params.band = static_cast<std::int32_t>(std::min<std::int64_t>(band_of(info, ctas), m_blocks));
+    return ctas;
+}
+
 void launch_gemm(Kernel& kernel, int device, std::uint64_t stream, const GemmParams& call) {
     check_kernel(kernel);
     const KernelInfo& info = *kernel.info();
@@ -189,31 +219,16 @@ void launch_gemm(Kernel& kernel, int device, std::uint64_t stream, const GemmPar
     }
     check_groups(call, info);
     check_out(call, info);
+    check_bias(call);
     check_scales(call, info);
     check_splits(call, info);
-    const std::int64_t splits = std::max(1, call.splits);
-    const std::int64_t m_blocks = most_m_blocks(call, info);
-    const std::int64_t n_blocks = ceil_div(call.n, info.kBlockN);
-    const std::int64_t outs = is_grouped_along_k(info) ? call.groups : 1;
-    require(m_blocks * outs <= kMostRows / splits / n_blocks, "gemm: out has ", m_blocks * outs, " by ",
-            n_blocks, " tiles; supported are less than 2^31 - 2^20 over splits, ", splits);
-
     GemmParams params = call;
-    params.tma_a = encode(kernel.driver(), call.a, call.m, call.k, call.a_stride, info.tma[0]);
-    params.tma_b = encode(kernel.driver(), call.b, call.n, call.k, call.b_stride, info.tma[1], call.groups,
-                          call.b_group_stride);
-    // CTAs that share K have one tile: what they send each other has no second place.
-    const std::int64_t tiles = outs * m_blocks * n_blocks;
+    params.splits = std::max(1, call.splits);
     const std::int64_t ctas =
-        splits > 1 ? splits * tiles
-                   : std::min<std::int64_t>(tiles, kernel.driver().primary(device).multiprocessors);
-    params.m_blocks = static_cast<std::int32_t>(m_blocks);
-    params.n_blocks = static_cast<std::int32_t>(n_blocks);
-    params.band = static_cast<std::int32_t>(std::min<std::int64_t>(band_of(info, ctas), m_blocks));
+        prepare_gemm_tiles(kernel, device, most_m_blocks(call, info), ceil_div(call.n, info.kBlockN), params);
     params.vector_stores = has_vector_stores(call, info) ? 1 : 0;
-    params.splits = static_cast<std::int32_t>(splits);
     LaunchShape shape = shape_of(info, {ctas, 1, 1});
-    shape.cluster = {splits, 1, 1};
+    shape.cluster = {params.splits, 1, 1};
     launch(kernel, device, stream, shape, {{&params, sizeof(params)}});
 }
 

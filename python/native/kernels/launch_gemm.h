@@ -17,4 +17,10 @@ namespace flash8 {
 // Throws std::invalid_argument for sizes, strides or addresses that the kernel cannot take.
 void launch_gemm(Kernel& kernel, int device, std::uint64_t stream, const GemmParams& call);
 
+// What else is launched with GemmParams shares these two. The first checks sizes, bias and scales. The second
+// encodes tensor maps and fills in how so many blocks of out are walked; it gives the number of CTAs.
+void check_gemm_operands(const GemmParams& call, const KernelInfo& info);
+std::int64_t prepare_gemm_tiles(Kernel& kernel, int device, std::int64_t m_blocks, std::int64_t n_blocks,
+                                GemmParams& params);
+
 }  // namespace flash8

@@ -81,16 +81,23 @@ def plan_and_launch(variant: GemmVariant, product: Product, out: Tensor) -> Laun
 
 
 def _launch_of(variant: GemmVariant, product: Product, out: Tensor) -> Launch:
-    m, n, k = product.sizes
-    a, b = readable(product.a), readable(product.b.t())
     call = _native.GemmParams()
-    call.m, call.n, call.k = m, n, k
-    call.a, call.a_stride = a.data_ptr(), a.stride(0)
-    call.b, call.b_stride = b.data_ptr(), b.stride(0)
+    held = operands_of(product, call)
     call.out, call.out_stride = out.data_ptr(), out.stride(0)
     call.out_type = ELEMENT_TYPES[out.dtype]
     if product.scale_result is not None:
         call.scale_result = product.scale_result.data_ptr()
+    call.splits = splits_of(product)
+    device = product.a.device.index or 0
+    return Launch(kernels.kernel(variant), device, call, held)
+
+
+def operands_of(product: Product, call: _native.GemmParams) -> tuple[Tensor | None, ...]:
+    """Fills in sizes, matrices, scales and bias. Gives the tensors that `call` points to."""
+    call.m, call.n, call.k = product.sizes
+    a, b = readable(product.a), readable(product.b.t())
+    call.a, call.a_stride = a.data_ptr(), a.stride(0)
+    call.b, call.b_stride = b.data_ptr(), b.stride(0)
     bias = product.bias
     if bias is not None:
         bias = bias.contiguous()
@@ -106,9 +113,7 @@ def _launch_of(variant: GemmVariant, product: Product, out: Tensor) -> Launch:
         scale_a = product.given_scale_a
         call.scale_a = (scale_a.data_ptr(), _stride(scale_a, 0), 0)
         call.scale_b = (product.scale_b.data_ptr(), _stride(product.scale_b, 1), 0)
-    call.splits = splits_of(product)
-    device = product.a.device.index or 0
-    return Launch(kernels.kernel(variant), device, call, (a, b, bias))
+    return a, b, bias
 
 
 def _stride(scale: Tensor, dim: int) -> int:

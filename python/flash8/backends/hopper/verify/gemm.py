@@ -50,14 +50,14 @@ def find_fault_of(variant: GemmVariant, product: Product) -> str | None:
 
 def differ(out: Tensor, product: Product) -> Tensor:
     """Where `out` is none that a sound kernel may write."""
-    want, magnitude = _reference(product)
+    want, magnitude = reference(product)
     bound = _TOLERANCE * magnitude + _ROUNDING[out.dtype] * want.abs()
     if out.dtype == E4M3:
         bound, want = bound + _SMALLEST_E4M3, want.clamp(-MAX[E4M3], MAX[E4M3])
     return ~((out.double() - want).abs() <= bound)  # NaN is wrong
 
 
-def _reference(product: Product) -> tuple[Tensor, Tensor]:
+def reference(product: Product) -> tuple[Tensor, Tensor]:
     """The product in fp64, and the sums of the magnitudes of what it adds up."""
     product = with_quantized_a(product)
     m, n, k = product.sizes
