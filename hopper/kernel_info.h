@@ -23,6 +23,7 @@ enum class KernelKind : std::uint32_t {
     kQuantizeRmsNorm = 14,
     kQuantizeSiluMul = 15,
     kGemmGroupedK = 16,
+    kQkvProjection = 18,
     kOther = 255,
 };
 

@@ -18,6 +18,8 @@ enum class NamedBarrier : int {
     kKeysPrepared = 8,
     // Decode: the warps of team i have written what they exchange: TeamMeeting + i.
     kTeamMeeting = 9,  // and 10
+    // QKV projection: all consumer warps have written the largest magnitude of their part of a tile.
+    kTileAmax = 11,
 };
 
 // The warps of one team wait for each other.

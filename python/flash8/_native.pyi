@@ -454,6 +454,33 @@ class GemmParams:
     splits: int
 
 def launch_gemm(kernel: Kernel, device: int, stream: int, call: GemmParams) -> None: ...
+
+class QkvParams:
+    @property
+    def gemm(self) -> GemmParams: ...
+    q: tuple[int, int, int, int]
+    k: tuple[int, int, int, int]
+    v: tuple[int, int, int, int]
+    q_descale: tuple[int, int, int, int]
+    k_descale: tuple[int, int, int, int]
+    v_descale: tuple[int, int, int, int]
+    q_norm: int
+    k_norm: int
+    rope_cos: int
+    rope_sin: int
+    rope_offsets: int
+    cu_seqlens: int
+    seqused: int
+    batch: int
+    seqlen: int
+    heads_q: int
+    heads_kv: int
+    rope_rows: int
+    rotary_dim: int
+    interleaved: int
+    norm_eps: float
+
+def launch_qkv(kernel: Kernel, device: int, stream: int, call: QkvParams) -> None: ...
 def launch_quantize_matrix(
     kernel: Kernel, device: int, stream: int, call: QuantizeMatrixParams
 ) -> None: ...

@@ -24,6 +24,7 @@ HEADERS = (
     ROOT / "cutlass_kernels" / "quantize" / "quantize_params.h",
     ROOT / "cutlass_kernels" / "quantize" / "matrix_params.h",
     ROOT / "cutlass_kernels" / "gemm" / "gemm_params.h",
+    ROOT / "cutlass_kernels" / "gemm" / "qkv_params.h",
 )
 LAYOUT = _native.layout()
 
@@ -103,6 +104,7 @@ def test_layout_of_abi_version_16():
         "KernelInfo": (416, 4),
         "ScheduleParams": (1600, 64),
         "QuantizeMatrixParams": (120, 8),
+        "QkvParams": (768, 64),
     }
 
 

@@ -15,6 +15,7 @@ void bind_quantize(pybind11::module_& module);         // quantizer calls
 void bind_quantize_matrix(pybind11::module_& module);  // operands of products
 void bind_append(pybind11::module_& module);           // appends to a cache
 void bind_gemm(pybind11::module_& module);             // matrix products
+void bind_qkv(pybind11::module_& module);              // QKV projections
 void bind_plan_cache(pybind11::module_& module);       // the plans of attention calls
 
 }  // namespace flash8

@@ -47,6 +47,7 @@ PYBIND11_MODULE(_native, module) {
     bind_quantize_matrix(module);
     bind_append(module);
     bind_gemm(module);
+    bind_qkv(module);
     bind_plan_cache(module);
 }
 

@@ -6,6 +6,7 @@
 #include "gemm_params.h"
 #include "kernel_info.h"
 #include "matrix_params.h"
+#include "qkv_params.h"
 #include "quantize/append_params.h"
 #include "quantize_params.h"
 
@@ -318,6 +319,17 @@ StructLayout gemm_params() {
                                     FIELD(reserved)});
 }
 
+StructLayout qkv_params() {
+    using T = QkvParams;
+    return layout<T>("QkvParams",
+                     {FIELD(gemm),        FIELD(q),         FIELD(k),         FIELD(v),
+                      FIELD(q_descale),   FIELD(k_descale), FIELD(v_descale), FIELD(q_norm),
+                      FIELD(k_norm),      FIELD(rope_cos),  FIELD(rope_sin),  FIELD(rope_offsets),
+                      FIELD(cu_seqlens),  FIELD(seqused),   FIELD(batch),     FIELD(seqlen),
+                      FIELD(heads_q),     FIELD(heads_kv),  FIELD(rope_rows), FIELD(rotary_dim),
+                      FIELD(interleaved), FIELD(norm_eps),  FIELD(reserved)});
+}
+
 StructLayout tma_box() {
     using T = TmaBox;
     return layout<T>("TmaBox", {FIELD(rank), FIELD(box), FIELD(element_type), FIELD(swizzle)});
@@ -369,7 +381,8 @@ std::vector<StructLayout> struct_layouts() {
             place_params(),    append_params(),
             scale_ref(),       gemm_params(),
             tma_box(),         kernel_info(),
-            schedule_params(), quantize_matrix_params()};
+            schedule_params(), quantize_matrix_params(),
+            qkv_params()};
 }
 
 }  // namespace flash8

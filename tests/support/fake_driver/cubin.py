@@ -168,7 +168,7 @@ def decode_cubin(
 
 
 _JOBS = {"cast": 6, "amax": 7, "mean": 8, "mean_finish": 9}
-_APPEND, _SCHEDULE, _GEMM, _GEMM_GROUPED_K = 10, 11, 12, 16
+_APPEND, _SCHEDULE, _GEMM, _GEMM_GROUPED_K, _QKV = 10, 11, 12, 16, 18
 _PROLOGUES = {"rms_norm": 14, "silu_mul": 15}
 
 
@@ -232,6 +232,19 @@ def gemm_cubin(variant: str = "gemm_block_128x128", **values: int | str | tuple[
     return fake_cubin(**{**given, **values})
 
 
+def qkv_cubin(variant: str = "qkv_projection_block") -> bytes:
+    """A kernel for the calls of the QKV projection of this name."""
+    box = (4, (128, 128, 1, 1), _native.ElementType.UINT8, _native.Swizzle.B128)
+    return fake_cubin(
+        kind=_QKV,
+        entry="qkv_projection",
+        params_bytes=LAYOUT["QkvParams"]["size"],
+        scale_block=128 if variant.endswith("_block") else 0,
+        v_colmajor=1,
+        tma=tma_boxes(box, box),
+    )
+
+
 def any_cubin(variant: str, kind: str = "cubin") -> bytes:
     """A kernel for the calls of any variant; a Registry asks for it so."""
     if variant.startswith("quantize_matrix_"):
@@ -242,6 +255,8 @@ def any_cubin(variant: str, kind: str = "cubin") -> bytes:
         return append_cubin()
     if variant == "decode_schedule":
         return schedule_cubin()
+    if variant.startswith("qkv_"):
+        return qkv_cubin(variant)
     if variant.startswith("gemm_"):
         return gemm_cubin(variant)
     if variant.startswith("decode_"):
