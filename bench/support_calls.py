@@ -153,6 +153,21 @@ def multiplied_along_k(shape_a: tuple[int, ...], shape_b: tuple[int, ...], **opt
     return call
 
 
+def projected(head_dim: int = 128, rotary_dim: int = 128, **options: Any) -> Call:
+    """q, k and v of two sequences of 16 tokens, or of packed ones."""
+
+    def call() -> Any:
+        a, b = torch.ones(2, 16, 144).to(E4M3), torch.ones(4 * head_dim, 144).to(E4M3)
+        if "cu_seqlens" in options:
+            a = a.flatten(0, 1)
+        table = torch.ones(16, rotary_dim // 2)
+        scales = torch.ones(32, 1), torch.ones(1, 4 * head_dim)
+        given = {"rotary_cos": table, "rotary_sin": table, **options}
+        return flash8.gemm.qkv_projection(a, b.t(), *scales, heads_q=2, heads_kv=1, **given)
+
+    return call
+
+
 def quantize(granularity: str, dim: int = 64, **options: Any) -> Call:
     return lambda: fp8.quantize(tensors(dim=dim)[1], granularity, **options)
 

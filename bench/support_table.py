@@ -22,6 +22,7 @@ from flash8.backends.hopper.append_variants import AppendVariant
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.gemm_variants import GemmVariant
+from flash8.backends.hopper.qkv_variants import QkvVariant
 from flash8.backends.hopper.quantize_matrix_variants import QuantizeMatrixVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
@@ -49,6 +50,7 @@ from support_calls import (
     packed,
     per_head,
     prefilled,
+    projected,
     quantize,
     quantized,
     rotary,
@@ -261,6 +263,15 @@ ROWS = (
             multiplied_along_k((1,), (1,), use_fast_accum=True),
             multiplied_along_k((64,), (96,), out_dtype=FP32),
             multiplied_along_k((32, 2), (2, 1)),
+        ],
+    ),
+    Row(
+        "`gemm.qkv_projection`: head_dim 128, dense and packed; bias, norms, rotary embedding",
+        QkvVariant,
+        [
+            *(projected(), projected(rotary_interleaved=False, bias=torch.ones(512))),
+            projected(rotary_dim=64, q_norm_weight=torch.ones(128), k_norm_weight=torch.ones(128)),
+            projected(cu_seqlens=ints([0, 16, 32])),
         ],
     ),
 )

@@ -1,5 +1,5 @@
 """FP8 matrix products with scales: `scaled_mm`, `grouped_scaled_mm` of groups of rows or along K,
-and their operands: docs/gemm.md."""
+`qkv_projection`, and their operands: docs/gemm.md."""
 
 from typing import Any, get_args, overload
 
@@ -14,6 +14,7 @@ from flash8.ops import gemm_plans as plans
 from flash8.ops import grouped_gemm as grouped_ops
 from flash8.ops import grouped_gemm_plans as grouped_plans
 from flash8.ops import quantize_matrix as quantizer
+from flash8.projection import qkv_projection
 from flash8.quantized_attention import quantize_attention
 from flash8.tensors.arguments import (
     require_float,
@@ -25,6 +26,7 @@ from flash8.tensors.rms_norm import Norm
 
 __all__ = [
     "grouped_scaled_mm",
+    "qkv_projection",
     "quantize",
     "quantize_attention",
     "quantize_rms_norm",

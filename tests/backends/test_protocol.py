@@ -11,6 +11,7 @@ from flash8.backends import cpu, protocol
 from flash8.backends.cpu import append as cpu_append
 from flash8.backends.cpu import gemm as cpu_gemm
 from flash8.backends.cpu import grouped_gemm as cpu_grouped_gemm
+from flash8.backends.cpu import qkv_projection as cpu_qkv_projection
 from flash8.backends.cpu import quantize as cpu_quantize
 from flash8.backends.cpu import quantize_matrix as cpu_quantize_matrix
 from flash8.backends.hopper import (
@@ -21,6 +22,7 @@ from flash8.backends.hopper import (
     forward_e4m3,
     gemm,
     grouped_gemm,
+    qkv_projection,
     quantize,
     quantize_matrix,
 )
@@ -53,6 +55,9 @@ IMPLEMENTATIONS = (
     (protocol.GroupedGemm, cpu_grouped_gemm),
     (protocol.GroupedGemm, grouped_gemm),
     (protocol.KernelGroupedGemm, grouped_gemm),
+    (protocol.QkvProjection, cpu_qkv_projection),
+    (protocol.QkvProjection, qkv_projection),
+    (protocol.KernelQkvProjection, qkv_projection),
 )
 
 

@@ -157,3 +157,49 @@ def test_groups_along_k_against_their_products(granularity):
             wide_b = wide_b * scale_b.double()[group * n :][:n]
         want = wide_a @ wide_b
         assert (found[group].double() - want).norm() <= 4e-3 * want.norm()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("granularity", ["row", "1x128"])
+def test_a_projection_is_its_parts(granularity, interleaved):
+    """Packed sequences. With kernels a graph that is replayed with other lengths."""
+    tokens, columns = 300, 6 * 128
+    x, weight = draw(tokens, K, seed=1), draw(columns, K, seed=2)
+    a, scale_a = flash8.gemm.quantize(x.cuda(), granularity)
+    of_b = "128x128" if granularity == "1x128" else "row"
+    b, scale_b = flash8.gemm.quantize(weight.cuda(), of_b)
+    angles = draw(tokens, 64, seed=3).cuda()
+    cos, sin = angles.cos(), angles.sin()
+    index = torch.tensor([0, 0, 130, 300], dtype=torch.int32, device="cuda")
+    heads = {"heads_q": 4, "heads_kv": 1, "rotary_interleaved": interleaved}
+
+    def call():
+        return flash8.gemm.qkv_projection(
+            *(a, b.t(), scale_a, scale_b.t()),
+            **heads,
+            rotary_cos=cos,
+            rotary_sin=sin,
+            cu_seqlens=index,
+        )
+
+    found, run = call(), lambda: None
+    if os.environ.get("FLASH8_KERNELS") != "off":
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = call()
+        run = graph.replay
+        index.copy_(torch.tensor([0, 200, 201, 300]))
+    run()
+    y = flash8.gemm.scaled_mm(a, b.t(), scale_a, scale_b.t(), out_dtype=torch.float32)
+    y = y.view(tokens, 6, 128)
+    rope = (cos, sin, None, interleaved)
+    want = [
+        flash8.fp8.quantize(part, "block", rope=rope, cu_seqlens=index)
+        for part in (y[:, :4], y[:, 4:5])
+    ]
+    want.append(flash8.fp8.quantize(y[:, 5:], "block", cu_seqlens=index, v_colmajor=True))
+    for have, expected in zip(found, want, strict=True):
+        torch.testing.assert_close(have.descale, expected.descale, rtol=1e-5, atol=0.0)
+        x, y = (flash8.fp8.dequantize(tensor) for tensor in (have, expected))
+        assert (x - y).norm() <= 1e-3 * y.norm()

@@ -15,9 +15,10 @@ from flash8.backends.hopper import forward as hopper
 from flash8.backends.hopper import forward_e4m3 as hopper_e4m3
 from flash8.backends.hopper import gemm as hopper_gemm
 from flash8.backends.hopper import grouped_gemm as hopper_grouped_gemm
+from flash8.backends.hopper import qkv_projection as hopper_qkv_projection
 from flash8.backends.hopper import quantize as quantizer
 from flash8.backends.hopper import quantize_matrix as matrix_quantizer
-from flash8.call.request import Appended, MatrixRequest, Queries, Request
+from flash8.call.request import Appended, Queries, Request
 
 #: On either side, and more than a row of any test.
 GUARD_BYTES = 4096
@@ -128,8 +129,10 @@ def guard_outputs(patch: Any, device: Any) -> Iterator[None]:
 
 def _guard_calls(patch: Any, device: Any, guards: Guards) -> None:
     patch.setattr(quantizer, "quantize", functools.partial(_quantize, quantizer.quantize, guards))
-    made = functools.partial(_quantize_matrix, matrix_quantizer.quantize_matrix, guards)
+    made = functools.partial(_checked, matrix_quantizer.quantize_matrix, guards)
     patch.setattr(matrix_quantizer, "quantize_matrix", made)
+    made = functools.partial(_checked, hopper_qkv_projection.launch, guards)
+    patch.setattr(hopper_qkv_projection, "launch", made)
     patch.setattr(appender, "append", functools.partial(_append, appender.append, guards, device))
     launch = functools.partial(_launch, hopper.plan_and_launch, device)
     patch.setattr(hopper, "plan_and_launch", launch)
@@ -152,11 +155,12 @@ def _quantize(
         guards.forget()
 
 
-def _quantize_matrix(
-    quantize: Callable[[MatrixRequest], tuple[Tensor, ...]], guards: Guards, request: MatrixRequest
+def _checked(
+    make: Callable[..., tuple[Tensor, ...]], guards: Guards, *given: Any
 ) -> tuple[Tensor, ...]:
+    """What fills tensors that it allocates itself."""
     try:
-        filled = quantize(request)
+        filled = make(*given)
         guards.check()
         return tuple(x.clone() for x in filled)
     finally:

@@ -39,7 +39,9 @@ def describe() -> list[Service]:
         Service("CPU tensors, prefill and decode over 16-bit caches", "cpu", compiled),
         Service("CPU tensors, prefill and decode over e4m3 caches", "cpu", portable),
         Service(
-            "CPU tensors, gemm.scaled_mm of e4m3, grouped too", "cpu", "products of torch in fp32"
+            "CPU tensors, gemm.scaled_mm of e4m3, grouped too, and gemm.qkv_projection",
+            "cpu",
+            "products of torch in fp32",
         ),
     ]
     if torch_gemm.choice() == "torch":
@@ -82,7 +84,9 @@ def _describe_cuda(name: str) -> list[Service]:
         Service("CUDA tensors, decode over 16-bit and e4m3 caches", "hopper", kernel),
         Service("CUDA tensors, fp8.quantize, append to a KV cache", "hopper", kernel),
         Service(
-            "CUDA tensors, gemm.scaled_mm of e4m3, grouped too, and operands", "hopper", kernel
+            "CUDA tensors, gemm.scaled_mm of e4m3, grouped too, operands, gemm.qkv_projection",
+            "hopper",
+            kernel,
         ),
         *_describe_torch_gemm(index),
         Service("CUDA tensors, every other call", "cpu", portable),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flash8.backends.cpu import append as _cpu_append
     from flash8.backends.cpu import gemm as _cpu_gemm
     from flash8.backends.cpu import grouped_gemm as _cpu_grouped_gemm
+    from flash8.backends.cpu import qkv_projection as _cpu_qkv_projection
     from flash8.backends.cpu import quantize as _cpu_quantize
     from flash8.backends.cpu import quantize_matrix as _cpu_quantize_matrix
     from flash8.backends.hopper import append as _hopper_append
@@ -24,17 +25,20 @@ if TYPE_CHECKING:
     from flash8.backends.hopper import forward_e4m3 as _hopper_forward_e4m3
     from flash8.backends.hopper import gemm as _hopper_gemm
     from flash8.backends.hopper import grouped_gemm as _hopper_grouped_gemm
+    from flash8.backends.hopper import qkv_projection as _hopper_qkv_projection
     from flash8.backends.hopper import quantize as _hopper_quantize
     from flash8.backends.hopper import quantize_matrix as _hopper_quantize_matrix
     from flash8.backends.hopper.append_variants import AppendVariant
     from flash8.backends.hopper.backward_variants import BackwardVariant
     from flash8.backends.hopper.decode_variants import DecodeVariant
     from flash8.backends.hopper.gemm_variants import GemmVariant
+    from flash8.backends.hopper.qkv_variants import QkvVariant
     from flash8.backends.hopper.quantize_matrix_variants import QuantizeMatrixVariant
     from flash8.backends.hopper.quantize_variants import QuantizeVariant
     from flash8.backends.hopper.variants import ForwardVariant
     from flash8.call.grouped_scaled_mm import GroupedProduct
     from flash8.call.options import Options
+    from flash8.call.qkv_projection import Projection
     from flash8.call.request import Appended, MatrixRequest, Queries, Request
     from flash8.call.scaled_mm import Product
 
@@ -327,6 +331,23 @@ class KernelGroupedGemm(GroupedGemm, Protocol):
         """The kernel of a product that is not refused."""
 
 
+class QkvProjection(Protocol):
+    """Serves `gemm.qkv_projection`."""
+
+    def qkv_projection(self, projection: "Projection") -> tuple[Tensor, ...]:
+        """q, its descale, k, its descale, v and its descale."""
+
+
+class KernelQkvProjection(QkvProjection, Protocol):
+    """The same on a compiled kernel."""
+
+    def refusal(self, projection: "Projection") -> str | None:
+        """Why no kernel serves the projection, or None."""
+
+    def choose(self, projection: "Projection") -> "QkvVariant":
+        """The kernel of a projection that is not refused."""
+
+
 # mypy's cache does not notice when an implementation changes; a run with a fresh cache does.
 if TYPE_CHECKING:
     _backends: tuple[Backend, ...] = (_cpu,)
@@ -343,3 +364,5 @@ if TYPE_CHECKING:
     _kernel_gemms: tuple[KernelGemm, ...] = (_hopper_gemm,)
     _grouped_gemms: tuple[GroupedGemm, ...] = (_cpu_grouped_gemm,)
     _kernel_grouped_gemms: tuple[KernelGroupedGemm, ...] = (_hopper_grouped_gemm,)
+    _qkv_projections: tuple[QkvProjection, ...] = (_cpu_qkv_projection,)
+    _kernel_qkv_projections: tuple[KernelQkvProjection, ...] = (_hopper_qkv_projection,)

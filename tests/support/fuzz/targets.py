@@ -121,6 +121,28 @@ def _products(rng: random.Random) -> Target:
     return torch.no_grad()(gemm.scaled_mm), arguments  # it has no derivative, and says so
 
 
+def _projection(rng: random.Random) -> Target:
+    """q, k and v of one product, of dense or packed sequences."""
+    heads_q, heads_kv = rng.choice([(1, 1), (4, 2)])
+    head_dim, k = rng.choice([32, 128]), rng.choice([16, 144])
+    tokens, packed = rng.choice([1, 6, 130]), rng.random() < 0.5
+    of_a, of_b = rng.choice([("row", "row"), ("1x128", "128x128")])
+    rows, columns = tokens * (1 if packed else 2), (heads_q + 2 * heads_kv) * head_dim
+    a, scale_a = gemm.quantize(randn(rng, rows, k, dtype=torch.float32), of_a)
+    b, scale_b = gemm.quantize(randn(rng, columns, k, dtype=torch.float32), of_b)
+    arguments = {"a": a if packed else a.view(2, tokens, k), "b": b.t(), "scale_a": scale_a}
+    arguments |= {"scale_b": scale_b.t(), "heads_q": heads_q, "heads_kv": heads_kv}
+    arguments["cu_seqlens"] = cumulative([0, tokens - 1, 1]) if packed else None
+    arguments |= dict.fromkeys(("bias", "rotary_cos", "rotary_sin", "rotary_seqlens", "seqused"))
+    if rng.random() < 0.5:
+        arguments |= {"rotary_cos": torch.rand(140, 16), "rotary_sin": torch.rand(140, 16)}
+        arguments["rotary_seqlens"] = int32([3, 0, 5] if packed else [3, 0])
+    arguments["rotary_interleaved"] = rng.random() < 0.5
+    weight = torch.rand(head_dim) if rng.random() < 0.5 else None
+    arguments |= {"q_norm_weight": weight, "k_norm_weight": weight, "norm_eps": 1e-6}
+    return torch.no_grad()(gemm.qkv_projection), arguments
+
+
 def _others(rng: random.Random) -> Target:
     lengths = [rng.choice([0, 1, 4]) for _ in range(3)]
     ends = cumulative(lengths)
@@ -169,6 +191,7 @@ DRAWS: list[tuple[int, Callable[[random.Random], Target]]] = [
     (1, _quantize),
     (1, _fp8_attention),
     (2, _products),
+    (1, _projection),
     (3, _others),
 ]
 

@@ -16,6 +16,7 @@ from flash8.backends.hopper.gemm_variants import (
     SHIPPED_GROUPED_GEMMS,
     GemmVariant,
 )
+from flash8.backends.hopper.qkv_variants import SHIPPED_QKV_PROJECTIONS, QkvVariant
 from flash8.backends.hopper.quantize_matrix_variants import (
     SHIPPED_MATRIX_QUANTIZERS,
     QuantizeMatrixVariant,
@@ -33,7 +34,8 @@ from flash8.compiler import (
 #: What serves a call. A backward takes three kernels.
 Attention = ForwardVariant | DecodeVariant | BackwardVariant
 Quantizer = QuantizeVariant | QuantizeMatrixVariant
-Variant = Attention | Quantizer | AppendVariant | ScheduleVariant | GemmVariant
+Product = GemmVariant | QkvVariant
+Variant = Attention | Quantizer | AppendVariant | ScheduleVariant | Product
 #: What is compiled and loaded.
 KernelVariant = Variant | BackwardStep
 
@@ -66,7 +68,10 @@ def shipped() -> tuple[Variant, ...]:
     """What a release compiles, and `flash8 check` checks."""
     attention: tuple[Variant, ...] = (*SHIPPED, *SHIPPED_DECODERS, *SHIPPED_BACKWARDS)
     others: tuple[Variant, ...] = (*SHIPPED_QUANTIZERS, *SHIPPED_APPENDS, SCHEDULE)
-    products: tuple[Variant, ...] = (*SHIPPED_GEMMS, *SHIPPED_GROUPED_GEMMS)
+    products: tuple[Variant, ...] = (
+        *(*SHIPPED_GEMMS, *SHIPPED_GROUPED_GEMMS),
+        *SHIPPED_QKV_PROJECTIONS,
+    )
     return (*attention, *others, *products, *SHIPPED_MATRIX_QUANTIZERS)
 
 

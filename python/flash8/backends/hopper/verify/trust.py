@@ -2,7 +2,8 @@
 
 A kernel is checked once per process and device, when a call first wants it: small problems are run
 by it and by the portable code, and the results compared (`forward`, `decode`, `backward`,
-`quantize`, `append`, `schedule`, `gemm`, `quantize_matrix`).
+`quantize`, `append`, `schedule`, `gemm`, `quantize_matrix`,
+`qkv_projection`).
 A kernel that fails, or that no compiler makes, is left alone from then on, and a warning says why.
 What may pass (no memory, no room for the cache, a compiler that took too long) says nothing of the
 kernel: the portable code serves for a while, and then the check is tried again. With
@@ -28,6 +29,7 @@ from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.kernels import Variant
+from flash8.backends.hopper.qkv_variants import QkvVariant
 from flash8.backends.hopper.quantize_matrix_variants import QuantizeMatrixVariant
 from flash8.backends.hopper.schedule_variants import ScheduleVariant
 from flash8.backends.hopper.variants import ForwardVariant
@@ -116,6 +118,7 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
     from flash8.backends.hopper.verify import forward_e4m3 as check_forward_e4m3
     from flash8.backends.hopper.verify import gemm as check_gemm
     from flash8.backends.hopper.verify import grouped_gemm as check_grouped_gemm
+    from flash8.backends.hopper.verify import qkv_projection as check_qkv_projection
     from flash8.backends.hopper.verify import quantize as check_quantizer
     from flash8.backends.hopper.verify import quantize_matrix as check_matrix_quantizer
     from flash8.backends.hopper.verify import schedule as check_schedule
@@ -140,6 +143,8 @@ def find_fault(variant: Variant, device: torch.device) -> str | None:
                 if variant.grouped or variant.grouped_k:
                     return check_grouped_gemm.find_fault(variant, device)
                 return check_gemm.find_fault(variant, device)
+            if isinstance(variant, QkvVariant):
+                return check_qkv_projection.find_fault(variant, device)
             if isinstance(variant, QuantizeMatrixVariant):
                 return check_matrix_quantizer.find_fault(variant, device)
             return check_quantizer.find_fault(variant, device)
