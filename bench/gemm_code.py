@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS, SHIPPED_GROUPED_GEMMS, GemmVariant
+from flash8.backends.hopper.qkv_variants import SHIPPED_QKV_PROJECTIONS, QkvVariant
 from flash8.compiler import compile_unit
 from machine_code import MachineCode
 
@@ -33,12 +34,13 @@ class Loop:
         return self.promotions + self.others
 
 
-def loop(variant: GemmVariant) -> Loop:
+def loop(variant: GemmVariant | QkvVariant) -> Loop:
     compiled = compile_unit(variant.unit())
     costs = compiled.report.kernels
     body = shortest_loop(MachineCode.of(compiled.cubin).lines)
     promotions = sum(_PROMOTES.search(text) is not None for text in body)
-    blocks = _BLOCKS_SMALL_M if variant.small_m else 1
+    is_small = isinstance(variant, GemmVariant) and variant.small_m
+    blocks = _BLOCKS_SMALL_M if is_small else 1
     return Loop(
         variant.name,
         max(c.registers for c in costs),
@@ -71,4 +73,5 @@ def table(loops: list[Loop]) -> str:
 
 
 if __name__ == "__main__":
-    print(table([loop(variant) for variant in (*SHIPPED_GEMMS, *SHIPPED_GROUPED_GEMMS)]))
+    products = (*SHIPPED_GEMMS, *SHIPPED_GROUPED_GEMMS)
+    print(table([loop(variant) for variant in (*products, *SHIPPED_QKV_PROJECTIONS)]))
