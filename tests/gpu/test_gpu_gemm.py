@@ -73,17 +73,21 @@ def test_against_fp64(granularity, fast):
     assert error < 0.04
 
 
+@pytest.mark.parametrize("splits", [1, 2, 4, 8, 0])
 @pytest.mark.parametrize("m", [9, 40])
-def test_few_rows_against_fp64(m):
-    """Of e4m3, and of bf16, which the product quantizes."""
+def test_few_rows_against_fp64(m, splits):
+    """Of e4m3, and of bf16, which the product quantizes; K split or not, and always alike."""
     x, w = draw(m, K, seed=1), draw(N, K, seed=2)
     x8, scale_x = flash8.gemm.quantize(x.bfloat16(), "1x128")
     w8, scale_w = flash8.gemm.quantize(w, "128x128")
     a = x8.double() * widened(scale_x, m, K)
     want = a @ (w8.double() * widened(scale_w, N, K)).t()
     b, scale_b = w8.cuda().t(), scale_w.cuda().t()
-    of_e4m3 = flash8.gemm.scaled_mm(x8.cuda(), b, scale_x.cuda(), scale_b)
-    of_bf16 = flash8.gemm.scaled_mm(x.bfloat16().cuda(), b, scale_b=scale_b)
+    given = x8.cuda(), b, scale_x.cuda(), scale_b
+    of_e4m3 = flash8.gemm.scaled_mm(*given, split_k=splits)
+    for _ in range(20):
+        assert torch.equal(flash8.gemm.scaled_mm(*given, split_k=splits), of_e4m3)
+    of_bf16 = flash8.gemm.scaled_mm(x.bfloat16().cuda(), b, scale_b=scale_b, split_k=splits)
     for found in (of_e4m3, of_bf16):
         assert (found.cpu().double() - want).norm() / want.norm() < 4e-3
 
