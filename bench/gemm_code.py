@@ -9,7 +9,12 @@ Static counts, no measurement.
 import re
 from dataclasses import dataclass
 
-from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS, SHIPPED_GROUPED_GEMMS, GemmVariant
+from flash8.backends.hopper.gemm_variants import (
+    CLUSTERED_GEMMS,
+    SHIPPED_GEMMS,
+    SHIPPED_GROUPED_GEMMS,
+    GemmVariant,
+)
 from flash8.backends.hopper.qkv_variants import SHIPPED_QKV_PROJECTIONS, QkvVariant
 from flash8.compiler import compile_unit
 from machine_code import MachineCode
@@ -73,5 +78,5 @@ def table(loops: list[Loop]) -> str:
 
 
 if __name__ == "__main__":
-    products = (*SHIPPED_GEMMS, *SHIPPED_GROUPED_GEMMS)
+    products = (*SHIPPED_GEMMS, *SHIPPED_GROUPED_GEMMS, *CLUSTERED_GEMMS)
     print(table([loop(variant) for variant in (*products, *SHIPPED_QKV_PROJECTIONS)]))

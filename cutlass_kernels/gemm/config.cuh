@@ -15,6 +15,11 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor_impl.hpp>
 
+// A choice that a kernel may leave out.
+#ifndef FLASH8_CLUSTER
+#define FLASH8_CLUSTER 0
+#endif
+
 namespace flash8::gemm {
 
 // What has a scale of its own: a tensor or a row of it (the epilogue applies them), or 128 of a row's k.
@@ -33,6 +38,10 @@ struct Config {
     static constexpr bool kGroupedK = FLASH8_GROUPED_K;
     static_assert(!kGrouped || !kGroupedK);
     static constexpr bool kHasGroups = kGrouped || kGroupedK;
+
+    // Two CTAs with neighbouring blocks of rows: each loads half of the tile's B, into both (multicast).
+    static constexpr int kClusterM = FLASH8_CLUSTER ? 2 : 1;
+    static_assert(kClusterM == 1 || !kHasGroups, "the CTAs of a cluster need the same B");
 
     static constexpr int kBlockM = FLASH8_BLOCK_M;
     static constexpr int kBlockN = FLASH8_BLOCK_N;
@@ -82,10 +91,10 @@ struct SharedStorage {
 
     // A stage is full when the TMA of one thread has landed and, with blocks, the scales that the 32 lanes of
     // a warp copy. One that is cut is full when the warp that cuts it has done so. It is empty when all
-    // consumer warps have released it.
+    // consumer warps have released it, those of all CTAs of the cluster, which fill each other's.
     __device__ void init_pipeline() {
         constexpr int kScaleLanes = Config::kBlockScales ? 32 : 0;
-        pipeline.init(Config::kConsumerWarps, 1 + kScaleLanes);
+        pipeline.init(Config::kClusterM * Config::kConsumerWarps, 1 + kScaleLanes);
         if constexpr (Config::kGroupedK) {
             for (uint64_t& barrier : landed) {
                 ptx::mbarrier_init(&barrier, 1);

@@ -46,8 +46,9 @@ struct GemmParams {
     ElementType bias_type;  // kBfloat16, kFloat16, kFloat32
     // With blocks: 0, every row of A has its scales; 7, 128 rows share them.
     std::int32_t scale_a_row_shift;
-    // Blocks of kBlockM rows and of kBlockN columns of out. The persistent CTAs walk bands of `band` blocks
-    // of rows, each column by column, so that A and B are read while they are in L2.
+    // Blocks of kBlockM rows, times the CTAs of a cluster that shares B, and of kBlockN columns of out. The
+    // persistent CTAs walk bands of `band` blocks of rows, each column by column, so that A and B are read
+    // while they are in L2.
     std::int32_t m_blocks;
     std::int32_t n_blocks;
     std::int32_t band;

@@ -22,7 +22,8 @@ constexpr KernelInfo describe() {
     info.kStages = Config::kStages;
     info.threads = Config::kThreads;
     info.min_ctas_per_sm = 1;
-    info.cluster[0] = info.cluster[1] = info.cluster[2] = 1;
+    info.cluster[0] = Config::kClusterM;
+    info.cluster[1] = info.cluster[2] = 1;
     info.shared_bytes = kSharedBytes;
     info.producer_registers = Config::Registers::kProducer;
     info.consumer_registers = Config::Registers::kConsumer;
@@ -31,7 +32,7 @@ constexpr KernelInfo describe() {
         return TmaBox{rank, {Config::kBlockK, rows, 1, 1, 1}, ElementType::kUint8, Swizzle::k128B};
     };
     info.tma[0] = box(4, Config::kBlockM);
-    info.tma[1] = box(Config::kGrouped ? kGroupedRank : 4, Config::kBlockN);
+    info.tma[1] = box(Config::kGrouped ? kGroupedRank : 4, Config::kBlockN / Config::kClusterM);
     return info;
 }
 
@@ -69,7 +70,11 @@ extern "C" __global__ void __launch_bounds__(flash8::gemm::Config::kThreads, 1)
         shared.init_pipeline();
         ptx::fence_barrier_init();
     }
-    __syncthreads();
+    if constexpr (Config::kClusterM > 1) {
+        ptx::cluster_sync();  // the other CTA's loads signal the barriers of this one
+    } else {
+        __syncthreads();
+    }
 
     if (warpgroup == 0) {
         ptx::release_registers<Config::Registers::kProducer>();
@@ -96,5 +101,8 @@ extern "C" __global__ void __launch_bounds__(flash8::gemm::Config::kThreads, 1)
     } else {
         ptx::acquire_registers<Config::Registers::kConsumer>();
         consume(params, shared, warpgroup - 1);
+    }
+    if constexpr (Config::kClusterM > 1) {
+        ptx::cluster_sync();  // the other CTA's consumers arrive at the barriers of this one
     }
 }

@@ -129,7 +129,7 @@ class Mainloop {
                 cute::warpgroup_wait<0>();
                 cute::warpgroup_fence_operand(t);
                 if (wave == kWaves - 1) {
-                    release_and_advance(shared_.pipeline, state_);
+                    release_and_advance<Config::kClusterM>(shared_.pipeline, state_);
                 }
                 promote(t, scales.values[wave], sum[wave]);
             }
@@ -154,7 +154,7 @@ class Mainloop {
                 issue<false>(state_.stage, wave, sum[wave]);
             }
             cute::warpgroup_wait<kWaves>();  // for the block before
-            release_and_advance(shared_.pipeline, before);
+            release_and_advance<Config::kClusterM>(shared_.pipeline, before);
             state_.advance();
         }
         cute::warpgroup_wait<0>();
@@ -162,7 +162,7 @@ class Mainloop {
         for (int wave = 0; wave < kWaves; ++wave) {
             cute::warpgroup_fence_operand(sum[wave]);
         }
-        shared_.pipeline.release(before);
+        release<Config::kClusterM>(shared_.pipeline, before);
     }
 
     SharedStorage& shared_;

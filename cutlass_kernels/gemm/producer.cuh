@@ -9,6 +9,16 @@
 
 namespace flash8::gemm {
 
+// This CTA's share of B, into all CTAs of the cluster: the stage is empty in each, and each expects it.
+__device__ __forceinline__ void multicast_b(GemmParams const& params, SharedStorage& shared, int stage,
+                                            uint64_t* full, int k0, int n0) {
+    constexpr int kRows = Config::kBlockN / Config::kClusterM;
+    constexpr uint16_t kAll = (1 << Config::kClusterM) - 1;
+    int const first = ptx::cluster_rank() * kRows;
+    ptx::tma_multicast_4d(shared.b[stage] + first * Config::kBlockK, &params.tma_b, full, kAll, k0,
+                          n0 + first, 0, 0);
+}
+
 // By one thread. With groups by a warp, whose first lane does it: the others help to find the tile, and wait
 // for the first one at the next.
 template <class Walk>
@@ -28,6 +38,8 @@ __device__ void load_operands(GemmParams const& params, SharedStorage& shared, W
             ptx::tma_load_4d(shared.a[state.stage], &params.tma_a, full, k0, tile.m0, 0, 0);
             if constexpr (Config::kGrouped) {
                 ptx::tma_load_5d(shared.b[state.stage], &params.tma_b, full, k0, tile.n0, 0, 0, tile.group);
+            } else if constexpr (Config::kClusterM > 1) {
+                multicast_b(params, shared, state.stage, full, k0, tile.n0);
             } else {
                 ptx::tma_load_4d(shared.b[state.stage], &params.tma_b, full, k0, tile.n0, 0, 0);
             }

@@ -9,19 +9,26 @@
 
 namespace flash8::gemm {
 
-// Static and persistent: CTA i has the tiles i, i + gridDim.x, ...
+// Static and persistent: of n CTAs number i has the tiles i, i + n, ... The CTAs of a cluster take
+// neighbouring blocks of rows: to params.m_blocks and to this class they are one CTA, whose blocks are the
+// cluster's.
 class DenseTileWalk {
   public:
     __device__ explicit DenseTileWalk(GemmParams const& params)
-        : params_(params), index_(static_cast<int>(blockIdx.x)), count_(params.m_blocks * params.n_blocks) {}
+        : params_(params),
+          index_(static_cast<int>(blockIdx.x) / Config::kClusterM),
+          count_(params.m_blocks * params.n_blocks) {}
 
     __device__ __forceinline__ bool next(Tile& tile) {
         if (index_ >= count_) {
             return false;
         }
         tile = tile_in_bands(params_, index_, params_.m_blocks);
+        if constexpr (Config::kClusterM > 1) {
+            tile.m0 = tile.m0 * Config::kClusterM + ptx::cluster_rank() * Config::kBlockM;
+        }
         tile.m_end = params_.m;
-        index_ += static_cast<int>(gridDim.x);
+        index_ += static_cast<int>(gridDim.x) / Config::kClusterM;
         return true;
     }
 

@@ -138,6 +138,19 @@ def test_only_a_gemm_kernel_is_launched(driver):
         _native.launch_gemm(_native.Library(driver, fake_cubin()).kernel(), 0, 0, product())
 
 
+@pytest.mark.parametrize(
+    ("sizes", "grid", "blocks"),
+    [((300, 520), 20, (2, 5)), ((1, 1), 2, (1, 1)), ((4096, 4096), 132, (16, 32))],
+)
+def test_ctas_that_share_b_are_a_cluster(fake, driver, sizes, grid, blocks):
+    """They have neighbouring blocks of rows, the last of which may lie beyond out."""
+    _native.launch_gemm(load(driver, "gemm_block_cluster_128x128"), 0, 0, product(*sizes))
+    (launch,) = fake.launches
+    assert f" grid={grid},1,1 " in launch and " cluster=2,1,1 " in launch
+    assert (launched(fake, "m_blocks"), launched(fake, "n_blocks")) == blocks
+    assert 1 <= launched(fake, "band") <= blocks[0]
+
+
 @pytest.mark.parametrize(("splits", "ctas"), [(0, 9), (1, 9), (2, 18), (4, 36), (8, 72)])
 def test_ctas_that_share_k_are_a_cluster(fake, driver, splits, ctas):
     call = product(9)
@@ -182,5 +195,5 @@ def test_too_many_ctas_are_refused(fake, driver):
     call.out_type = E4M3
     _native.launch_gemm(load(driver, SMALL_M), 0, 0, call)
     call.m, call.splits = 2**10, 8
-    with pytest.raises(ValueError, match=r"64 by 29360128 tiles; .* over splits, 8"):
+    with pytest.raises(ValueError, match=r"64 by 29360128 tiles; .* over the CTAs of a cluster, 8"):
         _native.launch_gemm(load(driver, SMALL_M), 0, 0, call)

@@ -153,24 +153,34 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
     return (a + b - 1) / b;
 }
 
+// Of a block of rows: the CTAs of a cluster that shares B take neighbouring ones.
+std::int64_t rows_of_block(const KernelInfo& info) {
+    return std::int64_t{info.kBlockM} * info.cluster[0];
+}
+
+// The CTAs of a cluster: those that share B, or the K of a tile.
+std::int64_t cluster_of(const GemmParams& call, const KernelInfo& info) {
+    return std::max<std::int64_t>({1, info.cluster[0], call.splits});
+}
+
 // The most blocks of rows that there may be: each group may end with a block that it does not fill. Along k
 // they are those of one group.
 std::int64_t most_m_blocks(const GemmParams& call, const KernelInfo& info) {
-    const std::int64_t rows_of_block = info.kBlockM;
+    const std::int64_t rows = rows_of_block(info);
     if (is_grouped_along_k(info)) {
-        return ceil_div(call.m, rows_of_block);
+        return ceil_div(call.m, rows);
     }
     if (call.rows_per_group > 0) {
-        return call.groups * ceil_div(call.rows_per_group, rows_of_block);
+        return call.groups * ceil_div(call.rows_per_group, rows);
     }
     const std::int64_t partial = std::max(0, call.groups - 1);
-    return std::min<std::int64_t>(call.m, ceil_div(call.m, rows_of_block) + partial);
+    return std::min<std::int64_t>(call.m, ceil_div(call.m, rows) + partial);
 }
 
 // The rows of a band: the tiles that run at a time are then about a square of out, whose operands are the
 // least for its area.
-std::int32_t band_of(const KernelInfo& info, std::int64_t ctas) {
-    const double rows = std::sqrt(static_cast<double>(ctas * info.kBlockN) / info.kBlockM);
+std::int32_t band_of(const KernelInfo& info, std::int64_t blocks) {
+    const double rows = std::sqrt(static_cast<double>(blocks * info.kBlockN) / rows_of_block(info));
     return static_cast<std::int32_t>(std::max(1.0, std::round(rows)));
 }
 
@@ -193,21 +203,21 @@ std::int64_t prepare_gemm_tiles(Kernel& kernel, int device, std::int64_t m_block
                                 GemmParams& params) {
     const KernelInfo& info = *kernel.info();
     const std::int64_t outs = is_grouped_along_k(info) ? params.groups : 1;
-    const std::int64_t splits = std::max(1, params.splits);
-    require(m_blocks * outs <= kMostRows / splits / n_blocks, "gemm: out has ", m_blocks * outs, " by ",
-            n_blocks, " tiles; supported are less than 2^31 - 2^20 over splits, ", splits);
+    const std::int64_t cluster = cluster_of(params, info);
+    require(m_blocks * outs <= kMostRows / cluster / n_blocks, "gemm: out has ", m_blocks * outs, " by ",
+            n_blocks, " tiles; supported are less than 2^31 - 2^20 over the CTAs of a cluster, ", cluster);
     params.tma_a = encode(kernel.driver(), params.a, params.m, params.k, params.a_stride, info.tma[0]);
     params.tma_b = encode(kernel.driver(), params.b, params.n, params.k, params.b_stride, info.tma[1],
                           params.groups, params.b_group_stride);
     // CTAs that share K have one tile: what they send each other has no second place.
     const std::int64_t tiles = outs * m_blocks * n_blocks;
-    const std::int64_t ctas =
-        splits > 1 ? splits * tiles
-                   : std::min<std::int64_t>(tiles, kernel.driver().primary(device).multiprocessors);
+    const std::int64_t room =
+        std::max<std::int64_t>(1, kernel.driver().primary(device).multiprocessors / cluster);
+    const std::int64_t clusters = params.splits > 1 ? tiles : std::min(tiles, room);
     params.m_blocks = static_cast<std::int32_t>(m_blocks);
     params.n_blocks = static_cast<std::int32_t>(n_blocks);
-    params.band = static_cast<std::int32_t>(std::min<std::int64_t>(band_of(info, ctas), m_blocks));
-    return ctas;
+    params.band = static_cast<std::int32_t>(std::min<std::int64_t>(band_of(info, clusters), m_blocks));
+    return clusters * cluster;
 }
 
 void launch_gemm(Kernel& kernel, int device, std::uint64_t stream, const GemmParams& call) {
@@ -228,7 +238,7 @@ void launch_gemm(Kernel& kernel, int device, std::uint64_t stream, const GemmPar
         prepare_gemm_tiles(kernel, device, most_m_blocks(call, info), ceil_div(call.n, info.kBlockN), params);
     params.vector_stores = has_vector_stores(call, info) ? 1 : 0;
     LaunchShape shape = shape_of(info, {ctas, 1, 1});
-    shape.cluster = {params.splits, 1, 1};
+    shape.cluster = {cluster_of(params, info), 1, 1};
     launch(kernel, device, stream, shape, {{&params, sizeof(params)}});
 }
 

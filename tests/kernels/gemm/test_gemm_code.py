@@ -3,7 +3,12 @@
 import pytest
 
 from defaults import by_default
-from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS, SHIPPED_GROUPED_GEMMS, GemmVariant
+from flash8.backends.hopper.gemm_variants import (
+    CLUSTERED_GEMMS,
+    SHIPPED_GEMMS,
+    SHIPPED_GROUPED_GEMMS,
+    GemmVariant,
+)
 from flash8.backends.hopper.qkv_variants import SHIPPED_QKV_PROJECTIONS
 from flash8.compiler import compile_unit
 from machine_code import missing_disassembler
@@ -44,10 +49,21 @@ LIMITS = {
     "gemm_grouped_k_outer_128x128": (64, 68),
     "gemm_grouped_k_block_128x128": (64, 68),
     "gemm_grouped_k_outer_fast_128x128": (0, 60),
+    "gemm_outer_cluster_128x128": (64, 53),
+    "gemm_outer_cluster_256x128": (128, 72),
+    "gemm_block_cluster_128x128": (64, 53),
+    "gemm_block_cluster_256x128": (128, 72),
+    "gemm_outer_fast_cluster_128x128": (0, 50),
+    "gemm_outer_fast_cluster_128x256": (0, 50),
     "qkv_projection_outer": (64, 53),
     "qkv_projection_block": (64, 53),
 }
-VARIANTS = (*SHIPPED_GEMMS, *SHIPPED_GROUPED_GEMMS, *SHIPPED_QKV_PROJECTIONS)
+VARIANTS = (
+    *SHIPPED_GEMMS,
+    *SHIPPED_GROUPED_GEMMS,
+    *CLUSTERED_GEMMS,
+    *SHIPPED_QKV_PROJECTIONS,
+)
 KEPT = [
     *(
         GemmVariant(scales, 128, 128, grouped=grouped)
@@ -57,6 +73,7 @@ KEPT = [
     *(GemmVariant(scales, 128, 128, grouped_k=True) for scales in ("outer", "block")),
     GemmVariant("block", 16, 64, small_m=True),
     *SHIPPED_QKV_PROJECTIONS,
+    GemmVariant("block", 128, 128, cluster=True),
 ]
 
 

@@ -83,11 +83,11 @@ FAULTS = {
         """                cute::warpgroup_wait<0>();
                 cute::warpgroup_fence_operand(t);
                 if (wave == kWaves - 1) {
-                    release_and_advance(shared_.pipeline, state_);
+                    release_and_advance<Config::kClusterM>(shared_.pipeline, state_);
                 }
 """,
         """                if (wave == kWaves - 1) {
-                    release_and_advance(shared_.pipeline, state_);
+                    release_and_advance<Config::kClusterM>(shared_.pipeline, state_);
                 }
                 cute::warpgroup_wait<0>();
                 cute::warpgroup_fence_operand(t);

@@ -211,9 +211,10 @@ def gemm_cubin(variant: str = "gemm_block_128x128", **values: int | str | tuple[
     block_m, block_n = (int(size) for size in variant.rpartition("_")[2].split("x"))
     along_k = "_grouped_k_" in variant
     extra = (1,) if "_grouped_" in variant and not along_k else ()  # of B, the groups
+    ctas = 2 if "_cluster_" in variant else 1  # each loads a share of B
     boxes = [
         (len(box), box, _native.ElementType.UINT8, _native.Swizzle.B128)
-        for box in ((128, block_m, 1, 1), (128, block_n, 1, 1, *extra))
+        for box in ((128, block_m, 1, 1), (128, block_n // ctas, 1, 1, *extra))
     ]
     for name, kind in (("_bf16_", "BFLOAT16"), ("_fp16_", "FLOAT16")):
         if name in variant:
@@ -226,6 +227,7 @@ def gemm_cubin(variant: str = "gemm_block_128x128", **values: int | str | tuple[
         "kBlockM": block_m,
         "kBlockN": block_n,
         "scale_block": 128 if "_block_" in variant else 0,
+        "cluster": (ctas, 1, 1),
         "max_splits": 8 if "_small_m_" in variant and block_n == 64 else 1,
         "tma": tma_boxes(*boxes),
     }

@@ -3,7 +3,7 @@
 Sizes, strides, bias, the output's type and whether a scale is a tensor's or a row's are parameters.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple, get_args
 
@@ -28,6 +28,8 @@ class GemmVariant:
         a: A's type.
         grouped: Rows of A belong to groups, each with a B of its own.
         grouped_k: K belongs to groups, each with an output of its own.
+        cluster: Two CTAs with neighbouring rows load B together, each half of it into both. No call
+            takes it until a GPU has said that it pays (bench/bench_gemm_choices.py).
 
     Raises:
         ValueError: A choice is unknown, or no tile of its kind.
@@ -41,6 +43,7 @@ class GemmVariant:
     a: InputOfA = "e4m3"
     grouped: bool = False
     grouped_k: bool = False
+    cluster: bool = False
 
     def __post_init__(self) -> None:
         if self.scales not in get_args(Scales):
@@ -53,6 +56,8 @@ class GemmVariant:
             raise ValueError("grouped or grouped_k is True; the kernel for few rows has one B")
         if self.grouped and self.grouped_k:
             raise ValueError("grouped and grouped_k are True; groups have rows or K")
+        if self.cluster and (self.small_m or self.grouped or self.grouped_k):
+            raise ValueError("cluster is True; supported is a kernel for many rows and one B")
         if self.a not in get_args(InputOfA):
             raise ValueError(f"a is {self.a!r}; supported are {get_args(InputOfA)}")
         if self.a != "e4m3" and not (self.small_m and self.scales == "block"):
@@ -77,12 +82,14 @@ class GemmVariant:
     @cached_property
     def name(self) -> str:
         """A name that no other variant has: gemm_block_128x128, gemm_outer_fast_128x256,
-        gemm_small_m_block_bf16_16x64, gemm_grouped_block_128x128, gemm_grouped_k_block_128x128."""
+        gemm_small_m_block_bf16_16x64, gemm_grouped_block_128x128, gemm_grouped_k_block_128x128,
+        gemm_block_cluster_256x128."""
         kind = "small_m_" if self.small_m else "grouped_" if self.grouped else ""
         kind = "grouped_k_" if self.grouped_k else kind
         fast = "_fast" if self.fast_accum else ""
         wide = "" if self.a == "e4m3" else f"_{self.a}"
-        return f"gemm_{kind}{self.scales}{fast}{wide}_{self.block_m}x{self.block_n}"
+        pair = "_cluster" if self.cluster else ""
+        return f"gemm_{kind}{self.scales}{fast}{wide}{pair}_{self.block_m}x{self.block_n}"
 
     @property
     def defines(self) -> tuple[tuple[str, str], ...]:
@@ -94,6 +101,7 @@ class GemmVariant:
                 "GROUPED": self.grouped,
                 "GROUPED_K": self.grouped_k,
             }
+            flags |= {"CLUSTER": True} if self.cluster else {}
             kind = tuple((f"FLASH8_{name}", str(int(flag))) for name, flag in flags.items())
         return (
             ("FLASH8_SCALES", enumerator(self.scales)),
@@ -178,6 +186,10 @@ SHIPPED_GEMMS = (
         for a in get_args(InputOfA)[1:]
         for tile in small_m_tiles(a)
     ),
+)
+#: What two CTAs may do together: none of them ships, or serves a call.
+CLUSTERED_GEMMS = tuple(
+    replace(variant, cluster=True) for variant in SHIPPED_GEMMS if not variant.small_m
 )
 #: Groups have the small tile: few of them fill another, and 256 x 128 with scales of blocks has no
 #: registers left for the walk over groups.
