@@ -121,6 +121,12 @@ def operand_of_norm(granularity: str, **options: Any) -> Call:
     return lambda: flash8.gemm.quantize_rms_norm(x, weight, granularity=granularity, **options)
 
 
+def operand_of_attention(
+    dtype: torch.dtype = torch.bfloat16, dim: int = 128, **options: Any
+) -> Call:
+    return lambda: flash8.gemm.quantize_attention(*tensors(dtype, dim), **options)
+
+
 def operand_of_silu(granularity: str) -> Call:
     x = torch.ones(32, 144)
     return lambda: flash8.gemm.quantize_silu_mul(x, x, granularity=granularity)

@@ -45,6 +45,7 @@ from support_calls import (
     multiplied_in_groups,
     norms,
     operand,
+    operand_of_attention,
     operand_of_norm,
     operand_of_silu,
     packed,
@@ -232,6 +233,15 @@ ROWS = (
             *(operand("row"), operand("1x128")),
             *(operand_of_norm("row"), operand_of_norm("1x128", residual=torch.ones(32, 144))),
             *(operand_of_silu("row"), operand_of_silu("1x128")),
+        ],
+    ),
+    Row(
+        "`gemm.quantize_attention`: attention with an e4m3 output, scales by 1x128 or a given one",
+        ForwardVariant,
+        [
+            *(operand_of_attention(x, causal=True) for x in (BF16, FP16, E4M3)),
+            operand_of_attention(dim=256, out_scale=torch.ones(1)),
+            operand_of_attention(E4M3, page_table=ints([[0]]), seqused_k=ints([32])),
         ],
     ),
     Row(

@@ -92,6 +92,25 @@ def test_few_rows_against_fp64(m, splits):
         assert (found.cpu().double() - want).norm() / want.norm() < 4e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_attention_into_a_projection(dtype):
+    """Causal, ragged, with two query heads for one of k: beside fp64 of everything."""
+    sizes = {"q": (2, 200, 8, 128), "k": (2, 333, 4, 128), "v": (2, 333, 4, 128)}
+    q, k, v = (draw(*size, seed=i).to(dtype) for i, size in enumerate(sizes.values()))
+    used = torch.tensor([333, 290], dtype=torch.int32)
+    given = {"causal": True, "seqused_k": used}
+    exact = flash8.flash_attn_varlen_func(
+        *(x.double() for x in (q, k, v)), None, None, None, None, **given
+    )
+    w8, scale_w = flash8.gemm.quantize(draw(264, 1024, seed=5) / 32.0, "128x128")
+    o8, scale_o = flash8.gemm.quantize_attention(
+        *(x.cuda() for x in (q, k, v)), causal=True, seqused_k=used.cuda()
+    )
+    y = flash8.gemm.scaled_mm(o8, w8.cuda().t(), scale_o, scale_w.cuda().t())
+    want = exact.reshape(400, 1024) @ (w8.double() * widened(scale_w, 264, 1024)).t()
+    assert (y.cpu().double() - want).norm() / want.norm() < 0.05
+
+
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("granularity", ["row", "block"])
 def test_groups_against_their_products(granularity, apart):

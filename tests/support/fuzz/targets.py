@@ -143,6 +143,17 @@ def _projection(rng: random.Random) -> Target:
     return torch.no_grad()(gemm.qkv_projection), arguments
 
 
+def _quantize_attention(rng: random.Random) -> Target:
+    dtype = rng.choice([*WIDE, torch.float8_e4m3fn])
+    rows, keys = rng.choice([1, 5]), rng.choice([1, 9])
+    sizes = {"q": (2, rows, 2, 16), "k": (2, keys, 1, 16), "v": (2, keys, 1, 128)}
+    arguments: dict[str, Any] = {x: randn(rng, *sizes[x]).to(dtype) for x in sizes}
+    arguments |= {"causal": rng.random() < 0.5, "window_size": (-1, -1), "softcap": 0.0}
+    arguments |= {"softmax_scale": None, "s_aux": None}
+    arguments["out_scale"] = rng.choice([None, torch.tensor([0.01])])
+    return torch.no_grad()(gemm.quantize_attention), arguments
+
+
 def _others(rng: random.Random) -> Target:
     lengths = [rng.choice([0, 1, 4]) for _ in range(3)]
     ends = cumulative(lengths)
@@ -192,6 +203,7 @@ DRAWS: list[tuple[int, Callable[[random.Random], Target]]] = [
     (1, _fp8_attention),
     (2, _products),
     (1, _projection),
+    (1, _quantize_attention),
     (3, _others),
 ]
 
