@@ -65,6 +65,7 @@ void bind_kernel_info(py::module_& module) {
         .def_property_readonly("qv", [](const KernelInfo& self) { return self.qv != 0; })
         .def_property_readonly("appends", [](const KernelInfo& self) { return self.appends != 0; })
         .def_property_readonly("out_e4m3", [](const KernelInfo& self) { return self.out_e4m3 != 0; })
+        .def_readonly("max_splits", &KernelInfo::max_splits)
         .def_readonly("threads", &KernelInfo::threads)
         .def_property_readonly("cluster",
                                [](const KernelInfo& self) {

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from defaults import by_default
-from flash8 import gemm
+from flash8 import _native, gemm
 from flash8.backends.hopper import gemm as hopper
 from flash8.backends.hopper.gemm_variants import SHIPPED_GEMMS, GemmVariant
+from flash8.call.scaled_mm import SPLITS
 from gemm_cases import GRANULARITIES, assert_same, device, emulated, make, on_kernel, values
 from simulated_device import missing_compiler
 
@@ -19,6 +20,7 @@ BLOCK = GemmVariant("block", 16, 64, small_m=True)
 OUTER = GemmVariant("outer", 64, 64, small_m=True)
 BFLOAT = GemmVariant("block", 16, 64, small_m=True, a="bf16")
 VARIANTS = [variant for variant in SHIPPED_GEMMS if variant.splits]
+FEW_ROWS = [variant for variant in SHIPPED_GEMMS if variant.small_m]
 KEPT = [BLOCK, OUTER, BFLOAT]
 #: Ends of tiles and of blocks of K; as many blocks as CTAs, multiples of these and other numbers.
 SIZES = [(1, 1, 272), (7, 65, 1040), (8, 40, 1024), (16, 130, 656), (9, 64, 2064)]
@@ -117,6 +119,13 @@ def test_other_schedules(monkeypatch, kernel, splits):
     want = emulated(product)
     for seed in range(1, 6):
         assert_same(on_kernel(monkeypatch, product, kernel, seed=seed), want)
+
+
+@pytest.mark.parametrize("variant", by_default(FEW_ROWS, KEPT), ids=lambda v: v.name)
+def test_which_kernels_split(variant):
+    """What the variant says is what the kernel does."""
+    kernel = _native.Library(device().driver, device().ptx(variant)).kernel()
+    assert kernel.info.max_splits == (max(SPLITS) if variant.splits else 1)
 
 
 def test_a_call_takes_one_launch(monkeypatch):
