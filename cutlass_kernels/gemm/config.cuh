@@ -96,8 +96,8 @@ struct SharedStorage {
         constexpr int kScaleLanes = Config::kBlockScales ? 32 : 0;
         pipeline.init(Config::kClusterM * Config::kConsumerWarps, 1 + kScaleLanes);
         if constexpr (Config::kGroupedK) {
-            for (uint64_t& barrier : landed) {
-                ptx::mbarrier_init(&barrier, 1);
+            for (int stage = 0; stage < Config::kStages; ++stage) {
+                ptx::mbarrier_init(&landed[stage], 1);
             }
         }
     }

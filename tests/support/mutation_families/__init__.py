@@ -48,6 +48,8 @@ FAMILIES: tuple[Family, ...] = (
     Quantizer("append_to_e4m3", AppendVariant("bf16", "e4m3")),
     Quantizer("quantize_matrix", QuantizeMatrixVariant("bf16", "rms_norm")),
     Gemm("gemm_block", GemmVariant("block", 128, 128)),
+    Gemm("gemm_grouped", GemmVariant("block", 128, 128, grouped=True)),
+    Gemm("gemm_grouped_k", GemmVariant("block", 128, 128, grouped_k=True)),
     Gemm("gemm_small_m", GemmVariant("block", 16, 64, small_m=True)),
     Gemm("gemm_quantizing", GemmVariant("block", 16, 64, small_m=True, a="bf16")),
 )
@@ -61,6 +63,8 @@ FOUNDED_ON = {
     "decode_append": ("decode_fp8",),
     "decode_team": ("decode_fp8",),
     "decode_key_scales": ("decode_fp8", "decode_gather"),
+    "gemm_grouped": ("gemm_block",),
+    "gemm_grouped_k": ("gemm_block", "gemm_grouped"),
     "gemm_quantizing": ("gemm_small_m",),
 }
 
