@@ -246,6 +246,7 @@ def calls_of_products() -> Calls:
     blocks_of_experts = blocks[0], torch.ones(4, 4, 2)
     ends = torch.tensor([16, 20, 20, 64], dtype=torch.int32)
     counts = torch.tensor([4, 0, 16, 16], dtype=torch.int32)
+    along_k = torch.ones(4 * 64), torch.ones(4 * 256)
     apart, out_apart = a.view(4, 16, 512), out.view(4, 16, 256)
 
     return {
@@ -258,6 +259,7 @@ def calls_of_products() -> Calls:
         "grouped_scaled_mm, apart, out=": lambda: gemm.grouped_scaled_mm(
             apart, experts, one, one, masked_m=counts, out=out_apart
         ),
+        "grouped_scaled_mm, along K": lambda: gemm.grouped_scaled_mm(a, b, *along_k, ends),
         "scaled_mm, scales by tensor": lambda: gemm.scaled_mm(a, b, one, one),
         "scaled_mm, scales by blocks, bias": lambda: gemm.scaled_mm(a, b, *blocks, bias=bias),
         "scaled_mm, out=": lambda: gemm.scaled_mm(a, b, one, one, out=out),

@@ -151,6 +151,15 @@ def test_kernels_stand_what_no_host_has_looked_at():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+def test_groups_stand_what_no_host_has_looked_at():
+    """Each product has the bits of the emulated tensor core."""
+    said = fuzz("--leg", "groups", "--calls", "200")
+    assert "groups: hostile launched" in said
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_ten_thousand_calls():
     """`make fuzz` makes ten times as many."""

@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 
 #: How often each leg is drawn.
-WEIGHTS = {"cpu": 60.0, "driver": 39.0, "device": 1.0}
+WEIGHTS = {"cpu": 60.0, "driver": 38.5, "device": 1.0, "groups": 0.5}
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ from flash8 import fp8, gemm, varlen
 from flash8.fp8 import Rope, Rotation
 from flash8.nn import Fp8Linear
 from fuzz.calls import attention_call, cache_call
+from grouped_gemm_cases import make, make_along_k
 
 Target = tuple[Callable[..., Any], dict[str, Any]]
 WIDE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -154,6 +155,31 @@ def _quantize_attention(rng: random.Random) -> Target:
     return torch.no_grad()(gemm.quantize_attention), arguments
 
 
+def _grouped_products(rng: random.Random) -> Target:
+    """Products of groups: of rows one after another or apart, and along K."""
+    groups, n = rng.choice([1, 3, 40]), rng.choice([1, 8, 40])
+    sizes = [rng.choice([0, 1, 5, 20]) for _ in range(groups)]
+    granularity = rng.choice(["tensor", "group", "row", "block"])
+    kind = rng.choice(["rows", "apart", "along K"])
+    if kind == "along K":
+        product = make_along_k(sizes, rng.choice([1, 9]), n, granularity, seed=rng.randrange(99))
+    else:
+        room = max(sizes) + rng.choice([0, 2]) if kind == "apart" else None
+        beyond = 0 if room is not None else rng.choice([0, 3])
+        k = rng.choice([16, 144])
+        product = make(sizes, n, k, granularity, room=room, beyond=beyond, seed=rng.randrange(99))
+    index = product.group_rows.long() if rng.random() < 0.2 else product.group_rows
+    arguments = {x: getattr(product, x) for x in ("a", "b", "scale_a", "scale_b")}
+    arguments |= {"offs": None, "masked_m": None}
+    arguments["masked_m" if kind == "apart" else "offs"] = index
+    out_dtype = rng.choice([None, *WIDE[:3]])
+    arguments |= {"out_dtype": out_dtype, "out": None}
+    if rng.random() < 0.3:
+        arguments["out"] = torch.zeros(product.out_shape, dtype=out_dtype or torch.bfloat16)
+    arguments["use_fast_accum"] = granularity != "block" and rng.random() < 0.5
+    return torch.no_grad()(gemm.grouped_scaled_mm), arguments
+
+
 def _others(rng: random.Random) -> Target:
     lengths = [rng.choice([0, 1, 4]) for _ in range(3)]
     ends = cumulative(lengths)
@@ -204,6 +230,7 @@ DRAWS: list[tuple[int, Callable[[random.Random], Target]]] = [
     (2, _products),
     (1, _projection),
     (1, _quantize_attention),
+    (1, _grouped_products),
     (3, _others),
 ]
 
