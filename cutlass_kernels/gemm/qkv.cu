@@ -54,7 +54,7 @@ __device__ void consume(QkvParams const& params, QkvSharedStorage& shared, int w
     TokenBlock block;
     while (blocks.next(block)) {
         Config::Accumulator sum[Config::kWaves];
-        mainloop.run(block.empty() ? 0 : k, sum);
+        mainloop.run(block.empty() ? 0 : k, 0, sum);  // all columns of a head have one scale of B
         epilogue.finish(block, sum[0]);
     }
 }

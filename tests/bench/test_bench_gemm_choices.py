@@ -13,8 +13,8 @@ PAIR = GemmVariant("block", 128, 128, cluster=True)
 
 
 def test_each_tile_alone_and_in_clusters():
-    assert len(set(CHOICES)) == len(CHOICES) == 12 and PAIR in CHOICES
-    assert sum(choice.cluster for choice in CHOICES) == 6
+    assert len(set(CHOICES)) == len(CHOICES) == 20 and PAIR in CHOICES
+    assert sum(choice.cluster for choice in CHOICES) == 10
 
 
 @pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))

@@ -104,7 +104,8 @@ def test_planted_texts_occur_once(module):
     for line, (file, old) in texts.items():
         where = f"{module}.py:{line}: {file}"
         assert isinstance(old, str), f"{where}: the text cannot be read without a run"
-        counts = [(root / file).read_text().count(old) for root in ROOTS if (root / file).is_file()]
+        files = {(root / file).resolve() for root in ROOTS if (root / file).is_file()}
+        counts = [path.read_text().count(old) for path in files]
         assert counts == [1], f"{where} has {counts} times {old!r}"
 
 

@@ -101,10 +101,10 @@ def test_layout_of_abi_version_16():
         "ScaleRef": (24, 8),
         "GemmParams": (512, 64),
         "TmaBox": (32, 4),
-        "KernelInfo": (416, 4),
+        "KernelInfo": (420, 4),
         "ScheduleParams": (1600, 64),
         "QuantizeMatrixParams": (120, 8),
-        "QkvParams": (768, 64),
+        "QkvParams": (832, 64),
     }
 
 

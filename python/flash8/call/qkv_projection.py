@@ -112,7 +112,7 @@ def check(
         require_shape("scale_a", scale_a, (*a.shape[:2], scale_a.shape[2]), "(batch, seqlen, ...)")
         scale_a = scale_a.reshape(-1, scale_a.shape[2])
     rows = a.flatten(0, -2)
-    call.check(rows, b, scale_a, scale_b, bias, None, torch.float32, None, False)
+    call.check(rows, b, scale_a, scale_b, bias, None, torch.float32, None, False, 1)
     found = Projection(a, b, scale_a, scale_b, bias, *_heads(b, *heads))
     found = found._replace(cu_seqlens=to_int32(cu_seqlens))
     if seqused is not None:

@@ -15,8 +15,8 @@ namespace {
 
 using Argument = TensorArgument;
 
-// Every tensor that a launch points to, by the names of scaled_mm and of grouped_scaled_mm, whose group_rows are
-// its offs or masked_m. None is differentiable.
+// Every tensor that a launch points to, by the names of scaled_mm and of grouped_scaled_mm, whose group_rows
+// are its offs or masked_m. None is differentiable.
 constexpr Argument kTensors[] = {
     {"a", offsetof(GemmParams, a), Argument::kGivesDevice | Argument::kAligned},
     {"b", offsetof(GemmParams, b), Argument::kAligned},

@@ -176,8 +176,8 @@ FAULTS = {
     ),
     "blocks without a token that are waited for": (
         "qkv.cu",
-        "mainloop.run(block.empty() ? 0 : k, sum);",
-        "mainloop.run(k, sum);",
+        "mainloop.run(block.empty() ? 0 : k, 0, sum);",
+        "mainloop.run(k, 0, sum);",
         PACKED,
     ),
     "sequences without blocks of their own": (

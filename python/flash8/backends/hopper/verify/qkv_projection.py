@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from flash8.backends.hopper import qkv_projection as hopper
-from flash8.backends.hopper.gemm import multiprocessors
 from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.qkv_variants import HEAD_DIM, QkvVariant
 from flash8.backends.hopper.verify import gemm
 from flash8.backends.hopper.verify.watchdog import Watchdog
 from flash8.call.qkv_projection import Projection
+from flash8.call.split_k import multiprocessors
 from flash8.tensors.descales import BLOCK
 from flash8.tensors.float8 import E4M3, MAX
 from flash8.tensors.rms_norm import Norm, rms_norm
