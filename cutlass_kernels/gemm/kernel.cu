@@ -102,7 +102,4 @@ extern "C" __global__ void __launch_bounds__(flash8::gemm::Config::kThreads, 1)
         ptx::acquire_registers<Config::Registers::kConsumer>();
         consume(params, shared, warpgroup - 1);
     }
-    if constexpr (Config::kClusterM > 1) {
-        ptx::cluster_sync();  // the other CTA's consumers arrive at the barriers of this one
-    }
 }

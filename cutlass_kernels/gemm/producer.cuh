@@ -47,6 +47,7 @@ __device__ void load_operands(GemmParams const& params, SharedStorage& shared, W
         }
     }
     if (!Config::kHasGroups || threadIdx.x == 0) {
+        // Until then the other CTA's consumers, if there is one, arrive at the barriers of this one.
         shared.pipeline.drain(state);
     }
 }

@@ -50,6 +50,7 @@ FAMILIES: tuple[Family, ...] = (
     Gemm("gemm_block", GemmVariant("block", 128, 128)),
     Gemm("gemm_grouped", GemmVariant("block", 128, 128, grouped=True)),
     Gemm("gemm_grouped_k", GemmVariant("block", 128, 128, grouped_k=True)),
+    Gemm("gemm_cluster", GemmVariant("block", 128, 128, cluster=True)),
     Gemm("gemm_small_m", GemmVariant("block", 16, 64, small_m=True)),
     Gemm("gemm_quantizing", GemmVariant("block", 16, 64, small_m=True, a="bf16")),
 )
@@ -65,6 +66,7 @@ FOUNDED_ON = {
     "decode_key_scales": ("decode_fp8", "decode_gather"),
     "gemm_grouped": ("gemm_block",),
     "gemm_grouped_k": ("gemm_block", "gemm_grouped"),
+    "gemm_cluster": ("gemm_block",),
     "gemm_quantizing": ("gemm_small_m",),
 }
 
