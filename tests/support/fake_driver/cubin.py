@@ -104,7 +104,7 @@ def forward_cubin(variant: str, kind: str = "cubin") -> bytes:
     return fake_cubin(
         tma=tma_boxes(box) if widens else tma_boxes(box, box, box),
         scale_block=128 if dtype == "e4m3" else 0,
-        paged=4 if widens else 2 if "_paged" in variant else 0,  # with or without left padding
+        paged=4 if widens else 3 if "gather" in variant else 2 if "_paged" in variant else 0,
     )
 
 
