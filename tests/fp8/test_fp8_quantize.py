@@ -400,6 +400,7 @@ BAD = {
     "transposed pages": (X, dict(granularity="page", v_colmajor=True), ValueError, "v_colmajor"),
     "v_colmajor": (X, dict(v_colmajor=1), TypeError, "v_colmajor must be a bool"),
     "rope": (X, dict(rope=(COS, COS)), ValueError, "rope.cos.*up to 9.*4"),
+    "rope as a tensor": (X, dict(rope=torch.ones(2, 4, 8)), TypeError, "rope must be a Rope or"),
     "rope width": (X, dict(rope=(torch.ones(9, 9),) * 2), ValueError, "rope.cos.*8.*9"),
     "rope pair": (X, dict(rope=(COS, COS[:2])), ValueError, r"rope.sin.*\(4, 8\).*\(2, 8\)"),
 }

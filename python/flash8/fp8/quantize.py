@@ -258,6 +258,8 @@ def _checked_mean(
 def _checked_rope(x: Tensor, given: Any, cu_seqlens: Tensor | None) -> Rope | None:
     if given is None:
         return None
+    if not isinstance(given, (tuple, list)):
+        raise TypeError(f"rope must be a Rope or a tuple (cos, sin, ...), got {describe(given)}")
     rope = Rope(*given)
     for name, table in (("cos", rope.cos), ("sin", rope.sin)):
         require_tensor(f"rope.{name}", table, _INPUT_DTYPES, x)
