@@ -104,8 +104,7 @@ def test_planted_texts_occur_once(module):
     for line, (file, old) in texts.items():
         where = f"{module}.py:{line}: {file}"
         assert isinstance(old, str), f"{where}: the text cannot be read without a run"
-        files = {(root / file).resolve() for root in ROOTS if (root / file).is_file()}
-        counts = [path.read_text().count(old) for path in files]
+        counts = [(root / file).read_text().count(old) for root in ROOTS if (root / file).is_file()]
         assert counts == [1], f"{where} has {counts} times {old!r}"
 
 

@@ -132,12 +132,15 @@ def is_caught(run: Callable[[int], Tensor], want: Tensor, seeds: int = 6) -> boo
 
 
 def changed_kernel(folder: Path, file: str, old: str, new: str) -> _native.Registry:
-    """GEMM kernels compiled from sources with an edit; a file is named as gemm/ sees it."""
+    """GEMM kernels compiled from sources with an edit, of gemm/ or of what they share with the
+    quantizer."""
     shutil.copytree(cutlass_root(), folder / "sources")
     root = folder / "sources" / "gemm"
-    text = (root / file).read_text()
+    folders = (root, root.parent / "quantize")
+    path = next(place / file for place in folders if (place / file).is_file())
+    text = path.read_text()
     assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}"
-    (root / file).write_text(text.replace(old, new))
+    path.write_text(text.replace(old, new))
 
     def image(key: str, kind: str) -> bytes:
         unit = variant_of(key).unit()

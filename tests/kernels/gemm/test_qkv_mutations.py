@@ -181,7 +181,7 @@ FAULTS = {
         PACKED,
     ),
     "sequences without blocks of their own": (
-        "../quantize/packed_block.cuh",
+        "packed_block.cuh",
         "offset / kScaleBlock + batch",
         "offset / kScaleBlock + min(batch, 3)",
         PACKED,
