@@ -1,5 +1,6 @@
 // The few PTX instructions that CuTe does not spell as one call: mbarriers, TMA loads, named barriers,
-// register reallocation, matrix moves and the fast exponential. One function each, nothing else.
+// register reallocation, the lane's number, matrix moves and the fast exponential. One function each, nothing
+// else.
 
 #pragma once
 
@@ -9,6 +10,13 @@ namespace flash8::ptx {
 
 __device__ __forceinline__ uint32_t shared_address(void const* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Read anew every time, so that it takes no register over a loop.
+__device__ __forceinline__ int lane_index() {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
 }
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {

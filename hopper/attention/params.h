@@ -62,7 +62,7 @@ struct SchedulerParams {
     std::int32_t max_m_blocks;       // over the batch, in tiles of kBlockM times the cluster
     std::int32_t heads_per_section;  // (batch, head) pairs whose KV fits in L2 together
     std::int32_t num_ctas;           // persistent CTAs, without those of sm_margin
-    std::int32_t reserved;           // zero
+    std::int32_t longest_first;      // whether packed sequences with many keys come first; the forward's
 };
 
 }  // namespace flash8

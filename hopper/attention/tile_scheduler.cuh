@@ -8,8 +8,10 @@
 #pragma once
 
 #include "../arch/pipeline.cuh"
+#include "../arch/ptx.cuh"
 #include "../clamp.cuh"
 #include "params.h"
+#include "sequence_order.cuh"
 
 namespace flash8 {
 
@@ -48,40 +50,59 @@ struct TileOrder {
     }
 };
 
+// How far a walk over packed sequences has come.
+struct alignas(16) PackedWalk {
+    int place;         // as the order of the sequences has it
+    int tiles_before;  // tiles of all that it has come upon before the 32 sequences here
+    int rows_before;   // where the first of these starts
+    int reserved;      // zero: one load has all of it
+};
+
 // Finds the tiles of packed sequences, whose lengths only the device knows. The lanes of a warp hold 32
 // sequences at a time and the running sum of their tile counts. All calls are by the whole warp, with indices
-// that never decrease. It keeps little state, because the producer warp has few registers.
+// that never decrease.
 //
 // Offsets that decrease count as the largest before them, and none reaches past the tensor: every row belongs
 // to at most one sequence, and there are never more tiles than the host has counted.
-template <class Params, int kBlockM, bool kPackGqa>
+template <class Params, int kBlockM, bool kPackGqa, class Order>
 class PackedTiles {
   public:
-    __device__ explicit PackedTiles(Params const& params) : params_(params) {
-        if (params.sequences.cu_seqlens_q != nullptr) {
-            rows_before_ = offset(0);
-        }
-    }
+    __device__ explicit PackedTiles(Params const& params)
+        : params_(params), order_(params), rows_before_(offset(0)) {}
+
+    // Goes on with a walk.
+    __device__ PackedTiles(Params const& params, PackedWalk const& walk)
+        : params_(params),
+          order_(params, walk.place),
+          tiles_before_(walk.tiles_before),
+          rows_before_(walk.rows_before) {}
+
+    __device__ PackedWalk walk() const { return {order_.place(), tiles_before_, rows_before_, 0}; }
 
     __device__ WorkTile at(int index) {
         while (true) {
-            int const batch = first_batch_ + static_cast<int>(threadIdx.x % 32);
-            int const row_end = inclusive_max(batch < params_.sequences.batch ? offset(batch + 1) : 0);
+            int const lane = ptx::lane_index();
+            int const batch = order_.first_batch() + lane;
+            bool const exists = batch < params_.sequences.batch;
+            bool const has = exists && order_.has(batch);
+            int const row_end = inclusive_max(exists ? offset(batch + 1) : 0);
             int const above = __shfl_up_sync(0xffffffff, row_end, 1);
-            int const row_begin = threadIdx.x % 32 == 0 ? rows_before_ : above;
-            int const m_blocks = m_blocks_of(row_end - row_begin);
-            int const end = tiles_before_ + inclusive_sum(m_blocks * tile_heads<kPackGqa>(params_));
+            int const row_begin = lane == 0 ? rows_before_ : above;
+            int const m_blocks = has ? m_blocks_of(row_end - row_begin) : 0;
+            int const end = tiles_before_ + inclusive_sum(m_blocks * tile_heads<kPackGqa>(params_), lane);
             unsigned const ends_after = __ballot_sync(0xffffffff, end > index);
             if (ends_after != 0) {
-                int const lane = __ffs(ends_after) - 1;
-                return found(index, first_batch_ + lane, __shfl_sync(0xffffffff, m_blocks, lane),
-                             __shfl_sync(0xffffffff, end, lane), __shfl_sync(0xffffffff, row_begin, lane));
+                int const first = __ffs(ends_after) - 1;
+                return found(index, order_.first_batch() + first, __shfl_sync(0xffffffff, m_blocks, first),
+                             __shfl_sync(0xffffffff, end, first), __shfl_sync(0xffffffff, row_begin, first));
             }
             rows_before_ = __shfl_sync(0xffffffff, row_end, 31);
             tiles_before_ = __shfl_sync(0xffffffff, end, 31);
-            first_batch_ += 32;
-            if (first_batch_ >= params_.sequences.batch) {
+            if (!order_.advance()) {
                 return WorkTile::none(rows_before_);
+            }
+            if (order_.first_batch() == 0) {
+                rows_before_ = offset(0);  // through the batch once more
             }
         }
     }
@@ -97,11 +118,11 @@ class PackedTiles {
         return static_cast<int>((static_cast<unsigned>(queries) + block - 1) / block);
     }
 
-    __device__ static int inclusive_sum(int value) {
+    __device__ static int inclusive_sum(int value, int lane) {
 #pragma unroll
         for (int distance = 1; distance < 32; distance *= 2) {
             int const below = __shfl_up_sync(0xffffffff, value, distance);
-            value += threadIdx.x % 32 >= distance ? below : 0;
+            value += lane >= distance ? below : 0;
         }
         return value;
     }
@@ -123,9 +144,9 @@ class PackedTiles {
     }
 
     Params const& params_;
-    int first_batch_ = 0;   // of the group of 32 sequences
-    int tiles_before_ = 0;  // tiles of all sequences before the group
-    int rows_before_ = 0;   // where the first of them starts
+    Order order_;
+    int tiles_before_ = 0;
+    int rows_before_;
 };
 
 // What a CTA does next; all calls but `claim` by the whole producer warp. The host keeps the sum of tiles and
@@ -134,13 +155,16 @@ class PackedTiles {
 //
 // The counter is zero when a kernel starts and zero again when it has ended, whatever the tensors hold. The
 // last CTA to run out of tiles resets it: no CTA claims after that.
-template <class Params, int kBlockM, bool kPackGqa, int kClusterM>
+template <class Params, int kBlockM, bool kPackGqa, int kClusterM, class Order>
 class TileScheduler {
   public:
-    __device__ explicit TileScheduler(Params const& params)
-        : params_(params), packed_tiles_(params), index_(blockIdx.x / kClusterM) {}
+    // walk: in shared memory, since the producer warp has few registers; of packed sequences alone.
+    __device__ TileScheduler(Params const& params, PackedWalk& walk)
+        : params_(params), walk_(walk), index_(blockIdx.x / kClusterM) {}
 
-    __device__ WorkTile first() { return leave_after_last(tile()); }
+    __device__ WorkTile first() {
+        return leave_after_last(packed() ? packed_tile(Tiles(params_)) : dense_tile());
+    }
 
     // By the first lane, once a tile: claims the next one. `next` waits for the number. Nothing may be
     // computed from it here, or the lane would wait here.
@@ -152,10 +176,12 @@ class TileScheduler {
 
     __device__ WorkTile next() {
         index_ = __shfl_sync(0xffffffff, index_, 0) + static_cast<int>(gridDim.x / kClusterM);
-        return leave_after_last(tile());
+        return leave_after_last(packed() ? packed_tile(Tiles(params_, walk_)) : dense_tile());
     }
 
   private:
+    using Tiles = PackedTiles<Params, kBlockM * kClusterM, kPackGqa, Order>;
+
     __device__ int* counter() const { return kClusterM == 1 ? params_.scheduler.tile_count : nullptr; }
     __device__ bool packed() const { return params_.sequences.cu_seqlens_q != nullptr; }
 
@@ -178,10 +204,18 @@ class TileScheduler {
     // The heads of all sequences, when all have the same length.
     __device__ int dense_heads() const { return tile_heads<kPackGqa>(params_) * params_.sequences.batch; }
 
-    __device__ WorkTile tile() {
-        if (packed()) {
-            return packed_tiles_.at(index_);
+    // Lane 0 keeps the walk for all lanes.
+    __device__ WorkTile packed_tile(Tiles tiles) {
+        WorkTile const tile = tiles.at(index_);
+        __syncwarp();  // all have read the walk
+        if (ptx::lane_index() == 0) {
+            walk_ = tiles.walk();
         }
+        __syncwarp();
+        return tile;
+    }
+
+    __device__ WorkTile dense_tile() const {
         if (index_ >= params_.scheduler.max_m_blocks * dense_heads()) {
             return WorkTile::none(0);
         }
@@ -194,7 +228,7 @@ class TileScheduler {
     }
 
     Params const& params_;
-    PackedTiles<Params, kBlockM * kClusterM, kPackGqa> packed_tiles_;
+    PackedWalk& walk_;
     int index_;
 };
 

@@ -73,7 +73,7 @@ template <int kBlockN>
 __device__ inline WorkTile find_key_tile(BackwardParams const& params, int index, int splits) {
     KeySide const side(params, splits);
     if (params.sequences.cu_seqlens_k != nullptr) {
-        PackedTiles<KeySide, kBlockN, false> tiles(side);
+        PackedTiles<KeySide, kBlockN, false, BatchOrder<KeySide>> tiles(side);
         return tiles.at(index);
     }
     int const heads = side.heads_kv * params.sequences.batch;

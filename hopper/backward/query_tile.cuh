@@ -12,7 +12,9 @@ template <int kBlockM>
 __device__ inline WorkTile query_tile(BackwardParams const& params) {
     __shared__ WorkTile tile;
     if (threadIdx.x < 32) {
-        WorkTile const found = TileScheduler<BackwardParams, kBlockM, false, 1>(params).first();
+        PackedWalk walk;  // not gone on with
+        using Order = BatchOrder<BackwardParams>;
+        WorkTile const found = TileScheduler<BackwardParams, kBlockM, false, 1, Order>(params, walk).first();
         if (threadIdx.x == 0) {
             tile = found;
         }

@@ -219,6 +219,7 @@ struct SharedStorage : TransposeStorage<Config, Config::kTransposeV>,
     Pipeline<1> pipeline_q;
     Pipeline<Config::kStages> pipeline_k;
     Pipeline<Config::kStages> pipeline_v;
+    PackedWalk packed_walk;  // of the warp that finds tiles
 
     // V as it lies in memory: for the consumers, or for the warps that transpose it for them.
     __device__ __forceinline__ Pipeline<Config::kStages>& pipeline_of_v() {

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "../arch/ptx.cuh"
 #include "../attention/pack_gqa.cuh"
 #include "../attention/pages.cuh"
 #include "../attention/seqlen_info.cuh"
@@ -61,12 +62,7 @@ struct GatheredKeys {
         return exists ? reinterpret_cast<int64_t>(ref.ptr) + bytes : kNowhere;
     }
 
-    // Read anew every time, so that it takes no register over a loop.
-    __device__ __forceinline__ static int lane_index() {
-        int lane;
-        asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-        return lane;
-    }
+    __device__ __forceinline__ static int lane_index() { return ptx::lane_index(); }
 };
 
 }  // namespace flash8

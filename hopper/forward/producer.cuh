@@ -8,6 +8,8 @@
 #include "config.cuh"
 #include "page_loader.cuh"
 
+#include <type_traits>
+
 namespace flash8 {
 
 // Q of a work tile, by one thread.
@@ -43,7 +45,7 @@ class Producer {
     // By the whole warp.
     __device__ void run() {
         bool const leader = threadIdx.x == 0;
-        Scheduler scheduler(params_);
+        Scheduler scheduler(params_, shared_.packed_walk);
         WorkTile tile = scheduler.first();
         while (tile.valid()) {
             if (leader) {
@@ -71,7 +73,11 @@ class Producer {
     }
 
   private:
-    using Scheduler = TileScheduler<ForwardParams, Config::kBlockM, Config::kPackGqa, Config::kClusterM>;
+    // A cluster's sequences have one length.
+    using Order =
+        std::conditional_t<Config::kClusterM == 1, LongestFirst<ForwardParams>, BatchOrder<ForwardParams>>;
+    using Scheduler =
+        TileScheduler<ForwardParams, Config::kBlockM, Config::kPackGqa, Config::kClusterM, Order>;
 
     // The first K, then Q, then K of every KV block one ahead of V. The consumers release a stage of K long
     // before they release the Q of their tile, so the next tile's first K waits less than its Q.

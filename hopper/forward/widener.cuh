@@ -29,7 +29,8 @@ template <class Config>
 class Widener {
     using Element = typename Config::Element;
     using KvState = PipelineState<Config::kStages>;
-    using Scheduler = TileScheduler<ForwardParams, Config::kBlockM, Config::kPackGqa, 1>;
+    using Scheduler =
+        TileScheduler<ForwardParams, Config::kBlockM, Config::kPackGqa, 1, LongestFirst<ForwardParams>>;
     static constexpr int kBlockN = Config::kBlockN;
     static constexpr int kKeys = kBlockN / Config::kWidenerWarps;  // of a warp
     static_assert(kKeys <= 32 && kKeys % 8 == 0, "a lane looks up one key; swizzles repeat after eight");
@@ -39,7 +40,7 @@ class Widener {
         : params_(params), shared_(shared), keys_(shared.gathered_keys[warp]), warp_(warp) {}
 
     __device__ void run() {
-        Scheduler scheduler(params_);
+        Scheduler scheduler(params_, shared_.packed_walk);
         WorkTile tile = leads() ? scheduler.first() : shared_.tiles.take(tiles_state_);
         while (tile.valid()) {
             publish(tile);

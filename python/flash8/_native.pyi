@@ -197,6 +197,7 @@ class DropoutParams:
 class SchedulerParams:
     tile_count: int
     heads_per_section: int
+    longest_first: int
 
 class PageParams:
     page_table: int

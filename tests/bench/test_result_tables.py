@@ -16,6 +16,7 @@ def rows_of(text):
     [
         ("machine_code.md", "forward.md"),
         ("cycle_model.md", "forward.md"),
+        ("tile_order.md", "forward.md"),
         ("machine_code_backward.md", "backward.md"),
         ("quantizer_traffic.md", "fp8.md"),
     ],

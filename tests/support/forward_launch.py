@@ -59,6 +59,7 @@ class Schedule:
     num_ctas: int = 2
     dynamic: bool = True
     heads_per_section: int = 1
+    longest_first: bool = True  # of packed sequences
     first_draw: int = 0  # what the counter holds before the launch; anything but 0 is a bug
 
 
@@ -205,6 +206,7 @@ class ForwardKernel:
         counter = given.upload(torch.tensor([schedule.first_draw, 0], dtype=torch.int32))
         params.scheduler.tile_count = counter.address if schedule.dynamic else 0
         params.scheduler.heads_per_section = schedule.heads_per_section
+        params.scheduler.longest_first = int(schedule.longest_first)
         margin = self._multiprocessors - schedule.num_ctas
         _native.launch_forward(self._kernel, 0, 0, params, sm_margin=margin)
         self._driver.synchronize()

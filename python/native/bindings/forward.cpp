@@ -62,7 +62,8 @@ void bind_scheduler(py::module_& module) {
     using S = SchedulerParams;
     py::class_<S> type(module, "SchedulerParams", "How tiles are handed out.");
     def_address(type, "tile_count", &S::tile_count);
-    type.def_readwrite("heads_per_section", &S::heads_per_section);
+    type.def_readwrite("heads_per_section", &S::heads_per_section)
+        .def_readwrite("longest_first", &S::longest_first);
 }
 
 // Addresses of the scales that are written and of the one that is given, and the row stride.

@@ -83,7 +83,7 @@ StructLayout dropout_params() {
 StructLayout scheduler_params() {
     using T = SchedulerParams;
     return layout<T>("SchedulerParams", {FIELD(tile_count), FIELD(max_m_blocks), FIELD(heads_per_section),
-                                         FIELD(num_ctas), FIELD(reserved)});
+                                         FIELD(num_ctas), FIELD(longest_first)});
 }
 
 StructLayout forward_params() {

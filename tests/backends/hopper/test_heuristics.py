@@ -58,5 +58,5 @@ def test_what_the_device_code_decides_has_that_name_there():
     sources = [*(ROOT / "hopper" / "forward").glob("*.cuh"), *(ROOT / "hopper").glob("att*/*.cuh")]
     text = "\n".join(path.read_text() for path in sources)
     named = [name for row in rows() if not row[3] for name in re.findall(r"`(\w+)`", row[1])]
-    assert named == ["TileOrder", "PackedTiles", "kTakeTurns", "kOverlapPV"]
+    assert named == ["TileOrder", "kTakeTurns", "kOverlapPV"]
     assert all(re.search(rf"\b(struct|class|bool) {name}\b", text) for name in named)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import flash8
-from flash8.backends.hopper import heuristics, streams
+from defaults import by_default
+from flash8.backends.hopper import forward, heuristics, streams
 from flash8.backends.hopper.variants import ForwardVariant
 from flash8.call.options import Options
 from forward_cases import check, compare, device, draw, kernel, launch, packed
@@ -85,9 +86,9 @@ def test_one_sequence_more_than_lanes(variant, sequences):
 
 GROUPS = {
     "the last group is left out": (
-        "attention/tile_scheduler.cuh",
-        "if (first_batch_ >= params_.sequences.batch) {",
-        "if (first_batch_ + 1 >= params_.sequences.batch) {",
+        "attention/sequence_order.cuh",
+        "if (first_batch() < params_.sequences.batch) {",
+        "if (first_batch() + 1 < params_.sequences.batch) {",
     ),
     "rows before a group are forgotten": (
         "attention/tile_scheduler.cuh",
@@ -121,6 +122,141 @@ def test_long_and_empty_sequences(schedule):
 @pytest.mark.parametrize("lengths", [[0], [0] * 40, [3], [200, 0]], ids=str)
 def test_rows_behind_the_last_sequence(lengths):
     check(CAUSAL, packed_call(lengths, [7] * len(lengths), behind=37))
+
+
+#: Keys of sequences with one query each, in and beside the bounds of the classes of lengths.
+LENGTHS_K = [130, 0, 900, 385, 128, 129, 384, 640, 1]
+
+
+def one_query_each(lengths_k: list[int], **indices: torch.Tensor) -> Call:
+    call = packed_call([1] * len(lengths_k), lengths_k, heads=1)
+    return replace(call, indices={**call.indices, **indices})
+
+
+def blocks_in_order(call: Call, *, longest_first: bool) -> list[int]:
+    """The blocks of keys of each tile, in the order of the tiles' numbers.
+
+    There is a CTA for each, and its producer copies Q in two panels, and two of K and two of V for
+    each block.
+    """
+    device().configure(seed=0, timeline=True)
+    tiles = call.q.shape[0] * call.q.shape[1]
+    schedule = Schedule(num_ctas=tiles, dynamic=False, longest_first=longest_first)
+    compare(call, *kernel(CAUSAL)(call, schedule))
+    copies = [0] * tiles
+    for event in device().timeline()["traceEvents"]:
+        if event["cat"] == "run" and event["tid"] == 0:
+            copies[event["pid"]] += event["args"].get("tma", 0)
+    return [max(0, count - 2) // 4 for count in copies]
+
+
+def by_class(lengths_k: list[int]) -> list[int]:
+    """Blocks of 128 keys, by the power of two in them, and as they were where that is equal."""
+    blocks = [-(-keys // 128) for keys in lengths_k]
+    return sorted(blocks, key=lambda count: -max(1, count).bit_length())
+
+
+def test_long_sequences_come_first():
+    call = one_query_each(LENGTHS_K)
+    assert blocks_in_order(call, longest_first=True) == by_class(LENGTHS_K)
+    assert blocks_in_order(call, longest_first=False) == [-(-keys // 128) for keys in LENGTHS_K]
+
+
+def test_the_keys_that_are_used_say_which_are_long():
+    used = [0, 0, 40, 300, 128, 100, 384, 2, 1]
+    call = one_query_each(LENGTHS_K, seqused_k=torch.tensor(used, dtype=torch.int32))
+    assert blocks_in_order(call, longest_first=True) == by_class(used)
+
+
+@pytest.mark.parametrize("sequences", [1, 9])
+def test_the_host_asks_for_it(sequences, monkeypatch):
+    lengths = [1] * sequences
+    call = packed_call(lengths, LENGTHS_K[:sequences], heads=1)
+    plans = []
+
+    def kept(*arguments):
+        plans.append(hopper_plan(*arguments))
+        return plans[-1]
+
+    hopper_plan = forward.plan
+    offsets = call.indices["cu_seqlens_q"], call.indices["cu_seqlens_k"]
+    with device().serving_cpu_tensors(monkeypatch), monkeypatch.context() as patch:
+        patch.setattr(forward, "plan", kept)
+        flash8.flash_attn_varlen_func(call.q, call.k, call.v, *offsets, 1, 900, causal=True)
+    (planned,) = plans
+    assert planned.call.scheduler.longest_first == (sequences > 1)
+
+
+def many_sequences() -> Call:
+    """Three groups of lanes. The only sequence of its class is the last one, alone in its group,
+    and those of the others lie between one another."""
+    lengths_q, lengths_k = ragged(64, 9, 1), ragged(64, 300, 2)
+    lengths_q[64], lengths_k[64] = 2, 700
+    return packed_call(lengths_q, lengths_k, heads=2, behind=3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_the_order_of_sequences_changes_no_bit(schedule):
+    call = many_sequences()
+    found = launch(CAUSAL, call, schedule, seed=3)
+    compare(call, *found)
+    wanted = launch(CAUSAL, call, replace(schedule, longest_first=False), seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+ORDERS = {
+    "a walk goes on where the rows of the last one ended": (
+        "attention/tile_scheduler.cuh",
+        "rows_before_ = offset(0);  // through",
+        "// through",
+    ),
+    "a class hides the last group": (
+        "attention/sequence_order.cuh",
+        "if (first_batch() < params_.sequences.batch) {",
+        "if (place_ < params_.sequences.batch) {",
+    ),
+    "a class is left out": (
+        "attention/sequence_order.cuh",
+        "longest_below(current_class())",
+        "longest_below(current_class() - 1)",
+    ),
+    "classes of the first group only": (
+        "attention/sequence_order.cuh",
+        "batch < params_.sequences.batch; batch += 32",
+        "batch < min(32, params_.sequences.batch); batch += 32",
+    ),
+    "the longest class comes last": (
+        "attention/sequence_order.cuh",
+        "wanted() ? longest_below(32) : 0",
+        "wanted() ? longest_below(2) : 0",
+    ),
+    "a class is of keys, not of blocks": (
+        "attention/sequence_order.cuh",
+        "(keys + kBlock - 1) / kBlock | 1",
+        "keys | 1",
+    ),
+    "lengths are those of the tensor": (
+        "attention/sequence_order.cuh",
+        "if (sequences.seqused_k != nullptr) {",
+        "if (false) {",
+    ),
+}
+
+
+def check_order() -> None:
+    """All of the above."""
+    call = many_sequences()
+    compare(call, *kernel(CAUSAL)(call, Schedule(num_ctas=3)))
+    test_long_sequences_come_first()
+    test_the_keys_that_are_used_say_which_are_long()
+
+
+@pytest.mark.parametrize("fault", by_default(ORDERS, ["classes of the first group only"]))
+def test_the_cases_of_the_order_catch(fault, tmp_path, monkeypatch):
+    changed = changed_kernel(tmp_path, CAUSAL, ORDERS[fault])
+    monkeypatch.setitem(globals(), "kernel", lambda variant: changed)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_order()
 
 
 def test_schedules_give_the_same_bits():

@@ -239,6 +239,8 @@ def plan(
     uneven = heuristics.has_uneven_tiles(options)
     call = _describe(q, k, v, indices, options, out, lse)
     held += attention_params.describe_pages(call, k, options)
+    if options.cu_seqlens_q is not None:
+        call.scheduler.longest_first = int(heuristics.longest_first(call.sequences.batch))
     call.scheduler.heads_per_section = 1
     if uneven:
         call.scheduler.heads_per_section = heuristics.heads_per_section(

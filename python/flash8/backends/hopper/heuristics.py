@@ -13,6 +13,8 @@ from flash8.call.options import Options
 _SUMS_QUERIES = 128
 #: What a section's K and V may take of Hopper's 50 MB of L2; Q and O pass through the rest.
 _L2_BYTES = 32 << 20
+#: Walks over so many packed sequences are short beside what is computed for them.
+_MOST_ORDERED = 256
 
 
 def has_uneven_tiles(options: Options) -> bool:
@@ -30,6 +32,14 @@ def heads_per_section(seqlen_k: int, bytes_per_key: int, ratio: int) -> int:
     """
     fitting = _L2_BYTES // max(1, seqlen_k * bytes_per_key)
     return max(1, fitting) * ratio
+
+
+def longest_first(sequences: int) -> bool:
+    """Whether packed sequences with many keys come first, whose lengths the device reads.
+
+    A walk over the batch for each class of lengths, of which long batches gain little.
+    """
+    return 1 < sequences <= _MOST_ORDERED
 
 
 @functools.lru_cache(maxsize=4096)
