@@ -35,6 +35,17 @@ def test_shapes_and_values(granularity, sizes):
         assert data.float().abs().max() == 448.0
 
 
+@pytest.mark.parametrize("sizes", [(128, 256), (40, 512), (37, 300)])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_the_transpose_of_a_matrix(granularity, sizes):
+    """An operand has its K contiguous, however x lies."""
+    x = draw(*sizes)
+    lying = x.t().contiguous().t()
+    found, want = gemm.quantize(lying, granularity), gemm.quantize(x, granularity)
+    assert found[0].stride(1) == 1 and torch.equal(found[0].float(), want[0].float())
+    assert torch.equal(found[1], want[1])
+
+
 def test_as_fp8_quantize_has_them():
     x = draw(300, 256, torch.bfloat16)
     heads = x.view(1, 300, 2, 128)

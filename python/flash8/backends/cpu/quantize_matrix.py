@@ -17,6 +17,7 @@ def quantize_matrix(request: MatrixRequest) -> tuple[Tensor, Tensor, Tensor]:
     """(M, K) as e4m3, K filled up with zeros to a multiple of 16, its fp32 scales: (1, 1), (M, 1),
     (M, ceil(K / 128)), or (ceil(M / 128), ceil(K / 128)), and x + residual, (0,) without one."""
     y, summed = _prepared(request)
+    y = y.contiguous()  # K of an operand is contiguous, however x lies
     missing = -y.shape[1] % UNIT_K
     y = pad(y, (0, missing)) if missing else y
     granularity, scale, amax = request.granularity, request.scale, request.amax
