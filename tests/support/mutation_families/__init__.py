@@ -9,6 +9,7 @@ from flash8.backends.hopper.append_variants import AppendVariant
 from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.gemm_variants import GemmVariant
+from flash8.backends.hopper.qkv_variants import QkvVariant
 from flash8.backends.hopper.quantize_matrix_variants import QuantizeMatrixVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.variants import ForwardVariant
@@ -18,9 +19,10 @@ from .backward import Backward
 from .decode import Decode
 from .forward import Forward
 from .gemm import Gemm
+from .qkv import Qkv
 from .quantizers import Quantizer
 
-Family = Forward | Backward | Decode | Quantizer | Gemm
+Family = Forward | Backward | Decode | Quantizer | Gemm | Qkv
 
 FAMILIES: tuple[Family, ...] = (
     Forward("forward_16bit", ForwardVariant("bf16", 64, 64, mask="causal")),
@@ -53,6 +55,7 @@ FAMILIES: tuple[Family, ...] = (
     Gemm("gemm_cluster", GemmVariant("block", 128, 128, cluster=True)),
     Gemm("gemm_small_m", GemmVariant("block", 16, 64, small_m=True)),
     Gemm("gemm_quantizing", GemmVariant("block", 16, 64, small_m=True, a="bf16")),
+    Qkv("qkv_projection", QkvVariant("block")),
 )
 
 #: Families of the same kernel. A mutant of both has the same synchronizing statements around it,
