@@ -164,22 +164,32 @@ def measure(case: Case, device: str, time_call: Callable[..., Any]) -> Iterator[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    run("grouped_gemm", __doc__, measure, lambda case: f"{case.rows} x {case.n} x {case.k}")
+
+
+def run(
+    name: str,
+    description: str,
+    measured: Callable[..., Iterator[dict[str, Any]]],
+    sizes: Callable[[Case], str],
+) -> None:
+    """Measures all cases, prints each row and keeps them as <name>_cuda.json, on a GPU only."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     device = parser.parse_args().device
     os.environ.setdefault("FLASH8_KERNELS", "on")
     results: dict[str, Any] = {"environment": environment.describe(), "rows": []}
     for case in while_there_is_time(cases(device)):
-        for row in measure(case, device, clock(device)):
+        for row in measured(case, device, clock(device)):
             results["rows"].append(row)
             said = row.get("refused") or f"{row['median_ms']:.4f} ms, {row['tflops']:.3g} TFLOP/s"
-            kind = "even" if case.even else "uneven"
-            shape = f"{case.layer} {case.rows} x {case.n} x {case.k} in {case.groups} {kind}"
-            print(f"{shape} groups, {case.granularity}, {row['peer']}: {said}", flush=True)
+            groups = f"{case.groups} {'even' if case.even else 'uneven'} groups"
+            shape = f"{case.layer} {sizes(case)} in {groups}, {case.granularity}"
+            print(f"{shape}, {row['peer']}: {said}", flush=True)
         if device == "cuda":
-            write_json(RESULTS / "grouped_gemm_cuda.json", results)
+            write_json(RESULTS / f"{name}_cuda.json", results)
     if device != "cuda":
-        print("bench_grouped_gemm: torch sees no CUDA device; this is the CPU backend's")
+        print(f"bench_{name}: torch sees no CUDA device; this is the CPU backend's")
 
 
 if __name__ == "__main__":

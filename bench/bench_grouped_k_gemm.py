@@ -9,8 +9,6 @@ Writes bench/results/grouped_k_gemm_cuda.json, on a GPU only.
 usage: python bench/bench_grouped_k_gemm.py [--device cpu]
 """
 
-import argparse
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import environment
-from bench_gemm import RESULTS, clock, compare, widened
-from bench_grouped_gemm import BF16, Case, cases, parts
+from bench_gemm import compare, widened
+from bench_grouped_gemm import BF16, Case, parts, run
 from flash8 import gemm
-from partial import while_there_is_time, write_json
 
 
 @dataclass(frozen=True)
@@ -137,22 +133,7 @@ def measure(case: Case, device: str, time_call: Callable[..., Any]) -> Iterator[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device = parser.parse_args().device
-    os.environ.setdefault("FLASH8_KERNELS", "on")
-    results: dict[str, Any] = {"environment": environment.describe(), "rows": []}
-    for case in while_there_is_time(cases(device)):
-        for row in measure(case, device, clock(device)):
-            results["rows"].append(row)
-            said = row.get("refused") or f"{row['median_ms']:.4f} ms, {row['tflops']:.3g} TFLOP/s"
-            kind = "even" if case.even else "uneven"
-            shape = f"{case.layer} {case.n} x {case.k} x {case.rows} in {case.groups} {kind}"
-            print(f"{shape} groups, {case.granularity}, {row['peer']}: {said}", flush=True)
-        if device == "cuda":
-            write_json(RESULTS / "grouped_k_gemm_cuda.json", results)
-    if device != "cuda":
-        print("bench_grouped_k_gemm: torch sees no CUDA device; this is the CPU backend's")
+    run("grouped_k_gemm", __doc__, measure, lambda case: f"{case.n} x {case.k} x {case.rows}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ _FILES = (
     "bench/attention_cases.py",
     "bench/bench_backward_choices.py",
     "bench/bench_choices.py",
+    "bench/bench_gemm_choices.py",
     "bench/gpu_steps/units.py",
     "tests/gpu/gpu_driver.cu",
 )

@@ -29,15 +29,19 @@ _DEVICE, _TORCH, _EXTENSION = "device", "torch", "extension"
 _FACT_LIMITS = {"arithmetic": 40, "wgmma": 25, "l2": 25, "rates": 15, "mma": 20, "registers": 65}
 _BENCH_LIMITS = {
     "ceilings": 40,
-    "attention": 170,
+    "attention": 150,
+    "gemm": 40,
     "backward_choices": 40,
+    "gemm_choices": 40,
     "quantize": 30,
     "choices": 50,
 }
 _BENCH_RESULTS = {
     "ceilings": "gpu_ceilings.json",
     "attention": "attention_cuda.json",
+    "gemm": "gemm_cuda.json",
     "backward_choices": "backward_choices.json",
+    "gemm_choices": "gemm_choices.json",
     "quantize": "quantize_gpu.json",
     "choices": "choices.json",
 }

@@ -18,6 +18,7 @@ from torch import Tensor
 from attention_cases import Case, gpu_cases, shows_order
 from bench_backward_choices import choices as backward_choices
 from bench_choices import choices
+from bench_gemm_choices import choices as gemm_choices
 from flash8.backends.hopper import backward as hopper_backward
 from flash8.backends.hopper import backward_fp8
 from flash8.backends.hopper import forward as hopper
@@ -26,6 +27,7 @@ from flash8.backends.hopper.backward_variants import BackwardVariant
 from flash8.backends.hopper.decode_variants import DecodeVariant
 from flash8.backends.hopper.gemm_variants import GemmVariant
 from flash8.backends.hopper.kernels import Variant, kernels_of, shipped
+from flash8.backends.hopper.qkv_variants import QkvVariant
 from flash8.backends.hopper.quantize_matrix_variants import QuantizeMatrixVariant
 from flash8.backends.hopper.quantize_variants import QuantizeVariant
 from flash8.backends.hopper.schedule_variants import ScheduleVariant
@@ -40,7 +42,8 @@ _E4M3 = torch.float8_e4m3fn
 
 def units() -> list[Unit]:
     """Each once, the shipped ones first."""
-    variants = (*shipped(), *_attention(), *backward_choices(), *_of_tests())
+    variants: tuple[Variant, ...] = (*shipped(), *_attention(), *backward_choices())
+    variants = (*variants, *gemm_choices(), *_of_tests())
     found = [part.unit() for variant in variants for part in kernels_of(variant)]
     found += [choice.unit() for choice in choices()]
     return list(dict.fromkeys(found))
@@ -109,8 +112,9 @@ def _call(
 def _of_tests() -> Iterator[Variant]:
     """Those of the GPU tests, which run on the CPU for it (tests/support/gpu_recorder.py)."""
     attention = (ForwardVariant, BackwardVariant, DecodeVariant)
-    others = (QuantizeVariant, AppendVariant, ScheduleVariant, GemmVariant, QuantizeMatrixVariant)
-    kinds = {kind.__name__: kind for kind in (*attention, *others)}
+    quantizers = (QuantizeVariant, QuantizeMatrixVariant)
+    others = (AppendVariant, ScheduleVariant, GemmVariant, QkvVariant)
+    kinds = {kind.__name__: kind for kind in (*attention, *quantizers, *others)}
     with tempfile.TemporaryDirectory() as folder:
         recorded = Path(folder) / "recorded.json"
         command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "gpu_recorder", "-m", "gpu"]

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
-
 import attention_cases
 import bench_attention
 import partial
@@ -75,7 +73,6 @@ def test_kernels_of_the_benchmarks_are_chosen_without_tensors():
     assert "backward_bf16_d128_deterministic" not in names  # is not measured
 
 
-@pytest.mark.slow
 def test_the_pack_has_what_the_gpu_tests_ask_for():
     found = [unit.name for unit in units.units()]
     assert len(found) == len(set(found))
@@ -88,4 +85,6 @@ def test_the_pack_has_what_the_gpu_tests_ask_for():
         "quantize_cast_fp32_d64_e5m2",  # test_special_values
         "append_bf16_to_e4m3",
         "forward_e4m3_d128_causal_vcolmajor_blockscales_polynomial4",  # bench_choices.py
+        "gemm_block_cluster_256x128",  # bench_gemm_choices.py
+        "qkv_projection_block",
     } <= set(found)
