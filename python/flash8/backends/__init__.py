@@ -124,6 +124,15 @@ def has_fp8_backward(q8: Tensor, k8: Tensor, v8: Tensor, out: Tensor, options: "
     return trust.is_trusted(hopper.choose(q8, v8, out, options), q8.device)
 
 
+def wants_v_colmajor(q: Tensor, v: Tensor, by_block: bool) -> bool:
+    """Whether a call that quantizes v for an FP8 forward should have its keys innermost."""
+    if not kernels_wanted(v):
+        return False
+    from flash8.backends.hopper import forward_fp8 as hopper
+
+    return hopper.wants_v_colmajor(q, v, by_block)
+
+
 def kernels_wanted(tensor: Tensor) -> bool:
     """Whether calls on this tensor go to compiled kernels, as far as its device tells."""
     return tensor.is_cuda and mode.has_kernels(tensor.get_device())

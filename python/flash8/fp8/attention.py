@@ -7,12 +7,14 @@ dq, dk     = d(q M) M^T, d(k M) M^T   the quantizer rotates, so only gradients a
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from flash8 import backends
 from flash8.backends import cpu
 from flash8.call import checks
 from flash8.call.autocast import cast_for_autocast
-from flash8.call.observed import is_autocast_on, is_transformed
+from flash8.call.observed import is_autocast_on, is_transformed, may_carry_tangents
 from flash8.call.options import Options
 from flash8.fp8.recipes import FP8_PRODUCTS, CurrentScaling, Recipe, check_call
 from flash8.ops import fp8_attention as ops
@@ -106,7 +108,11 @@ def fp8_attention(
     rotation = rotation_for(chosen.hadamard, q.shape[-1])
     q8 = chosen.quantize("q", q.detach(), options.cu_seqlens_q)
     k8 = chosen.quantize("k", k.detach(), options.cu_seqlens_k)
-    v8 = chosen.quantize("v", v.detach(), options.cu_seqlens_k)
+    by_block = k8.granularity == "block"
+    colmajor = not _is_differentiated(q, k, v, s_aux) and backends.wants_v_colmajor(q, v, by_block)
+    v8 = chosen.quantize(
+        "v", v.detach(), options.cu_seqlens_k, **({"v_colmajor": True} if colmajor else {})
+    )
     out, lse = ops.forward(
         q,
         k,
@@ -125,6 +131,13 @@ def fp8_attention(
     return (out, lse) if return_attn_probs else out
 
 
+def _is_differentiated(*inputs: Tensor | None) -> bool:
+    """Whether a derivative may be asked for, which reads V by token."""
+    tangents = is_transformed() if torch.compiler.is_compiling() else may_carry_tangents()
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return tangents or wanted
+
+
 def _check_boundaries(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
     """Before a recipe takes note of x, and under the caller's name."""
     if cu_seqlens is not None and memory.is_readable(x) and memory.is_readable(cu_seqlens):
@@ -138,6 +151,7 @@ def _with_scales(options: Options, q8: ScaledTensor, k8: ScaledTensor, v8: Scale
         v_descale=v8.descale,
         k_mean=k8.mean,
         v_mean=v8.mean,
+        v_colmajor_tokens=v8.v_colmajor_tokens,
     )
 
 

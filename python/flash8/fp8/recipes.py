@@ -61,8 +61,11 @@ class Recipe(Protocol):
     def scaling(self, name: str) -> Scaling:
         """Of q, k or v (`name`)."""
 
-    def quantize(self, name: str, x: Tensor, cu_seqlens: Tensor | None) -> ScaledTensor:
-        """q, k or v (`name`) in FP8; q and k rotated if the recipe says so."""
+    def quantize(
+        self, name: str, x: Tensor, cu_seqlens: Tensor | None, *, v_colmajor: bool = False
+    ) -> ScaledTensor:
+        """q, k or v (`name`) in FP8; q and k rotated if the recipe says so, v with its keys
+        innermost if `v_colmajor`."""
 
     def gradient_descale(self) -> Tensor | None:
         """The scalar descale of dO; None: from its own amax, by head or by 128 tokens."""
@@ -87,8 +90,10 @@ class _FromItself:
     def scaling(self, name: str) -> Scaling:
         raise NotImplementedError
 
-    def quantize(self, name: str, x: Tensor, cu_seqlens: Tensor | None) -> ScaledTensor:
-        return _quantize(self, name, x, cu_seqlens)
+    def quantize(
+        self, name: str, x: Tensor, cu_seqlens: Tensor | None, *, v_colmajor: bool = False
+    ) -> ScaledTensor:
+        return _quantize(self, name, x, cu_seqlens, v_colmajor)
 
     def gradient_descale(self) -> Tensor | None:
         return None
@@ -188,8 +193,10 @@ class DelayedScaling(torch.nn.Module):
         descale = self.descale[index].clone()
         return Scaling("tensor", descale, self.amax[index] if self.training else None)
 
-    def quantize(self, name: str, x: Tensor, cu_seqlens: Tensor | None) -> ScaledTensor:
-        return _quantize(self, name, x, cu_seqlens)
+    def quantize(
+        self, name: str, x: Tensor, cu_seqlens: Tensor | None, *, v_colmajor: bool = False
+    ) -> ScaledTensor:
+        return _quantize(self, name, x, cu_seqlens, v_colmajor)
 
     def gradient_descale(self) -> Tensor | None:
         return self.descale[_TENSORS.index("do")].clone()
@@ -260,6 +267,7 @@ def _quantize(
     name: str,
     x: Tensor,
     cu_seqlens: Tensor | None,
+    v_colmajor: bool,
 ) -> ScaledTensor:
     granularity, descale, amax = recipe.scaling(name)
     return quantize(
@@ -271,4 +279,5 @@ def _quantize(
         cu_seqlens=cu_seqlens,
         descale=descale,
         amax=amax,
+        v_colmajor=v_colmajor,
     )

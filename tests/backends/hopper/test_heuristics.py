@@ -47,7 +47,7 @@ def test_every_choice_of_the_host_is_in_the_table():
 
 
 def test_every_row_has_a_reason():
-    assert len(rows()) == 10
+    assert len(rows()) == 11
     for row in rows():
         assert len(row) == 4
         assert row[1] and row[2]

@@ -9,6 +9,7 @@ import torch
 import flash8
 from defaults import by_default
 from flash8 import fp8
+from flash8.backends.hopper import forward
 from flash8.backends.hopper.variants import SHIPPED, ForwardVariant
 from forward_cases import SHAPES, check, compare, device, int32, launch
 from forward_launch import ForwardKernel, Schedule
@@ -179,3 +180,45 @@ def test_packed_scaled_tensors(granularity, pack_gqa, monkeypatch):
     assert device().report()["kernel"] == "flash8_forward"
     assert rel_l2(o, want) <= (0.012 if granularity == "block" else FP8_REL_L2.limit)
     check_fp8_lse("LSE", lse, want_lse)
+
+
+def of_training(monkeypatch, recipe, *, differentiated=False, **options):
+    """O and LSE of `fp8_attention` on kernels, and whether V came with its keys innermost."""
+    seen = []
+    choose = forward.choose
+
+    def watched(*arguments, **given):
+        seen.append(choose(*arguments, **given))
+        return seen[-1]
+
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 150, h, 128, generator=g).bfloat16() for h in (2, 1, 1))
+    v.requires_grad_(differentiated)
+    with device().serving_cpu_tensors(monkeypatch), monkeypatch.context() as patch:
+        patch.setattr(forward, "choose", watched)
+        out, lse = fp8.fp8_attention(q, k, v, recipe, return_attn_probs=True, **options)
+    assert device().report()["kernel"] == "flash8_forward"
+    (colmajor,) = {variant.v_colmajor for variant in seen}
+    return out.detach(), lse.detach(), colmajor
+
+
+def test_training_forwards_take_it_where_no_derivative_is_asked_for(monkeypatch):
+    recipe = fp8.CurrentScaling(smooth_v=True)
+    out, lse, colmajor = of_training(monkeypatch, recipe)
+    by_token, lse_by_token, other = of_training(monkeypatch, recipe, differentiated=True)
+    assert (colmajor, other) == (True, False)
+    assert torch.equal(out, by_token) and torch.equal(lse, lse_by_token)
+    with torch.no_grad():
+        again, _, colmajor = of_training(monkeypatch, recipe, differentiated=True)
+    assert colmajor and torch.equal(again, out)
+
+
+def test_training_forwards_with_block_scales_take_v_by_token(monkeypatch):
+    _, _, colmajor = of_training(monkeypatch, fp8.BlockScaling(), causal=True)
+    assert not colmajor
+
+
+def test_tangents_are_derivatives_too(monkeypatch):
+    with torch.autograd.forward_ad.dual_level():
+        _, _, colmajor = of_training(monkeypatch, fp8.CurrentScaling())
+    assert not colmajor

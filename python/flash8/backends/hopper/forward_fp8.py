@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flash8 import _native
-from flash8.backends.hopper import attention_params
+from flash8.backends.hopper import attention_params, heuristics
 from flash8.backends.hopper.variants import Scales
 from flash8.call.options import Options
 from flash8.tensors.descales import is_per_token
@@ -32,6 +32,13 @@ def refusal(v: Tensor, options: Options) -> str | None:
     if options.v_colmajor_tokens is not None and options.leftpad_k is not None:
         return "leftpad_k with a v_colmajor v has no kernel: its tiles start with the sequence"
     return None
+
+
+def wants_v_colmajor(q: Tensor, v: Tensor, by_block: bool) -> bool:
+    """Whether a call that quantizes v should have it with its keys innermost."""
+    # The type for which the quantizer that writes it so ships.
+    serves = v.dtype == torch.bfloat16 and v.shape[-1] % 16 == 0
+    return serves and heuristics.reads_v_colmajor(by_block, q.shape[-1], v.shape[-1])
 
 
 def refusal_widened(q: Tensor, k: Tensor, v: Tensor, options: Options) -> str | None:

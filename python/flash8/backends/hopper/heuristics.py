@@ -80,6 +80,16 @@ def loads_in_clusters(seqlen_q: int, ratio: int, head_dim: int, float8: bool) ->
     return wide and tiles % 2 == 0
 
 
+def reads_v_colmajor(by_block: bool, head_dim: int, head_dim_v: int) -> bool:
+    """Whether the FP8 forward should get V with its keys innermost from a quantizer.
+
+    That costs the quantizer nothing, and no warps transpose V then. At head_dim 128, whose kernels
+    ship for both; and not with descales by block, where under a causal mask the loop that overlaps
+    P V would have no register left for it (kOverlapPV in hopper/forward/config.cuh).
+    """
+    return not by_block and all(96 < size <= 128 for size in (head_dim, head_dim_v))
+
+
 @functools.lru_cache(maxsize=4096)
 def head_splits(tiles: int, group: int, seqlen_q: int, multiprocessors: int) -> int:
     """How many CTAs of a backward share the query heads of a KV head, `group` of them.
