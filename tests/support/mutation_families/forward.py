@@ -69,7 +69,7 @@ def problems(variant: ForwardVariant) -> tuple[Problem, ...]:
         Problem(packed_call(variant, (9, 0, 30, 0, 1)), Schedule(num_ctas=5 * pair), range(6)),
         Problem(packed_call(variant, (5, 0, 200, 20, 64)), Schedule(num_ctas=2 * pair), range(4)),
         Problem(packed_call(variant, (400, 300, 0)), Schedule(num_ctas=pair), range(4)),
-        Problem(dense_call(variant, 20, 20, 14 * pair), Schedule(num_ctas=2), range(4 // pair)),
+        Problem(dense_call(variant, 20, 20, 14 * pair), Schedule(num_ctas=2), range(5 // pair)),
         Problem(dense_call(variant, 150, 1400, 1), Schedule(num_ctas=pair), range(4)),
     )
 
